@@ -1,0 +1,34 @@
+"""Four virtual CPU devices, strict promotion, real data where it is at hand."""
+
+import os
+import pathlib
+
+# Virtual CPU devices share one thread pool; on a small machine a collective waits for threads
+# that it holds itself unless the pool is larger than the number of devices.
+os.environ.setdefault("NPROC", "16")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=25)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(scope="session")
+def data_root() -> pathlib.Path:
+    """The folder of real labelled images, or a skip that says how to give one."""
+    root = os.environ.get("DENSE_JAX_DATA")
+    if not root or not pathlib.Path(root).is_dir():
+        pytest.skip("set DENSE_JAX_DATA to a folder with camvid/, voc2012_sample/ to run this")
+    return pathlib.Path(root)
+
+
+@pytest.fixture(autouse=True)
+def _no_shared_cache(tmp_path_factory, monkeypatch):
+    """Prepared datasets and compiled programs of the tests stay out of the user's cache."""
+    monkeypatch.setenv("DENSE_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
