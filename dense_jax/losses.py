@@ -1,0 +1,158 @@
+"""Per-pixel losses, and what a training step divides their sum by.
+
+A step's loss is ``sum(per-pixel loss) / denominator``. The denominator is added up over all
+devices and micro-batches before dividing, so that a device which sees only ignored pixels weighs
+nothing; that is why the functions here return sums and leave the division to the step.
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+LossNorm = Literal["valid", "batch", "sum"]
+
+
+def softmax_cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    ignore_label: int = 255,
+    class_weights: jax.Array | None = None,
+    pixel_weights: jax.Array | None = None,
+) -> jax.Array:
+    """Negative log probability of each pixel's label; 0 where the pixel is not scored.
+
+    A pixel is not scored if its label is `ignore_label` or outside [0, C). Ids outside the range
+    are a fault of the data, which `dense_jax.data.check` reports by file; here they only must not
+    turn into a class by clamping.
+
+    Args:
+      logits: [B, H, W, C], any float dtype; the loss is computed in float32.
+      labels: [B, H, W] integer class ids.
+      ignore_label: id of pixels without a label.
+      class_weights: [C] factor for pixels of each true class, e.g. `median_frequency_weights`.
+      pixel_weights: [B, H, W] factor for each pixel, e.g. `pixel_keep`.
+
+    Returns:
+      [B, H, W] float32, to be summed and divided by `resolve_denominator`.
+
+    Raises:
+      ValueError: if the shapes do not fit each other.
+    """
+    num_classes = logits.shape[-1]
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"logits {logits.shape} do not match labels {labels.shape}")
+    if class_weights is not None and class_weights.shape != (num_classes,):
+        raise ValueError(f"class_weights {class_weights.shape} are not [{num_classes}]")
+    if pixel_weights is not None and pixel_weights.shape != labels.shape:
+        raise ValueError(f"pixel_weights {pixel_weights.shape} do not match labels {labels.shape}")
+    logits, labels = logits.astype(jnp.float32), labels.astype(jnp.int32)
+    # A comparison instead of a gather: its gradient is elementwise, the gather's a scatter.
+    is_label = labels[..., None] == lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    label_logits = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+    loss = jax.nn.logsumexp(logits, axis=-1) - label_logits
+    if class_weights is not None:
+        loss *= jnp.take(class_weights.astype(jnp.float32), labels, mode="clip")
+    if pixel_weights is not None:
+        loss *= pixel_weights.astype(jnp.float32)
+    is_scored = (labels != ignore_label) & (labels >= 0) & (labels < num_classes)
+    return jnp.where(is_scored, loss, 0.0)
+
+
+def loss_denominator(
+    labels: jax.Array,
+    valid: jax.Array,
+    norm: LossNorm,
+    *,
+    ignore_label: int = 255,
+    pixel_weights: jax.Array | None = None,
+) -> jax.Array:
+    """This device's share of what the summed loss is divided by.
+
+    Add the shares of all devices and micro-batches, then call `resolve_denominator`.
+
+    Args:
+      labels: [..., B, H, W] integer class ids; leading axes (micro-batches) are summed over.
+      valid: [..., B] bool, False for examples that only fill up the batch.
+      norm: "valid" counts labelled pixels (padding an image with ignore changes nothing), "batch"
+        counts images (FCN's released VGG networks: ``normalize: false`` divides by the batch size,
+        which is one there), "sum" divides by one.
+      ignore_label: id of pixels without a label.
+      pixel_weights: shaped as `labels`, the weights given to the loss; "valid" then sums them, so that
+        pixels dropped by `pixel_keep` do not count.
+
+    Returns:
+      float32 scalar; 0 for "sum".
+    """
+    if norm == "sum":
+        return jnp.zeros((), jnp.float32)
+    if norm == "batch":
+        return jnp.sum(valid, dtype=jnp.int32).astype(jnp.float32)
+    if norm != "valid":
+        raise ValueError(f"loss norm {norm!r} is none of 'valid', 'batch', 'sum'")
+    is_scored = (labels != ignore_label) & valid[..., None, None]
+    if pixel_weights is None:  # counted as integers: a float32 sum is inexact above 2**24
+        return jnp.sum(is_scored, dtype=jnp.int32).astype(jnp.float32)
+    return jnp.sum(jnp.where(is_scored, pixel_weights.astype(jnp.float32), 0.0))
+
+
+def resolve_denominator(total: jax.Array, norm: LossNorm) -> jax.Array:
+    """The divisor itself: one for "sum", and one where nothing was scored, so the loss is 0."""
+    return jnp.where((total > 0) & (norm != "sum"), total, 1.0)
+
+
+def pixel_keep(
+    rng: jax.Array, shape: tuple[int, int, int], keep: float, *, axis_name: str | None = None
+) -> jax.Array:
+    """A [B, H, W] float32 mask that keeps each pixel of the loss with probability `keep`.
+
+    Long et al., "Fully convolutional networks for semantic segmentation", CVPR 2015,
+    arXiv:1411.4038, Section 4.3 samples the loss this way and raises the batch by 1 / keep; the
+    kept pixels are not scaled up. The mask of an example depends on `rng` and the example's place
+    in the global batch only, so any number of devices draws the same masks.
+
+    Args:
+      rng: a key that is equal on all devices.
+      shape: (B, H, W) of this device's labels.
+      keep: probability in (0, 1].
+      axis_name: the mapped device axis, or None outside of one.
+    """
+    batch, height, width = shape
+    first = 0 if axis_name is None else lax.axis_index(axis_name) * batch
+    keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(first + jnp.arange(batch))
+    mask = jax.vmap(lambda key: jax.random.bernoulli(key, keep, (height, width)))(keys)
+    return mask.astype(jnp.float32)
+
+
+def median_frequency_weights(
+    labels: Iterable[np.ndarray], num_classes: int, *, ignore_label: int = 255
+) -> np.ndarray:
+    """Class weights that balance frequent and rare classes, [C] float32.
+
+    The frequency of a class is its share of the labelled pixels of those images that contain it;
+    its weight is the median of the frequencies over its own (Eigen and Fergus, ICCV 2015,
+    arXiv:1411.4734, Section 6.3.2). A class that no image contains has weight 1 and does not
+    enter the median.
+
+    Args:
+      labels: integer [H, W] maps of the training set, of any sizes.
+      num_classes: C.
+      ignore_label: id of pixels without a label.
+    """
+    pixels = np.zeros(num_classes, np.int64)
+    image_pixels = np.zeros(num_classes, np.int64)
+    for label in labels:
+        scored = label[(label != ignore_label) & (label >= 0) & (label < num_classes)]
+        counts = np.bincount(scored.astype(np.int64), minlength=num_classes)
+        pixels += counts
+        image_pixels += np.where(counts > 0, counts.sum(), 0)
+    weights = np.ones(num_classes, np.float32)
+    present = pixels > 0
+    if present.any():
+        frequency = pixels[present] / image_pixels[present]
+        weights[present] = np.median(frequency) / frequency
+    return weights
