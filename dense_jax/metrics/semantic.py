@@ -1,0 +1,125 @@
+"""Scores of semantic segmentation from one integer confusion matrix.
+
+Counts are exact integers and are added over the whole set before any ratio is formed, so neither
+the batch size nor the number of devices or processes changes a score.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def confusion_counts(
+    labels: jax.Array | np.ndarray,
+    predictions: jax.Array | np.ndarray,
+    num_classes: int,
+    *,
+    ignore_label: int = 255,
+) -> jax.Array:
+    """Number of pixels of each (label, predicted class) pair; works under jit and pmap.
+
+    Pixels whose label is `ignore_label` or outside [0, C) are not counted, whatever was predicted.
+
+    Args:
+      labels: integer class ids of any shape.
+      predictions: integer class ids of the same shape, each in [0, C).
+      num_classes: C.
+      ignore_label: id of pixels without a label.
+
+    Returns:
+      [C, C] int32, row = label, column = prediction. Exact: at most 2**31 - 1 pixels a call.
+
+    Raises:
+      ValueError: if the shapes differ, or if a scored pixel's prediction is outside [0, C). Values
+        are seen only outside of jit; inside, take the argmax of C logits, which is in range.
+    """
+    if labels.shape != predictions.shape:
+        raise ValueError(f"labels {labels.shape} do not match predictions {predictions.shape}")
+    labels = jnp.asarray(labels).astype(jnp.int32)
+    predictions = jnp.asarray(predictions).astype(jnp.int32)
+    is_scored = (labels != ignore_label) & (labels >= 0) & (labels < num_classes)
+    if not isinstance(predictions, jax.core.Tracer) and not isinstance(labels, jax.core.Tracer):
+        wrong = predictions[is_scored & ((predictions < 0) | (predictions >= num_classes))]
+        if wrong.size:
+            raise ValueError(f"prediction {wrong[0]} is outside [0, {num_classes})")
+    # One integer bincount: on a CPU 0.3 ms for 360x480 pixels of 11 classes, where the product of
+    # one-hot matrices takes 1 ms in int8 and 9 ms in float32. It drops indices past its length.
+    pairs = jnp.where(is_scored, labels * num_classes + predictions, num_classes**2)
+    counts = jnp.bincount(pairs.reshape(-1), length=num_classes**2)
+    return counts.reshape(num_classes, num_classes).astype(jnp.int32)
+
+
+def add(total: np.ndarray | None, counts: jax.Array | np.ndarray) -> np.ndarray:
+    """The sum of a running total (None at the start) and new counts, on the host in int64."""
+    counts = np.asarray(counts, np.int64)
+    return counts if total is None else total + counts
+
+
+def summarise(
+    confusion: np.ndarray,
+    class_names: Sequence[str] | None = None,
+    *,
+    absent: Literal["skip", "zero"] = "skip",
+) -> dict[str, Any]:
+    """Scores of a confusion matrix n_ij (true class i, predicted j), with t_i = sum_j n_ij.
+
+    ``pixel_accuracy`` sum_i n_ii / sum_i t_i; ``mean_accuracy`` mean_i n_ii / t_i; ``mean_iou``
+    mean_i n_ii / (t_i + sum_j n_ji - n_ii); ``frequency_weighted_iou`` mean of the IoU weighted by
+    t_i (Long et al., CVPR 2015, arXiv:1411.4038, Section 5).
+
+    Args:
+      confusion: [C, C] integers, row = label.
+      class_names: C names for the table; the ids if not given.
+      absent: "skip" leaves a class out of a mean where its ratio is 0/0: one that is neither in the
+        labels nor predicted has no IoU, one that is only predicted has IoU 0 but no accuracy (the
+        FCN release). "zero" counts such a ratio as 0 and divides by C (the SegNet release).
+
+    Returns:
+      The four scores and ``num_pixels``; NaN where nothing at all was scored. ``per_class`` is a
+      list of dicts ``name, iou, accuracy, pixels, predicted``; a ratio 0/0 is None there.
+
+    Raises:
+      ValueError: if the matrix is not square, not of integers, or has negative counts.
+    """
+    confusion = np.asarray(confusion)
+    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
+        raise ValueError(f"a confusion matrix is [C, C], received {confusion.shape}")
+    if not np.issubdtype(confusion.dtype, np.integer) or confusion.min() < 0:
+        raise ValueError("a confusion matrix holds counts: integers, none negative")
+    names = class_names or [str(i) for i in range(len(confusion))]
+    counts = confusion.astype(np.int64)
+    correct, true, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
+    accuracy = _ratio(correct, true)
+    iou = _ratio(correct, true + predicted - correct)
+    num_pixels = int(true.sum())
+
+    def mean(ratios: np.ndarray) -> float:
+        values = np.nan_to_num(ratios) if absent == "zero" else ratios[~np.isnan(ratios)]
+        return float(values.mean()) if num_pixels else float("nan")
+
+    return {
+        "pixel_accuracy": float(_ratio(correct.sum(), true.sum())),
+        "mean_accuracy": mean(accuracy),
+        "mean_iou": mean(iou),
+        "frequency_weighted_iou": float(_ratio(true @ np.nan_to_num(iou), true.sum())),
+        "num_pixels": num_pixels,
+        "per_class": [
+            {
+                "name": name,
+                "iou": None if np.isnan(iou[i]) else float(iou[i]),
+                "accuracy": None if np.isnan(accuracy[i]) else float(accuracy[i]),
+                "pixels": int(true[i]),
+                "predicted": int(predicted[i]),
+            }
+            for i, name in enumerate(names)
+        ],
+    }
+
+
+def _ratio(numerator: Any, denominator: Any) -> np.ndarray:
+    """Elementwise quotient in float64, NaN for 0/0."""
+    with np.errstate(invalid="ignore"):
+        return np.true_divide(numerator, denominator)
