@@ -1,0 +1,241 @@
+"""Convolution and up-convolution (fractional stride), each one call to `lax`.
+
+Images are [B, H, W, C] and kernels [kh, kw, C_in / groups, C_out], and "convolution" is
+cross-correlation, as everywhere in deep learning. Both operations use one picture of a kernel:
+
+    conv:     y[o] = sum_k  x[s o + d k - p] kernel[k]        each output reads a window
+    up_conv:  y[s i + d k - p] += x[i] kernel[k]              each input places a copy of the kernel
+
+with stride s, dilation d and padding p. An up-convolution is thus the transpose (the adjoint) of
+the convolution of the same s, p, d whose kernel has its last two axes swapped.
+
+Kernels of other libraries (o = C_out, i = C_in, of one group):
+  torch Conv2d              [o, i, h, w]    transpose(2, 3, 1, 0)
+  torch ConvTranspose2d     [i, o, h, w]    transpose(2, 3, 0, 1), no flip
+  flax ConvTranspose        [h, w, i, o]    flip h and w; with transpose_kernel=True, swap i and o
+  TensorFlow conv2d_transpose [h, w, o, i]  swap the last two axes, no flip
+
+Reference: Dumoulin, Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285.
+"""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+
+from dense_jax.layers import init
+
+Pair = tuple[int, int]
+Padding = int | Pair | tuple[Pair, Pair] | Literal["same"]
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def _pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _pads(padding: Padding, extent: Pair) -> tuple[Pair, Pair]:
+    """Returns ((top, bottom), (left, right)); `extent` is dilation * (kernel size - 1)."""
+    if padding == "same":
+        if extent[0] % 2 or extent[1] % 2:
+            raise ValueError(
+                f"Padding 'same' is (k - 1) * dilation / 2 per side, which is not whole for a "
+                f"kernel that spans {extent[0] + 1} x {extent[1] + 1}; give the padding."
+            )
+        padding = (extent[0] // 2, extent[1] // 2)
+    pads = [_pair(p) for p in _pair(padding)]  # type: ignore[arg-type]
+    return pads[0], pads[1]
+
+
+def _check(x: jax.Array, kernel: jax.Array, groups: int) -> None:
+    if x.ndim != 4 or kernel.ndim != 4:
+        raise ValueError(
+            f"Expected [B, H, W, C] and [kh, kw, C / groups, C_out], received {x.shape} and "
+            f"{kernel.shape}."
+        )
+    if x.shape[3] != kernel.shape[2] * groups or kernel.shape[3] % groups:
+        raise ValueError(
+            f"A kernel {kernel.shape} in {groups} groups does not fit an input {x.shape}."
+        )
+
+
+def conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: int | Pair = 1,
+    padding: Padding = "same",
+    dilation: int | Pair = 1,
+    groups: int = 1,
+) -> jax.Array:
+    """Convolves [B, H, W, C] to [B, (H + lo + hi - d (kh - 1) - 1) // s + 1, ..., C_out].
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [kh, kw, C / groups, C_out], of the dtype of x.
+      strides: step between windows, in input pixels.
+      padding: zeros around the input: one number, (vertical, horizontal), or
+        ((top, bottom), (left, right)); negative crops. "same" means d (k - 1) / 2 on each side.
+      dilation: distance between kernel taps, in input pixels.
+      groups: number of blocks into which the channels are split.
+
+    Raises:
+      ValueError: shapes do not fit, or "same" is asked of a kernel that has no centre.
+    """
+    _check(x, kernel, groups)
+    (sh, sw), (dh, dw), (kh, kw) = _pair(strides), _pair(dilation), kernel.shape[:2]
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(sh, sw),
+        padding=_pads(padding, (dh * (kh - 1), dw * (kw - 1))),
+        rhs_dilation=(dh, dw),
+        dimension_numbers=_LAYOUT,
+        feature_group_count=groups,
+    )
+
+
+def up_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: int | Pair,
+    padding: Padding = 0,
+    output_padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+) -> jax.Array:
+    """Up-convolves [B, H, W, C] to [B, (H - 1) s - lo - hi + d (kh - 1) + 1 + op, ..., C_out].
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [kh, kw, C / groups, C_out], of the dtype of x, stored as it is placed in the output.
+      strides: distance between placed copies, in output pixels.
+      padding: rows and columns cut from the output, in the forms that `conv` takes: the padding
+        of the convolution whose transpose this is.
+      output_padding: rows added at the bottom and columns at the right (torch's name): the
+        remainder that the floor in the convolution's output size lost.
+      dilation: distance between kernel taps, in output pixels.
+      groups: number of blocks into which the channels are split.
+
+    Raises:
+      ValueError: shapes do not fit, or "same" is asked of a kernel that has no centre.
+    """
+    _check(x, kernel, groups)
+    (dh, dw), (kh, kw), extra = _pair(dilation), kernel.shape[:2], _pair(output_padding)
+    extent = (dh * (kh - 1), dw * (kw - 1))
+    pads = _pads(padding, extent)
+    return lax.conv_general_dilated(
+        x,
+        jnp.flip(kernel, (0, 1)),
+        window_strides=(1, 1),
+        padding=[
+            (e - lo, e - hi + op) for e, (lo, hi), op in zip(extent, pads, extra, strict=True)
+        ],
+        lhs_dilation=_pair(strides),
+        rhs_dilation=(dh, dw),
+        dimension_numbers=_LAYOUT,
+        feature_group_count=groups,
+    )
+
+
+class Conv(nn.Module):
+    """Convolution with bias; parameters "kernel" [kh, kw, C / groups, features] and "bias".
+
+    Attributes:
+      features: number of output channels.
+      kernel_size: one number or (height, width).
+      strides, padding, dilation, groups: see `conv`.
+      use_bias: whether a bias is added.
+      dtype: computation dtype; None: that of the input and the parameters.
+      param_dtype: dtype of the parameters.
+      kernel_init, bias_init: initialisers.
+    """
+
+    features: int
+    kernel_size: int | Pair
+    strides: int | Pair = 1
+    padding: Padding = "same"
+    dilation: int | Pair = 1
+    groups: int = 1
+    use_bias: bool = True
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+    kernel_init: init.Initializer = init.he
+    bias_init: init.Initializer = init.zero
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H', W', features]."""
+        shape = (*_pair(self.kernel_size), x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = conv(
+            x,
+            kernel,
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        return y if bias is None else y + bias.reshape(1, 1, 1, -1)
+
+
+class UpConv(nn.Module):
+    """Up-convolution with bias; parameters "kernel" [kh, kw, C / groups, features] and "bias".
+
+    Attributes:
+      features: number of output channels.
+      kernel_size: one number or (height, width).
+      strides, padding, output_padding, dilation, groups: see `up_conv`.
+      use_bias: whether a bias is added.
+      trainable: False keeps the kernel out of the parameters: it is always what `kernel_init`,
+        which then must not be random, returns (the fixed bilinear upsampling of FCN).
+      dtype: computation dtype; None: that of the input and the parameters.
+      param_dtype: dtype of the parameters.
+      kernel_init, bias_init: initialisers.
+    """
+
+    features: int
+    kernel_size: int | Pair
+    strides: int | Pair
+    padding: Padding = 0
+    output_padding: int | Pair = 0
+    dilation: int | Pair = 1
+    groups: int = 1
+    use_bias: bool = True
+    trainable: bool = True
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+    kernel_init: init.Initializer = init.he
+    bias_init: init.Initializer = init.zero
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H', W', features]."""
+        shape = (*_pair(self.kernel_size), x.shape[-1] // self.groups, self.features)
+        if self.trainable:
+            kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        else:
+            kernel = self.kernel_init(None, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = up_conv(
+            x,
+            kernel,
+            strides=self.strides,
+            padding=self.padding,
+            output_padding=self.output_padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        return y if bias is None else y + bias.reshape(1, 1, 1, -1)

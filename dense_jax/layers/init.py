@@ -1,0 +1,46 @@
+"""Initialisers under the names that papers use; each is `(key, shape, dtype) -> array`."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Initializer = Callable[..., jax.Array]
+
+zero = jax.nn.initializers.zeros
+he = jax.nn.initializers.he_normal()  # Variance 2 / fan-in (He et al., arXiv:1502.01852, Eq. 10).
+xavier = jax.nn.initializers.xavier_uniform()  # Variance 2 / (fan-in + fan-out) (Glorot, Bengio).
+normal = jax.nn.initializers.normal  # normal(standard_deviation)
+
+
+def bilinear_taps(size: int) -> np.ndarray:
+    """Returns the 1-D bilinear filter of `size` taps, float64, for a stride of ceil(size / 2).
+
+    a[x] = 1 - |x - c| / f with f = ceil(size / 2) and c = f - 1/2 (even size) or f - 1 (odd size),
+    so that the taps reaching any one output sum to 1. Early versions of Caffe's bilinear filler
+    put the centre elsewhere for some sizes (7 and 63 among them); this is the corrected formula.
+    """
+    factor = (size + 1) // 2
+    centre = factor - 1 if size % 2 else factor - 0.5
+    return 1 - np.abs(np.arange(size) - centre) / factor
+
+
+def bilinear() -> Initializer:
+    """Returns an initialiser of up-convolution kernels that interpolate bilinearly.
+
+    Kernels are [kh, kw, 1, C], depthwise (groups = C), or [kh, kw, C, C], dense with the filter on
+    the diagonal; any other shape raises `ValueError`.
+
+    Reference: Long, Shelhamer, Darrell, CVPR 2015, arXiv:1411.4038, Section 3.3.
+    """
+
+    def init(key: jax.Array | None, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+        del key  # Nothing is random.
+        if len(shape) != 4 or shape[2] not in (1, shape[3]):
+            raise ValueError(f"A bilinear kernel is [kh, kw, 1, C] or [kh, kw, C, C], not {shape}.")
+        taps = np.multiply.outer(bilinear_taps(shape[0]), bilinear_taps(shape[1]))
+        mixing = np.ones(shape[2:]) if shape[2] == 1 else np.eye(shape[3])
+        return jnp.asarray(np.multiply.outer(taps, mixing), dtype)
+
+    return init
