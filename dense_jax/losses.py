@@ -82,8 +82,8 @@ def loss_denominator(
         counts images (FCN's released VGG networks: ``normalize: false`` divides by the batch size,
         which is one there), "sum" divides by one.
       ignore_label: id of pixels without a label.
-      pixel_weights: shaped as `labels`, the weights given to the loss; "valid" then sums them, so that
-        pixels dropped by `pixel_keep` do not count.
+      pixel_weights: shaped as `labels`, the weights given to the loss; "valid" then sums them, so
+        that pixels dropped by `pixel_keep` do not count.
 
     Returns:
       float32 scalar; 0 for "sum".
