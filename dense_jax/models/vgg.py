@@ -1,0 +1,174 @@
+"""VGG-16 as a fully convolutional network, and the layer tables that plain networks are made of.
+
+A plain network is one table. The table builds the network (`Stack`) and tells where the units of
+each layer sit on the image (`grids`), from which models derive their crops and receptive fields.
+
+Reference: Simonyan, Zisserman, "Very deep convolutional networks for large-scale image
+recognition", ICLR 2015, arXiv:1409.1556, Table 1 column D. Its fully connected layers as
+convolutions: Long, Shelhamer, Darrell, CVPR 2015, arXiv:1411.4038, Section 3.1.
+"""
+
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from dense_jax.layers.conv import Conv
+from dense_jax.layers.dropout import Dropout
+from dense_jax.layers.norm import LocalResponseNorm
+from dense_jax.ops.pool import max_pool
+
+
+class Grid(NamedTuple):
+    """Where the units of a layer sit on the image, along one axis; all in image pixels.
+
+    Attributes:
+      first: centre of unit 0; pixel centres are whole numbers, and padding makes it negative.
+      step: distance between neighbouring units.
+      field: how many pixels one unit sees.
+    """
+
+    first: float = 0.0
+    step: float = 1.0
+    field: float = 1.0
+
+    def conv(self, kernel: int, stride: int = 1, padding: int = 0) -> "Grid":
+        """Returns the grid behind a convolution or a pooling."""
+        return Grid(
+            first=self.first + ((kernel - 1) / 2 - padding) * self.step,
+            step=self.step * stride,
+            field=self.field + (kernel - 1) * self.step,
+        )
+
+    def up_conv(self, kernel: int, stride: int, padding: int = 0) -> "Grid":
+        """Returns the grid behind a convolution of fractional stride 1 / stride."""
+        step = self.step / stride
+        return Grid(
+            first=self.first - ((kernel - 1) / 2 - padding) * step,
+            step=step,
+            field=self.field + (-(-kernel // stride) - 1) * self.step,
+        )
+
+    def index_of(self, other: "Grid") -> int:
+        """Returns which unit of this grid sits where unit 0 of the other, equally fine, one sits.
+
+        Raises:
+          ValueError: none does.
+        """
+        index = (other.first - self.first) / self.step
+        if self.step != other.step or index < 0 or index != int(index):
+            raise ValueError(f"No unit of {self} sits at unit 0 of {other}.")
+        return int(index)
+
+
+class Layer(NamedTuple):
+    """One row of a layer table: conv*, fc* (convolution and ReLU), pool* or norm* by its name."""
+
+    name: str
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0
+    features: int = 0  # Of convolutions.
+    groups: int = 1
+
+
+def grids(layers: tuple[Layer, ...]) -> dict[str, Grid]:
+    """Returns the grid of each layer by name."""
+    grid, result = Grid(), {}
+    for layer in layers:
+        grid = grid.conv(layer.kernel, layer.stride, layer.padding)
+        result[layer.name] = grid
+    return result
+
+
+def image_size(images: jax.Array) -> tuple[int, int]:
+    """Returns (H, W) of images [B, H, W, C]; other shapes raise `ValueError`."""
+    if images.ndim != 4:
+        raise ValueError(f"Expected images [B, H, W, C], received {images.shape}.")
+    return images.shape[1], images.shape[2]
+
+
+def scaled(features: int, width: float, groups: int = 1) -> int:
+    """Returns max(1, round(features * width)), to a multiple of `groups`."""
+    return groups * max(1, round(features * width / groups))
+
+
+class Stack(nn.Module):
+    """A plain network; maps [B, H, W, C] to the output of every layer by name, [B, H', W', C'].
+
+    Attributes:
+      layers: the table, first layer first.
+      width: channel multiplier, see `scaled`.
+      ceil: pooling sizes are rounded up, as in Caffe, rather than down, as in torch.
+      dropout_rate: dropout behind fc6 and fc7.
+      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
+      dtype: computation dtype; None: float32 parameters' own.
+    """
+
+    layers: tuple[Layer, ...]
+    width: float = 1.0
+    ceil: bool = True
+    dropout_rate: float = 0.5
+    axis_name: str | None = None
+    dtype: jax.typing.DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """Returns the layers' outputs, after ReLU and, for fc6 and fc7, dropout.
+
+        Raises:
+          ValueError: images are not [B, H, W, C], or too small for the table.
+        """
+        image_size(images)
+        groups = max(layer.groups for layer in self.layers)
+        x, outputs = images, {}
+        for layer in self.layers:
+            name, window = layer.name, (layer.kernel, layer.stride, layer.padding)
+            if name.startswith("pool"):
+                x = max_pool(x, *window, ceil=self.ceil)
+            elif name.startswith("norm"):
+                x = LocalResponseNorm(name=name)(x)
+            else:
+                features = scaled(layer.features, self.width, groups)
+                conv = Conv(features, *window, groups=layer.groups, dtype=self.dtype, name=name)
+                x = nn.relu(conv(x))
+            if name.startswith("fc"):
+                x = Dropout(self.dropout_rate, self.axis_name)(x, train=train)
+            outputs[name] = x
+        return outputs
+
+
+def vgg16_layers(first_padding: int = 1, fc6_padding: int = 0) -> tuple[Layer, ...]:
+    """Returns the table of VGG-16 from conv1_1 to fc7; every layer has its released name."""
+    rows, padding = [], first_padding
+    for stage, (features, depth) in enumerate(
+        [(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)], start=1
+    ):
+        for i in range(1, depth + 1):
+            rows.append(Layer(f"conv{stage}_{i}", 3, 1, padding, features))
+            padding = 1
+        rows.append(Layer(f"pool{stage}", 2, 2))
+    rows += [Layer("fc6", 7, 1, fc6_padding, 4096), Layer("fc7", 1, 1, 0, 4096)]
+    return tuple(rows)
+
+
+def vgg16(
+    *,
+    padding: Literal["caffe", "same"] = "caffe",
+    first_padding: int = 1,
+    last: str = "fc7",
+    **options,
+) -> Stack:
+    """Returns VGG-16 up to fc7, 134,260,544 parameters.
+
+    Args:
+      padding: "caffe" rounds pooling sizes up and leaves fc6 unpadded; "same" rounds them down and
+        pads fc6 by 3, so that an image of 32 h x 32 w pixels gives h x w units in fc7.
+      first_padding: padding of conv1_1 (FCN takes 100).
+      last: name of the last layer, for networks that stop earlier.
+      **options: width, dropout_rate, axis_name, dtype of `Stack`.
+    """
+    caffe = padding == "caffe"
+    layers = vgg16_layers(first_padding, 0 if caffe else 3)
+    end = [layer.name for layer in layers].index(last) + 1
+    return Stack(layers[:end], ceil=caffe, **options)
