@@ -1,0 +1,181 @@
+"""Pictures of labels and scores: arrays in, uint8 RGB arrays [H, W, 3] out.
+
+A palette is uint8 [256, 3], colour by class id, as `dense_jax.data.classes.ClassTable.palette`
+makes it. Colours are RGB everywhere, and label files carry their palette, so that a prediction
+looks the same in the report, in an overlay and in any viewer.
+"""
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dense_jax.errors import UserError
+
+_INK = (31, 41, 55)
+_RIGHT = (29, 78, 137)
+_WRONG = (220, 38, 38)
+
+
+def colourise(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """The colour of each label: [..., H, W] ids in 0..255 to uint8 [..., H, W, 3].
+
+    Raises:
+      ValueError: if an id is outside 0..255; it would wrap around to another class.
+    """
+    return palette[_as_ids(labels)]
+
+
+def overlay(
+    image: np.ndarray,
+    labels: np.ndarray,
+    palette: np.ndarray,
+    *,
+    alpha: float = 0.55,
+    ignore_label: int = 255,
+) -> np.ndarray:
+    """The image tinted by its labels; pixels of `ignore_label` stay as they are.
+
+    Args:
+      image: uint8 [H, W, 3].
+      labels: [H, W] ids.
+      palette: uint8 [256, 3].
+      alpha: share of the label's colour, 0..1.
+      ignore_label: id of pixels that are not tinted.
+    """
+    if image.shape[:2] != labels.shape:
+        raise ValueError(f"image {image.shape} does not match labels {labels.shape}")
+    weight = alpha * (labels != ignore_label)[..., None]
+    return np.rint((1 - weight) * image + weight * colourise(labels, palette)).astype(np.uint8)
+
+
+def errors(
+    image: np.ndarray, labels: np.ndarray, predictions: np.ndarray, *, ignore_label: int = 255
+) -> np.ndarray:
+    """The image in pale grey with wrongly labelled pixels in red and unscored ones white."""
+    grey = np.asarray(image @ np.array([0.299, 0.587, 0.114]), np.float32)[..., None]
+    picture = np.broadcast_to(0.5 * grey + 127, image.shape).astype(np.uint8)
+    picture[(labels != predictions)] = _WRONG
+    picture[labels == ignore_label] = 255
+    return picture
+
+
+def comparison(
+    image: np.ndarray,
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    palette: np.ndarray,
+    *,
+    ignore_label: int = 255,
+) -> np.ndarray:
+    """Image, label, prediction and errors side by side, [H, 4 W + 3 gaps, 3]."""
+    wrong = errors(image, labels, predictions, ignore_label=ignore_label)
+    pictures = [image, colourise(labels, palette), colourise(predictions, palette), wrong]
+    return contact_sheet(pictures, columns=4)
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], columns: int, *, gap: int = 4) -> np.ndarray:
+    """Pictures in rows of `columns`, each centred in a cell as large as the largest, on white."""
+    if not pictures:
+        raise ValueError("a contact sheet needs at least one picture")
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    size = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    sheet = np.full(size, 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        h, w = picture.shape[:2]
+        top = i // columns * (height + gap) + (height - h) // 2
+        left = i % columns * (width + gap) + (width - w) // 2
+        sheet[top : top + h, left : left + w] = picture
+    return sheet
+
+
+def legend(
+    names: Sequence[str], palette: np.ndarray, *, columns: int = 4, font_size: int = 14
+) -> np.ndarray:
+    """A colour patch and a name for each class, filled row by row."""
+    font = ImageFont.load_default(font_size)
+    columns = max(1, min(columns, len(names)))
+    patch, row = font_size, 2 * font_size
+    cell = 3 * patch + int(max((font.getlength(name) for name in names), default=0))
+    picture = Image.new("RGB", (columns * cell, -(-len(names) // columns) * row), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, name in enumerate(names):
+        x, y = i % columns * cell + patch // 2, i // columns * row + row // 2
+        box = (x, y - patch // 2, x + patch, y + patch // 2)
+        draw.rectangle(box, fill=tuple(palette[i].tolist()), outline=_INK)
+        draw.text((x + 1.5 * patch, y), name, fill=_INK, font=font, anchor="lm")
+    return np.asarray(picture)
+
+
+def confusion_picture(confusion: np.ndarray, names: Sequence[str], *, cell: int = 44) -> np.ndarray:
+    """A confusion matrix as a table of shares: each row sums to 100 % of a true class.
+
+    Args:
+      confusion: [C, C] counts, row = label, column = prediction.
+      names: C class names.
+      cell: side of a cell in pixels; below 30 the numbers are left out.
+    """
+    num_classes = len(confusion)
+    if confusion.shape != (num_classes, num_classes) or len(names) != num_classes:
+        raise ValueError(f"confusion {confusion.shape} does not match {len(names)} names")
+    font = ImageFont.load_default(max(8, round(0.36 * cell)))
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    margin, side = int(max(map(font.getlength, names))) + cell // 2, num_classes * cell
+    picture = Image.new("RGB", (margin + side, margin + side), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, name in enumerate(names):
+        draw.text(
+            (margin - cell / 4, margin + (i + 0.5) * cell), name, fill=_INK, font=font, anchor="rm"
+        )
+        for j in range(num_classes):
+            x, y, value = margin + j * cell, margin + i * cell, float(share[i, j])
+            # Mistakes are few: the root makes a share of 5 % visible.
+            strength, tone = (value, _RIGHT) if i == j else (value**0.5, _WRONG)
+            tint = _mix((241, 245, 249), tone, strength)
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=tint)
+            if cell >= 30 and value >= 0.005:
+                ink = "white" if strength > 0.6 else _INK
+                middle = (x + cell / 2 - 1, y + cell / 2 - 1)
+                draw.text(middle, f"{100 * value:.0f}", fill=ink, font=font, anchor="mm")
+    # Column names read upwards: drawn as rows on a turned picture.
+    turned = picture.rotate(-90, expand=True)
+    draw = ImageDraw.Draw(turned)
+    for j, name in enumerate(names):
+        draw.text((side + cell / 4, margin + (j + 0.5) * cell), name, _INK, font, "lm")
+    return np.asarray(turned.rotate(90, expand=True))
+
+
+def save_label_png(path: str | os.PathLike[str], labels: np.ndarray, palette: np.ndarray) -> None:
+    """Writes [H, W] ids in 0..255 as a palette PNG that shows colours and holds the ids."""
+    picture = Image.fromarray(_as_ids(labels), "P")
+    picture.putpalette(palette.tobytes())
+    picture.save(path, format="PNG", optimize=False)
+
+
+def load_label_png(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads the ids of a palette or 8-bit grey PNG, uint8 [H, W].
+
+    Raises:
+      UserError: if the file does not hold one id for each pixel.
+    """
+    with Image.open(path) as picture:
+        if picture.mode not in ("P", "L"):
+            raise UserError(
+                f"{pathlib.Path(path)} has pixels of mode {picture.mode}, not ids: "
+                "save labels as 8-bit palette or grey PNG"
+            )
+        return np.asarray(picture, np.uint8)
+
+
+def _as_ids(labels: np.ndarray) -> np.ndarray:
+    if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
+        raise ValueError(f"labels in {labels.min()}..{labels.max()} are outside 0..255")
+    return labels.astype(np.uint8)
+
+
+def _mix(low: tuple[int, ...], high: tuple[int, ...], share: float) -> tuple[int, ...]:
+    return tuple(round(a + (b - a) * share) for a, b in zip(low, high, strict=True))

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from dense_jax import viz
+from dense_jax.data.classes import ClassTable
+from dense_jax.errors import UserError
+
+NAMES = ["sky", "road", "car"]
+PALETTE = ClassTable(NAMES, ((10, 20, 30), (200, 0, 0), (0, 200, 0))).palette()
+
+
+def example(height=6, width=9):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+    return image, rng.choice([0, 1, 2, 255], (height, width)).astype(np.int32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (256, 1)])
+def test_label_png_round_trips_every_id(tmp_path, shape):
+    labels = np.arange(np.prod(shape)).reshape(shape) % 256
+    viz.save_label_png(tmp_path / "a.png", labels, PALETTE)
+    np.testing.assert_array_equal(viz.load_label_png(tmp_path / "a.png"), labels)
+    with Image.open(tmp_path / "a.png") as picture:  # what a viewer shows
+        np.testing.assert_array_equal(picture.convert("RGB"), viz.colourise(labels, PALETTE))
+
+
+def test_colours_are_rgb_and_by_id():
+    coloured = viz.colourise(np.array([[1, 255]]), PALETTE)
+    assert coloured.tolist() == [[[200, 0, 0], PALETTE[255].tolist()]]
+
+
+@pytest.mark.parametrize("wrong", [-1, 256])
+def test_ids_that_would_wrap_around_raise(tmp_path, wrong):
+    labels = np.array([[0, wrong]])
+    with pytest.raises(ValueError, match=str(wrong)):
+        viz.colourise(labels, PALETTE)
+    with pytest.raises(ValueError, match=str(wrong)):
+        viz.save_label_png(tmp_path / "a.png", labels, PALETTE)
+
+
+def test_colour_picture_is_not_read_as_ids(tmp_path):
+    image, _ = example()
+    Image.fromarray(image).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png.*RGB"):
+        viz.load_label_png(tmp_path / "a.png")
+
+
+def test_overlay_tints_labelled_pixels_only():
+    image, labels = example()
+    picture = viz.overlay(image, labels, PALETTE, alpha=0.5)
+    void = labels == 255
+    np.testing.assert_array_equal(picture[void], image[void])
+    expected = (image.astype(int) + viz.colourise(labels, PALETTE)) / 2
+    np.testing.assert_allclose(picture[~void], expected[~void], atol=0.5)
+    np.testing.assert_array_equal(viz.overlay(image, labels, PALETTE, alpha=0.0), image)
+    with pytest.raises(ValueError, match="does not match"):
+        viz.overlay(image, labels[1:], PALETTE)
+
+
+def test_errors_are_red_and_void_is_white():
+    image, labels = example()
+    predictions = np.zeros_like(labels)
+    picture = viz.errors(image, labels, predictions)
+    wrong, void = (labels != 0) & (labels != 255), labels == 255
+    assert (picture[void] == 255).all()
+    assert (picture[wrong] == (220, 38, 38)).all()
+    right = picture[labels == 0]
+    assert (right.min(-1) == right.max(-1)).all()
+    assert right.min() >= 127
+
+
+def test_contact_sheet_places_pictures_of_any_size():
+    small, large = np.zeros((2, 4, 3), np.uint8), np.full((6, 8, 3), 7, np.uint8)
+    sheet = viz.contact_sheet([small, large, large], columns=2, gap=1)
+    assert sheet.shape == (13, 17, 3)
+    np.testing.assert_array_equal(sheet[2:4, 2:6], small)
+    np.testing.assert_array_equal(sheet[7:, :8], large)
+    assert (sheet[7:, 9:] == 255).all()
+    with pytest.raises(ValueError, match="at least one"):
+        viz.contact_sheet([], columns=2)
+
+
+def test_comparison_shows_four_pictures():
+    image, labels = example(6, 9)
+    picture = viz.comparison(image, labels, labels % 255, PALETTE)
+    assert picture.shape == (6, 4 * 9 + 3 * 4, 3)
+    np.testing.assert_array_equal(picture[:, :9], image)
+    np.testing.assert_array_equal(picture[:, 13:22], viz.colourise(labels, PALETTE))
+
+
+def test_legend_and_confusion_picture_show_their_colours():
+    legend = viz.legend(NAMES, PALETTE)
+    for i in range(3):
+        assert (legend == PALETTE[i]).all(-1).any()
+    diagonal = viz.confusion_picture(np.eye(3, dtype=int), NAMES)
+    assert diagonal.dtype == np.uint8
+    assert (diagonal == (29, 78, 137)).all(-1).any()
+    assert not (diagonal == (220, 38, 38)).all(-1).any()
+    wrong = viz.confusion_picture(np.roll(np.eye(3, dtype=int), 1, 1), NAMES)
+    assert (wrong == (220, 38, 38)).all(-1).any()
+    viz.confusion_picture(np.zeros((60, 60), int), ["x"] * 60, cell=8)  # nothing scored, many
+    with pytest.raises(ValueError, match="2 names"):
+        viz.confusion_picture(np.eye(3, dtype=int), NAMES[:2])
