@@ -1,0 +1,101 @@
+"""What the numbers in a label file mean: names, colours, and which values are void."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+IGNORE_LABEL = 255
+"""The label of a pixel that no loss and no score counts, in every array of this library."""
+
+_VOID_COLOUR = (224, 224, 192)  # the border colour of the PASCAL VOC palette
+
+
+@functools.cache
+def _voc_palette() -> np.ndarray:
+    """The PASCAL VOC colour map: bit i of a channel comes from bit 3 (7 - i) of the id."""
+    ids = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+def voc_colours(num_classes: int) -> tuple[tuple[int, int, int], ...]:
+    """Returns the first colours (R, G, B) of the PASCAL VOC colour map, black first."""
+    return tuple((int(r), int(g), int(b)) for r, g, b in _voc_palette()[:num_classes])
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassTable:
+    """The classes of a dataset; class id = position.
+
+    Attributes:
+      names: one name a class.
+      colours: (R, G, B) in 0..255, one a class; empty for the PASCAL VOC colours.
+      values: the value that stands for each class in the label *files*; empty for 0, 1, 2, ...
+      void_values: file values that mean "do not count this pixel"; they become `IGNORE_LABEL`.
+
+    Raises:
+      ValueError: the lists disagree in length, a name or a value occurs twice, or there are no
+        classes or more than 255.
+    """
+
+    names: Sequence[str]
+    colours: Sequence[tuple[int, int, int]] = ()
+    values: Sequence[int] = ()
+    void_values: Sequence[int] = (IGNORE_LABEL,)
+
+    ignore_label: ClassVar[int] = IGNORE_LABEL
+
+    def __post_init__(self):
+        num = len(self.names)
+        set_field = functools.partial(object.__setattr__, self)  # the instance is frozen
+        set_field("names", tuple(self.names))
+        set_field("colours", tuple(map(tuple, self.colours)) or voc_colours(num))
+        set_field("values", tuple(self.values) or tuple(range(num)))
+        set_field("void_values", tuple(self.void_values))
+        if not 1 <= num <= IGNORE_LABEL:
+            raise ValueError(f"a class table needs 1 to {IGNORE_LABEL} classes, got {num}")
+        if len(set(self.names)) != num:
+            raise ValueError(f"class names must differ, got {', '.join(self.names)}")
+        if not len(self.colours) == len(self.values) == num:
+            raise ValueError(
+                f"{num} names but {len(self.colours)} colours and {len(self.values)} values"
+            )
+        if any(len(c) != 3 or not all(0 <= v <= 255 for v in c) for c in self.colours):
+            raise ValueError(f"colours are three numbers in 0..255, got {self.colours}")
+        values = (*self.values, *self.void_values)
+        if len(set(values)) != len(values) or not all(0 <= v <= 255 for v in values):
+            raise ValueError(f"class and void values must differ and be in 0..255, got {values}")
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, void not counted."""
+        return len(self.names)
+
+    def palette(self) -> np.ndarray:
+        """Returns uint8 [256, 3]: colour by class id, the void colour at 255."""
+        palette = _voc_palette().copy()
+        palette[: self.num_classes] = self.colours
+        palette[IGNORE_LABEL] = _VOID_COLOUR
+        return palette
+
+    def lookup(self) -> np.ndarray:
+        """Returns int16 [256]: file value to class id, `IGNORE_LABEL` for void, -1 for neither."""
+        lookup = np.full(256, -1, np.int16)
+        lookup[list(self.void_values)] = IGNORE_LABEL
+        lookup[list(self.values)] = np.arange(self.num_classes)
+        return lookup
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the table as plain lists; `from_json` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> "ClassTable":
+        """Builds the table that `to_json` wrote, or one with only some of its keys."""
+        return cls(**table)

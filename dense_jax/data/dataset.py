@@ -1,0 +1,91 @@
+"""A dataset is named splits of examples that can be read in any order, and a class table.
+
+Each module of `dense_jax.data.datasets` defines one function ``load(data_dir, **options)``;
+its name is the dataset's name. Nothing else has to be edited to add one.
+"""
+
+import dataclasses
+import importlib
+import pathlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from dense_jax.data import datasets
+from dense_jax.data.classes import ClassTable
+from dense_jax.errors import UserError
+
+Example = dict[str, Any]
+"""``image`` uint8 [H, W, 3] RGB, ``label`` uint8 [H, W], ``name`` str, and for some datasets
+``instances`` int32 [H, W] (0 = no object). Transforms turn one example into another."""
+
+
+class Source(Protocol):
+    """Examples of one split, readable in any order and from many threads."""
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Returns one example."""
+        ...
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Returns the height and width of an image without decoding it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Splits and what their labels mean.
+
+    Attributes:
+      name: as given to `load`.
+      classes: names, colours and void of the labels.
+      splits: "train", "val", ... by name.
+      fingerprint: a hash of everything the examples depend on, for the record of a run.
+      description: one line for reports.
+    """
+
+    name: str
+    classes: ClassTable
+    splits: Mapping[str, Source]
+    fingerprint: str
+    description: str
+
+    def split(self, name: str) -> Source:
+        """Returns one split.
+
+        Raises:
+          UserError: there is no such split, or it is empty.
+        """
+        if name not in self.splits:
+            raise UserError(
+                f"dataset {self.name!r} has no split {name!r}; it has {', '.join(self.splits)}"
+            )
+        if not len(self.splits[name]):
+            raise UserError(f"split {name!r} of dataset {self.name!r} has no images")
+        return self.splits[name]
+
+
+def names() -> list[str]:
+    """Returns the names that `load` knows."""
+    return [module.name for module in pkgutil.iter_modules(datasets.__path__)]
+
+
+def load(name: str, data_dir: str | pathlib.Path | None = None, **options: Any) -> Dataset:
+    """Opens a dataset by name; what has to be prepared is prepared once and cached.
+
+    Args:
+      name: one of `names()`.
+      data_dir: the folder with the files, for datasets that have files.
+      **options: what the dataset's own ``load`` takes, such as ``size`` of "shapes".
+
+    Raises:
+      UserError: unknown name, missing folder, or files that are wrong.
+    """
+    if name not in names():
+        raise UserError(f"unknown dataset {name!r}; the known ones are {', '.join(names())}")
+    module = importlib.import_module(f"{datasets.__name__}.{name}")
+    return module.load(pathlib.Path(data_dir).expanduser() if data_dir else None, **options)

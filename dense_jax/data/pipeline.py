@@ -1,0 +1,280 @@
+"""Batches for training (endless, seeded, resumable) and for evaluation (each image once).
+
+A batch is a dict of NumPy arrays: ``images`` float32 [B, H, W, 3], ``labels`` int32 [B, H, W],
+``valid`` bool [B] (False for padding), ``index`` int32 [B], the position in the split, -1 for
+padding. Evaluation adds ``size`` int32 [B, 2], the height and width before padding.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from dense_jax.data.classes import IGNORE_LABEL
+from dense_jax.data.dataset import Example, Source
+from dense_jax.data.transforms import Resize, Transform, window
+
+Batch = dict[str, np.ndarray]
+Size = tuple[int, int]
+
+
+class TrainBatches(Iterator[Batch]):
+    """An endless iterator of training batches; made by `train_batches`.
+
+    Its state is the number of the next batch and nothing else: what a batch holds is a function
+    of (seed, number), so a run goes on with the very next batch whatever the number of threads
+    or worker processes was before and is now.
+    """
+
+    def __init__(self, batches: grain.MapDataset, num_threads: int, num_workers: int):
+        self._batches = batches
+        self._num_threads = num_threads
+        self._num_workers = num_workers
+        self._next = 0
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = next(self._iterator)
+        self._next += 1
+        return batch
+
+    @functools.cached_property
+    def example(self) -> Batch:
+        """The very first batch, whatever the position: for shapes and initialisation."""
+        batch = self._batches[0]
+        assert batch is not None  # Grain's type allows for filters; there is none
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """Returns the position, to be saved with the model; it is JSON."""
+        return {"next_batch": self._next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes to a position; the next batch is the one that followed `get_state`."""
+        self.close()
+        self._next = int(state["next_batch"])
+
+    def close(self) -> None:
+        """Stops threads and worker processes; the next batch would start them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
+
+    def _start(self) -> grain.DatasetIterator:
+        dataset = self._batches[self._next :].to_iter_dataset(_read_options(self._num_threads))
+        if self._num_workers:
+            # Grain's worker processes read absl flags, which a script without absl never parses.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._num_workers))
+        return iter(dataset)
+
+
+def train_batches(
+    source: Source,
+    transforms: Sequence[Transform],
+    batch_size: int,
+    seed: int,
+    *,
+    num_threads: int = 2,
+    num_workers: int = 0,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> TrainBatches:
+    """Returns endless shuffled batches, each epoch in another order.
+
+    The example at a position of the training order, random transforms included, is a function of
+    (seed, position) alone. Several JAX processes take neighbouring blocks of one common order.
+
+    Args:
+      source: the split.
+      transforms: applied in turn to each example; must end in float32 images of one size.
+      batch_size: examples a batch on this process.
+      seed: of the order and of the transforms.
+      num_threads: threads that read and transform.
+      num_workers: worker processes, each with that many threads; 0 works in this process. Scripts
+        that use them need the usual ``if __name__ == "__main__"``.
+      process_index: which share of the order is ours; by default that of `jax.process_index`.
+      process_count: into how many shares it is split.
+
+    Raises:
+      ValueError: in the first batch: images are not of one size, or not normalised.
+    """
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    batches = (
+        grain.MapDataset.source(_Indexed(source))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(_Chain(tuple(transforms)))
+        .batch(batch_size, batch_fn=_collect)
+    )
+    return TrainBatches(batches[index::count], num_threads, num_workers)
+
+
+def eval_batches(
+    source: Source,
+    transforms: Sequence[Transform],
+    batch_size: int,
+    *,
+    size_multiple: int = 32,
+    max_shapes: int = 4,
+    num_threads: int = 2,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> "EvalBatches":
+    """Returns batches that hold every image once, in few shapes, never resized.
+
+    Images are padded below and on the right with zeros, their labels with ignore; the last batch
+    of each shape is filled up with ``valid=False``. All JAX processes see the same number of
+    batches of the same shapes. Each iteration starts anew.
+
+    Args:
+      source: the split.
+      transforms: deterministic ones; usually only `Normalise`.
+      batch_size: examples a batch on this process.
+      size_multiple: heights and widths are rounded up to a multiple of this, in pixels.
+      max_shapes: no more shapes than this; similar ones are joined where it wastes least.
+      num_threads: threads that read.
+      process_index: which share of each batch is ours; by default that of `jax.process_index`.
+      process_count: into how many shares it is split.
+    """
+    process = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    resized = [t.size for t in transforms if isinstance(t, Resize)][-1:]
+    sizes = [resized[0] if resized else source.size(i) for i in range(len(source))]
+    shape_of = padded_shapes(sizes, size_multiple, max_shapes)
+    groups: dict[Size, list[int]] = {}
+    for i, size in enumerate(sizes):
+        groups.setdefault(shape_of[size], []).append(i)
+    plan = []
+    for shape, members in sorted(groups.items()):
+        for start in range(
+            process * batch_size, len(members) + process * batch_size, batch_size * count
+        ):
+            plan.append((shape, members[start : start + batch_size]))
+    load = _LoadPadded(_Indexed(source), _Chain(tuple(transforms)), batch_size)
+    return EvalBatches(grain.MapDataset.source(plan).map(load), num_threads)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatches:
+    """What `eval_batches` returns: a sized iterable that starts anew each time."""
+
+    batches: grain.MapDataset
+    num_threads: int
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        options = _read_options(self.num_threads)
+        with contextlib.closing(iter(self.batches.to_iter_dataset(options))) as iterator:
+            yield from iterator
+
+
+def padded_shapes(sizes: Iterable[Size], multiple: int, max_shapes: int) -> dict[Size, Size]:
+    """Returns the padded shape of each size: rounded up, then joined until few are left.
+
+    Of all pairs of shapes, the two whose union adds the fewest pixels over all images are joined.
+    """
+    counts = Counter(sizes)
+    shape_of = {
+        (h, w): (-(-h // multiple) * multiple, -(-w // multiple) * multiple) for h, w in counts
+    }
+    while len(shapes := sorted(set(shape_of.values()))) > max_shapes:
+        num = {s: sum(counts[k] for k, v in shape_of.items() if v == s) for s in shapes}
+
+        def added(pair: tuple[Size, Size], num: dict[Size, int] = num) -> int:
+            area = math.prod(_union(*pair))
+            return sum(num[shape] * (area - math.prod(shape)) for shape in pair)
+
+        pair = min(itertools.combinations(shapes, 2), key=added)
+        shape_of = {k: _union(*pair) if v in pair else v for k, v in shape_of.items()}
+    return shape_of
+
+
+def _union(a: Size, b: Size) -> Size:
+    return max(a[0], b[0]), max(a[1], b[1])
+
+
+def _read_options(num_threads: int) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2, num_threads))
+
+
+# The parts below are small classes and not closures because worker processes pickle them.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Indexed:
+    """A source whose examples know their index."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return {**self.source[index], "index": index}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+    """All transforms as one, so that the random bits of a position do not depend on Grain."""
+
+    transforms: tuple[Transform, ...]
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        for transform in self.transforms:
+            example = transform(example, rng)
+        if example["image"].dtype != np.float32:
+            raise ValueError("a batch needs float32 images: put Normalise among the transforms")
+        return example
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadPadded:
+    """Turns (shape, indices) into an evaluation batch of that shape."""
+
+    source: _Indexed
+    chain: _Chain
+    batch_size: int
+
+    def __call__(self, item: tuple[Size, list[int]]) -> Batch:
+        shape, indices = item
+        blank = {
+            "image": np.zeros((*shape, 3), np.float32),
+            "label": np.full(shape, IGNORE_LABEL, np.uint8),
+            "index": -1,
+        }
+        rows, sizes = [], np.zeros((self.batch_size, 2), np.int32)
+        for row, index in enumerate(indices):
+            example = self.chain(self.source[index], np.random.default_rng(index))
+            sizes[row] = example["label"].shape
+            rows.append(window(example, 0, 0, shape))
+        return {**_collect(rows + [blank] * (self.batch_size - len(rows))), "size": sizes}
+
+
+def _collect(examples: Sequence[Example]) -> Batch:
+    """Stacks examples into a batch."""
+    sizes = {example["image"].shape[:2] for example in examples}
+    if len(sizes) > 1:
+        raise ValueError(f"images of one batch differ in size, {sizes}: end with RandomCrop(size)")
+    index = np.array([example["index"] for example in examples], np.int32)
+    return {
+        "images": np.stack([example["image"] for example in examples]),
+        "labels": np.stack([example["label"] for example in examples]).astype(np.int32),
+        "valid": index >= 0,
+        "index": index,
+    }
