@@ -1,0 +1,415 @@
+"""One HTML page for a run: curves, per-class table, confusion, best and worst images, protocol.
+
+The page is a single file. Pictures and curves are inlined and nothing is fetched or scripted, so
+it opens offline, can be mailed, and prints.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dense_jax import viz
+from dense_jax.data.classes import ClassTable
+from dense_jax.errors import UserError
+
+_NONE = "\N{EN DASH}"
+_TRAIN, _EVAL = "#94a3b8", "#1d4e89"
+_TITLES = {
+    "loss": "Loss",
+    "mean_iou": "Mean IoU",
+    "pixel_accuracy": "Pixel accuracy",
+    "mean_accuracy": "Mean accuracy",
+    "frequency_weighted_iou": "Frequency-weighted IoU",
+    "boundary_f1": "Boundary F1",
+    "learning_rate": "Learning rate",
+    "images_per_second": "Images per second",
+}
+_HEADLINE = ("mean_iou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "boundary_f1")
+_CURVES = ("loss", "mean_iou", "pixel_accuracy", "learning_rate")
+
+Points = list[tuple[float, float]]
+
+
+def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
+    """Writes ``report.html`` into a run folder and returns its path.
+
+    Reads ``config.json`` (script, config, classes), ``metrics.jsonl`` (rows with ``step``, ``kind``
+    "train" or "eval", and scalars) and ``evaluation.json`` (protocol, scores, per_class, confusion,
+    images) with its pictures. A run without the last two gets a page without their sections.
+
+    Raises:
+      UserError: if there is no readable ``config.json``, or a file in the folder is damaged.
+    """
+    run_dir = pathlib.Path(run_dir)
+    config = _read_json(run_dir / "config.json")
+    if config is None:
+        raise UserError(f"{run_dir} has no config.json: give the folder of a training run")
+    classes = ClassTable.from_json(config["classes"])
+    evaluation = _read_json(run_dir / "evaluation.json") or {}
+    rows = _read_rows(run_dir / "metrics.jsonl")
+    body = [
+        _header(config, evaluation),
+        _tiles(evaluation.get("scores", {})),
+        _section("Training", _curves(rows, classes)),
+        _section("Classes", _class_table(evaluation, classes)),
+        _section("Confusion", _confusion(evaluation, classes)),
+        _section("Images", _gallery(evaluation, classes, run_dir)),
+        _section("How this was scored", _facts(evaluation.get("protocol", {}))),
+        _section("Settings", _details("All flags of this run", _facts(config.get("config", {})))),
+    ]
+    title = html.escape(_title(config, evaluation))
+    page = _PAGE.format(title=title, style=_STYLE, body="\n".join(filter(None, body)))
+    path = run_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): evaluate the run again") from error
+
+
+def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _title(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    name = str(config.get("script", "run")).rsplit(".", 1)[-1]
+    dataset = evaluation.get("protocol", {}).get("dataset") or config["config"].get("dataset", "")
+    return f"{name} on {dataset}" if dataset else name
+
+
+def _header(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    protocol = {**config, **evaluation.get("protocol", {})}
+    count, of = protocol.get("images_scored"), protocol.get("images_in_split")
+    facts = [
+        f"{count} of {of} {protocol.get('split', '')} images scored" if count is not None else "",
+        f"step {protocol['step']}" if "step" in protocol else "",
+        protocol.get("device"),
+        protocol.get("time"),
+    ]
+    line = " · ".join(html.escape(str(fact)) for fact in facts if fact)
+    command = html.escape(str(protocol.get("command", "")))
+    return (
+        f"<header><h1>{html.escape(_title(config, evaluation))}</h1><p>{line}</p>"
+        + (f"<pre>{command}</pre>" if command else "")
+        + "</header>"
+    )
+
+
+def _tiles(scores: Mapping[str, float]) -> str:
+    tiles = [
+        f"<div><b>{_percent(scores[name])}</b><span>{_TITLES[name]}</span></div>"
+        for name in _HEADLINE
+        if name in scores
+    ]
+    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _curves(rows: Sequence[Mapping[str, Any]], classes: ClassTable) -> str:
+    """A chart for each scalar, train and eval together; the usual ones first, the rest folded."""
+    series: dict[str, dict[str, Points]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in ("step", "kind") and isinstance(value, (int, float)):
+                points = series.setdefault(name, {}).setdefault(str(row["kind"]), [])
+                if math.isfinite(value):
+                    points.append((row["step"], value))
+    if not series:
+        return ""
+    charts = {
+        name: _chart(
+            _TITLES.get(name, name.replace("_", " ").capitalize()),
+            [
+                (kind, kinds[kind], colour)
+                for kind, colour in (("train", _TRAIN), ("eval", _EVAL))
+                if kinds.get(kind)
+            ],
+        )
+        for name, kinds in series.items()
+        if "/" not in name
+    }
+    per_class = [
+        (name, series[f"iou/{name}"].get("eval", []), _css(colour))
+        for name, colour in zip(classes.names, classes.colours, strict=True)
+        if f"iou/{name}" in series
+    ]
+    first = [charts.pop(name) for name in _CURVES if name in charts]
+    if per_class:
+        first.append(_chart("IoU of each class", per_class, key=False))
+    more = _details("More curves", _grid(charts.values())) if charts else ""
+    return _grid(first) + more
+
+
+def _chart(title: str, lines: Sequence[tuple[str, Points, str]], *, key: bool = True) -> str:
+    """An SVG line chart; every point carries its value as a tooltip when there are few."""
+    width, height, left, right, top, bottom = 340, 196, 46, 20, 12, 24
+    points = [point for _, line, _ in lines for point in line]
+    if not points:
+        return ""
+    xs = [x for x, _ in points]
+    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(*_robust_range(lines))
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        x = left + (point[0] - x_low) / (x_high - x_low) * (width - left - right)
+        y = (min(point[1], y_high) - y_low) / (y_high - y_low) * (height - top - bottom)
+        return round(x, 1), round(height - bottom - y, 1)
+
+    svg = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">']
+    for tick in y_ticks:
+        _, y = place((x_low, tick))
+        svg.append(f'<path class="rule" d="M{left} {y}H{width - right}"/>')
+        svg.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{tick:.4g}</text>')
+    for tick in x_ticks:
+        if x_low <= tick <= x_high:
+            x, _ = place((tick, y_low))
+            svg.append(f'<text x="{x}" y="{height - 6}" text-anchor="middle">{tick:,.6g}</text>')
+    for name, line, colour in lines:
+        if len(line) > 60:  # the eye wants the trend, the raw values stay behind it
+            svg.append(_path(map(place, _thin(line)), colour, 'opacity=".35"'))
+            line = _smooth(line)
+        svg.append(_path(map(place, _thin(line)), colour, 'stroke-width="2"'))
+        for point in line if len(line) <= 60 else line[-1:]:
+            x, y = place(point)
+            tip = f"{name} {point[1]:.4g} at step {point[0]:,}"
+            svg.append(
+                f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}">'
+                f"<title>{html.escape(tip)}</title></circle>"
+            )
+    svg.append("</svg>")
+    names = [
+        f'<span><i style="background:{colour}"></i>{html.escape(name)} {line[-1][1]:.4g}</span>'
+        for name, line, colour in lines
+        if key and line
+    ]
+    caption = f"<figcaption><b>{html.escape(title)}</b>{''.join(names)}</figcaption>"
+    return f"<figure>{caption}{''.join(svg)}</figure>"
+
+
+def _path(points: Iterable[tuple[float, float]], colour: str, attributes: str) -> str:
+    steps = "L".join(f"{x} {y}" for x, y in points)
+    return f'<path class="line" d="M{steps}" stroke="{colour}" {attributes}/>'
+
+
+def _thin(line: Points, limit: int = 400) -> Points:
+    """At most about `limit` points, the last among them."""
+    return line[:: -max(1, len(line) // limit)][::-1]
+
+
+def _smooth(line: Points) -> Points:
+    """A running mean over a fortieth of the points before and after each."""
+    reach = max(1, len(line) // 40)
+    total = np.concatenate([[0.0], np.cumsum([y for _, y in line])])
+    index = np.arange(len(line))
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(line))
+    means = (total[high] - total[low]) / (high - low)
+    return [(x, float(mean)) for (x, _), mean in zip(line, means, strict=True)]
+
+
+def _robust_range(lines: Sequence[tuple[str, Points, str]]) -> tuple[float, float]:
+    """Lowest and highest value, long lines without their top 2 %: one spike hides no curve."""
+    low, high = [], []
+    for values in ([y for _, y in line] for _, line, _ in lines if line):
+        low.append(min(values))
+        high.append(float(np.quantile(values, 0.98)) if len(values) > 60 else max(values))
+    return min(low), max(high)
+
+
+def _ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that enclose [low, high], about `count` of them."""
+    if high - low <= 1e-12 * max(abs(low), abs(high)):
+        low, high = low - abs(low or 1) / 2, high + abs(high or 1) / 2
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _class_table(evaluation: Mapping[str, Any], classes: ClassTable) -> str:
+    rows = evaluation.get("per_class")
+    if not rows:
+        return ""
+    confusion = np.asarray(evaluation["confusion"])
+    pixels = max(1, sum(row["pixels"] for row in rows))
+    cells = []
+    for i, row in enumerate(rows):
+        iou = row["iou"]
+        bar = f'<div class="bar"><i style="width:{100 * (iou or 0):.1f}%"></i></div>'
+        wrong = np.where(np.arange(len(rows)) == i, 0, confusion[i])
+        taken = _NONE
+        if wrong.any():
+            share = wrong.max() / row["pixels"]
+            taken = f"{html.escape(classes.names[int(wrong.argmax())])} {_percent(share)}"
+        cells.append(
+            f"<tr><td>{_swatch(classes, i)}</td><td>{_percent(iou)}</td><td>{bar}</td>"
+            f"<td>{_percent(row['accuracy'])}</td><td>{_percent(row['pixels'] / pixels)}</td>"
+            f"<td>{taken}</td></tr>"
+        )
+    head = "<th>Class<th>IoU<th><th>Accuracy<th>Share of pixels<th>Most often taken for"
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(cells)}</table></div>'
+
+
+def _confusion(evaluation: Mapping[str, Any], classes: ClassTable) -> str:
+    if "confusion" not in evaluation:
+        return ""
+    confusion = np.asarray(evaluation["confusion"])
+    cell = 68 if len(confusion) <= 30 else max(8, 2000 // len(confusion))
+    picture = viz.confusion_picture(confusion, classes.names, cell=cell)
+    source = _png(picture)
+    return (
+        "<p>Rows are true classes, columns predicted ones; percent of the true class.</p>"
+        f'<img class="confusion" style="max-width:min(100%,{picture.shape[1] // 2}px)" '
+        f'src="{source}" alt="confusion matrix">'
+    )
+
+
+def _gallery(evaluation: Mapping[str, Any], classes: ClassTable, run_dir: pathlib.Path) -> str:
+    """Best and worst images; each picture shows image, label, prediction and errors."""
+    images = evaluation.get("images")
+    if not images:
+        return ""
+    legend = "".join(_swatch(classes, i) for i in range(classes.num_classes))
+    void = f'<span class="class"><i style="background:{_css(classes.palette()[255])}"></i>void'
+    parts = [f'<p class="legend">{legend}{void}</span></p>']
+    for kind in ("worst", "best"):
+        chosen = [image for image in images if image["kind"] == kind]
+        parts.append(f"<h3>{kind.capitalize()}</h3>" if chosen else "")
+        for image in chosen:
+            path, name = run_dir / image["triplet"], html.escape(str(image["name"]))
+            if not path.exists():
+                raise UserError(f"{path} is missing: evaluate the run again")
+            with Image.open(path) as picture:  # small pictures are enlarged: show their pixels
+                style = "image-rendering:pixelated" if picture.width < 800 else ""
+            parts.append(
+                f'<figure class="images"><figcaption><b>{name}</b>'
+                f"<span>mean IoU {_percent(image['score'])}</span></figcaption>"
+                '<div class="heads"><span>image</span><span>label</span>'
+                "<span>prediction</span><span>errors red, void white</span></div>"
+                f'<img src="{_data_uri(path.read_bytes())}" alt="{name}" style="{style}"></figure>'
+            )
+    return "".join(parts)
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    """A two-column list; nested mappings become one line each."""
+    if not facts:
+        return ""
+    rows = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {item}" for key, item in value.items())
+        label = html.escape(str(name).replace("_", " "))
+        rows.append(f"<dt>{label}</dt><dd>{html.escape(str(value))}</dd>")
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
+
+
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>{content}</details>" if content else ""
+
+
+def _grid(figures: Iterable[str]) -> str:
+    return f'<div class="grid">{"".join(figures)}</div>'
+
+
+def _swatch(classes: ClassTable, index: int) -> str:
+    colour, name = _css(classes.colours[index]), html.escape(classes.names[index])
+    return f'<span class="class"><i style="background:{colour}"></i>{name}</span>'
+
+
+def _css(colour: Sequence[int] | np.ndarray) -> str:
+    return "#" + bytes(int(channel) for channel in colour).hex()
+
+
+def _percent(value: float | None) -> str:
+    return _NONE if value is None or math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def _png(picture: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
+    return _data_uri(buffer.getvalue())
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
+<body><main>
+{body}
+</main></body></html>
+"""
+
+_STYLE = """
+*{box-sizing:border-box}
+body{margin:0;background:#f6f7f9;color:#1f2937;font:16px/1.5 system-ui,sans-serif}
+main{max-width:1120px;margin:0 auto;padding:32px 20px 64px}
+h1{font-size:30px;line-height:1.2;margin:0 0 4px;letter-spacing:-.01em}
+h2{font-size:20px;margin:0 0 14px} h3{font-size:16px;margin:22px 0 6px}
+p{margin:0 0 10px;color:#4b5563}
+pre{background:#eceff3;border-radius:8px;padding:10px 14px;margin:10px 0 0;overflow-x:auto;
+font-size:13px}
+section{background:#fff;border:1px solid #e5e7eb;border-radius:12px;padding:20px 22px;
+margin-top:20px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;
+margin-top:20px}
+.tiles div{background:#fff;border:1px solid #e5e7eb;border-radius:12px;padding:14px 18px}
+.tiles div:first-child{background:#1d4e89;border-color:#1d4e89;color:#fff}
+.tiles b{display:block;font-size:28px;line-height:1.2;font-variant-numeric:tabular-nums}
+.tiles span{font-size:13px;opacity:.8}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));
+gap:20px 26px}
+figure{margin:0} figcaption{display:flex;flex-wrap:wrap;gap:0 14px;font-size:14px}
+figcaption b{margin-right:auto} figcaption span{color:#4b5563}
+svg{width:100%;height:auto;display:block}
+svg text{font:11px system-ui,sans-serif;fill:#6b7280}
+.rule{stroke:#e5e7eb} .line{fill:none;stroke-linejoin:round}
+figcaption i,.class i{display:inline-block;width:12px;height:12px;border-radius:3px;
+margin-right:6px;box-shadow:inset 0 0 0 1px #0003}
+.class{white-space:nowrap;margin-right:16px} .legend{margin-bottom:4px}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:15px;font-variant-numeric:tabular-nums}
+th{font-weight:600;font-size:13px;color:#6b7280;text-align:right;padding:4px 12px 8px}
+td{border-top:1px solid #eef0f3;padding:7px 12px;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left;padding-left:0}
+.bar{width:min(220px,18vw);height:9px;border-radius:5px;background:#eceff3}
+.bar i{display:block;height:100%;border-radius:5px;background:#1d4e89}
+img{max-width:100%;display:block} .confusion{margin:6px auto 0}
+.images{margin-top:14px} .images img{width:100%;border-radius:4px}
+.heads{display:grid;grid-template-columns:repeat(4,1fr);font-size:12px;color:#6b7280;
+text-align:center}
+dl{display:grid;grid-template-columns:minmax(120px,max-content) 1fr;gap:4px 22px;margin:0;
+font-size:14px}
+dt{color:#6b7280} dd{margin:0;overflow-wrap:anywhere}
+details{margin-top:8px} summary{cursor:pointer;color:#1d4e89;margin-bottom:8px}
+@media print{body{background:#fff} section{break-inside:avoid}}
+"""

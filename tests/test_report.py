@@ -1,0 +1,135 @@
+import html.parser
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dense_jax import report, viz
+from dense_jax.data.classes import ClassTable
+from dense_jax.errors import UserError
+from dense_jax.metrics import semantic
+
+CLASSES = ClassTable(["sky & <sea>", "road", "absent"], ((1, 2, 3), (200, 0, 0), (0, 0, 200)))
+
+
+class Balance(html.parser.HTMLParser):
+    """Fails on tags that are closed in the wrong order; collects references and words."""
+
+    void = frozenset({"meta", "img", "path", "circle", "th"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.words, self.tags = [], [], [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "action")]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.void:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    labels = np.array([[0, 0, 1, 255], [1, 1, 1, 0]])
+    predictions = np.array([[0, 1, 1, 0], [1, 1, 0, 0]])
+    confusion = np.asarray(semantic.confusion_counts(labels, predictions, 3))
+    summary = semantic.summarise(confusion, CLASSES.names)
+    image = np.zeros((2, 4, 3), np.uint8)
+    (tmp_path / "pictures").mkdir()
+    picture = viz.comparison(image, labels, predictions, CLASSES.palette())
+    Image.fromarray(picture).save(tmp_path / "pictures" / "a.png")
+    write(tmp_path / "config.json", script="experiments.fcn", classes=CLASSES.to_json())
+    write(
+        tmp_path / "evaluation.json",
+        protocol={"dataset": "tiny", "images_scored": 1, "images_in_split": 1, "split": "val"},
+        scores={"mean_iou": summary["mean_iou"], "boundary_f1": float("nan")},
+        per_class=summary["per_class"],
+        confusion=confusion.tolist(),
+        images=[
+            {"name": "<b>.png", "kind": kind, "score": 0.5, "triplet": "pictures/a.png"}
+            for kind in ("best", "worst")
+        ],
+    )
+    rows: list[dict[str, object]] = [
+        {"step": s, "kind": "train", "loss": 2 / s, "learning_rate": 0.1} for s in range(1, 100)
+    ]
+    rows.append({"step": 99, "kind": "eval", "loss": 0.1, "mean_iou": 0.4, "iou/road": None})
+    lines = [json.dumps(row) for row in rows] + ['{"step": 100, "ki']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def write(path, **values):
+    path.write_text(json.dumps({"config": {"dataset": "tiny", "lr": 0.1}} | values))
+
+
+def parse(path):
+    parser = Balance()
+    parser.feed(path.read_text(encoding="utf-8"))
+    assert not parser.open
+    return parser
+
+
+def test_page_is_complete_and_self_contained(run_dir):
+    page = parse(report.write_report(run_dir))
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert len(page.links) == 3  # confusion, best, worst
+    assert not page.tags & {"script", "link", "iframe"}
+    words = " ".join(page.words)
+    for expected in ("fcn on tiny", "1 of 1 val images", "sky & <sea>", "<b>.png", "55.0 %"):
+        assert expected in words
+    assert "url(" not in words
+    assert page.words.count("Loss") == 1
+
+
+def test_run_that_was_never_evaluated_still_has_a_page(run_dir):
+    (run_dir / "evaluation.json").unlink()
+    (run_dir / "metrics.jsonl").unlink()
+    words = parse(report.write_report(run_dir)).words
+    assert "Settings" in words
+    assert "Confusion" not in words
+
+
+@pytest.mark.parametrize("name", ["config.json", "evaluation.json"])
+def test_damaged_file_is_named(run_dir, name):
+    (run_dir / name).write_text('{"a": ')
+    with pytest.raises(UserError, match=re.escape(name)):
+        report.write_report(run_dir)
+
+
+def test_missing_files_are_named(run_dir, tmp_path_factory):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        report.write_report(tmp_path_factory.mktemp("empty"))
+    (run_dir / "pictures" / "a.png").unlink()
+    with pytest.raises(UserError, match=r"a\.png"):
+        report.write_report(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0.31, 0.87), (-3, 4e5), (2, 2), (0, 0), (1e-9, 3e-9), (5, 5 + 1e-13)]
+)
+def test_ticks_enclose_the_values_in_round_steps(low, high):
+    ticks = report._ticks(low, high)
+    assert 3 <= len(ticks) <= 12
+    assert ticks[0] <= low + 1e-9 * abs(low)
+    assert high <= ticks[-1] + 1e-9 * abs(high)
+    assert all(b > a for a, b in itertools.pairwise(ticks))
+
+
+def test_smoothing_is_a_centred_mean_and_thinning_keeps_the_end():
+    line = [(float(i), float(i % 2)) for i in range(1001)]
+    smooth = report._smooth(line)
+    assert smooth[500][1] == pytest.approx(np.mean([y for _, y in line[475:526]]))
+    thin = report._thin(line)
+    assert len(thin) <= 600
+    assert thin[-1] == line[-1]
