@@ -132,7 +132,7 @@ class FCN(nn.Module):
         return outputs
 
 
-_ALEXNET = (
+ALEXNET_LAYERS = (
     Layer("conv1", 11, 4, 100, 96),
     Layer("pool1", 3, 2),
     Layer("norm1"),
@@ -169,14 +169,14 @@ class FCNAlexNet(nn.Module):
         """Returns "logits", float32, "score_fr" and the trunk's layers by name."""
         size = vgg.image_size(images)
         trunk = Stack(
-            _ALEXNET,
+            ALEXNET_LAYERS,
             width=self.width,
             dropout_rate=self.dropout_rate,
             axis_name=self.axis_name,
             dtype=self.dtype,
         )
         nn.share_scope(self, trunk)
-        outputs, grid = trunk(images, train=train), vgg.grids(_ALEXNET)["fc7"]
+        outputs, grid = trunk(images, train=train), vgg.grids(ALEXNET_LAYERS)["fc7"]
         outputs["score_fr"] = scores = _score(
             outputs["fc7"], self.num_classes, self.score_init, self.dtype, "score_fr"
         )
