@@ -5,6 +5,7 @@ Full-size networks are only traced. Numbers come from thin ones with parameters 
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -20,6 +21,11 @@ def shapes_of(model: nn.Module, image_shape: Sequence[int]):
     images = jax.ShapeDtypeStruct(tuple(image_shape), jnp.float32)
     init = functools.partial(model.init_with_output, train=False)
     return jax.eval_shape(init, jax.random.key(0), images)
+
+
+def apply(model: nn.Module, variables: Any, images: jax.typing.ArrayLike, **options) -> Any:
+    """Returns the outputs of a network, in evaluation unless `train=True` is given."""
+    return model.apply(variables, images, **{"train": False, **options})
 
 
 def random_variables(model: nn.Module, image_shape: Sequence[int], seed: int = 0):
@@ -68,7 +74,7 @@ def check_thin(
     ignored[1] = 255
 
     def loss_fn(params, images, labels):
-        logits = model.apply({**variables, "params": params}, images, train=True)["logits"]
+        logits = apply(model, {**variables, "params": params}, images, train=True)["logits"]
         return jnp.sum(losses.softmax_cross_entropy(logits, labels)), logits
 
     step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
@@ -91,5 +97,5 @@ def check_thin(
     (other_loss, _), other_grads = step(params, other, ignored)
     chex.assert_trees_all_close((other_loss, other_grads), (loss, grads), rtol=1e-4, atol=1e-5)
 
-    eager = model.apply(variables, images, train=False)["logits"]
+    eager = apply(model, variables, images)["logits"]
     np.testing.assert_allclose(eager, logits, rtol=1e-4, atol=1e-4)

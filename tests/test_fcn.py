@@ -23,7 +23,7 @@ thin = functools.partial(fcn.FCN, num_classes=3, width=1 / 64, dropout_rate=0.0)
 
 
 def apply(model, variables, images):
-    return jax.jit(functools.partial(model.apply, train=False))(variables, images)
+    return jax.jit(functools.partial(contract.apply, model))(variables, images)
 
 
 def bilinear_up(x, stride):

@@ -49,8 +49,10 @@ def test_dropout_follows_both_connected_layers_and_only_in_training():
     stack = vgg.Stack((Layer("fc6", features=64), Layer("fc7", features=64)), dropout_rate=0.5)
     variables = contract.random_variables(stack, (1, 4, 4, 3))
     images = np.ones((1, 4, 4, 3), np.float32)
-    still = stack.apply(variables, images, train=False)
-    moved = stack.apply(variables, images, train=True, rngs={"dropout": jax.random.key(0)})
+    still = contract.apply(stack, variables, images)
+    moved = contract.apply(
+        stack, variables, images, train=True, rngs={"dropout": jax.random.key(0)}
+    )
     kept = moved["fc6"] != 0
     np.testing.assert_allclose(moved["fc6"][kept], 2 * still["fc6"][kept], rtol=1e-6)
     for name in ("fc6", "fc7"):
@@ -97,7 +99,7 @@ def test_fields_are_where_the_gradients_are():
     @jax.jit
     @jax.grad
     def gradient(images):
-        outputs = stack.apply(variables, images, train=False)
+        outputs = contract.apply(stack, variables, images)
         pairs = enumerate(units.items())
         return sum(outputs[name][2 * n : 2 * n + 2, 0, unit].sum() for n, (name, unit) in pairs)
 

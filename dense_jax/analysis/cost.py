@@ -1,0 +1,120 @@
+"""What a network costs: parameters and arithmetic of each layer, without running it.
+
+Counting rule. One multiplication and one addition are two operations (FLOPs). Counted are
+convolutions and matrix products as the traced program holds them, taps that fall on padding
+included, for one forward pass. A convolution of fractional stride counts each input value once per
+kernel tap: the zeros between its input values are a way of writing it, not work. Everything else
+(bias, ReLU, pooling, sums) is left out, as is usual: in VGG-16 it is below one percent.
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.extend import core
+
+_MARK = "layer:"  # Opens the scope name by which an operation tells its layer.
+
+
+class Row(NamedTuple):
+    """One layer: path of names, shape of its output, number of parameters and of operations."""
+
+    name: str
+    shape: tuple[int, ...] | None
+    num_params: int
+    flops: int
+
+
+def _shape(variable) -> tuple[int, ...]:
+    return variable.aval.shape
+
+
+def _conv_flops(eqn: core.JaxprEqn) -> int:
+    x, kernel, y = map(_shape, (*eqn.invars, *eqn.outvars))
+    layout, inserted = eqn.params["dimension_numbers"], eqn.params["lhs_dilation"]
+    positions = y[layout.out_spec[0]]
+    for x_axis, y_axis, zeros in zip(
+        layout.lhs_spec[2:], layout.out_spec[2:], inserted, strict=True
+    ):
+        positions *= x[x_axis] if zeros > 1 else y[y_axis]
+    return 2 * positions * math.prod(kernel)
+
+
+def _dot_flops(eqn: core.JaxprEqn) -> int:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    x, y = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    return 2 * math.prod(y) * math.prod(x[axis] for axis in contracted)
+
+
+_FLOPS = {"conv_general_dilated": _conv_flops, "dot_general": _dot_flops}
+
+
+def _walk(jaxpr: core.Jaxpr, scope: str = "", times: int = 1) -> Iterator[tuple[str, int]]:
+    """Yields (scope, operations) of each counted equation, those of inner programs included."""
+    for eqn in jaxpr.eqns:
+        inside = f"{scope}/{eqn.source_info.name_stack}"
+        if eqn.primitive.name in _FLOPS:
+            yield inside, times * _FLOPS[eqn.primitive.name](eqn)
+        repeats = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for inner in core.jaxprs_in_params(eqn.params):
+            yield from _walk(inner, inside, times * repeats)
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> int:
+    """Returns the operations of `function(*args)` by the rule above; args may be shapes only."""
+    return sum(flops for _, flops in _walk(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+def summarise(model: nn.Module, image_shape: tuple[int, int, int, int]) -> list[Row]:
+    """Returns one row per layer that holds parameters or does counted work, in order of use.
+
+    Args:
+      model: a network, called as `model(images, train=False)`.
+      image_shape: [B, H, W, C]; nothing of this size is computed or allocated.
+    """
+    shapes: dict[tuple[str, ...], tuple[int, ...] | None] = {}
+
+    def record(call, args, kwargs, context):
+        path = context.module.path
+        with jax.named_scope(_MARK + ".".join(path)):
+            output = call(*args, **kwargs)
+        shapes[path] = output.shape if isinstance(output, jax.Array) else None
+        return output
+
+    images = jax.ShapeDtypeStruct(image_shape, jnp.float32)
+    variables = jax.eval_shape(
+        functools.partial(model.init, train=False), jax.random.key(0), images
+    )
+    with nn.intercept_methods(record):
+        program = jax.make_jaxpr(functools.partial(model.apply, train=False))(variables, images)
+
+    num_params = Counter[tuple[str, ...]]()
+    for path, leaf in traverse_util.flatten_dict(variables["params"]).items():
+        num_params[path[:-1]] += math.prod(leaf.shape)
+    flops = Counter[str]()
+    for scope, count in _walk(program.jaxpr):
+        flops[scope.rpartition(_MARK)[2].partition("/")[0]] += count
+    rows = [
+        Row(".".join(path) or "(model)", shape, num_params[path], flops[".".join(path)])
+        for path, shape in shapes.items()
+    ]
+    return [row for row in rows if row.num_params or row.flops]
+
+
+def format_table(rows: list[Row]) -> str:
+    """Returns the rows as text: a header, one line per layer and the sums."""
+    total = Row("total", None, sum(r.num_params for r in rows), sum(r.flops for r in rows))
+    lines = [("layer", "output", "parameters", "GFLOPs")]
+    for row in [*rows, total]:
+        shape = "x".join(map(str, row.shape)) if row.shape else ""
+        lines.append((row.name, shape, f"{row.num_params:,}", f"{row.flops / 1e9:,.3f}"))
+    name, shape, params, flops = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join(
+        f"{a:{name}}  {b:{shape}}  {c:>{params}}  {d:>{flops}}" for a, b, c, d in lines
+    )
