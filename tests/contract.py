@@ -23,9 +23,9 @@ def shapes_of(model: nn.Module, image_shape: Sequence[int]):
     return jax.eval_shape(init, jax.random.key(0), images)
 
 
-def apply(model: nn.Module, variables: Any, images: jax.typing.ArrayLike, **options) -> Any:
-    """Returns the outputs of a network, in evaluation unless `train=True` is given."""
-    return model.apply(variables, images, **{"train": False, **options})
+def apply(model: nn.Module, variables: Any, images: Any, train: bool = False, **options) -> Any:
+    """Returns the outputs of a network."""
+    return model.apply(variables, images, train=train, **options)
 
 
 def random_variables(model: nn.Module, image_shape: Sequence[int], seed: int = 0):
