@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import pathlib
 import pkgutil
+import types
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -74,6 +75,31 @@ def names() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(datasets.__path__)]
 
 
+def module(name: str) -> types.ModuleType:
+    """Returns the module of a dataset.
+
+    Raises:
+      UserError: unknown name.
+    """
+    if name not in names():
+        raise UserError(f"unknown dataset {name!r}; the known ones are {', '.join(names())}")
+    return importlib.import_module(f"{datasets.__name__}.{name}")
+
+
+def folder(data_dir: str | pathlib.Path | None) -> pathlib.Path | None:
+    """Returns the folder that a user named, "~" resolved.
+
+    Raises:
+      UserError: there is no such folder.
+    """
+    if data_dir is None:
+        return None
+    path = pathlib.Path(data_dir).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give the folder of the dataset with --data-dir")
+    return path
+
+
 def load(name: str, data_dir: str | pathlib.Path | None = None, **options: Any) -> Dataset:
     """Opens a dataset by name; what has to be prepared is prepared once and cached.
 
@@ -85,7 +111,4 @@ def load(name: str, data_dir: str | pathlib.Path | None = None, **options: Any) 
     Raises:
       UserError: unknown name, missing folder, or files that are wrong.
     """
-    if name not in names():
-        raise UserError(f"unknown dataset {name!r}; the known ones are {', '.join(names())}")
-    module = importlib.import_module(f"{datasets.__name__}.{name}")
-    return module.load(pathlib.Path(data_dir).expanduser() if data_dir else None, **options)
+    return module(name).load(folder(data_dir), **options)

@@ -1,0 +1,216 @@
+"""The label doctor: reads every file of a dataset and reports what is wrong and what is odd.
+
+Wrong data (a value that is no class, colours for ids, damaged or missing files, sizes that
+differ) stops a run: in JAX a label out of range raises nothing and only spoils the loss. Odd data
+(classes that never occur, mostly void images, one image in two splits) is reported.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from dense_jax.data import dataset as dataset_lib
+from dense_jax.data.classes import IGNORE_LABEL, ClassTable
+from dense_jax.data.files import Files, Pair, Sample, digest, read_pair
+from dense_jax.errors import UserError
+
+_MOSTLY_VOID = 0.5
+"""An image with a larger share of void pixels than this is among the worst."""
+
+_GENERATED_SAMPLE = 200
+"""Of a dataset without files, so many examples of each split are looked at."""
+
+
+@dataclasses.dataclass
+class SplitReport:
+    """Findings on one split.
+
+    Attributes:
+      pixels: how often each class occurs, by id.
+      images_with: in how many images each class occurs, by id.
+      void_pixels: how many pixels do not count.
+      names, sizes, void_shares, image_digests, label_digests: one for each good image, in order.
+    """
+
+    pixels: list[int]
+    images_with: list[int]
+    void_pixels: int = 0
+    names: list[str] = dataclasses.field(default_factory=list)
+    sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    void_shares: list[float] = dataclasses.field(default_factory=list)
+    image_digests: list[str] = dataclasses.field(default_factory=list)
+    label_digests: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Report:
+    """What the doctor found; printing it shows all there is to know.
+
+    Attributes:
+      name: of the dataset.
+      classes: its class table.
+      splits: findings by split.
+      errors: one line for each file that is wrong.
+    """
+
+    name: str
+    classes: ClassTable
+    splits: dict[str, SplitReport] = dataclasses.field(default_factory=dict)
+    errors: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, split: str, name: str, label: np.ndarray, image_digest: str) -> None:
+        """Counts one image; ``label`` is [H, W] with class ids and `IGNORE_LABEL`."""
+        zeros = [0] * self.classes.num_classes
+        found = self.splits.setdefault(split, SplitReport(zeros, zeros))
+        counts = np.bincount(label.ravel(), minlength=256)
+        classes = counts[: self.classes.num_classes]
+        void = int(counts[IGNORE_LABEL])
+        found.pixels = (classes + found.pixels).tolist()
+        found.images_with = ((classes > 0) + np.array(found.images_with)).tolist()
+        found.void_pixels += void
+        found.names.append(name)
+        found.sizes.append((label.shape[0], label.shape[1]))
+        found.void_shares.append(void / label.size)
+        found.image_digests.append(image_digest)
+        found.label_digests.append(digest(label))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that was read: class table, names, pixels of images and labels."""
+        return hashlib.blake2b(json.dumps(self.to_json()).encode(), digest_size=8).hexdigest()
+
+    def warnings(self) -> list[str]:
+        """Returns one line for each thing that is odd but may be meant."""
+        lines = []
+        for split, found in self.splits.items():
+            absent = [n for n, k in zip(self.classes.names, found.pixels, strict=True) if not k]
+            if absent:
+                lines.append(f"{split}: no pixel of {', '.join(absent)}")
+            if absent and found.void_pixels > sum(found.pixels):
+                lines.append(
+                    f"{split}: most pixels are void (file value {self.classes.void_values}); if"
+                    " that is a class, move it to the values of the class table"
+                )
+            void = [n for n, s in zip(found.names, found.void_shares, strict=True) if s == 1]
+            if void:
+                lines.append(f"{split}: every pixel is void in {len(void)}, such as {void[0]}")
+        first: dict[str, str] = {}
+        for split, found in self.splits.items():
+            for name, pixels in zip(found.names, found.image_digests, strict=True):
+                here, there = f"{split}/{name}", first.setdefault(pixels, f"{split}/{name}")
+                if there != here:
+                    lines.append(f"{here} has the same pixels as {there}: remove one of them")
+        return lines
+
+    def worst(self, number: int = 10) -> list[str]:
+        """Returns the files that are wrong, then the images with the largest void share."""
+        shares = [
+            (share, f"{split}/{name}: {share:.0%} of the pixels are void")
+            for split, found in self.splits.items()
+            for name, share in zip(found.names, found.void_shares, strict=True)
+            if share > _MOSTLY_VOID
+        ]
+        return (self.errors + [line for _, line in sorted(shares, reverse=True)])[:number]
+
+    def raise_if_broken(self) -> None:
+        """Stops a run on wrong data.
+
+        Raises:
+          UserError: names the first wrong file and how many more there are.
+        """
+        if self.errors:
+            more = len(self.errors) - 1
+            rest = f" ({more} more; python -m dense_jax check-data lists them)" if more else ""
+            raise UserError(self.errors[0] + rest)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the findings as plain lists; `from_json` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, report: dict[str, Any]) -> "Report":
+        """Builds the report that `to_json` wrote."""
+        splits = {split: SplitReport(**found) for split, found in report["splits"].items()}
+        for found in splits.values():
+            found.sizes = [(height, width) for height, width in found.sizes]
+        classes = ClassTable.from_json(report["classes"])
+        return cls(report["name"], classes, splits, report["errors"])
+
+    def __str__(self) -> str:
+        rows = [["", *self.splits]]
+        for i, name in enumerate(self.classes.names):
+            shares = (found.pixels[i] / max(1, sum(found.pixels)) for found in self.splits.values())
+            rows.append([f"{i:3} {name}", *(f"{share:.2%}" for share in shares)])
+        for title, values in (
+            ("void", (f"{np.mean(s.void_shares):.2%}" for s in self.splits.values())),
+            ("images", (str(len(s.names)) for s in self.splits.values())),
+        ):
+            rows.append([f"    {title}", *values])
+        wide = max(len(row[0]) for row in rows) + 2
+        lines = [f"dataset {self.name}: share of pixels by class (void apart)"]
+        lines += [row[0].ljust(wide) + "".join(cell.rjust(10) for cell in row[1:]) for row in rows]
+        for title, found in (
+            (f"{len(self.errors)} wrong files", self.errors),
+            ("to look at", self.warnings()),
+            ("worst", self.worst()),
+        ):
+            lines += [f"{title}:", *(f"  {line}" for line in found)] if found else []
+        return "\n".join(lines if self.errors else [*lines, "no errors"])
+
+
+def scan(files: Files, report: Report, split: str) -> Iterator[tuple[Pair, Sample]]:
+    """Reads the pairs of a split in order on all cores, adds them to the report, yields the good.
+
+    Pillow decodes outside Python's lock, so threads are enough.
+    """
+    pairs = [pair for pair in files.pairs if pair.split == split]
+    progress = tqdm.tqdm(desc=f"checking {files.name} {split}", total=len(pairs), disable=None)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress:
+        for i in range(0, len(pairs), 64):  # a chunk at a time bounds the memory
+            chunk = pairs[i : i + 64]
+            read = [pool.submit(read_pair, pair, files.classes) for pair in chunk]
+            for pair, future in zip(chunk, read, strict=True):
+                progress.update()
+                try:
+                    sample = future.result()
+                except UserError as error:
+                    report.errors.append(str(error))
+                    continue
+                report.add(split, pair.name, sample.label, sample.digest)
+                yield pair, sample
+
+
+def check_dataset(name: str, data_dir: str | pathlib.Path | None = None, **options: Any) -> Report:
+    """Examines a dataset without preparing it: every file of it, or what it generates.
+
+    Args:
+      name: one of `dataset.names()`.
+      data_dir: the folder with its files.
+      **options: as of `dataset.load`.
+
+    Raises:
+      UserError: unknown name, or no dataset in the folder. Wrong files are in the report.
+    """
+    module = dataset_lib.module(name)
+    if hasattr(module, "find"):
+        files = module.find(dataset_lib.folder(data_dir), **options)
+        report = Report(name, files.classes)
+        for split in files.splits:
+            collections.deque(scan(files, report, split), maxlen=0)
+        return report
+    dataset = dataset_lib.load(name, data_dir, **options)
+    report = Report(name, dataset.classes)
+    for split, source in dataset.splits.items():
+        for i in range(min(len(source), _GENERATED_SAMPLE)):
+            example = source[i]
+            report.add(split, example["name"], example["label"], digest(example["image"]))
+    return report

