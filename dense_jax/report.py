@@ -320,7 +320,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
     for name, value in facts.items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{key} {item}" for key, item in value.items())
-        label = html.escape(str(name).replace("_", " "))
+        label = html.escape(name.replace("_", " "))
         rows.append(f"<dt>{label}</dt><dd>{html.escape(str(value))}</dd>")
     return f"<dl>{''.join(rows)}</dl>"
 

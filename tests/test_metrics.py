@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dense_jax.metrics import semantic
+from dense_jax.metrics import boundary, semantic
 
 
 def slow_confusion(labels, predictions, num_classes):
@@ -129,3 +129,97 @@ def test_any_split_of_the_set_gives_the_same_bits():
 def test_totals_beyond_int32():
     total = semantic.add(np.array([[2**31 - 1]]), np.array([[2**31 - 1]], np.int32))
     assert total[0, 0] == 2**32 - 2
+
+
+def slow_boundary_f1(labels, predictions, num_classes, radius, match, classes):
+    """Straight from the definitions: loops over pixels, Kuhn's augmenting paths."""
+
+    def edge(mask):
+        height, width = mask.shape
+        points = []
+        for i, j in np.ndindex(height, width):
+            pairs = []
+            if i + 1 < height:
+                pairs.append((mask[i, j], mask[i + 1, j]))
+            if j + 1 < width:
+                pairs.append((mask[i, j], mask[i, j + 1]))
+            if i + 1 < height and j + 1 < width:
+                pairs.append((mask[i, j + 1], mask[i + 1, j + 1]))
+                pairs.append((mask[i + 1, j], mask[i + 1, j + 1]))
+            if any(a != b for a, b in pairs):
+                points.append((i, j))
+        return points
+
+    scores = []
+    for c in range(num_classes):
+        true, predicted = edge(labels == c), edge(predictions == c)
+        if not true and (classes == "gt" or not predicted):
+            continue
+        near = [[np.hypot(a - x, b - y) <= radius for x, y in predicted] for a, b in true]
+        if match == "distance":
+            hit_true = sum(any(row) for row in near)
+            hit_predicted = sum(any(row[k] for row in near) for k in range(len(predicted)))
+        else:
+            partner = {}
+
+            def augment(i, seen, near=near, partner=partner):
+                for k, reachable in enumerate(near[i]):
+                    if reachable and k not in seen:
+                        seen.add(k)
+                        if k not in partner or augment(partner[k], seen):
+                            partner[k] = i
+                            return True
+                return False
+
+            hit_true = hit_predicted = sum(augment(i, set()) for i in range(len(true)))
+        if not hit_true:
+            scores.append(0.0)
+            continue
+        precision, recall = hit_predicted / len(predicted), hit_true / len(true)
+        scores.append(2 * precision * recall / (precision + recall))
+    return np.mean(scores) if scores else np.nan
+
+
+@pytest.mark.parametrize("match", ["distance", "assignment"])
+@pytest.mark.parametrize("classes", ["union", "gt"])
+def test_boundary_f1_equals_slow_twin(match, classes):
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        labels = np.kron(rng.choice([0, 1, 2, 255], (3, 4)), np.ones((4, 4), int))
+        predictions = np.kron(rng.choice([0, 1, 2], (3, 4)), np.ones((4, 4), int))
+        for tolerance in (0.0, 0.1, 0.15):
+            ours = boundary.image_boundary_f1(
+                labels, predictions, 4, tolerance=tolerance, match=match, classes=classes
+            )
+            radius = tolerance * np.hypot(12, 16)
+            slow = slow_boundary_f1(labels, predictions, 4, radius, match, classes)
+            assert ours == pytest.approx(slow, nan_ok=True)
+
+
+@pytest.mark.parametrize("match", ["distance", "assignment"])
+def test_boundary_shift_of_four_pixels_is_within_tolerance_and_of_five_is_not(match):
+    labels = np.zeros((360, 480), np.uint8)
+    labels[100:200, 100:300] = 1
+    score = [
+        boundary.image_boundary_f1(labels, np.roll(labels, shift, 1), 2, match=match)
+        for shift in (0, 4, 5)
+    ]
+    assert score[:2] == [1, 1]
+    assert score[2] < 1
+
+
+def test_boundary_f1_without_boundaries():
+    flat, half = np.zeros((4, 6), int), np.repeat([[0] * 3 + [1] * 3], 4, 0)
+    assert np.isnan(boundary.image_boundary_f1(flat, flat, 3))  # no boundary at all
+    assert boundary.image_boundary_f1(half, flat, 3) == 0
+    assert boundary.image_boundary_f1(flat, half, 3) == 0
+    assert np.isnan(boundary.image_boundary_f1(flat, half, 3, classes="gt"))
+    assert boundary.image_boundary_f1(np.array([[0, 1]]), np.array([[0, 1]]), 3) == 1
+    with pytest.raises(ValueError, match=r"\(4, 6\)"):
+        boundary.image_boundary_f1(flat, flat[:2], 3)
+
+
+def test_boundary_map_by_hand():
+    region = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 1]], bool)
+    expected = [[1, 1, 0], [1, 1, 1], [0, 1, 0]]
+    np.testing.assert_array_equal(boundary.boundary_map(region), np.array(expected, bool))
