@@ -1,6 +1,10 @@
 """Datasets of files: what is found, what is packed, and what each kind of damage is called."""
 
+import contextlib
 import json
+import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -49,6 +53,13 @@ def test_folder_round_trip(own):
             assert source.size(i) == written.shape
     again = dataset.load("folder", own)
     assert again.fingerprint == data.fingerprint == check.check_dataset("folder", own).fingerprint
+
+
+def test_records_reach_worker_processes(own):
+    source = dataset.load("folder", own).split("train")
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy[5]["name"] == source[5]["name"]
+    assert len(pickle.dumps(source)) < 10_000  # the place of the records, not the records
 
 
 def test_changed_files_are_prepared_again(own):
@@ -121,6 +132,19 @@ def _truncate(path):
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def _png(width, height, *, depth):
+    """The bytes of a blank grey PNG with few bits, which Pillow does not write."""
+
+    def chunk(kind, data):
+        crc = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
+    rows = (b"\0" + b"\0" * (width * depth // 8)) * height
+    end = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + end
+
+
 DAMAGE = {
     "out of range": (
         lambda r: _write_pair(r, "tile3", label=np.full((12, 16), 9, np.uint8)),
@@ -165,6 +189,10 @@ DAMAGE = {
     "label as JPEG": (
         lambda r: Image.new("L", (16, 12)).save(r / "labels/tile3.png", "JPEG"),
         r"labels/tile3\.png: JPEG changes label values; save",
+    ),
+    "four bits": (
+        lambda r: (r / "labels/tile3.png").write_bytes(_png(16, 12, depth=4)),
+        r"labels/tile3\.png: readers stretch the 4-bit greys to 0\.\.255; save",
     ),
     "no class table": (
         lambda r: (r / "classes.txt").unlink(),
@@ -248,6 +276,26 @@ def test_the_doctor_explains_masks_of_0_and_255(own):
     assert any(
         "move it to the values" in line for line in check.check_dataset("folder", own).warnings()
     )
+
+
+def test_damage_at_any_byte_never_ends_in_a_traceback(own):
+    pair, classes = folder.find(own).pairs[0], folder.read_classes(own)
+    rng = np.random.default_rng(0)
+    for path in (pair.image, pair.label):
+        whole = path.read_bytes()
+        for _ in range(150):
+            data = bytearray(whole[: rng.integers(1, len(whole) + 1)])
+            data[rng.integers(len(data))] = rng.integers(256)
+            path.write_bytes(data)
+            with contextlib.suppress(UserError):  # a changed pixel can also go unseen
+                files.read_pair(pair, classes)
+        path.write_bytes(whole)
+
+
+def test_the_doctor_shows_labels_over_images(own):
+    sheet = check.sheet(dataset.load("folder", own), number=5)
+    assert sheet.dtype == np.uint8
+    assert sheet.shape[-1] == 3
 
 
 def test_the_doctor_counts_generated_pictures():

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from dense_jax import viz
 from dense_jax.data import dataset as dataset_lib
 from dense_jax.data.classes import IGNORE_LABEL, ClassTable
+from dense_jax.data.dataset import Dataset
 from dense_jax.data.files import Files, Pair, Sample, digest, read_pair
 from dense_jax.errors import UserError
 
@@ -214,3 +216,22 @@ def check_dataset(name: str, data_dir: str | pathlib.Path | None = None, **optio
             example = source[i]
             report.add(split, example["name"], example["label"], digest(example["image"]))
     return report
+
+
+def sheet(dataset: Dataset, split: str = "train", number: int = 12) -> np.ndarray:
+    """Returns a picture, uint8 [H, W, 3]: evenly picked images under their labels, and a legend.
+
+    To see at a glance whether the labels lie where they should and have the names they should.
+    """
+    source, palette = dataset.split(split), dataset.classes.palette()
+    picked = np.unique(np.linspace(0, len(source) - 1, number).astype(int))
+    examples = [source[int(i)] for i in picked]
+    overlays = [viz.overlay(e["image"], e["label"], palette) for e in examples]
+    parts = [viz.contact_sheet(overlays, columns=4), viz.legend(dataset.classes.names, palette)]
+    width = max(part.shape[1] for part in parts)
+    return np.concatenate(
+        [
+            np.pad(part, ((0, 0), (0, width - part.shape[1]), (0, 0)), constant_values=255)
+            for part in parts
+        ]
+    )

@@ -19,6 +19,8 @@ from dense_jax.errors import UserError
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
+_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
@@ -160,7 +162,7 @@ def _open(data: bytes, path: pathlib.Path | str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three
+    except _PILLOW_ERRORS as error:
         reason = "truncated" if "truncated" in str(error) else "not an image or damaged"
         raise UserError(f"{path}: the file is {reason}; restore or remove it") from None
     return image
@@ -170,7 +172,8 @@ def _read_label_values(path: pathlib.Path) -> np.ndarray:
     """Returns the numbers in a label file, [H, W]."""
     if path.suffix == ".mat":
         return _read_sbd(path)
-    image = _open(_read(path), path)
+    data = _read(path)
+    image = _open(data, path)
     remedy = "save class ids as an 8-bit grey or palette PNG"
     if image.format == "JPEG":
         raise UserError(f"{path}: JPEG changes label values; {remedy}")
@@ -182,6 +185,8 @@ def _read_label_values(path: pathlib.Path) -> np.ndarray:
         )
     if image.mode not in ("1", "L", "P"):
         raise UserError(f"{path}: the label holds colours ({image.mode}), not class ids; {remedy}")
+    if image.format == "PNG" and image.mode == "L" and data[24] < 8:  # the depth in its header
+        raise UserError(f"{path}: readers stretch the {data[24]}-bit greys to 0..255; {remedy}")
     return np.asarray(image, np.uint8)
 
 

@@ -110,9 +110,12 @@ def open_files(files: Files) -> Dataset:
             f"{folder}: cannot keep the prepared dataset here ({error.strerror or error});"
             " set DENSE_JAX_CACHE to a folder with space that you may write"
         ) from error
-    report = Report.from_json(builder.info.metadata)
+    reader: Any = tfds.builder_from_directory(
+        builder.data_dir
+    )  # worker processes can pickle this one
+    report = Report.from_json(reader.info.metadata)
     splits = {
-        split: Records(builder.as_data_source(split, decoders=_RAW), found.sizes)
+        split: Records(reader.as_data_source(split, decoders=_RAW), found.sizes)
         for split, found in report.splits.items()
     }
     return Dataset(files.name, files.classes, splits, report.fingerprint, files.description)

@@ -10,6 +10,7 @@ The class table is one of
                              [...]}; only names is needed. "values" are the numbers in the files.
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -79,17 +80,19 @@ def _find_pairs(root: pathlib.Path) -> list[Pair]:
     val = {pair.name for pair in order[: round(_VAL_SHARE * len(order))]}
     train = [pair for pair in everything if pair.name not in val]
     return train + [
-        Pair("val", pair.name, pair.image, pair.label) for pair in everything if pair.name in val
+        dataclasses.replace(pair, split="val") for pair in everything if pair.name in val
     ]
 
 
 def _listed(path: pathlib.Path, pairs: Sequence[Pair]) -> list[Pair]:
     by_name = {pair.name: pair for pair in pairs}
-    names = [pathlib.PurePath(line.strip()).stem for line in path.read_text().splitlines() if line]
-    for name in names:
-        if name not in by_name:
-            raise UserError(f"{path}: {name!r} is not among the images; add it or mend the list")
-    return [Pair(path.stem, n, by_name[n].image, by_name[n].label) for n in names]
+    listed = []
+    for line in filter(None, map(str.strip, path.read_text().splitlines())):
+        pair = by_name.get(line) or by_name.get(pathlib.PurePath(line).stem)
+        if pair is None:
+            raise UserError(f"{path}: {line!r} is not among the images; add it or mend the list")
+        listed.append(dataclasses.replace(pair, split=path.stem))
+    return listed
 
 
 def load(data_dir: pathlib.Path | None = None) -> Dataset:
