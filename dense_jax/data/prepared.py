@@ -100,25 +100,32 @@ def open_files(files: Files) -> Dataset:
       UserError: a file is wrong (see `dense_jax.data.files`), or the cache cannot be written.
     """
     folder = cache_dir() / f"{files.name}-{_key(files)}"
-    tfds.disable_progress_bar()  # `scan` has its own
-    try:
-        builder = _Builder(files, folder)
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
-            builder.download_and_prepare()  # nothing is left to do if it was done before
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot keep the prepared dataset here ({error.strerror or error});"
-            " set DENSE_JAX_CACHE to a folder with space that you may write"
-        ) from error
-    reader: Any = tfds.builder_from_directory(
-        builder.data_dir
-    )  # worker processes can pickle this one
+    records = folder / files.name / _VERSION
+    if not records.exists():
+        _prepare(files, folder, records)
+    # Unlike our builder, this one can be pickled for worker processes.
+    reader: Any = tfds.builder_from_directory(records)
     report = Report.from_json(reader.info.metadata)
     splits = {
         split: Records(reader.as_data_source(split, decoders=_RAW), found.sizes)
         for split, found in report.splits.items()
     }
     return Dataset(files.name, files.classes, splits, report.fingerprint, files.description)
+
+
+def _prepare(files: Files, folder: pathlib.Path, records: pathlib.Path) -> None:
+    """Fills ``folder``; TFDS moves the finished ``records`` to their place at the very end."""
+    tfds.disable_progress_bar()  # `scan` has its own
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
+            _Builder(files, folder).download_and_prepare()
+    except OSError as error:
+        if records.exists():  # another process was faster
+            return
+        raise UserError(
+            f"{folder}: cannot keep the prepared dataset here ({error.strerror or error});"
+            " set DENSE_JAX_CACHE to a folder with space that you may write"
+        ) from error
 
 
 def _key(files: Files) -> str:
