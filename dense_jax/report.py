@@ -218,12 +218,11 @@ def _thin(line: Points, limit: int = 400) -> Points:
 
 
 def _smooth(line: Points) -> Points:
-    """A running mean over a fortieth of the points before and after each."""
-    reach = max(1, len(line) // 40)
-    total = np.concatenate([[0.0], np.cumsum([y for _, y in line])])
+    """A running mean over a fortieth of the points on each side, fewer near the ends."""
     index = np.arange(len(line))
-    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(line))
-    means = (total[high] - total[low]) / (high - low)
+    reach = np.minimum(len(line) // 40, np.minimum(index, index[::-1]))
+    total = np.concatenate([[0.0], np.cumsum([y for _, y in line])])
+    means = (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
     return [(x, float(mean)) for (x, _), mean in zip(line, means, strict=True)]
 
 

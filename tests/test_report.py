@@ -130,6 +130,7 @@ def test_smoothing_is_a_centred_mean_and_thinning_keeps_the_end():
     line = [(float(i), float(i % 2)) for i in range(1001)]
     smooth = report._smooth(line)
     assert smooth[500][1] == pytest.approx(np.mean([y for _, y in line[475:526]]))
+    assert (smooth[0], smooth[-1]) == (line[0], line[-1])
     thin = report._thin(line)
     assert len(thin) <= 600
     assert thin[-1] == line[-1]
