@@ -35,7 +35,7 @@ def softmax_cross_entropy(
       labels: [B, H, W] integer class ids.
       ignore_label: id of pixels without a label.
       class_weights: [C] factor for pixels of each true class, e.g. `median_frequency_weights`.
-      pixel_weights: [B, H, W] factor for each pixel, e.g. `pixel_keep`.
+      pixel_weights: [B, H, W] factor for each pixel.
 
     Returns:
       [B, H, W] float32, to be summed and divided by `resolve_denominator`.
@@ -82,8 +82,7 @@ def loss_denominator(
         counts images (FCN's released VGG networks: ``normalize: false`` divides by the batch size,
         which is one there), "sum" divides by one.
       ignore_label: id of pixels without a label.
-      pixel_weights: shaped as `labels`, the weights given to the loss; "valid" then sums them, so
-        that pixels dropped by `pixel_keep` do not count.
+      pixel_weights: shaped as `labels`, the weights given to the loss; "valid" then sums them.
 
     Returns:
       float32 scalar; 0 for "sum".
@@ -103,29 +102,6 @@ def loss_denominator(
 def resolve_denominator(total: jax.Array, norm: LossNorm) -> jax.Array:
     """The divisor itself: one for "sum", and one where nothing was scored, so the loss is 0."""
     return jnp.where((total > 0) & (norm != "sum"), total, 1.0)
-
-
-def pixel_keep(
-    rng: jax.Array, shape: tuple[int, int, int], keep: float, *, axis_name: str | None = None
-) -> jax.Array:
-    """A [B, H, W] float32 mask that keeps each pixel of the loss with probability `keep`.
-
-    Long et al., "Fully convolutional networks for semantic segmentation", CVPR 2015,
-    arXiv:1411.4038, Section 4.3 samples the loss this way and raises the batch by 1 / keep; the
-    kept pixels are not scaled up. The mask of an example depends on `rng` and the example's place
-    in the global batch only, so any number of devices draws the same masks.
-
-    Args:
-      rng: a key that is equal on all devices.
-      shape: (B, H, W) of this device's labels.
-      keep: probability in (0, 1].
-      axis_name: the mapped device axis, or None outside of one.
-    """
-    batch, height, width = shape
-    first = 0 if axis_name is None else lax.axis_index(axis_name) * batch
-    keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(first + jnp.arange(batch))
-    mask = jax.vmap(lambda key: jax.random.bernoulli(key, keep, (height, width)))(keys)
-    return mask.astype(jnp.float32)
 
 
 def median_frequency_weights(

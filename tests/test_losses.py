@@ -136,18 +136,6 @@ def test_padding_with_ignore_leaves_the_valid_mean():
     np.testing.assert_allclose(padded, mean(logits, labels), rtol=1e-6)
 
 
-def test_kept_pixels_do_not_depend_on_the_number_of_devices():
-    key = jax.random.key(3)
-    whole = losses.pixel_keep(key, (4, 8, 8), 0.5)
-    mapped = jax.vmap(
-        lambda _: losses.pixel_keep(key, (2, 8, 8), 0.5, axis_name="devices"), axis_name="devices"
-    )(jnp.arange(2))
-    chex.assert_trees_all_equal(mapped.reshape(4, 8, 8), whole)
-    assert set(np.unique(whole)) == {0.0, 1.0}
-    assert (whole[0] != whole[1]).any()
-    assert losses.pixel_keep(key, (1, 2, 2), 1.0).all()
-
-
 def test_median_frequency_weights_by_hand():
     # class 0: 3 of 8 labelled pixels of both images; 1: 1 of 4; 2: 4 of 8; 3 is absent
     first, second = np.array([[0, 0, 1, 2], [255] * 4]), np.array([[0, 2, 2, 2]])
