@@ -36,6 +36,14 @@ class Summary:
     failures: tuple[str, ...]
     shapes: frozenset[tuple[int, int]]
 
+    def __str__(self) -> str:
+        """One line for the folder and one for each failure."""
+        shapes = ", ".join(f"{height}x{width}" for height, width in sorted(self.shapes))
+        done = f"{len(self.predicted)} images labelled" + (
+            f", padded to {shapes}" if shapes else ""
+        )
+        return "\n".join([f"{done}; {len(self.failures)} failed", *self.failures])
+
 
 def predict_folder(
     predict_fn: Callable[[np.ndarray], jax.Array],
