@@ -25,9 +25,6 @@ from dense_jax.data.dataset import Dataset
 from dense_jax.data.files import Files, Pair, Sample, digest, read_pair
 from dense_jax.errors import UserError
 
-_MOSTLY_VOID = 0.5
-"""An image with a larger share of void pixels than this is among the worst."""
-
 _GENERATED_SAMPLE = 200
 """Of a dataset without files, so many examples of each split are looked at."""
 
@@ -38,13 +35,11 @@ class SplitReport:
 
     Attributes:
       pixels: how often each class occurs, by id.
-      images_with: in how many images each class occurs, by id.
       void_pixels: how many pixels do not count.
       names, sizes, void_shares, image_digests, label_digests: one for each good image, in order.
     """
 
     pixels: list[int]
-    images_with: list[int]
     void_pixels: int = 0
     names: list[str] = dataclasses.field(default_factory=list)
     sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
@@ -71,13 +66,11 @@ class Report:
 
     def add(self, split: str, name: str, label: np.ndarray, image_digest: str) -> None:
         """Counts one image; ``label`` is [H, W] with class ids and `IGNORE_LABEL`."""
-        zeros = [0] * self.classes.num_classes
-        found = self.splits.setdefault(split, SplitReport(zeros, zeros))
+        num_classes = self.classes.num_classes
+        found = self.splits.setdefault(split, SplitReport([0] * num_classes))
         counts = np.bincount(label.ravel(), minlength=256)
-        classes = counts[: self.classes.num_classes]
         void = int(counts[IGNORE_LABEL])
-        found.pixels = (classes + found.pixels).tolist()
-        found.images_with = ((classes > 0) + np.array(found.images_with)).tolist()
+        found.pixels = (counts[:num_classes] + found.pixels).tolist()
         found.void_pixels += void
         found.names.append(name)
         found.sizes.append((label.shape[0], label.shape[1]))
@@ -113,15 +106,15 @@ class Report:
                     lines.append(f"{here} has the same pixels as {there}: remove one of them")
         return lines
 
-    def worst(self, number: int = 10) -> list[str]:
-        """Returns the files that are wrong, then the images with the largest void share."""
+    def mostly_void(self, number: int = 10) -> list[str]:
+        """Returns one line for each of the images with the largest void share, if above half."""
         shares = [
             (share, f"{split}/{name}: {share:.0%} of the pixels are void")
             for split, found in self.splits.items()
             for name, share in zip(found.names, found.void_shares, strict=True)
-            if share > _MOSTLY_VOID
+            if share > 0.5
         ]
-        return (self.errors + [line for _, line in sorted(shares, reverse=True)])[:number]
+        return [line for _, line in sorted(shares, reverse=True)[:number]]
 
     def raise_if_broken(self) -> None:
         """Stops a run on wrong data.
@@ -163,7 +156,7 @@ class Report:
         for title, found in (
             (f"{len(self.errors)} wrong files", self.errors),
             ("to look at", self.warnings()),
-            ("worst", self.worst()),
+            ("mostly void", self.mostly_void()),
         ):
             lines += [f"{title}:", *(f"  {line}" for line in found)] if found else []
         return "\n".join(lines if self.errors else [*lines, "no errors"])

@@ -160,10 +160,9 @@ def eval_batches(
         groups.setdefault(shape_of[size], []).append(i)
     plan = []
     for shape, members in sorted(groups.items()):
-        for start in range(
-            process * batch_size, len(members) + process * batch_size, batch_size * count
-        ):
-            plan.append((shape, members[start : start + batch_size]))
+        for start in range(0, len(members), batch_size * count):
+            mine = members[start + batch_size * process :][:batch_size]
+            plan.append((shape, mine))
     load = _LoadPadded(_Indexed(source), _Chain(tuple(transforms)), batch_size)
     return EvalBatches(grain.MapDataset.source(plan).map(load), num_threads)
 
@@ -231,7 +230,7 @@ class _Indexed:
 
 @dataclasses.dataclass(frozen=True)
 class _Chain:
-    """All transforms as one, so that the random bits of a position do not depend on Grain."""
+    """All transforms as one, with one random generator for each position of the order."""
 
     transforms: tuple[Transform, ...]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from dense_jax.data.check import Report, scan
+from dense_jax.data.check import Report, SplitReport, scan
 from dense_jax.data.dataset import Dataset, Example
 from dense_jax.data.files import Files, decode_image, decode_label, encode_label
 from dense_jax.errors import UserError
@@ -130,7 +130,8 @@ def _prepare(files: Files, folder: pathlib.Path, records: pathlib.Path) -> None:
 
 def _key(files: Files) -> str:
     """Hashes what tells that the files are still the same, without reading them."""
-    state = hashlib.blake2b(repr((_VERSION, files.classes)).encode(), digest_size=8)
+    kept = [field.name for field in dataclasses.fields(SplitReport)]
+    state = hashlib.blake2b(repr((_VERSION, kept, files.classes)).encode(), digest_size=8)
     for pair in files.pairs:
         state.update(repr((pair, _stamp(pair.image), _stamp(pair.label))).encode())
     return state.hexdigest()
