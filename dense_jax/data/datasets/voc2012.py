@@ -82,7 +82,7 @@ def find(data_dir: pathlib.Path | None = None, *, sbd: bool = False) -> Files:
         for name in names
         if name not in taken
     ]
-    return Files("voc2012_aug", CLASSES, pairs, "PASCAL VOC 2012 with the training labels of SBD")
+    return Files("voc2012_sbd", CLASSES, pairs, "PASCAL VOC 2012 with the training labels of SBD")
 
 
 def _read_list(path: pathlib.Path) -> list[str]:
