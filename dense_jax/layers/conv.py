@@ -18,6 +18,8 @@ Kernels of other libraries (o = C_out, i = C_in, of one group):
 Reference: Dumoulin, Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import flax.linen as nn
@@ -47,8 +49,8 @@ def _pads(padding: Padding, extent: Pair) -> tuple[Pair, Pair]:
                 f"kernel that spans {extent[0] + 1} x {extent[1] + 1}; give the padding."
             )
         padding = (extent[0] // 2, extent[1] // 2)
-    pads = [_pair(p) for p in _pair(padding)]  # type: ignore[arg-type]
-    return pads[0], pads[1]
+    vertical, horizontal = (padding, padding) if isinstance(padding, int) else padding
+    return _pair(vertical), _pair(horizontal)
 
 
 def _check(x: jax.Array, kernel: jax.Array, groups: int) -> None:
@@ -99,6 +101,75 @@ def conv(
     )
 
 
+def _crop_pad(x: jax.Array, edges: Sequence[Pair]) -> jax.Array:
+    """Adds zeros around [B, H, W, C], or crops where an edge is negative."""
+    config = [(0, 0, 0), *((lo, hi, 0) for lo, hi in edges), (0, 0, 0)]
+    return lax.pad(x, jnp.zeros((), x.dtype), config)
+
+
+# XLA's own fractional stride (`lhs_dilation`) multiplies the inserted zeros on CPUs, and its kernel
+# gradient takes a slow path there: seconds where this form takes milliseconds. With the kernel cut
+# into tiles of one stride, an up-convolution is a convolution of stride 1 that yields, for each
+# input pixel, a block of strides x strides output pixels, then a reordering. The tests compare
+# both forms.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _up_conv(x: jax.Array, kernel: jax.Array, strides: Pair, crop: tuple[Pair, Pair]) -> jax.Array:
+    (sh, sw), (kh, kw, channels, features), batch = strides, kernel.shape, len(x)
+    (th, tw), (rows, columns), edges = _blocks(x.shape, kernel.shape, strides, crop)
+    tiles = _crop_pad(kernel.reshape(1, kh, kw, -1), [(0, th * sh - kh), (0, tw * sw - kw)])
+    tiles = tiles.reshape(th, sh, tw, sw, channels, features).transpose(0, 2, 4, 1, 3, 5)
+    y = lax.conv_general_dilated(
+        x,
+        jnp.flip(tiles, (0, 1)).reshape(th, tw, channels, -1),
+        window_strides=(1, 1),
+        padding=[(th - 1, th - 1), (tw - 1, tw - 1)],
+        dimension_numbers=_LAYOUT,
+    )
+    y = y.reshape(batch, rows, columns, sh, sw, features).transpose(0, 1, 3, 2, 4, 5)
+    y = y.reshape(batch, rows * sh, columns * sw, features)
+    return _crop_pad(y, [(-lo, -hi) for lo, hi in edges])
+
+
+def _blocks(x_shape: Sequence[int], kernel_shape: Sequence[int], strides: Pair, crop):
+    """Returns, per axis, tiles in a kernel, blocks in the output, and what is cut from these."""
+    tiles = [-(-k // s) for k, s in zip(kernel_shape, strides, strict=False)]
+    blocks = [n + t - 1 for n, t in zip(x_shape[1:], tiles, strict=False)]
+    edges = [
+        (lo, hi + t * s - k)
+        for (lo, hi), t, s, k in zip(crop, tiles, strides, kernel_shape, strict=False)
+    ]
+    return tiles, blocks, edges
+
+
+def _up_conv_fwd(x, kernel, strides, crop):
+    return _up_conv(x, kernel, strides, crop), (x, kernel)
+
+
+def _up_conv_bwd(strides, crop, residuals, grad):
+    x, kernel = residuals
+    (sh, sw), (kh, kw, channels, features), batch = strides, kernel.shape, len(x)
+    (th, tw), (rows, columns), edges = _blocks(x.shape, kernel.shape, strides, crop)
+    x_grad = lax.conv_general_dilated(
+        grad, kernel.swapaxes(2, 3), strides, crop, dimension_numbers=_LAYOUT
+    )
+    # The kernel gradient is one matrix product: inputs that reach a block times its gradient.
+    grad = _crop_pad(grad, edges).reshape(batch, rows, sh, columns, sw, features)
+    grad = grad.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
+    reach = [_crop_pad(x, [(a, th - 1 - a), (b, tw - 1 - b)]) for a in range(th) for b in range(tw)]
+    tiles = jnp.einsum(
+        "bhwi,bhwo->io",
+        jnp.concatenate(reach, axis=-1),
+        grad,
+        preferred_element_type=jnp.promote_types(kernel.dtype, jnp.float32),
+    )
+    tiles = tiles.reshape(th, tw, channels, sh, sw, features).transpose(0, 3, 1, 4, 2, 5)
+    tiles = tiles.reshape(th * sh, tw * sw, channels, features)
+    return x_grad, tiles[:kh, :kw].astype(kernel.dtype)
+
+
+_up_conv.defvjp(_up_conv_fwd, _up_conv_bwd)
+
+
 def up_conv(
     x: jax.Array,
     kernel: jax.Array,
@@ -126,21 +197,19 @@ def up_conv(
       ValueError: shapes do not fit, or "same" is asked of a kernel that has no centre.
     """
     _check(x, kernel, groups)
-    (dh, dw), (kh, kw), extra = _pair(dilation), kernel.shape[:2], _pair(output_padding)
-    extent = (dh * (kh - 1), dw * (kw - 1))
+    (dh, dw), (kh, kw, per_group, features) = _pair(dilation), kernel.shape
+    extra, extent = _pair(output_padding), (dh * (kh - 1), dw * (kw - 1))
     pads = _pads(padding, extent)
-    return lax.conv_general_dilated(
-        x,
-        jnp.flip(kernel, (0, 1)),
-        window_strides=(1, 1),
-        padding=[
-            (e - lo, e - hi + op) for e, (lo, hi), op in zip(extent, pads, extra, strict=True)
-        ],
-        lhs_dilation=_pair(strides),
-        rhs_dilation=(dh, dw),
-        dimension_numbers=_LAYOUT,
-        feature_group_count=groups,
-    )
+    if groups > 1:
+        # One matrix product with a block-diagonal kernel is faster than many thin ones.
+        kernel = kernel.reshape(kh, kw, 1, per_group, groups, features // groups)
+        kernel = kernel * jnp.eye(groups, dtype=x.dtype).reshape(1, 1, groups, 1, groups, 1)
+        kernel = kernel.reshape(kh, kw, groups * per_group, features)
+    if (dh, dw) != (1, 1):
+        holes = [(0, 0, dh - 1), (0, 0, dw - 1), (0, 0, 0), (0, 0, 0)]
+        kernel = lax.pad(kernel, jnp.zeros((), kernel.dtype), holes)
+    crop = tuple((lo, hi - op) for (lo, hi), op in zip(pads, extra, strict=True))
+    return _up_conv(x, kernel, _pair(strides), crop)
 
 
 class Conv(nn.Module):

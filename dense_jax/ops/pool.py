@@ -1,11 +1,15 @@
 """Max pooling, pooling that remembers where its maxima were, and unpooling.
 
-XLA's own gradient of max pooling (`reduce_window`) is slow on CPUs, and so are scatters. Here a
-window is a handful of strided slices. The backward passes look at the input as blocks of one
-stride: the pixel at row r of block n is tap a * stride + r of window n - a.
+A switch is the place of a maximum, row * W + column in the input. On CPUs XLA's gradient of
+`reduce_window` and its scatters are slow, so a window is read here as a handful of strided slices
+(`_taps`), and values are put at their switches by comparing, at each pixel, its own number with
+the switches of the few windows that cover it (`_place`). The gradient of pooling is unpooling.
 """
 
+import functools
 import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +26,13 @@ def pooled_size(size: int, window: int, stride: int, padding: int = 0, ceil: boo
     """Returns the number of windows along one axis of `size` pixels.
 
     floor((size + 2 padding - window) / stride) + 1; with `ceil`, as in Caffe, rounded up, less one
-    if the last window would then start in the padding.
+    if padding makes the last window start beyond the input.
 
     Raises:
       ValueError: no window fits, or the padding could fill a window.
     """
     if not 0 <= padding < window:
-        raise ValueError(f"Padding {padding} must be from 0 to below the window {window}.")
+        raise ValueError(f"Padding {padding} must be at least 0 and below the window {window}.")
     spare = size + 2 * padding - window
     if spare < 0:
         raise ValueError(f"A window of {window} does not fit {size} pixels padded by {padding}.")
@@ -39,28 +43,114 @@ def pooled_size(size: int, window: int, stride: int, padding: int = 0, ceil: boo
     return count
 
 
-def _taps(x: jax.Array, window: Pair, strides: Pair, padding: Pair, ceil: bool):
-    """Yields (row, column, slice [B, H', W', C]) for each place in the window."""
-    batch, height, width, channels = x.shape
-    rows = pooled_size(height, window[0], strides[0], padding[0], ceil)
-    columns = pooled_size(width, window[1], strides[1], padding[1], ceil)
+class _Windows(NamedTuple):
+    """The windows over an image; every field is (vertical, horizontal)."""
+
+    image: Pair
+    counts: Pair
+    window: Pair
+    strides: Pair
+    padding: Pair
+
+    @classmethod
+    def over(
+        cls, image: Pair, window: int | Pair, strides: int | Pair | None, padding, ceil: bool
+    ) -> "_Windows":
+        window, padding = _pair(window), _pair(padding)
+        strides = window if strides is None else _pair(strides)
+        axes = list(zip(image, window, strides, padding, strict=True))
+        counts = [pooled_size(*axis, ceil) for axis in axes]
+        for count, (size, _, stride, pad) in zip(counts, axes, strict=True):
+            if (count - 1) * stride >= size + pad:
+                raise ValueError(f"The last window of stride {stride} on {size} pixels is empty.")
+        return cls(image, (counts[0], counts[1]), window, strides, padding)
+
+    def numbers(self, rows: jax.Array, columns: jax.Array) -> jax.Array:
+        """Returns row * W + column of the pixels in the given rows and columns of the padding."""
+        return (rows - self.padding[0]) * self.image[1] + columns - self.padding[1]
+
+
+def _taps(x: jax.Array, fill: float, w: _Windows) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Yields, for each place in the window, the pixel's number [1, H', W', 1] and its value."""
     after = [
         (n - 1) * s + k - size - p
-        for n, s, k, size, p in zip(
-            (rows, columns), strides, window, (height, width), padding, strict=True
-        )
+        for size, n, k, s, p in zip(w.image, w.counts, w.window, w.strides, w.padding, strict=True)
     ]
-    lowest = jnp.array(-jnp.inf, x.dtype)
-    x = lax.pad(
-        x, lowest, [(0, 0, 0), (padding[0], after[0], 0), (padding[1], after[1], 0), (0, 0, 0)]
+    edges = [(0, 0, 0), (w.padding[0], after[0], 0), (w.padding[1], after[1], 0), (0, 0, 0)]
+    x = lax.pad(x, jnp.array(fill, x.dtype), edges)
+    rows, columns = (
+        jnp.arange(n, dtype=jnp.int32) * s for n, s in zip(w.counts, w.strides, strict=True)
     )
-    for row, column in itertools.product(range(window[0]), range(window[1])):
-        last = (row + (rows - 1) * strides[0] + 1, column + (columns - 1) * strides[1] + 1)
-        yield (
-            row,
-            column,
-            lax.slice(x, (0, row, column, 0), (batch, *last, channels), (1, *strides, 1)),
-        )
+    for i, j in itertools.product(range(w.window[0]), range(w.window[1])):
+        stop = (i + (w.counts[0] - 1) * w.strides[0] + 1, j + (w.counts[1] - 1) * w.strides[1] + 1)
+        values = lax.slice(x, (0, i, j, 0), (len(x), *stop, x.shape[3]), (1, *w.strides, 1))
+        numbers = w.numbers(rows.reshape(1, -1, 1, 1) + i, columns.reshape(1, 1, -1, 1) + j)
+        yield numbers, values
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _place(x: jax.Array, switches: jax.Array, w: _Windows) -> jax.Array:
+    """Sums the values of all windows at their switches, [B, H', W', C] to [B, H, W, C].
+
+    The (padded) image is cut into blocks of one stride: row r of block n is row a * stride + r of
+    window n - a, for a below the number of windows that overlap.
+    """
+    (sh, sw), channels = w.strides, x.shape[3]
+    overlaps = [-(-k // s) for k, s in zip(w.window, w.strides, strict=True)]
+    rows, columns = (n + o - 1 for n, o in zip(w.counts, overlaps, strict=True))
+    numbers = w.numbers(
+        jnp.arange(rows * sh, dtype=jnp.int32).reshape(1, rows, sh, 1, 1, 1),
+        jnp.arange(columns * sw, dtype=jnp.int32).reshape(1, 1, 1, columns, sw, 1),
+    )
+    blocks = jnp.zeros((), x.dtype)
+    for a, b in itertools.product(range(overlaps[0]), range(overlaps[1])):
+        shift = [(0, 0, 0), (a, overlaps[0] - 1 - a, 0), (b, overlaps[1] - 1 - b, 0), (0, 0, 0)]
+        # Padding windows have switch -1 and value 0, so that they fill nothing.
+        value = lax.pad(x, jnp.zeros((), x.dtype), shift)[:, :, None, :, None]
+        switch = lax.pad(switches, jnp.int32(-1), shift)[:, :, None, :, None]
+        blocks = blocks + jnp.where(switch == numbers, value, 0)
+    image = blocks.reshape(len(x), rows * sh, columns * sw, channels)
+    edges = [
+        (-p, p + size - have, 0)
+        for size, p, have in zip(w.image, w.padding, image.shape[1:3], strict=True)
+    ]
+    return lax.pad(image, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+
+
+def _place_fwd(x, switches, w):
+    return _place(x, switches, w), switches
+
+
+def _place_bwd(w, switches, grad):
+    taps = (jnp.where(switches == number, value, 0) for number, value in _taps(grad, 0.0, w))
+    return functools.reduce(jnp.add, taps), None
+
+
+_place.defvjp(_place_fwd, _place_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _pool(x: jax.Array, w: _Windows) -> tuple[jax.Array, jax.Array]:
+    taps = _taps(x, -jnp.inf, w)
+    number, best = next(taps)
+    switches = jnp.broadcast_to(number, best.shape)
+    for number, values in taps:
+        # Strictly greater: of equal values the first wins, as in torch and select-and-scatter.
+        switches = jnp.where(values > best, number, switches)
+        best = jnp.maximum(best, values)
+    return best, switches
+
+
+def _pool_fwd(x, w):
+    pooled, switches = _pool(x, w)
+    return (pooled, switches), switches
+
+
+def _pool_bwd(w, switches, grads):
+    return (_place(grads[0], switches, w),)
+
+
+_pool.defvjp(_pool_fwd, _pool_bwd)
 
 
 def max_pool(
@@ -74,10 +164,13 @@ def max_pool(
 
     Args:
       x: [B, H, W, C], floating point.
-      window: size of the window, one number or (height, width).
+      window: size of the window in pixels, one number or (height, width).
       strides: step between windows; None: the window, so that windows do not overlap.
       padding: rows and columns of minus infinity on each side.
       ceil: whether a last window may reach over the edge.
+
+    Raises:
+      ValueError: x is not [B, H, W, C], or no window fits.
     """
     return max_pool_with_switches(x, window, strides, padding, ceil)[0]
 
@@ -89,31 +182,49 @@ def max_pool_with_switches(
     padding: int | Pair = 0,
     ceil: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns `max_pool` and the place of each maximum, int32 [B, H', W', C].
+    """Returns what `max_pool` does and the places of the maxima, int32 [B, H', W', C].
 
-    A switch is row * W + column in the unpadded input (torch's `return_indices`).
+    A place is row * W + column in the unpadded input (torch's `return_indices`); of equal values
+    the first in reading order is taken. The arguments are those of `max_pool`.
     """
-    window, padding = _pair(window), _pair(padding)
-    strides = window if strides is None else _pair(strides)
-    best = place = None
-    for row, column, values in _taps(x, window, strides, padding, ceil):
-        rows = jnp.arange(values.shape[1], dtype=jnp.int32) * strides[0] + (row - padding[0])
-        columns = jnp.arange(values.shape[2], dtype=jnp.int32) * strides[1] + (column - padding[1])
-        here = rows.reshape(1, -1, 1, 1) * x.shape[2] + columns.reshape(1, 1, -1, 1)
-        here = jnp.broadcast_to(here, values.shape)
-        if best is None:
-            best, place = values, here
-        else:
-            place = jnp.where(values > best, here, place)
-            best = jnp.maximum(best, values)
-    return best, place
+    if x.ndim != 4:
+        raise ValueError(f"Expected [B, H, W, C], received {x.shape}.")
+    return _pool(x, _Windows.over((x.shape[1], x.shape[2]), window, strides, padding, ceil))
 
 
-def max_unpool(x: jax.Array, switches: jax.Array, output_size: Pair) -> jax.Array:
-    """Puts each value where its maximum was, zero elsewhere: [B, H', W', C] to [B, H, W, C]."""
-    batch, channels = x.shape[0], x.shape[3]
-    height, width = output_size
-    b = jnp.arange(batch).reshape(-1, 1, 1, 1)
-    c = jnp.arange(channels).reshape(1, 1, 1, -1)
-    flat = jnp.zeros((batch, height * width, channels), x.dtype)
-    return flat.at[b, switches, c].add(x).reshape(batch, height, width, channels)
+def max_unpool(
+    x: jax.Array,
+    switches: jax.Array,
+    output_size: Pair,
+    window: int | Pair | None = None,
+    strides: int | Pair | None = None,
+    padding: int | Pair = 0,
+) -> jax.Array:
+    """Puts each value at its switch and zero elsewhere, [B, H', W', C] to [B, H, W, C].
+
+    Values that meet at one place, which only overlapping windows can do, are summed; so unpooling
+    is the transpose of reading the image at the switches. (torch keeps one of them.)
+
+    Args:
+      x: [B, H', W', C].
+      switches: int32 [B, H', W', C] from `max_pool_with_switches`.
+      output_size: (H, W) of the image that was pooled, which floor or ceil sizes do not tell.
+      window: the window of the pooling; without it a scatter is used, which is slow on CPUs.
+      strides: step of the pooling; None: the window.
+      padding: padding of the pooling.
+
+    Raises:
+      ValueError: sizes do not belong together.
+    """
+    if x.shape != switches.shape or x.ndim != 4:
+        raise ValueError(f"Expected [B, H, W, C] twice, received {x.shape} and {switches.shape}.")
+    (height, width), (batch, rows, columns, channels) = output_size, x.shape
+    if window is None:
+        b, c = jnp.arange(batch).reshape(-1, 1, 1, 1), jnp.arange(channels).reshape(1, 1, 1, -1)
+        image = jnp.zeros((batch, height * width, channels), x.dtype).at[b, switches, c].add(x)
+        return image.reshape(batch, height, width, channels)
+    for ceil in (False, True):
+        w = _Windows.over((height, width), window, strides, padding, ceil)
+        if w.counts == (rows, columns):
+            return _place(x, switches, w)
+    raise ValueError(f"Pooling {output_size} by {window} does not give {(rows, columns)}.")
