@@ -156,15 +156,10 @@ def _up_conv_bwd(strides, crop, residuals, grad):
     grad = _crop_pad(grad, edges).reshape(batch, rows, sh, columns, sw, features)
     grad = grad.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
     reach = [_crop_pad(x, [(a, th - 1 - a), (b, tw - 1 - b)]) for a in range(th) for b in range(tw)]
-    tiles = jnp.einsum(
-        "bhwi,bhwo->io",
-        jnp.concatenate(reach, axis=-1),
-        grad,
-        preferred_element_type=jnp.promote_types(kernel.dtype, jnp.float32),
-    )
+    tiles = jnp.einsum("bhwi,bhwo->io", jnp.concatenate(reach, axis=-1), grad)
     tiles = tiles.reshape(th, tw, channels, sh, sw, features).transpose(0, 3, 1, 4, 2, 5)
     tiles = tiles.reshape(th * sh, tw * sw, channels, features)
-    return x_grad, tiles[:kh, :kw].astype(kernel.dtype)
+    return x_grad, tiles[:kh, :kw]
 
 
 _up_conv.defvjp(_up_conv_fwd, _up_conv_bwd)
