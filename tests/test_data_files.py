@@ -2,15 +2,16 @@
 
 import contextlib
 import json
+import pathlib
 import pickle
 import shutil
 import struct
+import urllib.request
 import zlib
 
 import numpy as np
 import pytest
 import scipy.io
-import tensorflow_datasets as tfds  # noqa: TID251 (its download is replaced)
 from PIL import Image
 
 from dense_jax.data import check, dataset, files, pipeline
@@ -357,12 +358,12 @@ def test_camvid_is_downloaded_once(tmp_path, monkeypatch):
     archive = shutil.make_archive(str(tmp_path / "archive"), "zip", tmp_path, source.parent.name)
     calls = []
 
-    def download(self, url):
+    def urlopen(url, timeout):
         calls.append(url)
-        return archive
+        return pathlib.Path(archive).open("rb")
 
     monkeypatch.setenv("DENSE_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     for _ in range(2):
         data = dataset.load("camvid")
     assert calls == [camvid.URL]
@@ -371,11 +372,11 @@ def test_camvid_is_downloaded_once(tmp_path, monkeypatch):
 
 
 def test_camvid_download_failure_names_the_address(tmp_path, monkeypatch):
-    def download(self, url):
+    def urlopen(url, timeout):
         raise OSError("no network")
 
     monkeypatch.setenv("DENSE_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     with pytest.raises(UserError, match=r"https://github.com/alexgkendall.*--data-dir"):
         dataset.load("camvid")
 

