@@ -1,0 +1,167 @@
+"""Checkpoints: the whole state and the data position in one atomic step (Orbax)."""
+
+import json
+import math
+import pathlib
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import serialization, traverse_util
+from orbax.checkpoint import checkpoint_managers
+
+from dense_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+class Checkpoints:
+    """The ``checkpoints`` folder of a run: keeps the last and the best by validation score.
+
+    Saving is asynchronous and atomic: a step appears under its final name only when it is
+    complete, so a run that is killed while saving finds the step before.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, metric: str = "mean_iou") -> None:
+        self._metric = metric
+        policies = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(1),
+                checkpoint_managers.BestN(
+                    get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False
+                ),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            pathlib.Path(workdir).absolute() / "checkpoints",
+            options=ocp.CheckpointManagerOptions(preservation_policy=policies, best_fn=self._score),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """The evaluated step with the highest score (the newest of equals), or None."""
+        scores = {s: m for s in self._manager.all_steps() if (m := self._manager.metrics(s))}
+        return max(scores, key=lambda s: (self._score(scores[s]), s), default=None)
+
+    def save(
+        self, step: int, state: Any, data: Any, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Starts to save ``state`` and the data position ``data`` (JSON values).
+
+        Raises:
+          UserError: the disk is full or cannot be written (also of the save before).
+        """
+        if step == self.latest_step and (metrics is None or self._manager.metrics(step)):
+            return
+        tree = traverse_util.flatten_dict(serialization.to_state_dict(jax.device_get(state)))
+        tree = {k: np.asarray(v) for k, v in tree.items() if v is not None}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(traverse_util.unflatten_dict(tree)),
+            data=ocp.args.JsonSave({"position": data}),
+        )
+        try:
+            self._manager.save(step, args=items, metrics=metrics or {}, force=True)
+        except Exception as error:
+            raise _explain(error, self._manager.directory) from error
+
+    def restore(self, target: T, step: int | None = None) -> tuple[T, Any]:
+        """Reads ``step`` (default: the latest) into a state like ``target``.
+
+        Returns:
+          The state with host arrays, and the data position.
+
+        Raises:
+          UserError: the checkpoint is of another network or optimiser; names the first difference.
+        """
+        tree, position = self.read(step)
+        saved = traverse_util.flatten_dict(tree)
+        template: dict[Any, Any] = traverse_util.flatten_dict(
+            serialization.to_state_dict(target), keep_empty_nodes=True
+        )
+        expected: dict[Any, Any] = {k: v for k, v in template.items() if hasattr(v, "shape")}
+        for key in sorted(expected.keys() | saved.keys(), key=str):
+            ours = tuple(expected[key].shape) if key in expected else "absent"
+            theirs = tuple(saved[key].shape) if key in saved else "absent"
+            if ours != theirs:
+                raise UserError(
+                    f"the checkpoint in {self._manager.directory} is of another network: "
+                    f"{'/'.join(key)} is {theirs} there and {ours} here; "
+                    "give the flags it was trained with, or another --workdir"
+                )
+        leaves = {k: np.asarray(saved[k]) if k in expected else v for k, v in template.items()}
+        state: Any = serialization.from_state_dict(target, traverse_util.unflatten_dict(leaves))
+        return state, position
+
+    def read(self, step: int | None = None) -> tuple[dict[str, Any], Any]:
+        """Reads ``step`` (default: the latest) as nested dicts of host arrays."""
+        step = self.latest_step if step is None else step
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(), data=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        return jax.tree.map(np.asarray, restored["state"]), restored["data"]["position"]
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise _explain(error, self._manager.directory) from error
+
+    def close(self) -> None:
+        """Ends the background threads."""
+        self._manager.close()
+
+    def _score(self, metrics: dict[str, float]) -> float:
+        score = metrics.get(self._metric, -math.inf)
+        return -math.inf if math.isnan(score) else score
+
+
+def read_variables(workdir: str | pathlib.Path, which: str = "last") -> tuple[dict[str, Any], int]:
+    """Reads the parameters of a run for evaluation (the average, where one was kept).
+
+    Args:
+      workdir: a run folder.
+      which: "last" or "best".
+
+    Returns:
+      The variables {"params": ..., other collections} as host arrays, and their step.
+
+    Raises:
+      UserError: the folder holds no checkpoint.
+    """
+    folder = pathlib.Path(workdir)
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder} holds no checkpoints: give the folder of a run that was saved")
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.best_step if which == "best" else None
+        step = checkpoints.latest_step if step is None else step
+        if step is None:
+            raise UserError(f"{folder} holds no complete checkpoint: train it first")
+        saved, _ = checkpoints.read(step)
+    params = saved.get("ema_params") or saved["params"]
+    variables = {"params": params, **saved.get("model_state", {})}
+    return variables, step
+
+
+def _explain(error: Exception, folder: Any) -> Exception:
+    """Turns a failed write into one line; other errors pass."""
+    text = str(error)
+    if isinstance(error, OSError) or "No space left" in text or "RESOURCE_EXHAUSTED" in text:
+        reason = json.dumps(text.strip().splitlines()[0][:200]) if text.strip() else "no reason"
+        return UserError(f"cannot write a checkpoint under {folder} ({reason}): free some disk")
+    return error

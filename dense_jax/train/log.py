@@ -1,0 +1,127 @@
+"""Where a run's numbers go: a progress bar, metrics.jsonl, CSV files, TensorBoard."""
+
+import csv
+import json
+import math
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+import jax
+import tensorboardX
+import tqdm
+
+
+class MetricsWriter:
+    """Writes rows of scalars to ``metrics.jsonl``, ``train.csv``/``eval.csv`` and TensorBoard.
+
+    Rows later than ``step`` are dropped on opening: a resumed run writes them again, so each
+    step appears once however often the run was killed.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int = 0) -> None:
+        path = workdir / "metrics.jsonl"
+        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        # Another file, then a rename: a kill in between must not lose the rows.
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rewritten.replace(path)
+        self._workdir = workdir
+        self._jsonl: TextIO = path.open("a")
+        self._csv: dict[str, tuple[TextIO, Any]] = {}
+        for row in rows:
+            self._append_csv(row)
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._jsonl.close()
+        for file, _writer in self._csv.values():
+            file.close()
+        self._board.close()
+
+    def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
+        """Appends one row of kind "train" or "eval"."""
+        row: dict[str, Any] = {"step": step, "kind": kind}
+        # JSON has no NaN: the score of a class absent from the split is null.
+        row |= {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}
+        self._jsonl.write(json.dumps(row) + "\n")
+        self._jsonl.flush()
+        self._append_csv(row)
+        for name, value in scalars.items():
+            if math.isfinite(value):
+                self._board.add_scalar(f"{kind}/{name}", float(value), step)
+        self._board.flush()
+
+    def _append_csv(self, row: Mapping[str, Any]) -> None:
+        kind = row["kind"]
+        if kind not in self._csv:
+            file = (self._workdir / f"{kind}.csv").open("w", newline="")
+            fields = [key for key in row if key != "kind"]
+            self._csv[kind] = (file, csv.DictWriter(file, fields, extrasaction="ignore"))
+            self._csv[kind][1].writeheader()
+        file, writer = self._csv[kind]
+        writer.writerow(row)
+        file.flush()
+
+
+def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def progress_bar(num_steps: int, step: int) -> tqdm.tqdm:
+    """A bar over the steps of a run that shows loss, images per second and the time left."""
+    return tqdm.tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1)
+
+
+class Throughput:
+    """Images per second since the last reading, of time spent training."""
+
+    def __init__(self) -> None:
+        self._images, self._start, self._paused = 0, time.perf_counter(), 0.0
+
+    def add(self, images: int) -> None:
+        """Counts images that were trained on."""
+        self._images += images
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time spent on something else, such as an evaluation."""
+        self._paused += seconds
+
+    def read(self) -> float:
+        """Returns the rate and starts again."""
+        now = time.perf_counter()
+        rate = self._images / max(now - self._start - self._paused, 1e-9)
+        self._images, self._start, self._paused = 0, now, 0.0
+        return rate
+
+
+class CompileCounter:
+    """Counts the programs that XLA builds (or loads from the cache) in this process."""
+
+    programs = 0
+    seconds = 0.0
+    _listening = False
+
+    @classmethod
+    def start(cls) -> None:
+        """Begins to listen; calling it again changes nothing."""
+        if not cls._listening:
+            cls._listening = True
+            jax.monitoring.register_event_duration_secs_listener(cls._record)
+
+    @classmethod
+    def _record(cls, event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            cls.programs += 1
+            cls.seconds += duration_secs

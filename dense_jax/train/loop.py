@@ -1,0 +1,190 @@
+"""The training loop: step, log, evaluate, save; stop on a loss that is not finite."""
+
+import collections
+import contextlib
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from dense_jax.errors import UserError
+from dense_jax.train.checkpoint import Checkpoints
+from dense_jax.train.config import RunConfig
+from dense_jax.train.log import CompileCounter, MetricsWriter, Throughput, progress_bar
+from dense_jax.train.schedules import build_schedule
+from dense_jax.train.state import TrainState
+from dense_jax.train.step import Batch, replicate, shard
+
+
+class Batches(Protocol):
+    """An endless, resumable stream of training batches (see ``data.pipeline``)."""
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> Any:
+        """The position after the last batch given out, as JSON values."""
+        ...
+
+    def set_state(self, state: Any) -> None:
+        """Goes to a position."""
+        ...
+
+    def names(self, index: np.ndarray) -> list[str]:
+        """The names of the images of a batch, for messages."""
+        ...
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+Evaluate = Callable[[TrainState, int], dict[str, float]]
+
+
+def fit(
+    state: TrainState,
+    step: Step,
+    batches: Batches,
+    config: RunConfig,
+    evaluate: Evaluate | None = None,
+) -> TrainState:
+    """Trains to ``config.num_steps`` and returns the final state, resuming what was begun.
+
+    State and data position are saved together in ``config.workdir``, so a run that is killed
+    and started again with the same command ends with the very same parameters. SIGTERM and
+    Ctrl-C save and return early.
+
+    Args:
+      state: initial state; replaced by the last checkpoint where there is one.
+      step: compiled step of :func:`dense_jax.train.step.train_step`.
+      batches: training batches, shaped by :func:`dense_jax.train.step.shard`.
+      config: numbers of steps, micro-batches, and the run folder.
+      evaluate: (state, step) -> scores, called every ``eval_every`` steps and at the end;
+        "mean_iou" among them decides which checkpoint is the best.
+
+    Raises:
+      UserError: the loss is not finite, or a checkpoint cannot be written or does not fit.
+    """
+    workdir = pathlib.Path(_require_workdir(config))
+    CompileCounter.start()
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir))
+        if checkpoints.latest_step is not None:
+            state, position = checkpoints.restore(state)
+            batches.set_state(position)
+            print(f"resumed {workdir} at step {int(state.step)} of {config.num_steps}")
+        start = int(state.step)
+        state = replicate(state)
+        writer = stack.enter_context(MetricsWriter(workdir, start))
+        bar = stack.enter_context(progress_bar(config.num_steps, start))
+        stop = stack.enter_context(_stop_signals())
+        losses = _LossWatch(batches)
+        throughput, rate = Throughput(), jax.jit(build_schedule(config))
+        scores: dict[str, float] | None = None
+        stream = _ahead(batches, config)
+        done = start
+        for done, (batch, index, position) in zip(
+            range(start + 1, config.num_steps + 1), stream, strict=False
+        ):
+            programs = CompileCounter.programs
+            state, scalars = step(state, batch)
+            if done > start + 2 and CompileCounter.programs > programs:
+                bar.write(f"step {done}: the training step was compiled again (a new shape?)")
+            losses.add(done, scalars["loss"], index)
+            throughput.add(config.batch_size)
+            bar.update()
+            last = done == config.num_steps
+            if done % config.log_every == 0 or last:
+                row = {k: float(v) for k, v in jax.device_get(scalars).items()}
+                losses.check_all()
+                row["learning_rate"] = float(rate(done - 1))
+                row["images_per_second"] = throughput.read()
+                row["programs_compiled"] = CompileCounter.programs
+                writer.write(done, "train", row)
+                bar.set_postfix_str(
+                    f"loss {row['loss']:.4g}, {row['images_per_second']:.1f} images/s"
+                )
+            scores = None
+            if evaluate and (done % config.eval_every == 0 or last):
+                losses.check_all()
+                paused = time.perf_counter()
+                scores = evaluate(state, done)
+                writer.write(done, "eval", scores)
+                throughput.pause(time.perf_counter() - paused)
+            if done % config.save_every == 0 or scores or last or stop.is_set():
+                losses.check_all()
+                checkpoints.save(done, state, position, scores)
+            if stop.is_set():
+                break
+        checkpoints.wait()
+    if stop.is_set():
+        print(f"stopped and saved at step {done}; the same command goes on from there")
+    return state
+
+
+class _LossWatch:
+    """Looks at each loss two steps late, when reading it no longer holds up the device."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+        self._pending: collections.deque[tuple[int, jax.Array, np.ndarray]] = collections.deque()
+
+    def add(self, step: int, loss: jax.Array, index: np.ndarray) -> None:
+        self._pending.append((step, loss, index))
+        while len(self._pending) > 2:
+            self._check(*self._pending.popleft())
+
+    def check_all(self) -> None:
+        while self._pending:
+            self._check(*self._pending.popleft())
+
+    def _check(self, step: int, loss: jax.Array, index: np.ndarray) -> None:
+        value = float(loss)
+        if np.isfinite(value):
+            return
+        names = self._batches.names(index)
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise UserError(
+            f"the loss is {value} at step {step}, in the batch of {shown}; the last checkpoint "
+            "is from before it: lower --learning-rate, raise --warmup-steps, or check these images"
+        )
+
+
+def _ahead(batches: Batches, config: RunConfig) -> Iterator[tuple[Batch, np.ndarray, Any]]:
+    """Keeps two batches on the devices, each with the data position to save after it."""
+    queue: collections.deque[tuple[Batch, np.ndarray, Any]] = collections.deque()
+    while True:
+        while len(queue) < 2:
+            batch = next(batches)
+            index = batch["index"]
+            queue.append((shard(batch, config.accumulate), index, batches.get_state()))
+        yield queue.popleft()
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event set by SIGTERM or the first Ctrl-C; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handler(number: int, _frame: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    old = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+def _require_workdir(config: RunConfig) -> str:
+    if config.workdir is None:
+        raise UserError("no run folder: give --workdir")
+    return config.workdir

@@ -1,0 +1,120 @@
+"""Learning-rate schedules and optimisers with per-parameter rates."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from dense_jax.errors import UserError
+from dense_jax.train.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamGroup:
+    """Parameters whose path ("conv1_1/kernel") contains a match of ``pattern``.
+
+    Attributes:
+      pattern: regular expression; of several groups, the first that matches counts.
+      lr: multiplier of the learning rate; 0 freezes the parameters (and stores no moments).
+      decay: multiplier of the weight decay.
+    """
+
+    pattern: str
+    lr: float = 1.0
+    decay: float = 1.0
+
+
+def build_schedule(config: RunConfig) -> optax.Schedule:
+    """The learning rate as a function of the step, after ``config.schedule``."""
+    peak = config.learning_rate
+    steps = max(config.num_steps - config.warmup_steps, 1)
+    schedule = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "poly": lambda: optax.polynomial_schedule(peak, 0.0, config.poly_power, steps),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, steps),
+        "step": lambda: optax.piecewise_constant_schedule(
+            peak, {round(f * config.num_steps) - config.warmup_steps: 0.1 for f in config.step_at}
+        ),
+    }[config.schedule]()
+    if not config.warmup_steps:
+        return schedule
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps - 1)
+    return optax.join_schedules([warmup, schedule], [config.warmup_steps])
+
+
+def build_optimizer(
+    config: RunConfig, groups: Sequence[ParamGroup] = ()
+) -> optax.GradientTransformation:
+    """SGD with momentum (Caffe's order) or AdamW, with a rate and a decay per parameter.
+
+    Caffe adds the decay to the gradient, multiplies by the learning rate, then applies momentum;
+    at a constant rate this equals ``v = m v + (g + wd w); w -= lr v``, which is used here.
+    Biases and the parameters of normalisation layers are not decayed unless a group says so.
+
+    Args:
+      config: rates, momentum, decay and schedule.
+      groups: exceptions, first match first; ``config.bias_lr`` is added as the last of them.
+
+    Raises:
+      UserError: (at ``init``) a group matches no parameter.
+    """
+    groups = (
+        *groups,
+        ParamGroup(r"/bias$", lr=config.bias_lr, decay=0.0),
+        ParamGroup(r"/scale$", decay=0.0),
+    )
+    required = groups[:-2]
+
+    def of(field: str) -> optax.GradientTransformation:
+        def scale(updates: Any, params: Any) -> Any:
+            factors = _per_parameter(updates, groups, field)
+            if field == "lr":
+                return jax.tree.map(lambda u, f: u * jnp.asarray(f, u.dtype), updates, factors)
+            return jax.tree.map(
+                lambda u, p, f: u + jnp.asarray(f * config.weight_decay, u.dtype) * p,
+                updates,
+                params,
+                factors,
+            )
+
+        return optax.stateless(scale)
+
+    inner = {
+        "sgd": (of("decay"), optax.trace(config.momentum)),
+        "adamw": (optax.scale_by_adam(), of("decay")),
+    }[config.optimizer]
+    rate = optax.scale_by_learning_rate(build_schedule(config))
+    trained = optax.chain(*inner, of("lr"), rate)
+
+    def labels(params: Any) -> Any:
+        _check_groups(params, required)
+        factors = _per_parameter(params, groups, "lr")
+        return jax.tree.map(lambda f: "trained" if f else "frozen", factors)
+
+    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+
+
+def _per_parameter(tree: Any, groups: Sequence[ParamGroup], field: str) -> Any:
+    """A tree like ``tree`` with the value of ``field`` of the first matching group, else 1."""
+
+    def value(path: tuple[jax.tree_util.DictKey, ...], _: object) -> float:
+        name = "/".join(str(key.key) for key in path)
+        found = (g for g in groups if re.search(g.pattern, name))
+        return getattr(next(found, ParamGroup("")), field)
+
+    return jax.tree_util.tree_map_with_path(value, tree)
+
+
+def _check_groups(params: Any, groups: Sequence[ParamGroup]) -> None:
+    names = list(traverse_util.flatten_dict(params, sep="/"))
+    for group in groups:
+        if not any(re.search(group.pattern, name) for name in names):
+            raise UserError(
+                f"parameter group {group.pattern!r} matches none of the network's "
+                f"{len(names)} parameters ({names[0]}, ...): correct the pattern"
+            )

@@ -1,0 +1,104 @@
+"""What a training run carries from step to step."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import traverse_util
+from flax.training import train_state
+
+from dense_jax.errors import UserError
+
+
+class TrainState(train_state.TrainState):
+    """Parameters, optimiser and batch statistics. It has no device axis.
+
+    Attributes:
+      model_state: variable collections other than the parameters (batch statistics).
+      ema_params: running average of the parameters, or None where it is off.
+      seed: all randomness of a step is a function of (seed, step, device).
+    """
+
+    model_state: Any
+    ema_params: Any
+    seed: jax.Array
+
+    @classmethod
+    def init(
+        cls,
+        model: nn.Module,
+        tx: optax.GradientTransformation,
+        image_shape: tuple[int, int, int],
+        *,
+        seed: int = 0,
+        ema: bool = False,
+    ) -> "TrainState":
+        """Draws the parameters of ``model`` for images of ``image_shape`` [H, W, C]."""
+        images = jnp.zeros((1, *image_shape), jnp.float32)
+
+        # One program instead of one for each parameter; it runs once, and a CPU compiles the many
+        # random draws four times as fast when it does not optimise them.
+        options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+
+        @functools.partial(jax.jit, compiler_options=options)
+        def init(seed: jax.Array) -> TrainState:
+            model_state = dict(model.init(jax.random.key(seed), images, train=False))
+            params = model_state.pop("params")
+            return cls(
+                step=jnp.zeros((), jnp.int32),
+                apply_fn=model.apply,
+                params=params,
+                tx=tx,
+                opt_state=tx.init(params),
+                model_state=model_state,
+                ema_params=params if ema else None,
+                seed=seed,
+            )
+
+        return init(np.uint32(seed))
+
+    def eval_variables(self) -> dict[str, Any]:
+        """The variables to evaluate: averaged parameters where they are kept."""
+        params = self.params if self.ema_params is None else self.ema_params
+        return {"params": params, **self.model_state}
+
+
+def num_parameters(params: Any) -> int:
+    """Number of values in a tree of parameters."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+
+
+def load_matching(
+    params: dict[str, Any], source: dict[str, Any], say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Copies from ``source`` each parameter of equal name and shape, and says what it did.
+
+    Staged training is this: FCN-16s starts from an FCN-32s whose names it shares.
+
+    Raises:
+      UserError: nothing matches, so the source belongs to another network.
+    """
+    new: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    old: dict[str, Any] = traverse_util.flatten_dict(source, sep="/")
+    matched = {k for k in new if k in old and new[k].shape == old[k].shape}
+    if not matched:
+        raise UserError(
+            "--init: no parameter of the other run has a name and shape of this network "
+            f"(first names: {sorted(old)[:2]} there, {sorted(new)[:2]} here): give a related run"
+        )
+    reshaped = sorted(k for k in new if k in old and k not in matched)
+    say(f"init: {len(matched)} of {len(new)} parameters copied")
+    for title, names in (
+        ("new here", sorted(set(new) - set(old))),
+        ("of another shape, kept as initialised", reshaped),
+        ("unused from the other run", sorted(set(old) - set(new))),
+    ):
+        if names:
+            say(f"init: {title}: {', '.join(names)}")
+    copied = {k: jnp.asarray(old[k], new[k].dtype) if k in matched else new[k] for k in new}
+    return traverse_util.unflatten_dict(copied, sep="/")
