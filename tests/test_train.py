@@ -1,0 +1,355 @@
+"""The step is the same function on any number of devices; the loop can be killed and resumed."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+from dense_jax import losses
+from dense_jax.errors import UserError
+from dense_jax.layers.conv import Conv
+from dense_jax.tasks.semantic import cross_entropy_loss
+from dense_jax.train import config as config_lib
+from dense_jax.train import loop, schedules, step
+from dense_jax.train.checkpoint import Checkpoints, read_variables
+from dense_jax.train.config import RunConfig
+from dense_jax.train.log import CompileCounter, MetricsWriter, read_metrics
+from dense_jax.train.state import TrainState, load_matching, num_parameters
+
+NUM_CLASSES = 3
+
+
+class Tiny(nn.Module):
+    """Two convolutions: enough to see gradients, small enough to compile in no time."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.relu(Conv(4, 3, name="conv1")(images))
+        return {"logits": Conv(NUM_CLASSES, 1, name="score")(x)}
+
+
+def make_batch(number, batch_size=8, size=6):
+    """Random images; later images of the batch are ignored more and more, the first wholly."""
+    rng = np.random.default_rng(number)
+    labels = rng.integers(0, NUM_CLASSES, (batch_size, size, size), dtype=np.int32)
+    for i in range(batch_size):
+        labels[i][rng.random((size, size)) < i / batch_size] = 255
+    labels[:2] = 255
+    return {
+        "images": rng.standard_normal((batch_size, size, size, 3)).astype(np.float32),
+        "labels": labels,
+        "valid": np.ones(batch_size, bool),
+        "index": np.arange(batch_size, dtype=np.int32),
+    }
+
+
+@dataclasses.dataclass
+class FakeBatches:
+    """Batches that are a function of their number, like those of the pipeline."""
+
+    number: int = 0
+    poison: int | None = None
+
+    def __next__(self):
+        batch = make_batch(self.number)
+        if self.number == self.poison:
+            batch["images"][3] = np.nan
+        self.number += 1
+        return batch
+
+    def get_state(self):
+        return {"number": self.number}
+
+    def set_state(self, state):
+        self.number = state["number"]
+
+    def names(self, index):
+        return [f"image_{i}" for i in index]
+
+
+def make_state(config, groups=()):
+    tx = schedules.build_optimizer(config, groups)
+    return TrainState.init(Tiny(), tx, (6, 6, 3), seed=config.seed, ema=config.ema_decay > 0)
+
+
+def predict(params, images) -> jax.Array:
+    outputs: Any = Tiny().apply({"params": params}, images, train=True)
+    return outputs["logits"]
+
+
+def make_step(config):
+    return step.train_step(*cross_entropy_loss(Tiny(), config), ema_decay=config.ema_decay)
+
+
+def run_steps(config, num_devices, num_steps=5):
+    """Final state and losses on the first ``num_devices`` virtual devices."""
+    devices = jax.devices()[:num_devices]
+    parts = cross_entropy_loss(Tiny(), config)
+    train_step = step.train_step(*parts, ema_decay=config.ema_decay, devices=devices)
+    state, values = step.replicate(make_state(config), devices), []
+    for number in range(num_steps):
+        batch = step.shard(make_batch(number), config.accumulate, devices)
+        state, scalars = train_step(state, batch)
+        values.append(float(scalars["loss"]))
+    return state, values
+
+
+@pytest.mark.parametrize(
+    ("norm", "spreads"),
+    [("valid", [(2, 1), (4, 1), (1, 4), (2, 2)]), ("batch", [(4, 1)]), ("sum", [(2, 2)])],
+)
+def test_devices_and_micro_batches_do_not_change_the_result(norm, spreads):
+    rate = 0.1 if norm == "valid" else 1e-3
+    config = RunConfig(learning_rate=rate, loss_norm=norm, ema_decay=0.9)
+    reference, losses_1 = run_steps(config, 1)
+    for num_devices, accumulate in spreads:
+        other = dataclasses.replace(config, accumulate=accumulate)
+        state, losses_n = run_steps(other, num_devices)
+        np.testing.assert_allclose(losses_n, losses_1, rtol=1e-5)
+        chex.assert_trees_all_close(state.params, reference.params, atol=1e-5)
+        chex.assert_trees_all_close(state.ema_params, reference.ema_params, atol=1e-5)
+        for leaf in jax.tree.leaves(state):
+            shards = [np.asarray(s.data) for s in leaf.addressable_shards]
+            assert len(shards) == num_devices
+            for shard in shards[1:]:
+                np.testing.assert_array_equal(shard, shards[0])
+
+
+def test_mean_of_device_means_would_be_another_loss():
+    """The batch of the test above can tell the two apart."""
+    batch, config = make_batch(0), RunConfig()
+    state = make_state(config)
+    logits = predict(state.params, batch["images"])
+    pixel_loss = losses.softmax_cross_entropy(logits, jnp.asarray(batch["labels"]))
+    count = np.sum(batch["labels"] != 255, axis=(1, 2))
+    whole = float(jnp.sum(pixel_loss)) / count.sum()
+    halves = [float(jnp.sum(pixel_loss[i : i + 4])) / count[i : i + 4].sum() for i in (0, 4)]
+    assert abs(np.mean(halves) - whole) > 1e-3
+
+
+def test_step_equals_a_hand_written_sgd():
+    config = RunConfig(learning_rate=0.1, momentum=0.9, weight_decay=0.01, bias_lr=2.0)
+    state = make_state(config)
+    train_step = make_step(config)
+
+    def loss(params, batch):
+        logits = predict(params, batch["images"])
+        log_p = jax.nn.log_softmax(logits)
+        labels = batch["labels"]
+        mask = labels != 255
+        picked = jnp.take_along_axis(log_p, jnp.where(mask, labels, 0)[..., None], -1)[..., 0]
+        return -jnp.sum(jnp.where(mask, picked, 0.0)) / jnp.sum(mask).astype(jnp.float32)
+
+    params = jax.device_get(state.params)
+    velocity = jax.tree.map(np.zeros_like, params)
+    running = step.replicate(state)
+    for number in range(3):
+        batch = make_batch(number)
+        grads = jax.device_get(jax.grad(loss)(params, batch))
+        for layer in params:
+            for kind, rate, decay in (("kernel", 0.1, 0.01), ("bias", 0.2, 0.0)):
+                g = grads[layer][kind] + decay * params[layer][kind]
+                velocity[layer][kind] = 0.9 * velocity[layer][kind] + g
+                params[layer][kind] = params[layer][kind] - rate * velocity[layer][kind]
+        running, scalars = train_step(running, step.shard(batch, 1))
+        assert np.isfinite(float(scalars["loss"]))
+    chex.assert_trees_all_close(jax.device_get(running.params), params, atol=1e-6)
+
+
+def test_a_batch_without_labels_has_loss_zero_and_changes_nothing():
+    config = RunConfig(weight_decay=0.0)
+    state = make_state(config)
+    before: Any = jax.device_get(state.params)
+    batch = make_batch(0) | {"labels": np.full((8, 6, 6), 255, np.int32)}
+    state, scalars = make_step(config)(step.replicate(state), step.shard(batch, 1))
+    assert float(scalars["loss"]) == 0
+    chex.assert_trees_all_equal(jax.device_get(state.params), before)
+
+
+def test_frozen_parameters_stay_and_hold_no_momentum():
+    config = RunConfig(learning_rate=0.1)
+    state = make_state(config, [schedules.ParamGroup(r"^(?!score)", lr=0.0)])
+    before: Any = jax.device_get(state.params)
+    assert num_parameters(state.opt_state) < num_parameters(before)
+    state, _ = make_step(config)(step.replicate(state), step.shard(make_batch(0), 1))
+    after: Any = jax.device_get(state.params)
+    chex.assert_trees_all_equal(after["conv1"], before["conv1"])
+    assert np.abs(after["score"]["kernel"] - before["score"]["kernel"]).max() > 0
+
+
+def test_a_group_that_matches_nothing_is_an_error():
+    with pytest.raises(UserError, match="'fc8'"):
+        make_state(RunConfig(), [schedules.ParamGroup("fc8", lr=0.0)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"schedule": "constant"}, {0: 1.0, 99: 1.0}),
+        ({"schedule": "poly", "poly_power": 0.9}, {0: 1.0, 50: 0.5**0.9, 100: 0.0}),
+        ({"schedule": "cosine"}, {0: 1.0, 50: 0.5, 100: 0.0}),
+        ({"schedule": "step", "step_at": (0.6, 0.85)}, {59: 1.0, 61: 0.1, 90: 0.01}),
+        ({"schedule": "constant", "warmup_steps": 10}, {0: 0.1, 4: 0.5, 9: 1.0, 50: 1.0}),
+        ({"schedule": "poly", "warmup_steps": 20, "poly_power": 1.0}, {20: 1.0, 60: 0.5, 100: 0}),
+        ({"schedule": "step", "warmup_steps": 10}, {59: 1.0, 61: 0.1, 90: 0.01}),
+    ],
+)
+def test_schedules_by_their_formulas(flags, expected):
+    schedule = schedules.build_schedule(RunConfig(num_steps=100, learning_rate=1.0, **flags))
+    for at, rate in expected.items():
+        assert float(schedule(at)) == pytest.approx(rate, abs=1e-6), at
+
+
+@pytest.fixture
+def config(tmp_path):
+    return RunConfig(
+        workdir=str(tmp_path / "run"),
+        num_steps=7,
+        save_every=2,
+        eval_every=3,
+        log_every=1,
+        learning_rate=0.05,
+        ema_decay=0.9,
+    )
+
+
+def evaluate(state, step):
+    """A score that is best at step 3."""
+    return {"mean_iou": 1.0 - abs(step - 3) / 10}
+
+
+def fit(config, **kwargs):
+    pathlib.Path(config.workdir).mkdir(exist_ok=True)
+    return loop.fit(make_state(config), make_step(config), FakeBatches(**kwargs), config, evaluate)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(config, tmp_path):
+    whole = fit(dataclasses.replace(config, workdir=str(tmp_path / "whole")))
+    fit(dataclasses.replace(config, num_steps=4))
+    resumed = fit(config)
+    leaves = zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True)
+    for ours, theirs in leaves:
+        np.testing.assert_array_equal(ours, theirs)
+    rows = [(r["kind"], r["step"]) for r in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert rows.count(("train", 5)) == 1
+    assert [s for k, s in rows if k == "train"] == list(range(1, 8))
+
+
+def test_last_and_best_are_kept(config):
+    fit(config)
+    with Checkpoints(config.workdir) as checkpoints:
+        assert (checkpoints.latest_step, checkpoints.best_step) == (7, 3)
+    averaged: Any
+    averaged, at = read_variables(config.workdir, "best")
+    assert at == 3
+    assert set(averaged["params"]) == {"conv1", "score"}
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_images(config):
+    with pytest.raises(UserError, match=r"nan at step 6, .*image_3"):
+        fit(config, poison=5)
+    with Checkpoints(config.workdir) as checkpoints:
+        assert checkpoints.latest_step in (4, None)
+
+
+def test_a_new_shape_after_warm_up_is_counted(config, capfd):
+    batches = FakeBatches()
+    normal = make_batch
+    try:
+        globals()["make_batch"] = lambda n: normal(n, size=6 if n != 4 else 8)
+        loop.fit(make_state(config), make_step(config), batches, config)
+    finally:
+        globals()["make_batch"] = normal
+    assert "compiled again" in "".join(capfd.readouterr())
+
+
+def test_a_checkpoint_of_another_network_is_refused(config):
+    fit(config)
+
+    class Wider(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            x = nn.relu(Conv(5, 3, name="conv1")(images))
+            return {"logits": Conv(NUM_CLASSES, 1, name="score")(x)}
+
+    state = TrainState.init(Wider(), schedules.build_optimizer(config), (6, 6, 3), ema=True)
+    with Checkpoints(config.workdir) as checkpoints, pytest.raises(UserError, match="conv1"):
+        checkpoints.restore(state)
+
+
+def test_settings_that_changed_are_named():
+    old = RunConfig(seed=0).to_json()
+    config_lib.check_resumable(old, RunConfig(seed=0, num_steps=9, log_every=3).to_json(), "w")
+    config_lib.check_resumable(json.loads(json.dumps(old)), old, "w")
+    with pytest.raises(UserError, match="--seed was 0 and is now 1"):
+        config_lib.check_resumable(old, RunConfig(seed=1).to_json(), "w")
+
+
+def test_config_survives_json():
+    config = RunConfig(step_at=(0.5, 0.75), seed=3)
+    assert config_lib.from_json(RunConfig, json.loads(json.dumps(config.to_json()))) == config
+    with pytest.raises(UserError, match="colour"):
+        config_lib.from_json(RunConfig, {"colour": 1})
+
+
+@pytest.mark.parametrize(
+    "flags", [{"num_steps": 0}, {"ema_decay": 1.0}, {"batch_size": 8, "accumulate": 3}]
+)
+def test_impossible_settings_are_refused(flags):
+    with pytest.raises(UserError, match="--"):
+        RunConfig(**flags)
+
+
+def test_matching_parameters_are_copied_and_the_rest_named():
+    new: Any = {"a": {"kernel": jnp.zeros(3)}, "b": {"kernel": jnp.zeros(2)}, "c": jnp.zeros(1)}
+    old: Any = {"a": {"kernel": np.ones(3)}, "b": {"kernel": np.ones(4)}, "d": np.ones(1)}
+    said = []
+    loaded = load_matching(new, old, said.append)
+    np.testing.assert_array_equal(loaded["a"]["kernel"], np.ones(3))
+    np.testing.assert_array_equal(loaded["b"]["kernel"], np.zeros(2))
+    text = "\n".join(said)
+    assert "1 of 3" in text
+    assert all(name in text for name in ("b/kernel", "new here: c", "other run: d"))
+    with pytest.raises(UserError, match="no parameter"):
+        load_matching({"a": jnp.zeros(3)}, {"z": np.ones(3)})
+
+
+def test_metrics_file_survives_a_cut_line(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, "train", {"loss": 1.0})
+        writer.write(2, "train", {"loss": float("nan")})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "ki')
+    with MetricsWriter(tmp_path, step=2) as writer:
+        writer.write(3, "train", {"loss": 3.0})
+    rows = list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert [(r["step"], r["loss"]) for r in rows] == [(1, 1.0), (2, None), (3, 3.0)]
+    assert (tmp_path / "train.csv").read_text().splitlines()[0] == "step,loss"
+
+
+def test_compile_counter_counts_programs():
+    CompileCounter.start()
+    before = CompileCounter.programs
+    jax.jit(lambda x: x + lax.iota(jnp.int32, 3))(jnp.arange(3)).block_until_ready()
+    assert CompileCounter.programs > before
+
+
+def test_optimizer_adamw_matches_optax():
+    config = RunConfig(optimizer="adamw", learning_rate=0.1, weight_decay=0.02)
+    params = {"conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    grads = jax.tree.map(lambda p: 0.3 * p, params)
+    ours = schedules.build_optimizer(config)
+    mask = {"conv": {"kernel": True, "bias": False}}
+    theirs = optax.adamw(0.1, weight_decay=0.02, mask=mask)
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+        updates = [tx.update(grads, tx.init(params), params)[0] for tx in (ours, theirs)]
+    chex.assert_trees_all_close(*updates, rtol=1e-6)
