@@ -1,0 +1,181 @@
+"""What one does with a run or a dataset: ``python -m dense_jax COMMAND --help``."""
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+import shlex
+import shutil
+import sys
+from typing import Literal
+
+import jax
+import tyro
+
+from dense_jax import report, runs
+from dense_jax.analysis import cost
+from dense_jax.data import check
+from dense_jax.data.datasets.shapes import ShapesSpec
+from dense_jax.errors import UserError
+from dense_jax.infer import predictor
+from dense_jax.tasks import semantic
+from dense_jax.train import cli
+from dense_jax.train.config import RunConfig
+
+
+def predict(
+    *,
+    run: pathlib.Path,
+    input: pathlib.Path,
+    output: pathlib.Path,
+    checkpoint: Literal["last", "best"] = "last",
+    overlays: bool = True,
+    probabilities: bool = False,
+) -> None:
+    """Label a folder of images: palette PNGs of class ids, overlays, optionally probabilities.
+
+    Args:
+      run: folder of a training run.
+      input: folder of images, of any sizes.
+      output: folder to write; made if it does not exist.
+      checkpoint: which parameters to use.
+      overlays: also write the images tinted by their labels.
+      probabilities: also write the class probabilities (.npz, float16 [H, W, C]).
+    """
+    opened = runs.load(run, checkpoint)
+    model, scale = opened.model, opened.config.scale
+    logits_fn = jax.jit(lambda variables, x: semantic.predict_logits(model, variables, x, scale))
+    summary = predictor.predict_folder(
+        functools.partial(logits_fn, jax.device_put(opened.variables)),
+        opened.classes,
+        opened.config.normalisation,
+        input,
+        output,
+        overlays=overlays,
+        probabilities=probabilities,
+    )
+    print(summary)
+    if summary.failures:
+        sys.exit(1)
+
+
+def evaluate(
+    *,
+    run: pathlib.Path,
+    split: str = "val",
+    data_dir: str | None = None,
+    checkpoint: Literal["last", "best"] = "last",
+    absent: Literal["skip", "zero"] = "skip",
+    bf_match: semantic.BoundaryMatch = "distance",
+    output: pathlib.Path | None = None,
+) -> None:
+    """Score a run on a split of its dataset and write a report.
+
+    Args:
+      run: folder of a training run.
+      split: train, val or test.
+      data_dir: where the dataset lies now; by default where it lay in training.
+      checkpoint: which parameters to use.
+      absent: a class without pixels is left out of the mean (FCN), or counts as zero (SegNet).
+      bf_match: how boundary pixels are matched; assignment is one to one and slow.
+      output: folder to write; by default RUN/evaluate-SPLIT-CHECKPOINT.
+    """
+    opened = runs.load(run, checkpoint)
+    config = opened.config
+    if data_dir is not None:
+        config = dataclasses.replace(config, data_dir=data_dir)
+    dataset = semantic.load_dataset(config)
+    evaluator = semantic.Evaluator(
+        opened.model,
+        dataset.split(split),
+        dataset.classes,
+        batch_size=config.eval_batch_size,
+        normalisation=config.normalisation,
+        scale=config.scale,
+    )
+    output = output or run / f"evaluate-{split}-{checkpoint}"
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "metrics.jsonl"):  # the report shows them
+        if (run / name).exists():
+            shutil.copy(run / name, output / name)
+    evaluation = evaluator(opened.variables, bf_match)
+    semantic.write_evaluation(output, evaluation, dataset, split, opened.step, absent)
+    print(f"report: {report.write_report(output)}")
+
+
+def check_data(
+    *,
+    dataset: Literal["shapes", "camvid", "voc2012", "voc2012_sbd", "folder"],
+    data_dir: str | None = None,
+    shapes: ShapesSpec | None = None,
+) -> None:
+    """Look through a dataset: wrong values, damaged files, sizes, frequencies, duplicates.
+
+    Exits with status 1 if a file is wrong. Training does the same check when it first reads a
+    dataset, and stops.
+
+    Args:
+      dataset: name of the dataset.
+      data_dir: folder of the dataset.
+      shapes: difficulty of the generated images, with --dataset=shapes.
+    """
+    config = RunConfig(dataset=dataset, shapes=shapes or ShapesSpec())
+    name, options = semantic.dataset_options(config)
+    found = check.check_dataset(name, data_dir, **options)
+    print(found)
+    if found.errors:
+        sys.exit(1)
+
+
+def summary(
+    *,
+    run: pathlib.Path | None = None,
+    script: str = "experiments.fcn",
+    preset: str = "paper",
+    flags: str = "",
+    size: tuple[int, int] = (500, 500),
+    num_classes: int = 21,
+) -> None:
+    """Print a network's layers, output shapes, parameters and FLOPs, without running it.
+
+    Args:
+      run: folder of a training run; if given, the next three are not used.
+      script: script that defines the network.
+      preset: one of its presets.
+      flags: more of its flags, in one string, such as "--stride=32 --pad-mode=same".
+      size: height and width of the image.
+      num_classes: number of classes (a run knows its own).
+    """
+    if run is not None:
+        opened = runs.load(run)
+        model = opened.model
+    else:
+        try:
+            module = importlib.import_module(script)
+        except ImportError as error:
+            raise UserError(f"--script={script} cannot be imported: {error}") from error
+        if preset not in module.PRESETS:
+            raise UserError(f"--preset={preset}: {script} has {', '.join(module.PRESETS)}")
+        presets = {name: (name, value) for name, value in module.PRESETS.items()}
+        config = tyro.extras.overridable_config_cli(presets, args=[preset, *shlex.split(flags)])
+        model = module.build_model(config, num_classes)
+    print(cost.format_table(cost.summarise(model, (1, *size, 3))))
+
+
+def main() -> None:
+    """Runs one command."""
+    commands = {
+        "predict": predict,
+        "evaluate": evaluate,
+        "check-data": check_data,
+        "summary": summary,
+    }
+    with cli.exit_on_user_error():
+        cli.set_up_jax()
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="python -m dense_jax", description=__doc__
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Run folders: what a training run writes beside its checkpoints, and how to open one again."""
+
+import dataclasses
+import datetime
+import importlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from dense_jax.data.classes import ClassTable
+from dense_jax.errors import UserError
+from dense_jax.train import cli
+from dense_jax.train.checkpoint import read_variables
+from dense_jax.train.config import RunConfig, check_resumable, from_json
+
+
+def prepare(config: RunConfig, classes: ClassTable) -> pathlib.Path:
+    """Makes the run folder with its ``config.json``, or checks that it is the same run's.
+
+    Raises:
+      UserError: the folder cannot be written, or holds a run with other settings.
+    """
+    workdir = pathlib.Path(config.workdir or "")
+    path = workdir / "config.json"
+    record: dict[str, Any] = {
+        "script": _script(config),
+        "config": config.to_json(),
+        "classes": classes.to_json(),
+        **provenance(),
+    }
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            old = read_config(workdir)
+            if old["script"] != record["script"]:
+                raise UserError(f"{workdir} holds a run of {old['script']}: give another --workdir")
+            check_resumable(old["config"], record["config"], str(workdir))
+        write_json(path, record)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run folder {workdir} ({error.strerror}): give another --workdir"
+        ) from error
+    return workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished or stopped run, opened to be used.
+
+    Attributes:
+      workdir: its folder.
+      config: the configuration it was trained with.
+      model: the network, as built by the script.
+      variables: parameters and batch statistics, host arrays.
+      step: the step they were saved at.
+      classes: the classes it labels.
+    """
+
+    workdir: pathlib.Path
+    config: RunConfig
+    model: nn.Module
+    variables: dict[str, Any]
+    step: int
+    classes: ClassTable
+
+
+def load(workdir: str | pathlib.Path, checkpoint: str = "last") -> Run:
+    """Opens a run folder; ``checkpoint`` is "last" or "best".
+
+    Raises:
+      UserError: the folder is no run, or its script is not importable.
+    """
+    workdir = pathlib.Path(workdir)
+    record = read_config(workdir)
+    try:
+        script = importlib.import_module(record["script"])
+    except ImportError as error:
+        raise UserError(
+            f"{workdir} was trained by {record['script']}, which cannot be imported ({error}): "
+            "run this from the folder that holds the script"
+        ) from error
+    config = from_json(script.Config, record["config"])
+    classes = ClassTable.from_json(record["classes"])
+    variables, step = read_variables(workdir, checkpoint)
+    model = script.build_model(config, classes.num_classes)
+    return Run(workdir, config, model, variables, step, classes)
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """Reads ``config.json`` of a run folder.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    path = workdir / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): give the folder of a training run"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}): use another --workdir") from error
+
+
+def provenance() -> dict[str, Any]:
+    """What one needs to judge or repeat a result: command, versions, device, commit, time."""
+    packages = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow")
+    device = jax.devices()[0]
+    return {
+        "command": shlex.join(["python", "-m", cli.script_name(), *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform}), "
+        f"{os.cpu_count()} CPU cores",
+        "commit": _commit(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a file that is either the old one or the new one, never half of it."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+def _script(config: RunConfig) -> str:
+    """The importable module that defines the configuration's class."""
+    module = type(config).__module__
+    return cli.script_name() if module == "__main__" else module
+
+
+def _commit() -> str | None:
+    """The commit of this library, with "+" where files differ from it; None outside of git."""
+    root = pathlib.Path(__file__).parent
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for arguments in (
+                ["rev-parse", "--short=12", "HEAD"],
+                ["status", "--porcelain", "-uno"],
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changes else "")

@@ -1,0 +1,363 @@
+"""What a semantic segmentation run is: its loss, its scores, its pictures and its report."""
+
+import dataclasses
+import functools
+import heapq
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from PIL import Image
+
+from dense_jax import losses, report, runs, viz
+from dense_jax.data import dataset as datasets
+from dense_jax.data import pipeline
+from dense_jax.data.classes import ClassTable
+from dense_jax.data.dataset import Dataset, Source
+from dense_jax.data.transforms import Normalise, Transform
+from dense_jax.errors import UserError
+from dense_jax.metrics import boundary
+from dense_jax.metrics import semantic as metrics
+from dense_jax.ops.resize import resize_bilinear
+from dense_jax.train.checkpoint import read_variables
+from dense_jax.train.config import RunConfig
+from dense_jax.train.loop import fit
+from dense_jax.train.schedules import ParamGroup, build_optimizer
+from dense_jax.train.state import TrainState, load_matching, num_parameters
+from dense_jax.train.step import Batch, LossFn, eval_step, shard, train_step
+
+Variables = dict[str, Any]
+BoundaryMatch = Literal["none", "distance", "assignment"]
+
+_NUM_PICTURES = 4  # best and worst images shown in a report, each
+
+
+def load_dataset(config: RunConfig) -> Dataset:
+    """Opens the dataset of a configuration, looking for broken files and labels first.
+
+    Raises:
+      UserError: files or labels are wrong; names the first of them and what to do.
+    """
+    name, options = dataset_options(config)
+    return datasets.load(name, config.data_dir, **options)
+
+
+def dataset_options(config: RunConfig) -> tuple[str, dict[str, Any]]:
+    """The name and options under which ``datasets.load`` knows a configuration's dataset."""
+    if config.dataset == "shapes":
+        return "shapes", dataclasses.asdict(config.shapes)
+    if config.dataset == "voc2012_sbd":
+        return "voc2012", {"sbd": True}
+    return config.dataset, {}
+
+
+def class_weights(dataset: Dataset) -> np.ndarray:
+    """Median-frequency weights [C] of the training split."""
+    source = dataset.split("train")
+    labels = (source[i]["label"] for i in range(len(source)))
+    return losses.median_frequency_weights(labels, dataset.classes.num_classes)
+
+
+def cross_entropy_loss(
+    model: nn.Module, config: RunConfig, class_weights: np.ndarray | None = None
+) -> tuple[LossFn, Callable[[Batch], jax.Array]]:
+    """The per-pixel softmax loss of a network's "logits", and what it is divided by."""
+
+    def loss_fn(
+        params: Any,
+        model_state: dict[str, Any],
+        batch: Batch,
+        denominator: jax.Array,
+        rng: jax.Array,
+    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        outputs: Any
+        outputs, new_state = model.apply(
+            {"params": params, **model_state},
+            batch["images"],
+            train=True,
+            rngs={"dropout": rng},
+            mutable=list(model_state),
+        )
+        logits, labels = outputs["logits"], batch["labels"]
+        weights = None if class_weights is None else jnp.asarray(class_weights)
+        pixel_loss = losses.softmax_cross_entropy(logits, labels, class_weights=weights)
+        loss = jnp.sum(pixel_loss) / losses.resolve_denominator(denominator, config.loss_norm)
+        return loss, (new_state, {})
+
+    def denominator_fn(batch: Batch) -> jax.Array:
+        return losses.loss_denominator(batch["labels"], batch["valid"], config.loss_norm)
+
+    return loss_fn, denominator_fn
+
+
+def predict_logits(
+    model: nn.Module, variables: Variables, images: jax.Array, scale: float = 1.0
+) -> jax.Array:
+    """Logits [B, H, W, C] at the size of ``images`` [B, H, W, 3], seen by the network at ``scale``.
+
+    A network trained on images of half size predicts on images of half size; its logits are then
+    enlarged bilinearly, so that labels are never resized.
+    """
+    size = images.shape[1:3]
+    if scale != 1.0:
+        small = [max(1, round(side * scale)) for side in size]
+        images = jax.image.resize(images, (len(images), *small, images.shape[3]), "linear")
+    outputs: Any = model.apply(variables, images, train=False)
+    logits = outputs["logits"]
+    return logits if scale == 1.0 else resize_bilinear(logits, size, align_corners=False)
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """Counts and pictures of one pass over a split."""
+
+    confusion: np.ndarray
+    loss: float
+    num_images: int
+    shapes: set[tuple[int, int]]
+    best: list[tuple[float, int, np.ndarray]]
+    worst: list[tuple[float, int, np.ndarray]]
+    boundary_f1: float | None = None
+
+
+class Evaluator:
+    """Scores a network on a split: every image once, at its own size, in few compiled shapes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        classes: ClassTable,
+        *,
+        batch_size: int,
+        normalisation: str,
+        scale: float = 1.0,
+    ) -> None:
+        self._source, self._classes = source, classes
+        devices = jax.local_device_count()
+        self._batches = pipeline.eval_batches(
+            source,
+            [Normalise(normalisation)],
+            -(-batch_size // devices) * devices,  # whole rows of devices; the rest is padding
+        )
+
+        def counts(variables: Variables, batch: Batch) -> tuple[Any, Any]:
+            logits = predict_logits(model, variables, batch["images"], scale)
+            predictions = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
+            confusion = jax.vmap(
+                functools.partial(metrics.confusion_counts, num_classes=classes.num_classes)
+            )(batch["labels"], predictions)
+            loss = jnp.sum(losses.softmax_cross_entropy(logits, batch["labels"]))
+            sums = {
+                "confusion": jnp.sum(confusion, axis=0),
+                "loss": loss,
+                "num_images": jnp.sum(batch["valid"], dtype=jnp.int32),
+            }
+            return sums, {"confusion": confusion, "predictions": predictions}
+
+        self._step = eval_step(counts)
+
+    def __call__(self, variables: Variables, boundary_match: BoundaryMatch = "none") -> Evaluation:
+        """Evaluates ``variables``; boundary F1 is computed on the host and takes longer."""
+        confusion, loss, num_images = None, 0.0, 0
+        shapes: set[tuple[int, int]] = set()
+        best, worst, boundaries = _Top(), _Top(), []
+        for batch in self._batches:
+            arrays = {k: batch[k] for k in ("images", "labels", "valid")}
+            sums, per_image = jax.device_get(self._step(variables, shard(arrays)))
+            confusion = metrics.add(confusion, sums["confusion"])
+            loss += float(sums["loss"])
+            num_images += int(sums["num_images"])
+            shapes.add(batch["images"].shape[1:3])
+            flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in per_image.items()}
+            for i, index in enumerate(batch["index"]):
+                if index < 0:
+                    continue
+                height, width = batch["size"][i]
+                prediction = flat["predictions"][i, :height, :width]
+                score = metrics.summarise(flat["confusion"][i])["mean_iou"]
+                if not np.isnan(score):
+                    best.offer(score, int(index), prediction)
+                    worst.offer(-score, int(index), prediction)
+                if boundary_match != "none":
+                    labels = batch["labels"][i, :height, :width]
+                    boundaries.append(
+                        boundary.image_boundary_f1(
+                            labels, prediction, self._classes.num_classes, match=boundary_match
+                        )
+                    )
+        if confusion is None:
+            raise UserError("the split to evaluate has no images")
+        finite = [b for b in boundaries if not np.isnan(b)]
+        return Evaluation(
+            confusion=confusion,
+            loss=loss / max(int(confusion.sum()), 1),
+            num_images=num_images,
+            shapes=shapes,
+            best=best.items(),
+            worst=[(-score, index, image) for score, index, image in worst.items()],
+            boundary_f1=float(np.mean(finite)) if finite else None,
+        )
+
+
+class _Top:
+    """Keeps the few predictions of highest score, so that memory does not grow with the split."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, np.ndarray]] = []
+
+    def offer(self, score: float, index: int, prediction: np.ndarray) -> None:
+        heapq.heappush(self._heap, (score, -index, prediction))
+        if len(self._heap) > _NUM_PICTURES:
+            heapq.heappop(self._heap)
+
+    def items(self) -> list[tuple[float, int, np.ndarray]]:
+        return [(s, -i, p) for s, i, p in sorted(self._heap, key=lambda x: x[:2], reverse=True)]
+
+
+def train_and_evaluate(
+    config: RunConfig,
+    model: nn.Module,
+    dataset: Dataset,
+    transforms: Sequence[Transform],
+    *,
+    groups: Sequence[ParamGroup] = (),
+    class_weights: np.ndarray | None = None,
+) -> TrainState:
+    """Trains ``model`` and leaves a run folder with scores, pictures and a report.
+
+    Args:
+      config: the run; see ``RunConfig``.
+      model: network whose outputs hold "logits".
+      dataset: its "train" split is trained on, its "val" split evaluated.
+      transforms: training transforms; they end in normalised images of one size.
+      groups: learning rates of parts of the network; see ``build_optimizer``.
+      class_weights: [C] weights of the loss, or None.
+
+    Returns:
+      The final state.
+    """
+    if config.batch_size % (jax.device_count() * config.accumulate):
+        raise UserError(
+            f"--batch-size={config.batch_size} cannot be shared by {jax.device_count()} devices "
+            f"in {config.accumulate} micro-batches: make it a multiple of their product"
+        )
+    workdir = runs.prepare(config, dataset.classes)
+    batches = pipeline.train_batches(
+        dataset.split("train"),
+        transforms,
+        config.batch_size // jax.process_count(),
+        config.seed,
+        num_threads=config.num_threads,
+        num_workers=config.num_workers,
+    )
+    image_shape = batches.example["images"].shape[1:]
+    tx = build_optimizer(config, groups)
+    state = TrainState.init(model, tx, image_shape, seed=config.seed, ema=config.ema_decay > 0)
+    if config.init:
+        state = _initialise_from(config.init, state, tx)
+    print(f"{type(model).__name__}: {num_parameters(state.params):,} parameters; run in {workdir}")
+    loss_fn, denominator_fn = cross_entropy_loss(model, config, class_weights)
+    step = train_step(loss_fn, denominator_fn, ema_decay=config.ema_decay)
+    evaluator = Evaluator(
+        model,
+        dataset.split("val"),
+        dataset.classes,
+        batch_size=config.eval_batch_size,
+        normalisation=config.normalisation,
+        scale=config.scale,
+    )
+
+    def evaluate(state: TrainState, step: int) -> dict[str, float]:
+        last = step == config.num_steps
+        evaluation = evaluator(state.eval_variables(), "distance" if last else "none")
+        return write_evaluation(workdir, evaluation, dataset, "val", step)
+
+    state = fit(state, step, batches, config, evaluate)
+    report.write_report(workdir)
+    return state
+
+
+def write_evaluation(
+    workdir: pathlib.Path,
+    evaluation: Evaluation,
+    dataset: Dataset,
+    split: str,
+    step: int,
+    absent: Literal["skip", "zero"] = "skip",
+) -> dict[str, float]:
+    """Writes ``evaluation.json`` with its pictures and protocol, and returns the scores."""
+    source, classes = dataset.split(split), dataset.classes
+    summary = metrics.summarise(evaluation.confusion, classes.names, absent=absent)
+    scores = {k: v for k, v in summary.items() if isinstance(v, float)} | {"loss": evaluation.loss}
+    if evaluation.boundary_f1 is not None:
+        scores["boundary_f1"] = evaluation.boundary_f1
+    protocol = {
+        "dataset": dataset.name,
+        "description": dataset.description,
+        "fingerprint": dataset.fingerprint,
+        "split": split,
+        "images_scored": evaluation.num_images,
+        "images_in_split": len(source),
+        "resolution": "native size; padded for computing to "
+        + ", ".join(f"{h}x{w}" for h, w in sorted(evaluation.shapes)),
+        "ignored": f"label {classes.ignore_label} in no count",
+        "absent_classes": {
+            "skip": "left out of the mean where neither labelled nor predicted",
+            "zero": "count as zero in the mean",
+        }[absent],
+        "test_time_options": "none: one pass, no flips, no scales, no CRF",
+        "step": step,
+        **runs.provenance(),
+    }
+    pictures = workdir / "pictures"
+    pictures.mkdir(exist_ok=True)
+    images = []
+    for kind, items in (("best", evaluation.best), ("worst", evaluation.worst)):
+        for rank, (score, index, prediction) in enumerate(items, 1):
+            example = source[index]
+            path = pictures / f"{split}_{kind}_{rank}.png"
+            triplet = viz.comparison(
+                example["image"], example["label"], prediction, classes.palette()
+            )
+            Image.fromarray(triplet).save(path)
+            images.append(
+                {
+                    "name": example["name"],
+                    "kind": kind,
+                    "score": score,
+                    "triplet": str(path.relative_to(workdir)),
+                }
+            )
+    record = {
+        "protocol": protocol,
+        "scores": scores,
+        "per_class": summary["per_class"],
+        "confusion": evaluation.confusion.tolist(),
+        "images": images,
+    }
+    runs.write_json(workdir / "evaluation.json", record)
+    per_class = {
+        f"iou/{c['name']}": np.nan if c["iou"] is None else c["iou"] for c in summary["per_class"]
+    }
+    print(
+        f"step {step}: mean IoU {scores['mean_iou']:.4f}, pixel accuracy "
+        f"{scores['pixel_accuracy']:.4f} on {evaluation.num_images} {split} images"
+    )
+    return scores | per_class
+
+
+def _initialise_from(source: str, state: TrainState, tx: Any) -> TrainState:
+    """Copies the parameters of equal name and shape from ``run:PATH``."""
+    kind, _, path = source.partition(":")
+    if kind != "run" or not path:
+        raise UserError(f"--init={source}: give run:PATH with the folder of another run")
+    variables, step = read_variables(path)
+    print(f"init: {path} at step {step}")
+    params = load_matching(dict(state.params), variables["params"])
+    ema = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, ema_params=ema, opt_state=tx.init(params))
