@@ -1,0 +1,204 @@
+"""Every script runs, every flag value builds, and the commands work on what a run leaves."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dense_jax import __main__ as commands
+from dense_jax import viz
+from dense_jax.data.datasets.shapes import ShapesSpec
+from dense_jax.errors import UserError
+from dense_jax.train.log import read_metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPTS = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py"))
+
+
+def script(name):
+    return importlib.import_module(f"experiments.{name}")
+
+
+@pytest.fixture(autouse=True)
+def _optax_counts_in_integers():
+    """AdamW's bias correction raises a float to an integer power."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def smoke_runs(tmp_path_factory):
+    """Runs a script's smoke preset once; returns its run folder."""
+
+    @functools.cache
+    def run(name):
+        workdir = tmp_path_factory.mktemp(name) / "run"
+        module = script(name)
+        module.main(dataclasses.replace(module.PRESETS["smoke"], workdir=str(workdir)))
+        return workdir
+
+    return run
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_documents_its_paper(name):
+    module = script(name)
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}", module.__doc__)
+    assert {"paper", "demo", "smoke"} <= set(module.PRESETS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_smoke_run_leaves_scores_pictures_and_report(name, smoke_runs):
+    workdir = smoke_runs(name)
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    protocol = evaluation["protocol"]
+    assert protocol["images_scored"] == protocol["images_in_split"] == 6
+    assert all(key in protocol for key in ("command", "versions", "device", "fingerprint"))
+    assert np.sum(evaluation["confusion"]) > 0
+    kinds = {row["kind"] for row in read_metrics(workdir / "metrics.jsonl")}
+    assert kinds == {"train", "eval"}
+    page = (workdir / "report.html").read_text()
+    assert "data:image/png;base64" in page
+    assert not re.search(r'(src|href)="https?:', page)
+    assert list(workdir.glob("tensorboard/*"))
+    assert {p.name for p in workdir.glob("*.csv")} == {"train.csv", "eval.csv"}
+
+
+def literal_flags(config):
+    """Each (field, value) of a script's own Literal flags."""
+    hints = typing.get_type_hints(type(config))
+    for field in type(config).__annotations__:
+        if typing.get_origin(hints[field]) is typing.Literal:
+            yield from ((field, value) for value in typing.get_args(hints[field]))
+
+
+FLAGS = [(n, *fv) for n in SCRIPTS for fv in literal_flags(script(n).PRESETS["smoke"])]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), FLAGS)
+def test_every_flag_value_builds(name, field, value):
+    module = script(name)
+    flags = {field: value} | ({"stride": 16} if field == "single_skip" else {})
+    config = dataclasses.replace(module.PRESETS["smoke"], **flags)
+    assert module.build_transforms(config)
+    module.build_groups(config)
+    model = module.build_model(config, 4)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    init = functools.partial(model.init_with_output, train=False)
+    outputs, _ = jax.eval_shape(init, jax.random.key(0), images)
+    assert outputs["logits"].shape == (1, 32, 32, 4)
+
+
+def test_fcn_stages_start_from_one_another(tmp_path, capsys):
+    fcn = script("fcn")
+    config = dataclasses.replace(
+        fcn.PRESETS["smoke"], train="staged", stride=16, workdir=str(tmp_path / "staged")
+    )
+    rates = [stage.learning_rate for stage in fcn.stages(config)]
+    np.testing.assert_allclose(rates, [config.learning_rate, config.learning_rate / 100])
+    fcn.main(config)
+    printed = capsys.readouterr().out
+    assert "new here: score_pool4/bias, score_pool4/kernel" in printed
+    assert (tmp_path / "staged" / "fcn16s" / "report.html").exists()
+
+
+def test_fcn_pixel_keep_ignores_a_share():
+    example = {"label": np.zeros((64, 64), np.uint8)}
+    kept = script("fcn").RandomPixelKeep(0.25)(example, np.random.default_rng(0))["label"]
+    assert np.mean(kept == 0) == pytest.approx(0.25, abs=0.03)
+    assert set(np.unique(kept)) == {0, 255}
+
+
+def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(smoke_runs, capsys):
+    fcn, workdir = script("fcn"), smoke_runs("fcn")
+    config = dataclasses.replace(fcn.PRESETS["smoke"], workdir=str(workdir))
+    fcn.main(config)
+    assert "at step 2 of 2" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--stride was 8 and is now 16"):
+        fcn.main(dataclasses.replace(config, stride=16))
+
+
+def test_predict_labels_any_size_and_reports_the_bad_file(smoke_runs, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    sizes = {"a": (40, 33), "b": (1, 1), "c": (64, 20)}
+    for name, size in sizes.items():
+        Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(images / f"{name}.png")
+    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(SystemExit) as status:
+        commands.predict(run=smoke_runs("fcn"), input=images, output=tmp_path / "out")
+    assert status.value.code == 1
+    for name, size in sizes.items():
+        assert viz.load_label_png(tmp_path / "out" / "labels" / f"{name}.png").shape == size
+
+
+def test_evaluate_gives_the_score_of_the_run_again(smoke_runs):
+    workdir = smoke_runs("fcn")
+    commands.evaluate(run=workdir)
+    again = json.loads((workdir / "evaluate-val-last" / "evaluation.json").read_text())
+    first = json.loads((workdir / "evaluation.json").read_text())
+    assert again["confusion"] == first["confusion"]
+    assert again["scores"] == first["scores"]
+    assert (workdir / "evaluate-val-last" / "report.html").exists()
+    with pytest.raises(UserError, match="no split 'dev'"):
+        commands.evaluate(run=workdir, split="dev")
+
+
+def test_summary_prints_the_published_count(capsys):
+    commands.summary(script="experiments.fcn", preset="paper")
+    assert "134,362,751" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--preset=nothing"):
+        commands.summary(preset="nothing")
+
+
+def test_check_data_prints_frequencies(capsys):
+    spec = ShapesSpec(size=(32, 32), num_train=4, num_val=2, num_test=2)
+    commands.check_data(dataset="shapes", shapes=spec)
+    assert "background" in capsys.readouterr().out
+
+
+def call(*arguments):
+    """A command line as a user types it; returns (status, stdout, stderr)."""
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_help_lists_presets_and_ablations():
+    status, listed, _ = call("experiments.fcn", "--help")
+    assert status == 0
+    assert all(preset in listed for preset in script("fcn").PRESETS)
+    status, flags, _ = call("experiments.fcn", "paper", "--help")
+    assert status == 0
+    own = [f.replace("_", "-") for f in script("fcn").Config.__annotations__]
+    assert all(f"--{flag}" in flags for flag in own)
+    assert "Table 2" in flags
+
+
+def test_a_users_mistake_is_one_line_without_traceback(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.touch()
+    for arguments, culprit in [
+        (("experiments.fcn", "smoke", f"--workdir={blocked}/run"), str(blocked)),
+        (("experiments.fcn", "smoke", "--dataset=folder", f"--data-dir={tmp_path}"), str(tmp_path)),
+        (("dense_jax", "evaluate", f"--run={tmp_path}"), str(tmp_path)),
+    ]:
+        status, _, stderr = call(*arguments)
+        lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert status == 2
+        assert len(lines) == 1, stderr
+        assert culprit in lines[0]
+        assert "Traceback" not in stderr
