@@ -1,0 +1,61 @@
+"""Resizing with the corner convention in the argument's name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Pair = tuple[int, int]
+
+
+def _weights(size: int, out: int, align_corners: bool) -> np.ndarray:
+    """Returns the matrix [out, size] of linear interpolation along one axis."""
+    if align_corners:
+        at = np.arange(out) * ((size - 1) / max(out - 1, 1))
+    else:
+        at = np.clip((np.arange(out) + 0.5) * (size / out) - 0.5, 0, size - 1)
+    # The hat function: 1 - distance for the two nearest pixels, 0 for all others.
+    return np.maximum(1 - np.abs(at[:, None] - np.arange(size)), 0)
+
+
+def resize_bilinear(x: jax.Array, size: Pair, *, align_corners: bool) -> jax.Array:
+    """Resizes [B, H, W, C] to [B, *size, C] by linear interpolation along each axis.
+
+    Output pixel j lies at j (n - 1) / (m - 1) of the input with `align_corners` (DeepLab) and at
+    (j + 1/2) n / m - 1/2 without (FCN, torchvision). Nothing is smoothed when an image shrinks.
+    Equals torch's `interpolate(mode="bilinear", antialias=False)`.
+
+    Raises:
+      ValueError: x is not [B, H, W, C].
+    """
+    _check(x)
+    # A product with a small matrix, as its gradient is one too; that of indexing is a scatter.
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    rows, columns = (
+        jnp.asarray(_weights(n, m, align_corners), dtype)
+        for n, m in zip(x.shape[1:3], size, strict=True)
+    )
+    y = jnp.einsum("uh,bhwc->buwc", rows, x.astype(dtype), precision="highest")
+    return jnp.einsum("vw,buwc->buvc", columns, y, precision="highest").astype(x.dtype)
+
+
+def resize_nearest(x: jax.Array, size: Pair) -> jax.Array:
+    """Resizes [B, H, W, C] of any dtype to [B, *size, C]; output pixel j copies floor(j n / m).
+
+    This is torch's mode "nearest". Growing by whole factors repeats pixels.
+
+    Raises:
+      ValueError: x is not [B, H, W, C].
+    """
+    _check(x)
+    for axis, out in enumerate(size, 1):
+        length = x.shape[axis]
+        if out % length == 0:  # The gradient of a repetition is a sum, that of indexing a scatter.
+            x = jnp.repeat(x, out // length, axis)
+        else:
+            x = jnp.take(x, np.arange(out) * length // out, axis)
+    return x
+
+
+def _check(x: jax.Array) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"Expected [B, H, W, C], received {x.shape}.")
