@@ -271,6 +271,16 @@ def test_the_doctor_lists_all_and_warns(own):
         report.raise_if_broken()
 
 
+def test_the_doctor_counts_twins_between_splits(own):
+    for path in list((own / "images").iterdir()):
+        for i in range(2):
+            shutil.copy(path, own / "images" / f"{path.stem}_copy{i}.jpg")
+            shutil.copy(own / f"labels/{path.stem}.png", own / f"labels/{path.stem}_copy{i}.png")
+    lines = check.check_dataset("folder", own).warnings()
+    assert sum("has the same pixels as" in line for line in lines) == 10
+    assert "10 more pairs of images with the same pixels" in lines
+
+
 def test_the_doctor_explains_masks_of_0_and_255(own):
     for path in (own / "images").iterdir():
         label = np.full((12, 16), 255, np.uint8)

@@ -58,6 +58,12 @@ def test_dials():
     assert plain.std() < dataset.load("shapes").split("train")[0]["image"].std()
 
 
+def test_dials_from_json():
+    data = dataset.load("shapes", size=[32, 40])
+    assert data.fingerprint == dataset.load("shapes", size=(32, 40)).fingerprint
+    assert data.split("val").size(0) == (32, 40)
+
+
 def test_one_pixel_pictures_can_be_drawn():
     assert dataset.load("shapes", size=(1, 1)).split("val")[0]["image"].shape == (1, 1, 3)
 

@@ -99,12 +99,14 @@ class Report:
             if void:
                 lines.append(f"{split}: every pixel is void in {len(void)}, such as {void[0]}")
         first: dict[str, str] = {}
+        twins = []
         for split, found in self.splits.items():
             for name, pixels in zip(found.names, found.image_digests, strict=True):
                 here, there = f"{split}/{name}", first.setdefault(pixels, f"{split}/{name}")
                 if there != here:
-                    lines.append(f"{here} has the same pixels as {there}: remove one of them")
-        return lines
+                    twins.append(f"{here} has the same pixels as {there}: remove one of them")
+        more = [f"{len(twins) - 10} more pairs of images with the same pixels"]
+        return lines + twins[:10] + (more if len(twins) > 10 else [])
 
     def mostly_void(self, number: int = 10) -> list[str]:
         """Returns one line for each of the images with the largest void share, if above half."""

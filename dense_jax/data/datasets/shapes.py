@@ -215,7 +215,9 @@ def _fingerprint(spec: ShapesSpec) -> str:
 def load(data_dir: pathlib.Path | None = None, **dials: Any) -> Dataset:
     """Opens the generated dataset; ``dials`` are the attributes of `ShapesSpec`."""
     del data_dir  # nothing is read
-    spec = ShapesSpec(**dials)
+    spec = ShapesSpec(  # a configuration read back from JSON has lists for tuples
+        **{name: tuple(dial) if isinstance(dial, list) else dial for name, dial in dials.items()}
+    )
     return Dataset(
         name="shapes",
         classes=CLASSES,
