@@ -7,7 +7,14 @@ from dense_jax.analysis import cost
 from dense_jax.layers.conv import Conv, UpConv
 from dense_jax.models import fcn, vgg
 
-IMAGE = jax.ShapeDtypeStruct((2, 12, 10, 4), jnp.float32)
+
+class One(nn.Module):
+    """A network of one layer."""
+
+    layer: nn.Module
+
+    def __call__(self, images, *, train):
+        return {"logits": self.layer(images)}
 
 
 @pytest.mark.parametrize(
@@ -16,24 +23,26 @@ IMAGE = jax.ShapeDtypeStruct((2, 12, 10, 4), jnp.float32)
         (Conv(6, 3), 2 * 120 * 9 * 4 * 6),
         (Conv(6, 3, strides=2, padding=0), 2 * 5 * 4 * 9 * 4 * 6),
         (Conv(6, 3, groups=2), 2 * 120 * 9 * 2 * 6),
-        # Each of the 120 input places is multiplied with each tap once; no inserted zero is.
+        # Each value of the 120 input places meets each tap once.
         (UpConv(6, 4, 2), 2 * 120 * 16 * 4 * 6),
+        (UpConv(6, (3, 5), 2, groups=2), 2 * 120 * 15 * 2 * 6),
         (UpConv(4, 16, 8, groups=4), 2 * 120 * 256 * 4),
         (nn.Dense(5), 2 * 120 * 4 * 5),
     ],
 )
 def test_flops_of_one_layer(layer, macs):
-    variables = jax.eval_shape(layer.init, jax.random.key(0), IMAGE)
-    assert cost.count_flops(layer.apply, variables, IMAGE) == 2 * macs
+    (row,) = cost.summarise(One(layer), (2, 12, 10, 4))
+    assert (row.name, row.flops) == ("layer", 2 * macs)
 
 
 def test_flops_inside_loops_and_inner_programs():
-    square = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    class Power(nn.Module):
+        def __call__(self, images, *, train):
+            x = images[0, :, :, 0]
+            return jax.lax.fori_loop(0, 3, lambda _, y: jax.jit(jnp.matmul)(x, y), x)
 
-    def power(x):
-        return jax.lax.fori_loop(0, 3, lambda _, y: jax.jit(jnp.matmul)(x, y), x)
-
-    assert cost.count_flops(power, square) == 3 * 2 * 8**3
+    (row,) = cost.summarise(Power(), (1, 8, 8, 1))
+    assert row == cost.Row("(model)", (8, 8), 0, 3 * 2 * 8**3)
 
 
 def test_vgg16_costs_what_the_literature_says():

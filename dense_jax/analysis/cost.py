@@ -2,22 +2,24 @@
 
 Counting rule. One multiplication and one addition are two operations (FLOPs). Counted are
 convolutions and matrix products as the traced program holds them, taps that fall on padding
-included, for one forward pass. A convolution of fractional stride counts each input value once per
-kernel tap: the zeros between its input values are a way of writing it, not work. Everything else
-(bias, ReLU, pooling, sums) is left out, as is usual: in VGG-16 it is below one percent.
+included, for one forward pass. An up-convolution counts each input value once per kernel tap of
+its group, however it is computed. Everything else (bias, ReLU, pooling, sums) is left out, as is
+usual: in VGG-16 it is below one percent.
 """
 
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jax.extend import core
+
+from dense_jax.layers.conv import UpConv
 
 _MARK = "layer:"  # Opens the scope name by which an operation tells its layer.
 
@@ -36,14 +38,9 @@ def _shape(variable) -> tuple[int, ...]:
 
 
 def _conv_flops(eqn: core.JaxprEqn) -> int:
-    x, kernel, y = map(_shape, (*eqn.invars, *eqn.outvars))
-    layout, inserted = eqn.params["dimension_numbers"], eqn.params["lhs_dilation"]
-    positions = y[layout.out_spec[0]]
-    for x_axis, y_axis, zeros in zip(
-        layout.lhs_spec[2:], layout.out_spec[2:], inserted, strict=True
-    ):
-        positions *= x[x_axis] if zeros > 1 else y[y_axis]
-    return 2 * positions * math.prod(kernel)
+    kernel, y = _shape(eqn.invars[1]), _shape(eqn.outvars[0])
+    features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * math.prod(y) * math.prod(kernel) // features
 
 
 def _dot_flops(eqn: core.JaxprEqn) -> int:
@@ -66,9 +63,10 @@ def _walk(jaxpr: core.Jaxpr, scope: str = "", times: int = 1) -> Iterator[tuple[
             yield from _walk(inner, inside, times * repeats)
 
 
-def count_flops(function: Callable[..., Any], *args: Any) -> int:
-    """Returns the operations of `function(*args)` by the rule above; args may be shapes only."""
-    return sum(flops for _, flops in _walk(jax.make_jaxpr(function)(*args).jaxpr))
+def _up_conv_flops(layer: UpConv, x: jax.Array) -> int:
+    size = layer.kernel_size
+    taps = size**2 if isinstance(size, int) else math.prod(size)
+    return 2 * x.size // layer.groups * taps * layer.features
 
 
 def summarise(model: nn.Module, image_shape: tuple[int, int, int, int]) -> list[Row]:
@@ -78,13 +76,16 @@ def summarise(model: nn.Module, image_shape: tuple[int, int, int, int]) -> list[
       model: a network, called as `model(images, train=False)`.
       image_shape: [B, H, W, C]; nothing of this size is computed or allocated.
     """
-    shapes: dict[tuple[str, ...], tuple[int, ...] | None] = {}
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    up_conv_flops = Counter[str]()
 
     def record(call, args, kwargs, context):
-        path = context.module.path
-        with jax.named_scope(_MARK + ".".join(path)):
+        name = ".".join(context.module.path)
+        with jax.named_scope(_MARK + name):
             output = call(*args, **kwargs)
-        shapes[path] = output.shape if isinstance(output, jax.Array) else None
+        if isinstance(context.module, UpConv):
+            up_conv_flops[name] += _up_conv_flops(context.module, *args)
+        shapes[name] = output.shape if isinstance(output, jax.Array) else None
         return output
 
     images = jax.ShapeDtypeStruct(image_shape, jnp.float32)
@@ -94,17 +95,18 @@ def summarise(model: nn.Module, image_shape: tuple[int, int, int, int]) -> list[
     with nn.intercept_methods(record):
         program = jax.make_jaxpr(functools.partial(model.apply, train=False))(variables, images)
 
-    num_params = Counter[tuple[str, ...]]()
-    for path, leaf in traverse_util.flatten_dict(variables["params"]).items():
-        num_params[path[:-1]] += math.prod(leaf.shape)
+    num_params = Counter[str]()
+    for path, leaf in traverse_util.flatten_dict(variables.get("params", {})).items():
+        num_params[".".join(path[:-1])] += math.prod(leaf.shape)
     flops = Counter[str]()
     for scope, count in _walk(program.jaxpr):
         flops[scope.rpartition(_MARK)[2].partition("/")[0]] += count
-    rows = [
-        Row(".".join(path) or "(model)", shape, num_params[path], flops[".".join(path)])
-        for path, shape in shapes.items()
+    flops = {**flops, **up_conv_flops}
+    return [
+        Row(name or "(model)", shape, num_params[name], flops.get(name, 0))
+        for name, shape in shapes.items()
+        if num_params[name] or flops.get(name)
     ]
-    return [row for row in rows if row.num_params or row.flops]
 
 
 def format_table(rows: list[Row]) -> str:
