@@ -215,9 +215,9 @@ def _fingerprint(spec: ShapesSpec) -> str:
 def load(data_dir: pathlib.Path | None = None, **dials: Any) -> Dataset:
     """Opens the generated dataset; ``dials`` are the attributes of `ShapesSpec`."""
     del data_dir  # nothing is read
-    spec = ShapesSpec(  # a configuration read back from JSON has lists for tuples
-        **{name: tuple(dial) if isinstance(dial, list) else dial for name, dial in dials.items()}
-    )
+    # A configuration that was read back from JSON has lists for tuples.
+    as_given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dials.items()}
+    spec = ShapesSpec(**as_given)
     return Dataset(
         name="shapes",
         classes=CLASSES,
