@@ -1,0 +1,129 @@
+"""Times pooling, unpooling and up-convolution, forward and backward, against torch.
+
+    python -m benchmarks.ops [--repeats=15] [--only=pool]
+
+Both work on the same values in float32; torch's tensors are channels_last. Results are compared
+before they are timed. A ratio below 1 means that ours is faster.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import tyro
+
+from benchmarks.timing import alternate, import_torch
+from dense_jax.layers.conv import up_conv
+from dense_jax.ops.pool import max_pool, max_pool_with_switches, max_unpool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is timed."""
+
+    repeats: int = 15  # Calls of each, in turns; the medians are shown.
+    threads: int = 2  # Threads of torch; JAX takes every core it is given.
+    only: str = ""  # Run the cases whose name contains this.
+
+
+def cases(torch):
+    """Returns rows (name, target ratio, ours, arrays, theirs, tensors); arrays are [B, H, W, C]."""
+    rng = np.random.default_rng(0)
+    functional = torch.nn.functional
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    def tensor(x: np.ndarray):
+        return torch.tensor(x).permute(0, 3, 1, 2)  # a view, channels_last
+
+    rows = []
+    for name, shape, window, stride, padding in (
+        ("max pool 2x2", (4, 176, 240, 64), 2, 2, 0),
+        ("max pool 3x3 stride 2", (4, 88, 120, 96), 3, 2, 1),
+    ):
+        x = normal(*shape)
+        ours = lambda x, g=(window, stride, padding): max_pool(x, *g)  # noqa: E731
+        theirs = lambda x, g=(window, stride, padding): functional.max_pool2d(x, *g)  # noqa: E731
+        rows.append((name, 1.0, ours, [x], theirs, [tensor(x)]))
+
+    image = normal(4, 176, 240, 64)
+    pooled, switches = (np.asarray(a) for a in max_pool_with_switches(jax.numpy.asarray(image), 2))
+    indices = tensor(switches).long()
+    rows.append(
+        (
+            "unpool 2x2",
+            1.0,
+            lambda x: max_unpool(x, switches, (176, 240), 2),
+            [pooled],
+            lambda x: functional.max_unpool2d(x, indices, 2),
+            [tensor(pooled)],
+        )
+    )
+    for name, shape, k, s, p, features, groups in (
+        ("up-conv k2 s2, 256 to 128", (2, 64, 64, 256), 2, 2, 0, 128, 1),
+        ("up-conv k4 s2, 256 to 128", (2, 64, 64, 256), 4, 2, 1, 128, 1),
+        ("up-conv k4 s2, depthwise 21", (2, 56, 56, 21), 4, 2, 1, 21, 21),
+        ("up-conv k16 s8, depthwise 21", (2, 28, 28, 21), 16, 8, 4, 21, 21),
+        ("up-conv k64 s32, depthwise 21", (2, 7, 7, 21), 64, 32, 16, 21, 21),
+    ):
+        x, kernel = normal(*shape), normal(k, k, shape[3] // groups, features)
+        # Ours is [kh, kw, C_in / groups, C_out]; with one group or depthwise torch's is
+        # [C_in, C_out / groups, kh, kw].
+        axes = (3, 2, 0, 1) if groups > 1 else (2, 3, 0, 1)
+        weight = torch.tensor(kernel).permute(axes).contiguous(memory_format=torch.channels_last)
+        g = {"padding": p, "groups": groups}
+        ours = lambda x, w, s=s, g=g: up_conv(x, w, strides=s, **g)  # noqa: E731
+        theirs = lambda x, w, s=s, g=g: functional.conv_transpose2d(x, w, stride=s, **g)  # noqa: E731
+        rows.append((name, 1.2, ours, [x, kernel], theirs, [tensor(x), weight]))
+    return rows
+
+
+def main(config: Config) -> None:
+    """Prints one row per case."""
+    torch = import_torch(config.threads)
+    print(f"{'median ms':32}{'forward':>26}{'forward + backward':>26}   target")
+    print(" " * 32 + f"{'ours':>9}{'torch':>9}{'ratio':>8}" * 2)
+    for name, target, ours, arrays, theirs, tensors in cases(torch):
+        if config.only not in name:
+            continue
+        arrays = [jax.device_put(a) for a in arrays]
+        tensors = [t.requires_grad_() for t in tensors]
+        expected = theirs(*tensors)
+        grad = torch.randn(expected.shape).contiguous(memory_format=torch.channels_last)
+        array_grad = jax.device_put(grad.permute(0, 2, 3, 1).numpy())
+
+        def both(arrays, grad, ours=ours):
+            y, pull = jax.vjp(ours, *arrays)
+            return y, pull(grad)
+
+        forward, both = jax.jit(ours), jax.jit(both)
+
+        def torch_both(theirs=theirs, tensors=tensors, grad=grad):
+            return torch.autograd.grad(theirs(*tensors), tensors, grad)
+
+        y, (x_grad, *_) = both(arrays, array_grad)
+        for value, other in ((y, expected.detach()), (x_grad, torch_both()[0])):
+            other = other.permute(0, 2, 3, 1).numpy()
+            np.testing.assert_allclose(value, other, atol=1e-4 * float(np.abs(other).max()))
+
+        def torch_forward(theirs=theirs, tensors=tensors):
+            with torch.no_grad():
+                return theirs(*tensors)
+
+        print(f"{name:32}", end="", flush=True)
+        for mine, other in (
+            (lambda f=forward, a=arrays: jax.block_until_ready(f(*a)), torch_forward),
+            (lambda f=both, a=arrays, g=array_grad: jax.block_until_ready(f(a, g)), torch_both),
+        ):
+            result = alternate(mine, other, config.repeats)
+            print(
+                f"{result.ours * 1e3:9.2f}{result.theirs * 1e3:9.2f}{result.ratio:8.2f}",
+                end="",
+                flush=True,
+            )
+        print(f"   {target:.1f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
