@@ -11,16 +11,17 @@ from typing import Literal
 
 import jax
 import tyro
+from PIL import Image
 
 from dense_jax import report, runs
 from dense_jax.analysis import cost
 from dense_jax.data import check
+from dense_jax.data import dataset as datasets
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.errors import UserError
 from dense_jax.infer import predictor
 from dense_jax.tasks import semantic
 from dense_jax.train import cli
-from dense_jax.train.config import RunConfig
 
 
 def predict(
@@ -108,6 +109,7 @@ def check_data(
     dataset: Literal["shapes", "camvid", "voc2012", "voc2012_sbd", "folder"],
     data_dir: str | None = None,
     shapes: ShapesSpec | None = None,
+    sheet: pathlib.Path | None = None,
 ) -> None:
     """Look through a dataset: wrong values, damaged files, sizes, frequencies, duplicates.
 
@@ -118,13 +120,15 @@ def check_data(
       dataset: name of the dataset.
       data_dir: folder of the dataset.
       shapes: difficulty of the generated images, with --dataset=shapes.
+      sheet: write training images under their labels to this PNG, to look at.
     """
-    config = RunConfig(dataset=dataset, shapes=shapes or ShapesSpec())
-    name, options = semantic.dataset_options(config)
-    found = check.check_dataset(name, data_dir, **options)
+    options = dataclasses.asdict(shapes or ShapesSpec()) if dataset == "shapes" else {}
+    found = check.check_dataset(dataset, data_dir, **options)
     print(found)
     if found.errors:
         sys.exit(1)
+    if sheet is not None:
+        Image.fromarray(check.sheet(datasets.load(dataset, data_dir, **options))).save(sheet)
 
 
 def summary(

@@ -17,24 +17,26 @@ import jax
 from flax import linen as nn
 
 from dense_jax.data.classes import ClassTable
+from dense_jax.data.dataset import Dataset
 from dense_jax.errors import UserError
 from dense_jax.train import cli
 from dense_jax.train.checkpoint import read_variables
 from dense_jax.train.config import RunConfig, check_resumable, from_json
 
 
-def prepare(config: RunConfig, classes: ClassTable) -> pathlib.Path:
+def prepare(config: RunConfig, dataset: Dataset) -> pathlib.Path:
     """Makes the run folder with its ``config.json``, or checks that it is the same run's.
 
     Raises:
-      UserError: the folder cannot be written, or holds a run with other settings.
+      UserError: the folder cannot be written, or holds a run with other settings or data.
     """
     workdir = pathlib.Path(config.workdir or "")
     path = workdir / "config.json"
     record: dict[str, Any] = {
         "script": _script(config),
         "config": config.to_json(),
-        "classes": classes.to_json(),
+        "classes": dataset.classes.to_json(),
+        "fingerprint": dataset.fingerprint,
         **provenance(),
     }
     try:
@@ -44,6 +46,11 @@ def prepare(config: RunConfig, classes: ClassTable) -> pathlib.Path:
             if old["script"] != record["script"]:
                 raise UserError(f"{workdir} holds a run of {old['script']}: give another --workdir")
             check_resumable(old["config"], record["config"], str(workdir))
+            if old["fingerprint"] != dataset.fingerprint:
+                raise UserError(
+                    f"{workdir} was trained on other data: the files or labels of {dataset.name} "
+                    "have changed since; give another --workdir"
+                )
         write_json(path, record)
     except OSError as error:
         raise UserError(

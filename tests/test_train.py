@@ -72,6 +72,9 @@ class FakeBatches:
     def set_state(self, state):
         self.number = state["number"]
 
+    def close(self):
+        pass
+
     def names(self, index):
         return [f"image_{i}" for i in index]
 

@@ -47,6 +47,7 @@ class Dataset:
       splits: "train", "val", ... by name.
       fingerprint: a hash of everything the examples depend on, for the record of a run.
       description: one line for reports.
+      warnings: what the label doctor found odd, a line each.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Dataset:
     splits: Mapping[str, Source]
     fingerprint: str
     description: str
+    warnings: tuple[str, ...] = ()
 
     def split(self, name: str) -> Source:
         """Returns one split.

@@ -34,8 +34,11 @@ class TrainBatches(Iterator[Batch]):
     or worker processes was before and is now.
     """
 
-    def __init__(self, batches: grain.MapDataset, num_threads: int, num_workers: int):
+    def __init__(
+        self, batches: grain.MapDataset, source: Source, num_threads: int, num_workers: int
+    ):
         self._batches = batches
+        self._source = source
         self._num_threads = num_threads
         self._num_workers = num_workers
         self._next = 0
@@ -63,6 +66,10 @@ class TrainBatches(Iterator[Batch]):
         """Goes to a position; the next batch is the one that followed `get_state`."""
         self.close()
         self._next = state["next_batch"]
+
+    def names(self, index: np.ndarray) -> list[str]:
+        """Returns the names of a batch's images, for messages; reads them again."""
+        return [self._source[int(i)]["name"] for i in index]
 
     def close(self) -> None:
         """Stops threads and worker processes; the next batch would start them again."""
@@ -120,7 +127,7 @@ def train_batches(
         .random_map(_Chain(tuple(transforms)))
         .batch(batch_size, batch_fn=_collect)
     )
-    return TrainBatches(batches[index::count], num_threads, num_workers)
+    return TrainBatches(batches[index::count], source, num_threads, num_workers)
 
 
 def eval_batches(

@@ -110,7 +110,14 @@ def open_files(files: Files) -> Dataset:
         split: Records(reader.as_data_source(split, decoders=_RAW), found.sizes)
         for split, found in report.splits.items()
     }
-    return Dataset(files.name, files.classes, splits, report.fingerprint, files.description)
+    return Dataset(
+        files.name,
+        files.classes,
+        splits,
+        report.fingerprint,
+        files.description,
+        tuple(report.warnings()),
+    )
 
 
 def _prepare(files: Files, folder: pathlib.Path, records: pathlib.Path) -> None:

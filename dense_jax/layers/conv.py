@@ -19,6 +19,7 @@ Reference: Dumoulin, Visin, "A guide to convolution arithmetic for deep learning
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -114,31 +115,31 @@ def _crop_pad(x: jax.Array, edges: Sequence[Pair]) -> jax.Array:
 # both forms.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _up_conv(x: jax.Array, kernel: jax.Array, strides: Pair, crop: tuple[Pair, Pair]) -> jax.Array:
-    (sh, sw), (kh, kw, channels, features), batch = strides, kernel.shape, len(x)
-    (th, tw), (rows, columns), edges = _blocks(x.shape, kernel.shape, strides, crop)
-    tiles = _crop_pad(kernel.reshape(1, kh, kw, -1), [(0, th * sh - kh), (0, tw * sw - kw)])
-    tiles = tiles.reshape(th, sh, tw, sw, channels, features).transpose(0, 2, 4, 1, 3, 5)
+    tiles, (rows, columns), edges = _blocks(x, kernel, strides, crop)
+    th, tw = tiles.shape[:2]
     y = lax.conv_general_dilated(
         x,
-        jnp.flip(tiles, (0, 1)).reshape(th, tw, channels, -1),
+        jnp.flip(tiles, (0, 1)),
         window_strides=(1, 1),
         padding=[(th - 1, th - 1), (tw - 1, tw - 1)],
         dimension_numbers=_LAYOUT,
     )
-    y = y.reshape(batch, rows, columns, sh, sw, features).transpose(0, 1, 3, 2, 4, 5)
-    y = y.reshape(batch, rows * sh, columns * sw, features)
+    (sh, sw), features = strides, kernel.shape[3]
+    y = y.reshape(len(x), rows, columns, sh, sw, features).transpose(0, 1, 3, 2, 4, 5)
+    y = y.reshape(len(x), rows * sh, columns * sw, features)
     return _crop_pad(y, [(-lo, -hi) for lo, hi in edges])
 
 
-def _blocks(x_shape: Sequence[int], kernel_shape: Sequence[int], strides: Pair, crop):
-    """Returns, per axis, tiles in a kernel, blocks in the output, and what is cut from these."""
-    tiles = [-(-k // s) for k, s in zip(kernel_shape, strides, strict=False)]
-    blocks = [n + t - 1 for n, t in zip(x_shape[1:], tiles, strict=False)]
-    edges = [
-        (lo, hi + t * s - k)
-        for (lo, hi), t, s, k in zip(crop, tiles, strides, kernel_shape, strict=False)
-    ]
-    return tiles, blocks, edges
+def _blocks(x: jax.Array, kernel: jax.Array, strides: Pair, crop: tuple[Pair, Pair]):
+    """Returns the kernel's tiles [th, tw, C, sh * sw * C_out], the number of blocks, their crop."""
+    (sh, sw), (kh, kw, channels, features) = strides, kernel.shape
+    th, tw = -(-kh // sh), -(-kw // sw)
+    tail = (th * sh - kh, tw * sw - kw)
+    tiles = _crop_pad(kernel.reshape(1, kh, kw, -1), [(0, t) for t in tail])
+    tiles = tiles.reshape(th, sh, tw, sw, channels, features).transpose(0, 2, 4, 1, 3, 5)
+    edges = [(lo, hi + t) for (lo, hi), t in zip(crop, tail, strict=True)]
+    blocks = (x.shape[1] + th - 1, x.shape[2] + tw - 1)
+    return tiles.reshape(th, tw, channels, -1), blocks, edges
 
 
 def _up_conv_fwd(x, kernel, strides, crop):
@@ -147,19 +148,22 @@ def _up_conv_fwd(x, kernel, strides, crop):
 
 def _up_conv_bwd(strides, crop, residuals, grad):
     x, kernel = residuals
-    (sh, sw), (kh, kw, channels, features), batch = strides, kernel.shape, len(x)
-    (th, tw), (rows, columns), edges = _blocks(x.shape, kernel.shape, strides, crop)
-    x_grad = lax.conv_general_dilated(
-        grad, kernel.swapaxes(2, 3), strides, crop, dimension_numbers=_LAYOUT
-    )
-    # The kernel gradient is one matrix product: inputs that reach a block times its gradient.
+    (sh, sw), (kh, kw, channels, features) = strides, kernel.shape
+    tiles, (rows, columns), edges = _blocks(x, kernel, strides, crop)
+    (th, tw), (batch, height, width, _) = tiles.shape[:2], x.shape
     grad = _crop_pad(grad, edges).reshape(batch, rows, sh, columns, sw, features)
     grad = grad.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
-    reach = [_crop_pad(x, [(a, th - 1 - a), (b, tw - 1 - b)]) for a in range(th) for b in range(tw)]
-    tiles = jnp.einsum("bhwi,bhwo->io", jnp.concatenate(reach, axis=-1), grad)
-    tiles = tiles.reshape(th, tw, channels, sh, sw, features).transpose(0, 3, 1, 4, 2, 5)
-    tiles = tiles.reshape(th * sh, tw * sw, channels, features)
-    return x_grad, tiles[:kh, :kw]
+    # Tile (a, b) took input pixel (i, j) to block (i + a, j + b). So both gradients are one matrix
+    # product over all tiles and a shift for each tile.
+    shifts = list(itertools.product(range(th), range(tw)))
+    pulled = jnp.einsum("bhwo,yxio->bhwyxi", grad, tiles)
+    x_grad = functools.reduce(
+        jnp.add, (pulled[:, a : a + height, b : b + width, a, b] for a, b in shifts)
+    )
+    shifted = [_crop_pad(x, [(a, th - 1 - a), (b, tw - 1 - b)]) for a, b in shifts]
+    tiles_grad = jnp.einsum("bhwi,bhwo->io", jnp.concatenate(shifted, axis=-1), grad)
+    tiles_grad = tiles_grad.reshape(th, tw, channels, sh, sw, features).transpose(0, 3, 1, 4, 2, 5)
+    return x_grad, tiles_grad.reshape(th * sh, tw * sw, channels, features)[:kh, :kw]
 
 
 _up_conv.defvjp(_up_conv_fwd, _up_conv_bwd)

@@ -33,6 +33,7 @@ from dense_jax.train.step import Batch, LossFn, eval_step, shard, train_step
 Variables = dict[str, Any]
 BoundaryMatch = Literal["none", "distance", "assignment"]
 
+_NUM_WARNINGS = 5  # lines of the label doctor shown before training
 _NUM_PICTURES = 4  # best and worst images shown in a report, each
 
 
@@ -42,17 +43,13 @@ def load_dataset(config: RunConfig) -> Dataset:
     Raises:
       UserError: files or labels are wrong; names the first of them and what to do.
     """
-    name, options = dataset_options(config)
-    return datasets.load(name, config.data_dir, **options)
-
-
-def dataset_options(config: RunConfig) -> tuple[str, dict[str, Any]]:
-    """The name and options under which ``datasets.load`` knows a configuration's dataset."""
-    if config.dataset == "shapes":
-        return "shapes", dataclasses.asdict(config.shapes)
-    if config.dataset == "voc2012_sbd":
-        return "voc2012", {"sbd": True}
-    return config.dataset, {}
+    options = dataclasses.asdict(config.shapes) if config.dataset == "shapes" else {}
+    dataset = datasets.load(config.dataset, config.data_dir, **options)
+    for line in dataset.warnings[:_NUM_WARNINGS]:
+        print(f"check-data: {line}")
+    if (more := len(dataset.warnings) - _NUM_WARNINGS) > 0:
+        print(f"check-data: and {more} more; python -m dense_jax check-data lists them")
+    return dataset
 
 
 def class_weights(dataset: Dataset) -> np.ndarray:
@@ -246,7 +243,7 @@ def train_and_evaluate(
             f"--batch-size={config.batch_size} cannot be shared by {jax.device_count()} devices "
             f"in {config.accumulate} micro-batches: make it a multiple of their product"
         )
-    workdir = runs.prepare(config, dataset.classes)
+    workdir = runs.prepare(config, dataset)
     batches = pipeline.train_batches(
         dataset.split("train"),
         transforms,

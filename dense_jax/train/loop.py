@@ -34,6 +34,10 @@ class Batches(Protocol):
         """Goes to a position."""
         ...
 
+    def close(self) -> None:
+        """Ends reading threads and processes."""
+        ...
+
     def names(self, index: np.ndarray) -> list[str]:
         """The names of the images of a batch, for messages."""
         ...
@@ -70,6 +74,7 @@ def fit(
     workdir = pathlib.Path(_require_workdir(config))
     CompileCounter.start()
     with contextlib.ExitStack() as stack:
+        stack.callback(batches.close)
         checkpoints = stack.enter_context(Checkpoints(workdir))
         if checkpoints.latest_step is not None:
             state, position = checkpoints.restore(state)
