@@ -4,11 +4,12 @@
     python -m experiments.fcn camvid --data-dir=/data/camvid --stride=16
     python -m experiments.fcn paper --data-dir=/data/VOCdevkit --workdir=/runs/fcn8s
 
-Results        docs/results.md has every run with its command, device and the paper's figure.
-Differences    1. The upsampling layers hold one filter per class; the release stores a dense
-                  kernel that is zero between classes. Same function, same gradients.
-               2. Momentum multiplies by the learning rate after averaging; Caffe before. Equal
-                  at the constant rates used here.
+Results: docs/results.md has every run with its command, device and the paper's figure.
+
+Differences: (1) The upsampling layers hold one filter per class; the release stores a dense
+kernel that is zero between classes. Same function, same gradients. (2) The learning rate
+multiplies the momentum and not, as in Caffe, the gradient; equal at the constant rates used here.
+(3) The paper presets need ImageNet weights to reach the paper's scores; --init takes another run.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from dense_jax.data.transforms import (
     RandomTranslate,
     Transform,
 )
+from dense_jax.errors import UserError
 from dense_jax.models.fcn import FCN, FCNAlexNet
 from dense_jax.tasks import semantic
 from dense_jax.train import cli
@@ -44,7 +46,7 @@ class Config(RunConfig):
 
     # The network.
     backbone: Literal["vgg16", "alexnet"] = "vgg16"
-    """Trunk (Table 1). alexnet has no skips: its stride is 32."""
+    """Trunk (Table 1). alexnet, as released, pads by 100 and has no skips: it needs --stride=32."""
     stride: Literal[32, 16, 8] = 8
     """Stride of the finest scores: FCN-32s, 16s or 8s (Table 2)."""
     pad_mode: Literal["100", "same"] = "100"
@@ -146,6 +148,8 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         dtype=config.dtype,
     )
     if config.backbone == "alexnet":
+        if config.stride != 32:
+            raise UserError("--backbone=alexnet has no skips: give --stride=32 with it")
         return FCNAlexNet(num_classes, **shared)
     return FCN(
         num_classes,
@@ -196,7 +200,7 @@ class RandomPixelKeep:
 
 def stages(config: Config) -> Iterator[Config]:
     """The runs to make one after another: the coarser nets first, if training is staged."""
-    if config.train == "at_once" or config.init or config.backbone == "alexnet":
+    if config.train == "at_once" or config.init:
         yield config
         return
     init = None

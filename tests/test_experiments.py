@@ -89,7 +89,8 @@ FLAGS = [(n, *fv) for n in SCRIPTS for fv in literal_flags(script(n).PRESETS["sm
 @pytest.mark.parametrize(("name", "field", "value"), FLAGS)
 def test_every_flag_value_builds(name, field, value):
     module = script(name)
-    flags = {field: value} | ({"stride": 16} if field == "single_skip" else {})
+    needed = {"single_skip": {"stride": 16}, "backbone": {"stride": 32}}
+    flags = {field: value} | needed.get(field, {})
     config = dataclasses.replace(module.PRESETS["smoke"], **flags)
     assert module.build_transforms(config)
     module.build_groups(config)

@@ -125,7 +125,7 @@ def _up_conv(x: jax.Array, kernel: jax.Array, strides: Pair, crop: tuple[Pair, P
         dimension_numbers=_LAYOUT,
     )
     (sh, sw), features = strides, kernel.shape[3]
-    y = y.reshape(len(x), rows, columns, sh, sw, features).transpose(0, 1, 3, 2, 4, 5)
+    y = y.reshape(len(x), rows, columns, sh, sw * features).transpose(0, 1, 3, 2, 4)
     y = y.reshape(len(x), rows * sh, columns * sw, features)
     return _crop_pad(y, [(-lo, -hi) for lo, hi in edges])
 
@@ -151,8 +151,9 @@ def _up_conv_bwd(strides, crop, residuals, grad):
     (sh, sw), (kh, kw, channels, features) = strides, kernel.shape
     tiles, (rows, columns), edges = _blocks(x, kernel, strides, crop)
     (th, tw), (batch, height, width, _) = tiles.shape[:2], x.shape
-    grad = _crop_pad(grad, edges).reshape(batch, rows, sh, columns, sw, features)
-    grad = grad.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
+    # Axes that stay together are one axis: XLA moves long rows ten times faster than short ones.
+    grad = _crop_pad(grad, edges).reshape(batch, rows, sh, columns, sw * features)
+    grad = grad.transpose(0, 1, 3, 2, 4).reshape(batch, rows, columns, -1)
     # Tile (a, b) took input pixel (i, j) to block (i + a, j + b). So both gradients are one matrix
     # product over all tiles and a shift for each tile.
     shifts = list(itertools.product(range(th), range(tw)))
