@@ -7,6 +7,7 @@ before they are timed. A ratio below 1 means that ours is faster.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ def cases(torch):
     def tensor(x: np.ndarray):
         return torch.tensor(x).permute(0, 3, 1, 2)  # a view, channels_last
 
-    rows = []
+    rows: list[tuple[str, float, Callable, list, Callable, list]] = []
     for name, shape, window, stride, padding in (
         ("max pool 2x2", (4, 176, 240, 64), 2, 2, 0),
         ("max pool 3x3 stride 2", (4, 88, 120, 96), 3, 2, 1),
@@ -48,16 +49,16 @@ def cases(torch):
         rows.append((name, 1.0, ours, [x], theirs, [tensor(x)]))
 
     image = normal(4, 176, 240, 64)
-    pooled, switches = (np.asarray(a) for a in max_pool_with_switches(jax.numpy.asarray(image), 2))
-    indices = tensor(switches).long()
+    pooled, switches = max_pool_with_switches(jax.device_put(image), 2)
+    indices = tensor(np.asarray(switches)).long()
     rows.append(
         (
             "unpool 2x2",
             1.0,
             lambda x: max_unpool(x, switches, (176, 240), 2),
-            [pooled],
+            [np.asarray(pooled)],
             lambda x: functional.max_unpool2d(x, indices, 2),
-            [tensor(pooled)],
+            [tensor(np.asarray(pooled))],
         )
     )
     for name, shape, k, s, p, features, groups in (

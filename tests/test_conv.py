@@ -1,5 +1,7 @@
 """Every row of the mapping between frameworks, and the lecture's three views, in float64."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ def _float64():
         yield
 
 
-def normal(*shape, seed=0):
+def normal(*shape: int, seed: int = 0) -> Any:  # NumPy where JAX arrays are taken
     return np.random.default_rng(seed).normal(size=shape)
 
 
@@ -75,7 +77,7 @@ def test_strided_matrix_view_and_overlap_counts():
 
     # Ones on ones count the copies over a pixel: uneven (the checkerboard) unless s divides k.
     for size, counts in ((3, [1, 1, 2, 1, 2, 1, 2, 1, 1]), (4, [1, 1, 2, 2, 2, 2, 2, 2, 1, 1])):
-        overlap = up_conv(np.ones((1, 4, 4, 1)), np.ones((size, size, 1, 1)), strides=2)
+        overlap = up_conv(jnp.ones((1, 4, 4, 1)), jnp.ones((size, size, 1, 1)), strides=2)
         np.testing.assert_array_equal(overlap[0, :, :, 0], np.outer(counts, counts))
 
 
@@ -191,7 +193,7 @@ def test_same_in_torch_and_tensorflow_differ_by_one_pixel():
 
 def test_zero_stuffed_unpooling():
     x = normal(1, 3, 3, 2)
-    stuffed = up_conv(x, np.ones((1, 1, 1, 2)), strides=2, output_padding=1, groups=2)
+    stuffed = up_conv(x, jnp.ones((1, 1, 1, 2)), strides=2, output_padding=1, groups=2)
     expected = np.zeros((1, 6, 6, 2))
     expected[:, ::2, ::2] = x
     np.testing.assert_array_equal(stuffed, expected)

@@ -1,5 +1,7 @@
 """Initialisers, dropout and normalisation."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,7 @@ def test_random_initialisers_have_their_variance():
 
 def test_dropout_scales_what_it_keeps():
     x, rngs = jnp.ones((4, 50, 50, 2)), {"dropout": jax.random.key(3)}
-    y = Dropout(0.3).apply({}, x, train=True, rngs=rngs)
+    y: Any = Dropout(0.3).apply({}, x, train=True, rngs=rngs)
     assert float(jnp.mean(y)) == pytest.approx(1, abs=0.03)
     np.testing.assert_allclose(np.unique(y), [0, 1 / 0.7], rtol=1e-6)
     assert not jnp.array_equal(y[0], y[1])
@@ -60,7 +62,7 @@ def test_dropout_does_not_depend_on_the_number_of_devices(devices):
     x, key = jnp.ones((8, 5, 5, 3)), jax.random.key(0)
     whole = Dropout(0.5).apply({}, x, train=True, rngs={"dropout": key})
     # vmap with a name has the same collectives as pmap.
-    spread = jax.vmap(
+    spread: Any = jax.vmap(
         lambda x: Dropout(0.5, "devices").apply({}, x, train=True, rngs={"dropout": key}),
         axis_name="devices",
     )(x.reshape(devices, -1, 5, 5, 3))
@@ -73,9 +75,11 @@ def test_local_response_norm():
     for c in range(7):
         squares = (x[..., max(c - 2, 0) : c + 3] ** 2).sum(-1)
         slow[..., c] = x[..., c] / (2 + 0.1 / 5 * squares) ** 0.75
-    np.testing.assert_allclose(LocalResponseNorm(5, 0.1, 0.75, 2.0)(x), slow, rtol=1e-5)
+    np.testing.assert_allclose(
+        LocalResponseNorm(5, 0.1, 0.75, 2.0)(jnp.asarray(x)), slow, rtol=1e-5
+    )
     with pytest.raises(ValueError, match="received 4"):
-        LocalResponseNorm(4)(x)
+        LocalResponseNorm(4)(jnp.asarray(x))
 
 
 @pytest.mark.parity
@@ -84,5 +88,5 @@ def test_local_response_norm_matches_torch():
     x = np.random.default_rng(0).normal(size=(2, 3, 4, 8)).astype(np.float32)
     theirs = torch.nn.LocalResponseNorm(5)(torch.tensor(x.transpose(0, 3, 1, 2)))
     np.testing.assert_allclose(
-        LocalResponseNorm()(x).transpose(0, 3, 1, 2), theirs.numpy(), rtol=1e-5
+        LocalResponseNorm()(jnp.asarray(x)).transpose(0, 3, 1, 2), theirs.numpy(), rtol=1e-5
     )

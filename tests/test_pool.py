@@ -1,3 +1,5 @@
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -85,7 +87,7 @@ def test_pool_and_unpool_match_the_definition(geometry, ties):
     window, stride, padding, _ = arguments
     rng = np.random.default_rng(height)
     shape = (2, height, width, 3)
-    x = (rng.integers(0, 3, shape) if ties else rng.normal(size=shape)).astype(np.float32)
+    x: Any = (rng.integers(0, 3, shape) if ties else rng.normal(size=shape)).astype(np.float32)
 
     pooled, switches = max_pool_with_switches(x, *arguments)
     expected, expected_switches = slow_pool(x, *arguments)
@@ -95,7 +97,7 @@ def test_pool_and_unpool_match_the_definition(geometry, ties):
     np.testing.assert_array_equal(max_pool(x, *arguments), expected)
 
     # Whole numbers, so that the order of summation does not show.
-    values = rng.integers(-9, 9, pooled.shape).astype(np.float32)
+    values: Any = rng.integers(-9, 9, pooled.shape).astype(np.float32)
     image = slow_unpool(values, expected_switches, (height, width))
     by_window = max_unpool(values, switches, (height, width), window, stride, padding)
     np.testing.assert_array_equal(by_window, image)
@@ -118,7 +120,7 @@ def test_pool_and_unpool_match_the_definition(geometry, ties):
 def test_pool_matches_torch(geometry):
     torch = pytest.importorskip("torch")
     height, width, window, stride, padding, ceil = geometry
-    x = np.random.default_rng(0).integers(0, 4, (2, height, width, 3)).astype(np.float32)
+    x: Any = np.random.default_rng(0).integers(0, 4, (2, height, width, 3)).astype(np.float32)
     pooled, switches = max_pool_with_switches(x, window, stride, padding, ceil)
     theirs = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
     expected = torch.nn.functional.max_pool2d(
@@ -147,7 +149,7 @@ def test_unpool_by_hand():
 @settings(max_examples=8)  # each shape compiles
 @given(st.integers(2, 9), st.integers(2, 9), st.booleans(), st.integers(0, 99))
 def test_pooling_what_was_unpooled_gives_it_back(height, width, ceil, seed):
-    x = np.random.default_rng(seed).uniform(1, 2, (1, height, width, 2)).astype(np.float32)
+    x: Any = np.random.default_rng(seed).uniform(1, 2, (1, height, width, 2)).astype(np.float32)
     pooled, switches = max_pool_with_switches(x, 2, ceil=ceil)
     back = max_unpool(pooled, switches, (height, width), 2)
     assert back.shape == x.shape

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ SIZES = [
 ]
 
 
-def image(height, width, seed=0):
+def image(height: int, width: int, seed: int = 0) -> Any:  # NumPy where JAX arrays are taken
     return np.random.default_rng(seed).normal(size=(2, height, width, 3)).astype(np.float32)
 
 
