@@ -56,7 +56,7 @@ def run_killed(workdir: pathlib.Path, num_steps: int, kills: int, rng: random.Ra
             else:
                 while process.poll() is None and last_step(workdir) <= begun:
                     time.sleep(0.02)
-                time.sleep(rng.uniform(0.0, 0.4))
+                time.sleep(rng.uniform(0.0, 0.8))
             finished = process.poll() is not None
             process.kill()
         stepped += last_step(workdir) > begun
