@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 import tyro
@@ -35,7 +36,7 @@ def last_step(workdir: pathlib.Path) -> int:
     return max((row["step"] for row in read_metrics(workdir / "metrics.jsonl")), default=0)
 
 
-def final_state(workdir: pathlib.Path, num_steps: int) -> dict[tuple[str, ...], np.ndarray]:
+def final_state(workdir: pathlib.Path, num_steps: int) -> dict[Any, Any]:
     """All arrays of the last checkpoint by path, and the data position."""
     with Checkpoints(workdir) as checkpoints:
         assert checkpoints.latest_step == num_steps, checkpoints.latest_step

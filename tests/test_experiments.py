@@ -54,7 +54,7 @@ def smoke_runs(tmp_path_factory):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_documents_its_paper(name):
     module = script(name)
-    assert re.search(r"arXiv:\d{4}\.\d{4,5}", module.__doc__)
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}", module.__doc__ or "")
     assert {"paper", "demo", "smoke"} <= set(module.PRESETS)
 
 

@@ -209,7 +209,7 @@ def test_a_group_that_matches_nothing_is_an_error():
 def test_schedules_by_their_formulas(flags, expected):
     schedule = schedules.build_schedule(RunConfig(num_steps=100, learning_rate=1.0, **flags))
     for at, rate in expected.items():
-        assert float(schedule(at)) == pytest.approx(rate, abs=1e-6), at
+        assert np.asarray(schedule(at)) == pytest.approx(rate, abs=1e-6), at
 
 
 @pytest.fixture

@@ -59,7 +59,10 @@ def _walk(jaxpr: core.Jaxpr, scope: str = "", times: int = 1) -> Iterator[tuple[
         if eqn.primitive.name in _FLOPS:
             yield inside, times * _FLOPS[eqn.primitive.name](eqn)
         repeats = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        for inner in core.jaxprs_in_params(eqn.params):
+        programs = list(core.jaxprs_in_params(eqn.params))
+        if eqn.primitive.name == "cond":  # forms for other platforms; the last is the plain one
+            programs = programs[-1:]
+        for inner in programs:
             yield from _walk(inner, inside, times * repeats)
 
 
@@ -96,7 +99,8 @@ def summarise(model: nn.Module, image_shape: tuple[int, int, int, int]) -> list[
         program = jax.make_jaxpr(functools.partial(model.apply, train=False))(variables, images)
 
     num_params = Counter[str]()
-    for path, leaf in traverse_util.flatten_dict(variables.get("params", {})).items():
+    leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables.get("params", {}))
+    for path, leaf in leaves.items():
         num_params[".".join(path[:-1])] += math.prod(leaf.shape)
     flops = Counter[str]()
     for scope, count in _walk(program.jaxpr):

@@ -20,8 +20,8 @@ Reference: Dumoulin, Visin, "A guide to convolution arithmetic for deep learning
 
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,11 +30,14 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from dense_jax.layers import init
+from dense_jax.ops import im2col
+from dense_jax.ops.im2col import Windows
 
 Pair = tuple[int, int]
 Padding = int | Pair | tuple[Pair, Pair] | Literal["same"]
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_WHOLE = ((0, 0, 0), (0, 0, 0))  # Leaves two axes as they are.
 
 
 def _pair(value: int | Pair) -> Pair:
@@ -90,84 +93,205 @@ def conv(
       ValueError: shapes do not fit, or "same" is asked of a kernel that has no centre.
     """
     _check(x, kernel, groups)
-    (sh, sw), (dh, dw), (kh, kw) = _pair(strides), _pair(dilation), kernel.shape[:2]
+    (dh, dw), (kh, kw) = _pair(dilation), kernel.shape[:2]
+    pads = _pads(padding, (dh * (kh - 1), dw * (kw - 1)))
+    return _conv(x, kernel, Windows((kh, kw), _pair(strides), (dh, dw), pads), groups)
+
+
+def _lax_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array:
     return lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=(sh, sw),
-        padding=_pads(padding, (dh * (kh - 1), dw * (kw - 1))),
-        rhs_dilation=(dh, dw),
+        window_strides=w.strides,
+        padding=w.padding,
+        rhs_dilation=w.dilation,
         dimension_numbers=_LAYOUT,
         feature_group_count=groups,
     )
 
 
-def _crop_pad(x: jax.Array, edges: Sequence[Pair]) -> jax.Array:
-    """Adds zeros around [B, H, W, C], or crops where an edge is negative."""
-    config = [(0, 0, 0), *((lo, hi, 0) for lo, hi in edges), (0, 0, 0)]
-    return lax.pad(x, jnp.zeros((), x.dtype), config)
-
-
-# XLA's own fractional stride (`lhs_dilation`) multiplies the inserted zeros on CPUs, and its kernel
-# gradient takes a slow path there: seconds where this form takes milliseconds. With the kernel cut
-# into tiles of one stride, an up-convolution is a convolution of stride 1 that yields, for each
-# input pixel, a block of strides x strides output pixels, then a reordering. The tests compare
-# both forms.
+# Accelerators take the one call above and its stock gradients. On CPUs XLA is slow in two places:
+# layers that are almost fully connected (fc6: 3 to 300 times slower than the same matrix product),
+# and kernel gradients on large maps (4 to 8 times). The tests compare all forms.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _up_conv(x: jax.Array, kernel: jax.Array, strides: Pair, crop: tuple[Pair, Pair]) -> jax.Array:
-    tiles, (rows, columns), edges = _blocks(x, kernel, strides, crop)
-    th, tw = tiles.shape[:2]
-    y = lax.conv_general_dilated(
+def _conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array:
+    def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if _is_almost_full(x, kernel, w, groups):
+            return im2col.convolve(x, kernel, w)
+        return _lax_conv(x, kernel, w, groups)
+
+    stock = functools.partial(_lax_conv, w=w, groups=groups)
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=stock)
+
+
+def _is_almost_full(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> bool:
+    """Whether there are no more output pixels than features, so that kernels are most of the work.
+
+    Also 1x1 convolutions, which need no windows.
+    """
+    counts = w.counts((x.shape[1], x.shape[2]))
+    few = len(x) * counts[0] * counts[1] <= kernel.shape[3]
+    return groups == 1 and min(counts) > 0 and (few or w.kernel_size == w.strides == (1, 1))
+
+
+def _conv_fwd(x, kernel, w, groups):
+    return _conv(x, kernel, w, groups), (x, kernel)
+
+
+def _conv_bwd(w, groups, residuals, grad):
+    def stock(x, kernel, grad):
+        return jax.vjp(lambda x, kernel: _lax_conv(x, kernel, w, groups), x, kernel)[1](grad)
+
+    def on_cpu(x, kernel, grad):
+        x_grad, kernel_grad = stock(x, kernel, grad)
+        if _is_almost_full(x, kernel, w, groups):
+            x_grad = im2col.input_gradient(grad, kernel, (x.shape[1], x.shape[2]), w)
+        if groups == 1 and grad.size > 0:
+            kernel_grad = im2col.kernel_gradient(x, grad, w)
+        return x_grad, kernel_grad  # what was replaced is never computed
+
+    return lax.platform_dependent(*residuals, grad, cpu=on_cpu, default=stock)
+
+
+_conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+def _lax_up_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array:
+    """`w` is the convolution whose transpose this is; its padding crops the output."""
+    extent = [d * (k - 1) for d, k in zip(w.dilation, w.kernel_size, strict=True)]
+    return lax.conv_general_dilated(
         x,
-        jnp.flip(tiles, (0, 1)),
+        jnp.flip(kernel, (0, 1)),  # a placed kernel, seen from an output pixel, is turned around
         window_strides=(1, 1),
-        padding=[(th - 1, th - 1), (tw - 1, tw - 1)],
+        padding=[(e - lo, e - hi) for e, (lo, hi) in zip(extent, w.padding, strict=True)],
+        lhs_dilation=w.strides,
+        rhs_dilation=w.dilation,
         dimension_numbers=_LAYOUT,
+        feature_group_count=groups,
     )
-    (sh, sw), features = strides, kernel.shape[3]
-    y = y.reshape(len(x), rows, columns, sh, sw * features).transpose(0, 1, 3, 2, 4)
-    y = y.reshape(len(x), rows * sh, columns * sw, features)
-    return _crop_pad(y, [(-lo, -hi) for lo, hi in edges])
 
 
-def _blocks(x: jax.Array, kernel: jax.Array, strides: Pair, crop: tuple[Pair, Pair]):
-    """Returns the kernel's tiles [th, tw, C, sh * sw * C_out], the number of blocks, their crop."""
-    (sh, sw), (kh, kw, channels, features) = strides, kernel.shape
-    th, tw = -(-kh // sh), -(-kw // sw)
-    tail = (th * sh - kh, tw * sw - kw)
-    tiles = _crop_pad(kernel.reshape(1, kh, kw, -1), [(0, t) for t in tail])
-    tiles = tiles.reshape(th, sh, tw, sw, channels, features).transpose(0, 2, 4, 1, 3, 5)
-    edges = [(lo, hi + t) for (lo, hi), t in zip(crop, tail, strict=True)]
-    blocks = (x.shape[1] + th - 1, x.shape[2] + tw - 1)
-    return tiles.reshape(th, tw, channels, -1), blocks, edges
+# Accelerators take the one call above and its stock gradients. A CPU multiplies the zeros that a
+# fractional stride inserts, and its kernel gradient takes seconds where milliseconds will do. There
+# the kernel is cut into tiles of one stride: each input pixel yields a block of strides x strides
+# output pixels per tile, by a convolution of stride 1 or, depthwise, by plain products.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _up_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array:
+    stock = functools.partial(_lax_up_conv, w=w, groups=groups)
+    tiled = functools.partial(_tiled_up_conv, w=w, groups=groups)
+    return lax.platform_dependent(x, kernel, cpu=tiled, default=stock)
 
 
-def _up_conv_fwd(x, kernel, strides, crop):
-    return _up_conv(x, kernel, strides, crop), (x, kernel)
+def _up_conv_fwd(x, kernel, w, groups):
+    return _up_conv(x, kernel, w, groups), (x, kernel)
 
 
-def _up_conv_bwd(strides, crop, residuals, grad):
-    x, kernel = residuals
-    (sh, sw), (kh, kw, channels, features) = strides, kernel.shape
-    tiles, (rows, columns), edges = _blocks(x, kernel, strides, crop)
-    (th, tw), (batch, height, width, _) = tiles.shape[:2], x.shape
-    # Axes that stay together are one axis: XLA moves long rows ten times faster than short ones.
-    grad = _crop_pad(grad, edges).reshape(batch, rows, sh, columns, sw * features)
-    grad = grad.transpose(0, 1, 3, 2, 4).reshape(batch, rows, columns, -1)
-    # Tile (a, b) took input pixel (i, j) to block (i + a, j + b). So both gradients are one matrix
-    # product over all tiles and a shift for each tile.
-    shifts = list(itertools.product(range(th), range(tw)))
-    pulled = jnp.einsum("bhwo,yxio->bhwyxi", grad, tiles)
-    x_grad = functools.reduce(
-        jnp.add, (pulled[:, a : a + height, b : b + width, a, b] for a, b in shifts)
-    )
-    shifted = [_crop_pad(x, [(a, th - 1 - a), (b, tw - 1 - b)]) for a, b in shifts]
-    tiles_grad = jnp.einsum("bhwi,bhwo->io", jnp.concatenate(shifted, axis=-1), grad)
-    tiles_grad = tiles_grad.reshape(th, tw, channels, sh, sw, features).transpose(0, 3, 1, 4, 2, 5)
-    return x_grad, tiles_grad.reshape(th * sh, tw * sw, channels, features)[:kh, :kw]
+def _up_conv_bwd(w, groups, residuals, grad):
+    def stock(x, kernel, grad):
+        return jax.vjp(lambda x, kernel: _lax_up_conv(x, kernel, w, groups), x, kernel)[1](grad)
+
+    tiled = functools.partial(_tiled_up_conv_gradients, w=w, groups=groups)
+    return lax.platform_dependent(*residuals, grad, cpu=tiled, default=stock)
 
 
 _up_conv.defvjp(_up_conv_fwd, _up_conv_bwd)
+
+
+class _Tiles(NamedTuple):
+    """A kernel cut into tiles of one stride; every field is (vertical, horizontal)."""
+
+    counts: Pair  # Tiles in a kernel.
+    blocks: Pair  # Blocks of one stride in the output, before cropping.
+    edges: tuple[Pair, Pair]  # What is cropped from these.
+
+    @classmethod
+    def of(cls, x: jax.Array, kernel_size: Sequence[int], w: Windows) -> "_Tiles":
+        axes = list(zip(x.shape[1:3], kernel_size, w.strides, w.padding, strict=True))
+        counts = [-(-k // s) for _, k, s, _ in axes]
+        blocks = [n + t - 1 for (n, *_), t in zip(axes, counts, strict=True)]
+        edges = [(lo, hi + t * s - k) for (_, k, s, (lo, hi)), t in zip(axes, counts, strict=True)]
+        return cls((counts[0], counts[1]), (blocks[0], blocks[1]), (edges[0], edges[1]))
+
+    def shifts(self) -> Iterator[tuple[Pair, tuple[Pair, Pair]]]:
+        """Yields each tile and the padding that brings input pixels to the blocks it fills."""
+        (high, wide), _, _ = self
+        for a, b in itertools.product(range(high), range(wide)):
+            yield (a, b), ((a, high - 1 - a), (b, wide - 1 - b))
+
+
+def _without_dilation(kernel: jax.Array, w: Windows) -> jax.Array:
+    holes = [(0, 0, w.dilation[0] - 1), (0, 0, w.dilation[1] - 1), (0, 0, 0), (0, 0, 0)]
+    return lax.pad(kernel, jnp.zeros((), kernel.dtype), holes)
+
+
+def _without_groups(kernel: jax.Array, groups: int) -> jax.Array:
+    """Returns the block-diagonal kernel of one group, [kh, kw, C, C_out]."""
+    kh, kw, per_group, features = kernel.shape
+    kernel = kernel.reshape(kh, kw, 1, per_group, groups, features // groups)
+    kernel = kernel * jnp.eye(groups, dtype=kernel.dtype).reshape(1, 1, groups, 1, groups, 1)
+    return kernel.reshape(kh, kw, groups * per_group, features)
+
+
+def _tiled_up_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array:
+    kernel = _without_dilation(kernel, w)
+    is_depthwise = groups == x.shape[3] == kernel.shape[3]
+    if not is_depthwise:
+        kernel = _without_groups(kernel, groups)
+    (sh, sw), (kh, kw, channels, features), batch = w.strides, kernel.shape, len(x)
+    tiles = _Tiles.of(x, (kh, kw), w)
+    (th, tw), (rows, columns), edges = tiles
+    kernel = lax.pad(
+        kernel, jnp.zeros((), x.dtype), [(0, th * sh - kh, 0), (0, tw * sw - kw, 0), *_WHOLE]
+    )
+    kernel = kernel.reshape(th, sh, tw, sw, channels, features)
+    if is_depthwise:
+        y = jnp.zeros((), x.dtype)
+        for (a, b), shift in tiles.shifts():
+            moved = im2col.pad(x, shift)[:, :, None, :, None]
+            y = y + moved * kernel[a, :, b, :, 0].reshape(1, 1, sh, 1, sw, features)
+    else:
+        # [th, tw, C, (sh, sw, C_out)]: a convolution to sh sw C_out channels.
+        kernel = kernel.transpose(0, 2, 4, 1, 3, 5).reshape(th, tw, channels, -1)
+        y = lax.conv_general_dilated(
+            x,
+            jnp.flip(kernel, (0, 1)),
+            window_strides=(1, 1),
+            padding=[(th - 1, th - 1), (tw - 1, tw - 1)],
+            dimension_numbers=_LAYOUT,
+        )
+        y = y.reshape(batch, rows, columns, sh, sw, features).transpose(0, 1, 3, 2, 4, 5)
+    y = y.reshape(batch, rows * sh, columns * sw, features)
+    return im2col.pad(y, ((-edges[0][0], -edges[0][1]), (-edges[1][0], -edges[1][1])))
+
+
+def _tiled_up_conv_gradients(
+    x: jax.Array, kernel: jax.Array, grad: jax.Array, w: Windows, groups: int
+) -> tuple[jax.Array, jax.Array]:
+    (sh, sw), (batch, _, _, channels), features = w.strides, x.shape, kernel.shape[3]
+    full, back = jax.vjp(lambda k: _without_dilation(_without_groups(k, groups), w), kernel)
+    kh, kw = full.shape[:2]
+    tiles = _Tiles.of(x, (kh, kw), w)
+    (th, tw), (rows, columns), edges = tiles
+    grad = im2col.pad(grad, edges).reshape(batch, rows, sh, columns, sw, features)
+    grad = grad.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
+
+    # Both gradients are one matrix product with the gradient of the blocks, [.., (sh, sw, C_out)]:
+    # the inputs that reach a block times it, and it times the tiles, brought back to the inputs.
+    reach = jnp.concatenate([im2col.pad(x, shift) for _, shift in tiles.shifts()], axis=-1)
+    kernel_grad = jnp.einsum("bhwi,bhwo->io", reach, grad)
+    kernel_grad = kernel_grad.reshape(th, tw, channels, sh, sw, features)
+    kernel_grad = kernel_grad.transpose(0, 3, 1, 4, 2, 5).reshape(th * sh, tw * sw, channels, -1)
+
+    full = lax.pad(
+        full, jnp.zeros((), x.dtype), [(0, th * sh - kh, 0), (0, tw * sw - kw, 0), *_WHOLE]
+    )
+    full = full.reshape(th, sh, tw, sw, channels, features).transpose(1, 3, 5, 0, 2, 4)
+    parts = jnp.einsum("bhwo,oi->bhwi", grad, full.reshape(sh * sw * features, -1))
+    x_grad = jnp.zeros((), x.dtype)
+    for i, (_, ((top, bottom), (left, right))) in enumerate(tiles.shifts()):
+        part = lax.slice_in_dim(parts, i * channels, (i + 1) * channels, axis=3)
+        x_grad = x_grad + im2col.pad(part, ((-top, -bottom), (-left, -right)))
+    return x_grad, back(kernel_grad[:kh, :kw])[0]
 
 
 def up_conv(
@@ -197,19 +321,10 @@ def up_conv(
       ValueError: shapes do not fit, or "same" is asked of a kernel that has no centre.
     """
     _check(x, kernel, groups)
-    (dh, dw), (kh, kw, per_group, features) = _pair(dilation), kernel.shape
-    extra, extent = _pair(output_padding), (dh * (kh - 1), dw * (kw - 1))
-    pads = _pads(padding, extent)
-    if groups > 1:
-        # One matrix product with a block-diagonal kernel is faster than many thin ones.
-        kernel = kernel.reshape(kh, kw, 1, per_group, groups, features // groups)
-        kernel = kernel * jnp.eye(groups, dtype=x.dtype).reshape(1, 1, groups, 1, groups, 1)
-        kernel = kernel.reshape(kh, kw, groups * per_group, features)
-    if (dh, dw) != (1, 1):
-        holes = [(0, 0, dh - 1), (0, 0, dw - 1), (0, 0, 0), (0, 0, 0)]
-        kernel = lax.pad(kernel, jnp.zeros((), kernel.dtype), holes)
-    crop = tuple((lo, hi - op) for (lo, hi), op in zip(pads, extra, strict=True))
-    return _up_conv(x, kernel, _pair(strides), crop)
+    (dh, dw), (kh, kw), extra = _pair(dilation), kernel.shape[:2], _pair(output_padding)
+    (top, bottom), (left, right) = _pads(padding, (dh * (kh - 1), dw * (kw - 1)))
+    crop = ((top, bottom - extra[0]), (left, right - extra[1]))
+    return _up_conv(x, kernel, Windows((kh, kw), _pair(strides), (dh, dw), crop), groups)
 
 
 class Conv(nn.Module):

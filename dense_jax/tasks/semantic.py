@@ -99,7 +99,7 @@ def predict_logits(
     A network trained on images of half size predicts on images of half size; its logits are then
     enlarged bilinearly, so that labels are never resized.
     """
-    size = images.shape[1:3]
+    size = (images.shape[1], images.shape[2])
     if scale != 1.0:
         small = [max(1, round(side * scale)) for side in size]
         images = jax.image.resize(images, (len(images), *small, images.shape[3]), "linear")

@@ -86,7 +86,7 @@ class Checkpoints:
           UserError: the checkpoint is of another network or optimiser; names the first difference.
         """
         tree, position = self.read(step)
-        saved = traverse_util.flatten_dict(tree)
+        saved: dict[Any, Any] = traverse_util.flatten_dict(tree)
         template: dict[Any, Any] = traverse_util.flatten_dict(
             serialization.to_state_dict(target), keep_empty_nodes=True
         )

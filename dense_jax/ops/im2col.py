@@ -1,0 +1,134 @@
+"""Convolution as a matrix product: windows laid out as rows, and windows added back to an image.
+
+With ``columns = im2col(x)``, [B, H', W', kh kw C], and the kernel as a matrix [kh kw C, C_out],
+
+    convolution        columns @ kernel
+    kernel gradient    columns^T @ output gradient
+    input gradient     col2im(output gradient @ kernel^T)
+
+`col2im` is the transpose of `im2col`: it places weighted copies of the kernel and sums overlaps.
+Kernels are [kh, kw, C, C_out], paddings ((top, bottom), (left, right)).
+
+Reference: Chellapilla, Puri, Simard, "High performance convolutional neural networks for document
+processing", IWFHR 2006; Dumoulin, Visin, arXiv:1603.07285, Section 4.1.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Pair = tuple[int, int]
+
+_BLOCK = 1024  # Rows of a matrix product whose operands stay in a core's cache.
+
+
+class Windows(NamedTuple):
+    """How windows lie on an image; every field is (vertical, horizontal)."""
+
+    kernel_size: Pair
+    strides: Pair
+    dilation: Pair
+    padding: tuple[Pair, Pair]
+
+    def counts(self, image_size: Pair) -> Pair:
+        """Returns the number of windows on an image (H, W)."""
+        high, wide = (
+            (size + lo + hi - d * (k - 1) - 1) // s + 1
+            for size, (lo, hi), d, k, s in zip(
+                image_size,
+                self.padding,
+                self.dilation,
+                self.kernel_size,
+                self.strides,
+                strict=True,
+            )
+        )
+        return high, wide
+
+    def taps(self) -> Iterator[Pair]:
+        """Yields where in the padded image each kernel tap of window (0, 0) reads."""
+        for row, column in itertools.product(*map(range, self.kernel_size)):
+            yield row * self.dilation[0], column * self.dilation[1]
+
+
+def pad(x: jax.Array, edges: tuple[Pair, Pair]) -> jax.Array:
+    """Adds zeros around [B, H, W, C], or crops where an edge is negative."""
+    config = [(0, 0, 0), *((lo, hi, 0) for lo, hi in edges), (0, 0, 0)]
+    return lax.pad(x, jnp.zeros((), x.dtype), config)
+
+
+def _tap(x: jax.Array, corner: Pair, counts: Pair, strides: Pair) -> jax.Array:
+    """Returns what one kernel tap reads of the padded image, [B, H', W', C]."""
+    stop = [c + (n - 1) * s + 1 for c, n, s in zip(corner, counts, strides, strict=True)]
+    return lax.slice(x, (0, *corner, 0), (len(x), *stop, x.shape[3]), (1, *strides, 1))
+
+
+def im2col(x: jax.Array, w: Windows) -> jax.Array:
+    """Returns the window of each output pixel, [B, H, W, C] to [B, H', W', kh kw C]."""
+    counts = w.counts((x.shape[1], x.shape[2]))
+    x = pad(x, w.padding)
+    return jnp.concatenate([_tap(x, corner, counts, w.strides) for corner in w.taps()], axis=-1)
+
+
+def col2im(columns: jax.Array, image_size: Pair, w: Windows) -> jax.Array:
+    """Adds windows [B, H', W', kh kw C] up to the image [B, H, W, C]; transpose of `im2col`."""
+    channels = columns.shape[3] // (w.kernel_size[0] * w.kernel_size[1])
+    padded = [size + lo + hi for size, (lo, hi) in zip(image_size, w.padding, strict=True)]
+    zero, image = jnp.zeros((), columns.dtype), jnp.zeros((), columns.dtype)
+    for i, corner in enumerate(w.taps()):
+        values = lax.slice_in_dim(columns, i * channels, (i + 1) * channels, axis=3)
+        edges = [
+            (at, size - at - (n - 1) * s - 1, s - 1)
+            for at, size, n, s in zip(corner, padded, columns.shape[1:3], w.strides, strict=True)
+        ]
+        image = image + lax.pad(values, zero, [(0, 0, 0), *edges, (0, 0, 0)])
+    (top, bottom), (left, right) = w.padding
+    return pad(image, ((-top, -bottom), (-left, -right)))
+
+
+def convolve(x: jax.Array, kernel: jax.Array, w: Windows) -> jax.Array:
+    """Returns the convolution [B, H', W', C_out] of [B, H, W, C]."""
+    columns = im2col(x, w)
+    matrix = kernel.reshape(-1, kernel.shape[3])
+    return (columns.reshape(-1, len(matrix)) @ matrix).reshape(*columns.shape[:3], -1)
+
+
+def input_gradient(grad: jax.Array, kernel: jax.Array, image_size: Pair, w: Windows) -> jax.Array:
+    """Returns the gradient [B, H, W, C] of a convolution whose output gradient is `grad`."""
+    columns = grad.reshape(-1, grad.shape[3]) @ kernel.reshape(-1, kernel.shape[3]).T
+    return col2im(columns.reshape(*grad.shape[:3], -1), image_size, w)
+
+
+def kernel_gradient(x: jax.Array, grad: jax.Array, w: Windows) -> jax.Array:
+    """Returns the gradient [kh, kw, C, C_out] of a convolution; a block of rows at a time.
+
+    Blocks bound the memory, which the columns of a whole image exceed kh kw times, and keep both
+    operands of each product in the cache.
+    """
+    batch, rows, columns, features = grad.shape
+    height = min(rows, max(1, _BLOCK // columns))  # output rows of a block
+    blocks = -(-rows // height)
+    grad = pad(grad, ((0, blocks * height - rows), (0, 0)))
+    span = (height - 1) * w.strides[0] + w.dilation[0] * (w.kernel_size[0] - 1) + 1
+    reach = ((blocks - 1) * height) * w.strides[0] + span
+    x = pad(x, w.padding)
+    x = pad(x, ((0, reach - x.shape[1]), (0, 0)))
+    inside = w._replace(padding=((0, 0), (0, 0)))
+
+    def add_block(i: jax.Array, total: jax.Array) -> jax.Array:
+        image, row = i // blocks, (i % blocks) * height
+        here = lax.dynamic_slice(grad, (image, row, 0, 0), (1, height, columns, features))
+        start = (image, row * w.strides[0], 0, 0)
+        window = im2col(lax.dynamic_slice(x, start, (1, span, *x.shape[2:])), inside)
+        product = here.reshape(-1, features).T @ window.reshape(-1, window.shape[3])
+        return total + product.astype(total.dtype)
+
+    size = w.kernel_size[0] * w.kernel_size[1] * x.shape[3]
+    dtype = jnp.float32 if grad.dtype.itemsize < 4 else grad.dtype  # bfloat16 forgets small terms
+    zeros = jnp.zeros((features, size), dtype)
+    total = lax.fori_loop(0, batch * blocks, add_block, zeros)
+    return total.T.reshape(*w.kernel_size, x.shape[3], features).astype(grad.dtype)

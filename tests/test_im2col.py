@@ -1,0 +1,113 @@
+"""The matrix forms of convolution, and which of them a CPU takes, against the one call to lax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from dense_jax.layers.conv import conv
+from dense_jax.ops import im2col
+from dense_jax.ops.im2col import Windows
+
+# image (H, W), C, C_out, kernel, strides, dilation, padding, groups
+SETTINGS = [
+    ((7, 9), 3, 4, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 1),
+    ((7, 9), 3, 4, (3, 2), (2, 1), (1, 2), ((0, 2), (3, 0)), 1),
+    ((8, 6), 2, 5, (3, 3), (2, 2), (2, 2), ((2, 1), (2, 3)), 1),
+    ((9, 9), 2, 3, (3, 3), (1, 1), (1, 1), ((-1, 1), (0, -2)), 1),
+    ((6, 6), 4, 4, (1, 1), (1, 1), (1, 1), ((0, 0), (0, 0)), 1),
+    ((6, 6), 4, 4, (1, 1), (2, 2), (1, 1), ((0, 0), (0, 0)), 1),
+    ((2, 2), 3, 64, (7, 7), (1, 1), (1, 1), ((3, 3), (3, 3)), 1),  # almost fully connected
+    ((40, 40), 2, 3, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 1),  # two blocks of rows
+    ((70, 33), 2, 3, (3, 3), (2, 1), (1, 1), ((1, 1), (1, 1)), 1),  # the last block is not full
+    ((6, 7), 4, 6, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 2),
+    ((6, 7), 4, 4, (3, 3), (2, 2), (1, 1), ((1, 1), (1, 1)), 4),
+]
+
+
+def arrays(size, channels, features, kernel_size, groups, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, *size, channels))
+    kernel = rng.standard_normal((*kernel_size, channels // groups, features))
+    return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+
+
+def stock(x, kernel, w, groups=1):
+    return lax.conv_general_dilated(  # noqa: TID251  (the reference)
+        x,
+        kernel,
+        w.strides,
+        w.padding,
+        rhs_dilation=w.dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_conv_and_its_gradients_equal_one_call_to_lax(setting):
+    size, channels, features, kernel_size, strides, dilation, padding, groups = setting
+    with jax.enable_x64(True):
+        x, kernel = arrays(size, channels, features, kernel_size, groups)
+        w = Windows(kernel_size, strides, dilation, padding)
+
+        def ours(x, kernel):
+            return conv(
+                x, kernel, strides=strides, padding=padding, dilation=dilation, groups=groups
+            )
+
+        expected, pull = jax.vjp(lambda x, kernel: stock(x, kernel, w, groups), x, kernel)
+        actual, ours_pull = jax.vjp(jax.jit(ours), x, kernel)
+        np.testing.assert_allclose(actual, expected, atol=1e-12)
+        grad = jnp.asarray(np.random.default_rng(1).standard_normal(expected.shape))
+        for mine, other in zip(jax.jit(ours_pull)(grad), pull(grad), strict=True):
+            np.testing.assert_allclose(mine, other, atol=1e-10)
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if s[-1] == 1], ids=str)
+def test_matrix_forms_equal_one_call_to_lax(setting):
+    size, channels, features, kernel_size, strides, dilation, padding, _ = setting
+    with jax.enable_x64(True):
+        x, kernel = arrays(size, channels, features, kernel_size, 1)
+        w = Windows(kernel_size, strides, dilation, padding)
+        expected, pull = jax.vjp(lambda x, kernel: stock(x, kernel, w), x, kernel)
+        assert w.counts(size) == expected.shape[1:3]
+        np.testing.assert_allclose(im2col.convolve(x, kernel, w), expected, atol=1e-12)
+        grad = jnp.asarray(np.random.default_rng(1).standard_normal(expected.shape))
+        x_grad, kernel_grad = pull(grad)
+        actual = im2col.input_gradient(grad, kernel, size, w)
+        np.testing.assert_allclose(actual, x_grad, atol=1e-11)
+        np.testing.assert_allclose(im2col.kernel_gradient(x, grad, w), kernel_grad, atol=1e-10)
+
+
+def test_columns_of_a_hand_worked_image():
+    x = jnp.arange(9.0).reshape(1, 3, 3, 1)
+    w = Windows((2, 2), (1, 1), (1, 1), ((0, 0), (0, 0)))
+    columns = im2col.im2col(x, w)
+    assert columns.shape == (1, 2, 2, 4)
+    np.testing.assert_array_equal(columns[0, 0, 0], [0, 1, 3, 4])
+    np.testing.assert_array_equal(columns[0, 1, 1], [4, 5, 7, 8])
+    # Adding the windows back counts how many windows hold each pixel.
+    counts = im2col.col2im(jnp.ones_like(columns), (3, 3), w)[0, :, :, 0]
+    np.testing.assert_array_equal(counts, [[1, 2, 1], [2, 4, 2], [1, 2, 1]])
+
+
+def test_gradients_keep_bfloat16_but_add_in_float32():
+    x, kernel = arrays((48, 48), 2, 2, (3, 3), 1, jnp.bfloat16)
+    ones = jnp.ones_like(conv(x, kernel))
+    x_grad, kernel_grad = jax.vjp(conv, x, kernel)[1](ones)
+    assert x_grad.dtype == kernel_grad.dtype == jnp.bfloat16
+    exact = jax.vjp(conv, x.astype(jnp.float32), kernel.astype(jnp.float32))[1](
+        ones.astype(jnp.float32)
+    )[1]
+    np.testing.assert_allclose(kernel_grad.astype(jnp.float32), exact, rtol=0.02, atol=0.5)
+
+
+def test_each_operation_is_one_call_where_it_is_lowered_for_an_accelerator():
+    x, kernel = arrays((2, 2), 3, 64, (7, 7), 1, np.float32)
+    program = jax.jit(conv).trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("stablehlo.convolution") == 1
+    assert "dot_general" not in program
+    program = jax.jit(conv).trace(x, kernel).lower(lowering_platforms=("cpu",)).as_text()
+    assert "stablehlo.convolution" not in program
