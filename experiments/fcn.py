@@ -107,6 +107,7 @@ _SCRATCH = Config(
     weight_decay=1e-2,
     schedule="cosine",
     warmup_steps=50,
+    ema_decay=0.99,
     dropout_rate=0.1,
     width=0.25,
 )
@@ -126,10 +127,11 @@ PRESETS = {
     ),
     "camvid": dataclasses.replace(
         _SCRATCH, dataset="camvid", scale=0.5, augment="mirror_scale", crop=(180, 240),
-        num_steps=2000, eval_every=500, save_every=500,
+        num_steps=1000, eval_every=500, save_every=500,
     ),
     "demo": dataclasses.replace(
-        _SCRATCH, num_steps=600, eval_every=150, save_every=150, eval_batch_size=16,
+        _SCRATCH, width=0.125, learning_rate=2e-3, num_steps=2000, eval_every=500, save_every=500,
+        eval_batch_size=16,
     ),
     "smoke": dataclasses.replace(
         _SCRATCH, shapes=ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2),

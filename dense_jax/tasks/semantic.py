@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from flax import linen as nn
 from PIL import Image
 
@@ -341,7 +342,7 @@ def write_evaluation(
     per_class = {
         f"iou/{c['name']}": np.nan if c["iou"] is None else c["iou"] for c in summary["per_class"]
     }
-    print(
+    tqdm.tqdm.write(  # above a progress bar, where there is one
         f"step {step}: mean IoU {scores['mean_iou']:.4f}, pixel accuracy "
         f"{scores['pixel_accuracy']:.4f} on {evaluation.num_images} {split} images"
     )
