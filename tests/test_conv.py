@@ -1,8 +1,10 @@
 """Every row of the mapping between frameworks, and the lecture's three views, in float64."""
 
+import functools
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from jax import lax
 
 from dense_jax.layers import init
 from dense_jax.layers.conv import Conv, UpConv, conv, up_conv
+from dense_jax.train.log import CompileCounter
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +116,23 @@ def test_up_conv_and_its_gradients_equal_the_stock_form(setting):
     chex.assert_trees_all_close(pull(grad), reference(grad), atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("batch", "padding"), [(0, 0), (2, ((4, 5), (0, 0))), (2, ((0, 0), (6, 0)))]
+)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_up_conv_to_nothing(batch, padding, groups):
+    """No image, or one of which all rows or columns are cropped."""
+    x, kernel = normal(batch, 5, 4, 4), normal(3, 3, 4 // groups, 4, seed=1)
+
+    def ours(x, kernel):
+        return up_conv(x, kernel, strides=1, padding=padding, groups=groups)
+
+    y, pull = jax.vjp(jax.jit(ours), x, kernel)
+    assert y.size == 0
+    grads = pull(y)
+    chex.assert_trees_all_equal(grads, (jnp.zeros_like(x), jnp.zeros_like(kernel)))
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("setting", UP_CONVS[:3] + UP_CONVS[4:6] + UP_CONVS[-1:])
 def test_up_conv_matches_torch(setting):
@@ -175,10 +195,27 @@ def test_same_padding_of_tensorflow(k, s):
     np.testing.assert_allclose(up, same, atol=1e-12)
 
 
-def test_kernels_of_flax():
-    x, kernel = normal(1, 4, 5, 3), normal(3, 3, 3, 2, seed=1)
-    theirs = lax.conv_transpose(x, kernel, (2, 2), "VALID")
-    ours = up_conv(x, kernel[::-1, ::-1], strides=2)
+@pytest.mark.parametrize(("k", "s"), [(3, 2), (1, 2), (2, 3)])
+def test_kernels_of_flax(k, s):
+    x, kernel = normal(1, 4, 5, 3), normal(k, k, 3, 2, seed=1)
+    rest = max(s - k, 0)  # VALID has s pixels for each input, even where the kernel is smaller
+    ours = up_conv(x, kernel[::-1, ::-1], strides=s, output_padding=rest)
+    for transposed, stored in ((False, kernel), (True, kernel[::-1, ::-1].swapaxes(2, 3))):
+        layer = nn.ConvTranspose(
+            2, (k, k), (s, s), "VALID", use_bias=False, transpose_kernel=transposed
+        )
+        theirs: Any = layer.apply({"params": {"kernel": stored}}, x)
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize(("k", "size", "pads"), [(3, 8, (0, 1)), (7, 8, (2, 3)), (3, 9, (1, 1))])
+def test_same_of_a_strided_convolution_pads_less_in_front(k, size, pads):
+    """Why padding is explicit here: torch's (1, 1) and (3, 3) see other pixels."""
+    x, kernel = normal(1, size, size, 2), normal(k, k, 2, 3, seed=1)
+    theirs = lax.conv_general_dilated(  # noqa: TID251 (the reference)
+        x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    ours = conv(x, kernel, strides=2, padding=(pads, pads))
     np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
@@ -243,6 +280,16 @@ def test_output_sizes(i, k, s, p, d, o):
 
     y = jax.eval_shape(forward, jnp.zeros((1, i, i, 1)), jnp.zeros((k, k, 1, 1)))
     assert y.shape == (1, o, o, 1)
+
+
+@pytest.mark.parametrize("function", [conv, functools.partial(up_conv, strides=2)])
+def test_gradients_outside_of_jit_compile_once(function):
+    gradient = jax.grad(lambda kernel: jnp.sum(function(normal(1, 5, 5, 2), kernel)))
+    gradient(normal(3, 3, 2, 2))
+    CompileCounter.start()
+    before = CompileCounter.programs
+    gradient(normal(3, 3, 2, 2, seed=1))
+    assert CompileCounter.programs == before
 
 
 def test_gradients_in_bfloat16_stay_close():

@@ -131,13 +131,15 @@ def _is_almost_full(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) ->
     """
     counts = w.counts((x.shape[1], x.shape[2]))
     few = len(x) * counts[0] * counts[1] <= kernel.shape[3]
-    return groups == 1 and min(counts) > 0 and (few or w.kernel_size == w.strides == (1, 1))
+    some = min(len(x), *counts) > 0
+    return groups == 1 and some and (few or w.kernel_size == w.strides == (1, 1))
 
 
 def _conv_fwd(x, kernel, w, groups):
     return _conv(x, kernel, w, groups), (x, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # else outside of jit each call compiles
 def _conv_bwd(w, groups, residuals, grad):
     def stock(x, kernel, grad):
         return jax.vjp(lambda x, kernel: _lax_conv(x, kernel, w, groups), x, kernel)[1](grad)
@@ -178,6 +180,8 @@ def _lax_up_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> ja
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _up_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array:
     stock = functools.partial(_lax_up_conv, w=w, groups=groups)
+    if jax.eval_shape(stock, x, kernel).size == 0:  # no image, or all of it cropped
+        return stock(x, kernel)
     tiled = functools.partial(_tiled_up_conv, w=w, groups=groups)
     return lax.platform_dependent(x, kernel, cpu=tiled, default=stock)
 
@@ -186,12 +190,16 @@ def _up_conv_fwd(x, kernel, w, groups):
     return _up_conv(x, kernel, w, groups), (x, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _up_conv_bwd(w, groups, residuals, grad):
     def stock(x, kernel, grad):
         return jax.vjp(lambda x, kernel: _lax_up_conv(x, kernel, w, groups), x, kernel)[1](grad)
 
+    x, kernel = residuals
+    if grad.size == 0:
+        return stock(x, kernel, grad)
     tiled = functools.partial(_tiled_up_conv_gradients, w=w, groups=groups)
-    return lax.platform_dependent(*residuals, grad, cpu=tiled, default=stock)
+    return lax.platform_dependent(x, kernel, grad, cpu=tiled, default=stock)
 
 
 _up_conv.defvjp(_up_conv_fwd, _up_conv_bwd)
