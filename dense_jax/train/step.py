@@ -111,11 +111,15 @@ def shard(
       devices: as given to the step.
 
     Returns:
-      Arrays [devices, (accumulate,) B / (devices * accumulate), ...] on the devices.
+      Arrays [devices, (accumulate,) B / (devices * accumulate), ...] on the devices. Micro-batch m
+      holds the m-th part of the batch however many devices share it, so that dropout, which
+      knows an image by its place in the micro-batch, draws the same on any number of them.
     """
     count = jax.local_device_count() if devices is None else len(devices)
-    lead = (count,) if accumulate is None else (count, accumulate)
+    lead = (count,) if accumulate is None else (accumulate, count)
     batch = {k: v.reshape(*lead, -1, *v.shape[1:]) for k, v in batch.items()}
+    if accumulate is not None:
+        batch = {k: v.swapaxes(0, 1) for k, v in batch.items()}
     if jax.process_count() > 1:  # pmap itself puts together what each process has
         return batch
     return jax.device_put(batch, _sharding(devices, AXIS))

@@ -1,0 +1,80 @@
+"""The FCN script's own network, loss and optimiser give one result on 1, 2 and 4 devices."""
+
+import dataclasses
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from dense_jax.tasks.semantic import cross_entropy_loss
+from dense_jax.train import schedules, step
+from dense_jax.train.state import TrainState
+from experiments import fcn
+
+NUM_CLASSES, SIZE = 4, 32
+
+
+def make_batch(number):
+    """The first two images are ignored wholly, the others ever more."""
+    rng = np.random.default_rng(number)
+    labels = rng.integers(NUM_CLASSES, size=(8, SIZE, SIZE), dtype=np.uint8)
+    ignored = rng.random(labels.shape) < np.arange(8).reshape(8, 1, 1) / 8
+    ignored[:2] = True
+    return {
+        "images": rng.standard_normal((8, SIZE, SIZE, 3), np.float32),
+        "labels": np.where(ignored, np.uint8(255), labels),
+        "valid": np.ones(8, bool),
+    }
+
+
+@pytest.fixture(scope="module")
+def results():
+    """(losses, averaged and last parameters) of five steps, by number of devices."""
+    # A large rate and scores that start above zero, so that a wrong gradient or mask shows.
+    config = dataclasses.replace(
+        fcn.PRESETS["smoke"],
+        schedule="constant",
+        optimizer="sgd",
+        learning_rate=0.1,
+        score_init="normal",
+        dropout_rate=0.5,
+        accumulate=2,
+    )
+    model = fcn.build_model(config, NUM_CLASSES)
+    tx = schedules.build_optimizer(config, fcn.build_groups(config))
+    start = jax.device_get(TrainState.init(model, tx, (SIZE, SIZE, 3), ema=True))
+    loss = cross_entropy_loss(model, config)
+
+    def train(num_devices):
+        devices = jax.devices()[:num_devices]
+        train_step = step.train_step(*loss, ema_decay=config.ema_decay, devices=devices)
+        state, values = step.replicate(start, devices), []
+        for number in range(5):
+            batch = step.shard(make_batch(number), config.accumulate, devices)
+            state, scalars = train_step(state, batch)
+            values.append(float(scalars["loss"]))
+        return values, state
+
+    return {num_devices: train(num_devices) for num_devices in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+def test_dropout_and_uneven_labels_do_not_tell_the_number_of_devices(results, num_devices):
+    (expected, one), (values, state) = results[1], results[num_devices]
+    assert np.ptp(expected) > 1e-4
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+    chex.assert_trees_all_close(
+        jax.device_get((state.params, state.ema_params)),
+        jax.device_get((one.params, one.ema_params)),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+def test_all_devices_hold_the_same_bits(results, num_devices):
+    for leaf in jax.tree.leaves(results[num_devices][1]):
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(shards) == num_devices
+        assert all(np.array_equal(shards[0], shard) for shard in shards)
