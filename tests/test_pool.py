@@ -156,6 +156,13 @@ def test_pooling_what_was_unpooled_gives_it_back(height, width, ceil, seed):
     np.testing.assert_array_equal(max_pool(back, 2, ceil=ceil), pooled)
 
 
+def test_a_window_of_minus_infinity_takes_its_first_pixel_and_none_of_the_padding():
+    x = np.full((1, 4, 5, 1), -np.inf, np.float32)
+    for arguments in ((3, 2, 1, False), (4, 3, 2, True)):
+        _, switches = max_pool_with_switches(jnp.asarray(x), *arguments)
+        np.testing.assert_array_equal(switches, slow_pool(x, *arguments)[1])
+
+
 def test_pool_in_other_dtypes_and_under_jit():
     x = jnp.arange(32.0).reshape(1, 4, 4, 2)
     for dtype in (jnp.bfloat16, jnp.float16):

@@ -71,20 +71,27 @@ class _Windows(NamedTuple):
 
 
 def _taps(x: jax.Array, fill: float, w: _Windows) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yields, for each place in the window, the pixel's number [1, H', W', 1] and its value."""
+    """Yields, for each place in the window, the pixel's number [1, H', W', 1] and its value.
+
+    A place in the padding has the number of the nearest pixel: it must not win with another's.
+    """
     after = [
         (n - 1) * s + k - size - p
         for size, n, k, s, p in zip(w.image, w.counts, w.window, w.strides, w.padding, strict=True)
     ]
     edges = [(0, 0, 0), (w.padding[0], after[0], 0), (w.padding[1], after[1], 0), (0, 0, 0)]
     x = lax.pad(x, jnp.array(fill, x.dtype), edges)
+    (top, left), (height, width) = w.padding, w.image
     rows, columns = (
         jnp.arange(n, dtype=jnp.int32) * s for n, s in zip(w.counts, w.strides, strict=True)
     )
     for i, j in itertools.product(range(w.window[0]), range(w.window[1])):
         stop = (i + (w.counts[0] - 1) * w.strides[0] + 1, j + (w.counts[1] - 1) * w.strides[1] + 1)
         values = lax.slice(x, (0, i, j, 0), (len(x), *stop, x.shape[3]), (1, *w.strides, 1))
-        numbers = w.numbers(rows.reshape(1, -1, 1, 1) + i, columns.reshape(1, 1, -1, 1) + j)
+        numbers = w.numbers(
+            jnp.clip(rows + i, top, top + height - 1).reshape(1, -1, 1, 1),
+            jnp.clip(columns + j, left, left + width - 1).reshape(1, 1, -1, 1),
+        )
         yield numbers, values
 
 
