@@ -44,13 +44,14 @@ def random_variables(model: nn.Module, image_shape: Sequence[int], seed: int = 0
 def check_full(
     model: nn.Module, *, num_params: int, image_shape: Sequence[int], num_classes: int
 ) -> None:
-    """Exact parameter count; float32 logits at input resolution, in bfloat16 runs too."""
+    """Exact parameter count; float32 logits at input resolution, also if layers are bfloat16."""
     outputs, variables = shapes_of(model, image_shape)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == num_params
     assert outputs["logits"].shape == (*image_shape[:3], num_classes)
     assert outputs["logits"].dtype == jnp.float32
     outputs, variables = shapes_of(model.clone(dtype=jnp.bfloat16), image_shape)
     assert outputs["logits"].dtype == jnp.float32
+    assert jnp.bfloat16 in [output.dtype for output in outputs.values()]
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
 
 

@@ -115,6 +115,8 @@ def test_crops_are_those_of_the_release_and_fit_every_size():
             assert offset + wanted <= available
         if size == 500:
             assert (alexnet[0], up32[0], up16[0], up8[0]) == (543, 544, 560, 568)
+        if size in (425, 560):  # NYUDv2
+            assert up32[0] == {425: 480, 560: 608}[size]
 
 
 def test_too_little_padding_cannot_be_cropped():

@@ -140,7 +140,9 @@ def test_mean_of_device_means_would_be_another_loss():
 
 
 def test_step_equals_a_hand_written_sgd():
-    config = RunConfig(learning_rate=0.1, momentum=0.9, weight_decay=0.01, bias_lr=2.0)
+    config = RunConfig(
+        learning_rate=0.1, momentum=0.9, weight_decay=0.01, bias_lr=2.0, ema_decay=0.2
+    )
     state = make_state(config)
     train_step = make_step(config)
 
@@ -153,7 +155,7 @@ def test_step_equals_a_hand_written_sgd():
         return -jnp.sum(jnp.where(mask, picked, 0.0)) / jnp.sum(mask).astype(jnp.float32)
 
     params = jax.device_get(state.params)
-    velocity = jax.tree.map(np.zeros_like, params)
+    average, velocity = (jax.tree.map(f, params) for f in (np.copy, np.zeros_like))
     running = step.replicate(state)
     for number in range(3):
         batch = make_batch(number)
@@ -163,9 +165,12 @@ def test_step_equals_a_hand_written_sgd():
                 g = grads[layer][kind] + decay * params[layer][kind]
                 velocity[layer][kind] = 0.9 * velocity[layer][kind] + g
                 params[layer][kind] = params[layer][kind] - rate * velocity[layer][kind]
+        decay = min(0.2, (2 + number) / (11 + number))  # 2 / 11, then 0.2
+        average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, average, params)
         running, scalars = train_step(running, step.shard(batch, 1))
         assert np.isfinite(float(scalars["loss"]))
     chex.assert_trees_all_close(jax.device_get(running.params), params, atol=1e-6)
+    chex.assert_trees_all_close(jax.device_get(running.ema_params), average, atol=1e-6)
 
 
 def test_a_batch_without_labels_has_loss_zero_and_changes_nothing():
@@ -221,6 +226,7 @@ def config(tmp_path):
         eval_every=3,
         log_every=1,
         learning_rate=0.05,
+        warmup_steps=6,  # a run that is resumed at step 4 is still warming up
         ema_decay=0.9,
     )
 
