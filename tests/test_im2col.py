@@ -94,14 +94,11 @@ def test_columns_of_a_hand_worked_image():
 
 
 def test_gradients_keep_bfloat16_but_add_in_float32():
-    x, kernel = arrays((48, 48), 2, 2, (3, 3), 1, jnp.bfloat16)
-    ones = jnp.ones_like(conv(x, kernel))
-    x_grad, kernel_grad = jax.vjp(conv, x, kernel)[1](ones)
+    """Ones summed one by one in bfloat16 stay at 256."""
+    x, kernel = jnp.ones((512, 1, 1, 1), jnp.bfloat16), jnp.ones((1, 1, 1, 1), jnp.bfloat16)
+    x_grad, kernel_grad = jax.jit(jax.vjp(conv, x, kernel)[1])(x)
     assert x_grad.dtype == kernel_grad.dtype == jnp.bfloat16
-    exact = jax.vjp(conv, x.astype(jnp.float32), kernel.astype(jnp.float32))[1](
-        ones.astype(jnp.float32)
-    )[1]
-    np.testing.assert_allclose(kernel_grad.astype(jnp.float32), exact, rtol=0.02, atol=0.5)
+    assert float(kernel_grad[0, 0, 0, 0]) == 512
 
 
 def test_each_operation_is_one_call_where_it_is_lowered_for_an_accelerator():

@@ -7,7 +7,8 @@ cross-correlation, as everywhere in deep learning. Both operations use one pictu
     up_conv:  y[s i + d k - p] += x[i] kernel[k]              each input places a copy of the kernel
 
 with stride s, dilation d and padding p. An up-convolution is thus the transpose (the adjoint) of
-the convolution of the same s, p, d whose kernel has its last two axes swapped.
+the convolution of the same s, p, d whose kernel has its last two axes swapped. Gradients are those
+of reverse mode (`jax.grad`, any order); `jax.jvp` is refused.
 
 Kernels of other libraries (o = C_out, i = C_in, of one group):
   torch Conv2d              [o, i, h, w]    transpose(2, 3, 1, 0)

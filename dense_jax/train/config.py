@@ -47,7 +47,7 @@ class RunConfig:
     batch_size: int = 8
     """Images per optimiser step, over all devices and micro-batches."""
     accumulate: int = 1
-    """Micro-batches per step: the same gradient in less memory."""
+    """Micro-batches per step: the same gradient, dropout aside, in less memory."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd decays weights inside the momentum (Caffe); adamw decouples it."""
     learning_rate: float = 1e-3
@@ -97,6 +97,11 @@ class RunConfig:
                 raise UserError(
                     f"--{name.replace('_', '-')}={getattr(self, name)}: give at least 1"
                 )
+        for name in ("num_workers", "warmup_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)}: give 0 or more")
+        if self.scale <= 0:
+            raise UserError(f"--scale={self.scale}: give a factor above 0")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"--batch-size={self.batch_size} is not a multiple of "
