@@ -20,6 +20,7 @@ from dense_jax import __main__ as commands
 from dense_jax import viz
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.errors import UserError
+from dense_jax.train.checkpoint import Checkpoints
 from dense_jax.train.log import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -75,6 +76,13 @@ def test_smoke_run_leaves_scores_pictures_and_report(name, smoke_runs):
     assert {p.name for p in workdir.glob("*.csv")} == {"train.csv", "eval.csv"}
 
 
+def test_the_average_that_is_scored_is_not_the_last_step(smoke_runs):
+    with Checkpoints(smoke_runs("fcn")) as checkpoints:
+        saved, _ = checkpoints.read()
+    last, average = (saved[name]["score_fr"]["kernel"] for name in ("params", "ema_params"))
+    assert np.any(last != average)
+
+
 def literal_flags(config):
     """Each (field, value) of a script's own Literal flags."""
     hints = typing.get_type_hints(type(config))
@@ -104,7 +112,11 @@ def test_every_flag_value_builds(name, field, value):
 def test_fcn_stages_start_from_one_another(tmp_path, capsys):
     fcn = script("fcn")
     config = dataclasses.replace(
-        fcn.PRESETS["smoke"], train="staged", stride=16, workdir=str(tmp_path / "staged")
+        fcn.PRESETS["smoke"],
+        train="staged",
+        stride=16,
+        class_balance="on",
+        workdir=str(tmp_path / "staged"),
     )
     rates = [stage.learning_rate for stage in fcn.stages(config)]
     np.testing.assert_allclose(rates, [config.learning_rate, config.learning_rate / 100])
@@ -112,6 +124,9 @@ def test_fcn_stages_start_from_one_another(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "new here: score_pool4/bias, score_pool4/kernel" in printed
     assert (tmp_path / "staged" / "fcn16s" / "report.html").exists()
+    # Scores start at zero, where without weights each pixel costs ln C.
+    first = next(read_metrics(tmp_path / "staged" / "fcn32s" / "metrics.jsonl"))
+    assert abs(first["loss"] - np.log(6)) > 0.1
 
 
 def test_fcn_pixel_keep_ignores_a_share():

@@ -17,6 +17,7 @@ from jax import lax
 from dense_jax import losses
 from dense_jax.errors import UserError
 from dense_jax.layers.conv import Conv
+from dense_jax.tasks import semantic
 from dense_jax.tasks.semantic import cross_entropy_loss
 from dense_jax.train import config as config_lib
 from dense_jax.train import loop, schedules, step
@@ -261,6 +262,26 @@ def test_last_and_best_are_kept(config):
     averaged, at = read_variables(config.workdir, "best")
     assert at == 3
     assert set(averaged["params"]) == {"conv1", "score"}
+
+
+def test_a_run_that_starts_from_another_averages_from_there(config):
+    trained: Any = fit(config)
+    fresh = make_state(dataclasses.replace(config, seed=1))
+    state = semantic._initialise_from(f"run:{config.workdir}", fresh, fresh.tx)
+    chex.assert_trees_all_equal(state.params, trained.ema_params)
+    chex.assert_trees_all_equal(state.ema_params, state.params)
+    make_step(config)(step.replicate(state), step.shard(make_batch(0), 1))  # owns its arrays
+
+
+def test_a_network_sees_images_at_its_scale():
+    class Height(nn.Module):
+        def __call__(self, images, *, train):
+            return {"logits": jnp.full_like(images, images.shape[1])}
+
+    images = jnp.zeros((1, 8, 6, 3))
+    for scale, height in ((1.0, 8), (0.5, 4), (0.01, 1)):
+        logits = semantic.predict_logits(Height(), {}, images, scale)
+        chex.assert_trees_all_close(logits, jnp.full(images.shape, height, jnp.float32))
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_images(config):
