@@ -20,7 +20,7 @@ from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
 from dense_jax.errors import UserError
 from dense_jax.train import cli
-from dense_jax.train.checkpoint import read_variables
+from dense_jax.train.checkpoint import has_checkpoint, read_variables
 from dense_jax.train.config import RunConfig, check_resumable, from_json
 
 
@@ -41,7 +41,7 @@ def prepare(config: RunConfig, dataset: Dataset) -> pathlib.Path:
     }
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if path.exists() and has_checkpoint(workdir):  # else nothing was trained yet
             old = read_config(workdir)
             if old["script"] != record["script"]:
                 raise UserError(f"{workdir} holds a run of {old['script']}: give another --workdir")
@@ -110,13 +110,18 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     """
     path = workdir / "config.json"
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): give the folder of a training run"
         ) from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not text, or not JSON
         raise UserError(f"{path} is damaged ({error}): use another --workdir") from error
+    kinds = {"script": str, "config": dict, "classes": dict, "fingerprint": str}
+    for key, kind in kinds.items():
+        if not isinstance(record, dict) or not isinstance(record.get(key), kind):
+            raise UserError(f"{path} is damaged (it has no {key}): use another --workdir")
+    return record
 
 
 def provenance() -> dict[str, Any]:

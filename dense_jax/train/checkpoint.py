@@ -1,6 +1,5 @@
 """Checkpoints: the whole state and the data position in one atomic step (Orbax)."""
 
-import json
 import math
 import pathlib
 from typing import Any, TypeVar
@@ -105,10 +104,20 @@ class Checkpoints:
         return state, position
 
     def read(self, step: int | None = None) -> tuple[dict[str, Any], Any]:
-        """Reads ``step`` (default: the latest) as nested dicts of host arrays."""
+        """Reads ``step`` (default: the latest) as nested dicts of host arrays.
+
+        Raises:
+          UserError: its files are damaged.
+        """
         step = self.latest_step if step is None else step
         items = ocp.args.Composite(state=ocp.args.StandardRestore(), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
+        try:
+            restored = self._manager.restore(step, args=items)
+        except Exception as error:  # whatever a damaged file makes Orbax raise
+            raise UserError(
+                f"the checkpoint {self._manager.directory / str(step)} is damaged "
+                f"({_first_line(error)}): remove that folder to go on from an earlier one, if any"
+            ) from error
         return jax.tree.map(np.asarray, restored["state"]), restored["data"]["position"]
 
     def wait(self) -> None:
@@ -123,12 +132,24 @@ class Checkpoints:
             raise _explain(error, self._manager.directory) from error
 
     def close(self) -> None:
-        """Ends the background threads."""
-        self._manager.close()
+        """Ends the background threads.
+
+        Raises:
+          UserError: the last save could not be written.
+        """
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise _explain(error, self._manager.directory) from error
 
     def _score(self, metrics: dict[str, float]) -> float:
         score = metrics.get(self._metric, -math.inf)
         return -math.inf if math.isnan(score) else score
+
+
+def has_checkpoint(workdir: str | pathlib.Path) -> bool:
+    """Whether a run folder holds a complete checkpoint."""
+    return any(path.name.isdigit() for path in pathlib.Path(workdir).glob("checkpoints/*"))
 
 
 def read_variables(workdir: str | pathlib.Path, which: str = "last") -> tuple[dict[str, Any], int]:
@@ -162,6 +183,10 @@ def _explain(error: Exception, folder: Any) -> Exception:
     """Turns a failed write into one line; other errors pass."""
     text = str(error)
     if isinstance(error, OSError) or "No space left" in text or "RESOURCE_EXHAUSTED" in text:
-        reason = json.dumps(text.strip().splitlines()[0][:200]) if text.strip() else "no reason"
+        reason = _first_line(error)
         return UserError(f"cannot write a checkpoint under {folder} ({reason}): free some disk")
     return error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

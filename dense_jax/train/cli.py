@@ -1,11 +1,13 @@
 """The command line of every training script: a preset, then any field as a flag."""
 
 import dataclasses
+import errno
+import logging
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import tyro
@@ -31,24 +33,46 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], doc: 
             description=doc,
             prog=f"python -m {script_name()}",
         )
-        if config.workdir is None:
+        if not config.workdir:
             preset = next(word for word in sys.argv[1:] if word in presets)
             workdir = pathlib.Path("runs") / f"{script_name().rpartition('.')[2]}-{preset}"
             config = dataclasses.replace(config, workdir=str(workdir))
         set_up_jax()
+        _quieten_savers()
         main(config)
 
 
+_DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
+
+
 class exit_on_user_error:  # noqa: N801  (used like a function)
-    """Context that ends the program with ``error: ...`` and status 2 on a UserError."""
+    """Context that ends the program with ``error: ...`` and status 2 on a UserError.
+
+    A disk that is full or read-only is a user's matter too, wherever it is noticed.
+    """
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            place = error.filename2 or error.filename or "a file"
+            error = UserError(f"cannot write {place} ({error.strerror}): give another folder")
         if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
+            line = str(error).splitlines()[0]  # Grain appends advice of its own
+            print(f"error: {line}", file=sys.stderr)
             sys.exit(2)
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            sys.exit(130)
 
 
 def script_name() -> str:
@@ -64,6 +88,18 @@ def set_up_jax() -> None:
         jax.config.update(
             "jax_compilation_cache_dir", str(pathlib.Path(cache).expanduser() / "xla")
         )
+
+
+def _quieten_savers() -> None:
+    """Of a save that fails, prints one line: hides what Orbax's threads print beside it."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    show = sys.excepthook
+
+    def show_unless_late(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if str(error) != "Event loop is closed":  # tensorstore's callbacks, after the failure
+            show(kind, error, trace)
+
+    sys.excepthook = show_unless_late
 
 
 def _first_line(preset: RunConfig) -> str:

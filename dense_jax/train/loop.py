@@ -152,8 +152,8 @@ class _LossWatch:
         names = self._batches.names(index)
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise UserError(
-            f"the loss is {value} at step {step}, in the batch of {shown}; the last checkpoint "
-            "is from before it: lower --learning-rate, raise --warmup-steps, or check these images"
+            f"the loss is {value} at step {step}, in the batch of {shown}: start in another "
+            "--workdir with a lower --learning-rate or more --warmup-steps, or check these images"
         )
 
 

@@ -86,9 +86,9 @@ def load_matching(
     new: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     old: dict[str, Any] = traverse_util.flatten_dict(source, sep="/")
     matched = {k for k in new if k in old and new[k].shape == old[k].shape}
-    if not matched:
+    if not any(new[k].ndim > 1 for k in matched):  # biases alone agree by chance
         raise UserError(
-            "--init: no parameter of the other run has a name and shape of this network "
+            "--init: no kernel of the other run has a name and shape of this network "
             f"(first names: {sorted(old)[:2]} there, {sorted(new)[:2]} here): give a related run"
         )
     reshaped = sorted(k for k in new if k in old and k not in matched)
