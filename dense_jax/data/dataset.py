@@ -65,10 +65,11 @@ class Dataset:
         """
         if name not in self.splits:
             raise UserError(
-                f"dataset {self.name!r} has no split {name!r}; it has {', '.join(self.splits)}"
+                f"dataset {self.name!r} has no split {name!r}; it has {', '.join(self.splits)}; "
+                "training needs train and val (see docs/data.md)"
             )
         if not len(self.splits[name]):
-            raise UserError(f"split {name!r} of dataset {self.name!r} has no images")
+            raise UserError(f"split {name!r} of dataset {self.name!r} has no images; add some")
         return self.splits[name]
 
 

@@ -21,6 +21,7 @@ from absl import flags
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example, Source
 from dense_jax.data.transforms import Resize, Transform, window
+from dense_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Size = tuple[int, int]
@@ -115,7 +116,8 @@ def train_batches(
       process_count: into how many shares it is split.
 
     Raises:
-      ValueError: in the first batch: images are not of one size, or not normalised.
+      UserError: in a batch: images are not of one size.
+      ValueError: in the first batch: images are not normalised.
     """
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
@@ -276,7 +278,11 @@ def _collect(examples: Sequence[Example]) -> Batch:
     """Stacks examples into a batch."""
     sizes = {example["image"].shape[:2] for example in examples}
     if len(sizes) > 1:
-        raise ValueError(f"images of one batch differ in size, {sizes}: end with RandomCrop(size)")
+        shown = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
+        raise UserError(
+            f"the images of a batch differ in size (height x width {shown}): "
+            "crop them to one with --crop HEIGHT WIDTH"
+        )
     index = np.array([example["index"] for example in examples], np.int32)
     return {
         "images": np.stack([example["image"] for example in examples]),

@@ -126,13 +126,18 @@ def _prepare(files: Files, folder: pathlib.Path, records: pathlib.Path) -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
             _Builder(files, folder).download_and_prepare()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the record writer raises the latter
         if records.exists():  # another process was faster
             return
         raise UserError(
-            f"{folder}: cannot keep the prepared dataset here ({error.strerror or error});"
+            f"{folder}: cannot keep the prepared dataset here ({_reason(error)});"
             " set DENSE_JAX_CACHE to a folder with space that you may write"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    strerror = getattr(error, "strerror", None)
+    return "No space left on device" if "No space left" in str(error) else strerror or str(error)
 
 
 def _key(files: Files) -> str:

@@ -244,9 +244,10 @@ def train_and_evaluate(
             f"--batch-size={config.batch_size} cannot be shared by {jax.device_count()} devices "
             f"in {config.accumulate} micro-batches: make it a multiple of their product"
         )
+    train, val = dataset.split("train"), dataset.split("val")
     workdir = runs.prepare(config, dataset)
     batches = pipeline.train_batches(
-        dataset.split("train"),
+        train,
         transforms,
         config.batch_size // jax.process_count(),
         config.seed,
@@ -263,7 +264,7 @@ def train_and_evaluate(
     step = train_step(loss_fn, denominator_fn, ema_decay=config.ema_decay)
     evaluator = Evaluator(
         model,
-        dataset.split("val"),
+        val,
         dataset.classes,
         batch_size=config.eval_batch_size,
         normalisation=config.normalisation,

@@ -53,9 +53,12 @@ def read_classes(folder: pathlib.Path) -> ClassTable:
                     return ClassTable.from_json(json.loads(path.read_text()))
                 return _parse_classes(path.read_text())
             except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{path}: not a class table ({error}); write one class a line: name,r,g,b"
-                ) from None
+                remedy = (
+                    'write {"names": ["sky", ...]}, see docs/data.md'
+                    if path.suffix == ".json"
+                    else "write one class a line: name or name,r,g,b"
+                )
+                raise UserError(f"{path}: not a class table ({error}); {remedy}") from None
     raise UserError(f"{folder}: no class table; write classes.txt with one class name a line")
 
 
@@ -77,7 +80,7 @@ def _find_pairs(root: pathlib.Path) -> list[Pair]:
     if any(path.is_file() for path in lists):
         return [pair for path in lists if path.is_file() for pair in _listed(path, everything)]
     order = sorted(everything, key=lambda pair: hashlib.blake2b(pair.name.encode()).digest())
-    val = {pair.name for pair in order[: round(_VAL_SHARE * len(order))]}
+    val = {pair.name for pair in order[: max(round(_VAL_SHARE * len(order)), len(order) > 1)]}
     train = [pair for pair in everything if pair.name not in val]
     return train + [
         dataclasses.replace(pair, split="val") for pair in everything if pair.name in val
