@@ -86,6 +86,11 @@ def evaluate(
     if data_dir is not None:
         config = dataclasses.replace(config, data_dir=data_dir)
     dataset = semantic.load_dataset(config)
+    if dataset.classes.names != opened.classes.names:
+        raise UserError(
+            f"{run} labels {', '.join(opened.classes.names)} but the dataset has "
+            f"{', '.join(dataset.classes.names)}: give the --data-dir of the same classes"
+        )
     evaluator = semantic.Evaluator(
         opened.model,
         dataset.split(split),
@@ -150,14 +155,17 @@ def summary(
       size: height and width of the image.
       num_classes: number of classes (a run knows its own).
     """
+    if min(size) < 1:
+        raise UserError(f"--size {size[0]} {size[1]}: give at least 1 1")
     if run is not None:
-        opened = runs.load(run)
-        model = opened.model
+        model = runs.load(run).model
     else:
         try:
             module = importlib.import_module(script)
         except ImportError as error:
             raise UserError(f"--script={script} cannot be imported: {error}") from error
+        if not hasattr(module, "PRESETS"):
+            raise UserError(f"--script={script} has no PRESETS: give a module of experiments/")
         if preset not in module.PRESETS:
             raise UserError(f"--preset={preset}: {script} has {', '.join(module.PRESETS)}")
         presets = {name: (name, value) for name, value in module.PRESETS.items()}

@@ -82,6 +82,18 @@ class Config(RunConfig):
     crop: tuple[int, int] | None = None
     """Height and width of training images; None takes whole images (all of one size)."""
 
+    def __post_init__(self) -> None:
+        """Raises UserError for values that no network or batch can have."""
+        super().__post_init__()
+        if self.width <= 0:
+            raise UserError(f"--width={self.width}: give a factor above 0")
+        if not 0 <= self.dropout_rate < 1:
+            raise UserError(f"--dropout-rate={self.dropout_rate}: give a value in [0, 1)")
+        if not 0 < self.pixel_keep <= 1:
+            raise UserError(f"--pixel-keep={self.pixel_keep}: give a share in (0, 1]")
+        if self.crop and min(self.crop) < 1:
+            raise UserError(f"--crop {self.crop[0]} {self.crop[1]}: give at least 1 1")
+
 
 # The release: one whole image per step and the loss summed over its pixels, hence tiny rates.
 _RELEASE = Config(
@@ -153,6 +165,8 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         if config.stride != 32:
             raise UserError("--backbone=alexnet has no skips: give --stride=32 with it")
         return FCNAlexNet(num_classes, **shared)
+    if config.single_skip == "pool4" and config.stride != 16:
+        raise UserError("--single-skip=pool4 scores at stride 16: give --stride=16 with it")
     return FCN(
         num_classes,
         stride=config.stride,
@@ -202,10 +216,10 @@ class RandomPixelKeep:
 
 def stages(config: Config) -> Iterator[Config]:
     """The runs to make one after another: the coarser nets first, if training is staged."""
-    if config.train == "at_once" or config.init:
+    if config.train == "at_once":
         yield config
         return
-    init = None
+    init = config.init
     for number, stride in enumerate(s for s in (32, 16, 8) if s >= config.stride):
         workdir = f"{config.workdir}/fcn{stride}s"
         rate = config.learning_rate * config.stage_lr**number

@@ -1,0 +1,145 @@
+"""Mistakes of users: each is one UserError that names the culprit and the remedy."""
+
+import dataclasses
+import errno
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dense_jax import __main__ as commands
+from dense_jax import runs
+from dense_jax.data import dataset, pipeline
+from dense_jax.data.transforms import Normalise
+from dense_jax.errors import UserError
+from dense_jax.train import checkpoint, cli
+from dense_jax.train.state import load_matching
+from experiments import fcn
+
+SMOKE = fcn.PRESETS["smoke"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A prepared run folder with a small checkpoint of something else."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = dataclasses.replace(SMOKE, workdir=str(workdir))
+    runs.prepare(config, dataset.load("shapes", size=(8, 8), num_train=2, num_val=2, num_test=1))
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        checkpoints.save(1, {"params": {"w": jnp.ones(3)}}, {"next_batch": 1})
+        checkpoints.wait()
+    return workdir
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Two pairs of different sizes."""
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    for i, size in enumerate([(8, 8), (1, 1)]):
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / f"images/{i}.png")
+        Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / f"labels/{i}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ({"width": 0.0}, "--width=0"),
+        ({"dropout_rate": 1.0}, "--dropout-rate=1"),
+        ({"pixel_keep": 0.0}, "--pixel-keep=0"),
+        ({"crop": (0, 5)}, "--crop 0 5"),
+        ({"scale": 0.0}, "--scale=0"),
+        ({"seed": -1}, "--seed=-1"),
+        ({"num_workers": -1}, "--num-workers=-1"),
+        ({"warmup_steps": -1}, "--warmup-steps=-1"),
+        ({"single_skip": "pool4"}, "--stride=16"),
+        ({"backbone": "alexnet"}, "--stride=32"),
+    ],
+)
+def test_impossible_flags_name_themselves(flags, match):
+    with pytest.raises(UserError, match=match):
+        fcn.build_model(dataclasses.replace(SMOKE, **flags), 4)
+
+
+def test_an_untrained_folder_takes_other_settings_and_a_trained_one_does_not(run, tmp_path):
+    data = dataset.load("shapes", size=(8, 8), num_train=2, num_val=2, num_test=1)
+    for stride in (8, 16):
+        runs.prepare(dataclasses.replace(SMOKE, workdir=str(tmp_path), stride=stride), data)
+    with pytest.raises(UserError, match="--stride was 8 and is now 16"):
+        runs.prepare(dataclasses.replace(SMOKE, workdir=str(run), stride=16), data)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b'{"script": "x"}', b"\xff\xfe"])
+def test_a_damaged_config_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        commands.summary(run=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state/_METADATA", "state/manifest.ocdbt", "data/metadata"])
+def test_a_damaged_checkpoint_is_named(run, name, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "checkpoints" / "1" / name).write_bytes(b"{")
+    with pytest.raises(UserError, match=r"checkpoints/1 is damaged.*remove that folder"):
+        checkpoint.read_variables(folder)
+
+
+def test_biases_alone_do_not_initialise_a_network():
+    ours = {"conv": {"bias": jnp.zeros(2), "kernel": jnp.zeros((1, 1, 3, 2))}}
+    theirs = {"conv": {"bias": jnp.ones(2), "kernel": jnp.ones((3, 3, 3, 2))}}
+    with pytest.raises(UserError, match="--init: no kernel"):
+        load_matching(ours, theirs)
+
+
+def test_staged_training_starts_from_init():
+    config = dataclasses.replace(SMOKE, train="staged", workdir="w", init="run:x")
+    assert [s.init for s in fcn.stages(config)] == ["run:x", "run:w/fcn32s", "run:w/fcn16s"]
+
+
+def test_images_of_many_sizes_ask_for_a_crop(own):
+    assert {"train", "val"} == set(dataset.load("folder", own).splits)  # two images are enough
+    (own / "train.txt").write_text("0\n1\n")
+    data = dataset.load("folder", own)
+    batches = pipeline.train_batches(data.split("train"), [Normalise("none")], 2, 0)
+    with pytest.raises(UserError, match=r"1x1, 8x8.*--crop"):
+        _ = batches.example
+    with pytest.raises(UserError, match=r"no split 'val'.*docs/data"):
+        data.split("val")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("wrong"), 2),
+        (OSError(errno.ENOSPC, "No space left on device", "/full/x"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_end_in_a_line_and_a_status(error, status, capsys):
+    with pytest.raises(SystemExit) as ended, cli.exit_on_user_error():
+        raise error
+    assert ended.value.code == status
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError), cli.exit_on_user_error():
+        raise ZeroDivisionError
+
+
+def test_commands_refuse_what_they_cannot_use(tmp_path):
+    with pytest.raises(UserError, match="--script=os"):
+        commands.summary(script="os")
+    with pytest.raises(UserError, match="--size 0 5"):
+        commands.summary(size=(0, 5))
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        checkpoint.read_variables(tmp_path)
+    config = dataclasses.replace(SMOKE, workdir=str(tmp_path), batch_size=jax.device_count() + 1)
+    with pytest.raises(UserError, match="cannot be shared by"):
+        fcn.main(config)
