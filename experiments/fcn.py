@@ -16,16 +16,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
-import numpy as np
 from flax import linen as nn
 
-from dense_jax.data.classes import IGNORE_LABEL
-from dense_jax.data.dataset import Example
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.transforms import (
     Normalise,
     RandomCrop,
     RandomFlip,
+    RandomPixelKeep,
     RandomScale,
     RandomTranslate,
     Transform,
@@ -46,7 +44,7 @@ class Config(RunConfig):
 
     # The network.
     backbone: Literal["vgg16", "alexnet"] = "vgg16"
-    """Trunk (Table 1). alexnet, as released, pads by 100 and has no skips: it needs --stride=32."""
+    """Trunk (Table 1). alexnet has no skips: it needs --stride=32 and --pad-mode=100."""
     stride: Literal[32, 16, 8] = 8
     """Stride of the finest scores: FCN-32s, 16s or 8s (Table 2)."""
     pad_mode: Literal["100", "same"] = "100"
@@ -162,8 +160,10 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         dtype=config.dtype,
     )
     if config.backbone == "alexnet":
-        if config.stride != 32:
-            raise UserError("--backbone=alexnet has no skips: give --stride=32 with it")
+        fixed = {"stride": 32, "pad_mode": "100", "upsample": "fixed", "skip_scale": "1"}
+        if changed := [k for k, v in fixed.items() if getattr(config, k) != v]:
+            flag, value = changed[0].replace("_", "-"), fixed[changed[0]]
+            raise UserError(f"--backbone=alexnet comes in one form: give --{flag}={value} with it")
         return FCNAlexNet(num_classes, **shared)
     if config.single_skip == "pool4" and config.stride != 16:
         raise UserError("--single-skip=pool4 scores at stride 16: give --stride=16 with it")
@@ -200,18 +200,6 @@ def build_transforms(config: Config) -> list[Transform]:
     if config.pixel_keep < 1:
         transforms.append(RandomPixelKeep(config.pixel_keep))
     return transforms
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomPixelKeep:
-    """Ignores each pixel with probability 1 - keep, which samples the loss (Section 4.3)."""
-
-    keep: float
-
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the example with labels thinned out."""
-        kept = rng.random(example["label"].shape, np.float32) < self.keep
-        return {**example, "label": np.where(kept, example["label"], np.uint8(IGNORE_LABEL))}
 
 
 def stages(config: Config) -> Iterator[Config]:

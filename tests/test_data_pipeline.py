@@ -171,5 +171,5 @@ def test_errors_of_users_pass_through_threads_and_workers(source, num_workers):
 def test_wrong_pipelines_say_what_to_change(source):
     with pytest.raises(ValueError, match="put Normalise among"):
         _take(pipeline.train_batches(source, [], 2, 0), 1)
-    with pytest.raises(ValueError, match="--crop"):
+    with pytest.raises(UserError, match="--crop"):
         _take(pipeline.train_batches(source, [RandomScale(0.5, 2), Normalise()], 5, 0), 1)

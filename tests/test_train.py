@@ -254,6 +254,12 @@ def test_a_resumed_run_ends_with_the_same_bits(config, tmp_path):
     assert [s for k, s in rows if k == "train"] == list(range(1, 8))
 
 
+def test_a_run_is_not_shortened(config):
+    fit(config)
+    with pytest.raises(UserError, match="at step 7, beyond --num-steps=3"):
+        fit(dataclasses.replace(config, num_steps=3))
+
+
 def test_last_and_best_are_kept(config):
     fit(config)
     with Checkpoints(config.workdir) as checkpoints:
@@ -340,17 +346,18 @@ def test_impossible_settings_are_refused(flags):
 
 
 def test_matching_parameters_are_copied_and_the_rest_named():
-    new: Any = {"a": {"kernel": jnp.zeros(3)}, "b": {"kernel": jnp.zeros(2)}, "c": jnp.zeros(1)}
-    old: Any = {"a": {"kernel": np.ones(3)}, "b": {"kernel": np.ones(4)}, "d": np.ones(1)}
+    kernel = {"kernel": jnp.zeros((3, 1))}
+    new: Any = {"a": kernel, "b": {"kernel": jnp.zeros((2, 1))}, "c": jnp.zeros(1)}
+    old: Any = {"a": {"kernel": np.ones((3, 1))}, "b": {"kernel": np.ones((4, 1))}, "d": np.ones(1)}
     said = []
     loaded = load_matching(new, old, said.append)
-    np.testing.assert_array_equal(loaded["a"]["kernel"], np.ones(3))
-    np.testing.assert_array_equal(loaded["b"]["kernel"], np.zeros(2))
+    np.testing.assert_array_equal(loaded["a"]["kernel"], np.ones((3, 1)))
+    np.testing.assert_array_equal(loaded["b"]["kernel"], np.zeros((2, 1)))
     text = "\n".join(said)
     assert "1 of 3" in text
     assert all(name in text for name in ("b/kernel", "new here: c", "other run: d"))
-    with pytest.raises(UserError, match="no parameter"):
-        load_matching({"a": jnp.zeros(3)}, {"z": np.ones(3)})
+    with pytest.raises(UserError, match="no kernel"):
+        load_matching({"a": jnp.zeros((3, 1))}, {"z": np.ones((3, 1))})
 
 
 def test_metrics_file_survives_a_cut_line(tmp_path):

@@ -155,6 +155,21 @@ class ColourJitter:
         return {**example, "image": np.clip(image + 0.5, 0, 255).astype(np.uint8)}
 
 
+@dataclasses.dataclass(frozen=True)
+class RandomPixelKeep:
+    """Ignores each pixel with probability 1 - keep, which samples the loss.
+
+    Long, Shelhamer and Darrell (CVPR 2015, section 4.3, Figure 5) found no gain per image.
+    """
+
+    keep: float
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Returns the example with labels thinned out."""
+        kept = rng.random(example["label"].shape, np.float32) < self.keep
+        return {**example, "label": np.where(kept, example["label"], np.uint8(IGNORE_LABEL))}
+
+
 def window(example: Example, top: int, left: int, size: tuple[int, int]) -> Example:
     """Returns the window of ``size`` whose corner is at (top, left), which may lie outside.
 

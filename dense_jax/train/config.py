@@ -7,7 +7,8 @@ from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.errors import UserError
 
 # Fields that a resumed run may change: they alter neither the parameters nor the data order.
-# num_steps is among them so that a finished run can be trained further.
+# num_steps is among them so that a finished run can be trained further; the remaining steps then
+# follow the longer schedule.
 _FREE_ON_RESUME = {
     "data_dir",
     "eval_batch_size",

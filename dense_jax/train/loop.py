@@ -81,6 +81,11 @@ def fit(
             batches.set_state(position)
             print(f"resumed {workdir} at step {int(state.step)} of {config.num_steps}")
         start = int(state.step)
+        if start > config.num_steps:
+            raise UserError(
+                f"{workdir} is at step {start}, beyond --num-steps={config.num_steps}: raise that, "
+                "or give another --workdir"
+            )
         state = replicate(state)
         writer = stack.enter_context(MetricsWriter(workdir, start))
         bar = stack.enter_context(progress_bar(config.num_steps, start))
