@@ -277,7 +277,7 @@ def train_and_evaluate(
         return write_evaluation(workdir, evaluation, dataset, "val", step)
 
     state = fit(state, step, batches, config, evaluate)
-    report.write_report(workdir)
+    print(f"report: {report.write_report(workdir)}")
     return state
 
 
