@@ -19,11 +19,17 @@ SETTINGS = [
     ((6, 6), 4, 4, (1, 1), (1, 1), (1, 1), ((0, 0), (0, 0)), 1),
     ((6, 6), 4, 4, (1, 1), (2, 2), (1, 1), ((0, 0), (0, 0)), 1),
     ((2, 2), 3, 64, (7, 7), (1, 1), (1, 1), ((3, 3), (3, 3)), 1),  # almost fully connected
-    ((40, 40), 2, 3, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 1),  # two blocks of rows
+    ((40, 40), 2, 3, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 1),  # several blocks of rows
     ((70, 33), 2, 3, (3, 3), (2, 1), (1, 1), ((1, 1), (1, 1)), 1),  # the last block is not full
     ((6, 7), 4, 6, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 2),
     ((6, 7), 4, 4, (3, 3), (2, 2), (1, 1), ((1, 1), (1, 1)), 4),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Images that a test can afford then take several blocks, as large ones do."""
+    monkeypatch.setattr(im2col, "_BLOCK", 2**12)
 
 
 def arrays(size, channels, features, kernel_size, groups, dtype=np.float64):

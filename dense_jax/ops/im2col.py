@@ -23,7 +23,7 @@ from jax import lax
 
 Pair = tuple[int, int]
 
-_BLOCK = 1024  # Rows of a matrix product whose operands stay in a core's cache.
+_BLOCK = 2**20  # Values of a block of windows: with its product, what a core's caches hold.
 
 
 class Windows(NamedTuple):
@@ -110,7 +110,8 @@ def kernel_gradient(x: jax.Array, grad: jax.Array, w: Windows) -> jax.Array:
     operands of each product in the cache.
     """
     batch, rows, columns, features = grad.shape
-    height = min(rows, max(1, _BLOCK // columns))  # output rows of a block
+    size = w.kernel_size[0] * w.kernel_size[1] * x.shape[3]
+    height = min(rows, max(1, _BLOCK // (columns * size)))  # output rows of a block
     blocks = -(-rows // height)
     grad = pad(grad, ((0, blocks * height - rows), (0, 0)))
     span = (height - 1) * w.strides[0] + w.dilation[0] * (w.kernel_size[0] - 1) + 1
@@ -127,7 +128,6 @@ def kernel_gradient(x: jax.Array, grad: jax.Array, w: Windows) -> jax.Array:
         product = here.reshape(-1, features).T @ window.reshape(-1, window.shape[3])
         return total + product.astype(total.dtype)
 
-    size = w.kernel_size[0] * w.kernel_size[1] * x.shape[3]
     dtype = jnp.float32 if grad.dtype.itemsize < 4 else grad.dtype  # bfloat16 forgets small terms
     zeros = jnp.zeros((features, size), dtype)
     total = lax.fori_loop(0, batch * blocks, add_block, zeros)
