@@ -8,6 +8,8 @@ import types
 from collections.abc import Callable
 from typing import NamedTuple
 
+_TURN = 0.05  # Seconds.
+
 
 class Comparison(NamedTuple):
     """Median seconds of one call of ours and of theirs."""
@@ -26,16 +28,20 @@ def alternate(
 ) -> Comparison:
     """Times both in turns, so that whatever else the machine does falls on both.
 
-    Each call must return only when its result is there.
+    Each call must return only when its result is there. A turn is one call that is not timed, in
+    which the other's worker threads stop waiting for more work and our own wake up, and then
+    calls of this side only, for about as long as a turn should last.
     """
-    for _ in range(warmup):
-        ours(), theirs()
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
+    for turn in range(warmup + repeats):
         for call, record in zip((ours, theirs), times, strict=True):
-            start = time.perf_counter()
             call()
-            record.append(time.perf_counter() - start)
+            start, count = time.perf_counter(), 0
+            while not count or time.perf_counter() - start < _TURN:
+                call()
+                count += 1
+            if turn >= warmup:
+                record.append((time.perf_counter() - start) / count)
     return Comparison(statistics.median(times[0]), statistics.median(times[1]))
 
 

@@ -199,8 +199,15 @@ def _up_conv_bwd(w, groups, residuals, grad):
     x, kernel = residuals
     if grad.size == 0:
         return stock(x, kernel, grad)
-    tiled = functools.partial(_tiled_up_conv_gradients, w=w, groups=groups)
-    return lax.platform_dependent(x, kernel, grad, cpu=tiled, default=stock)
+
+    def on_cpu(x, kernel, grad):
+        if groups > 1 or w.kernel_size == w.strides:
+            return _tiled_up_conv_gradients(x, kernel, grad, w, groups)
+        # Where copies overlap, the convolution of which this is the transpose is faster still.
+        x_grad = _lax_conv(grad, kernel.swapaxes(2, 3), w, 1)
+        return x_grad, im2col.kernel_gradient(grad, x, w).swapaxes(2, 3)
+
+    return lax.platform_dependent(x, kernel, grad, cpu=on_cpu, default=stock)
 
 
 _up_conv.defvjp(_up_conv_fwd, _up_conv_bwd)
