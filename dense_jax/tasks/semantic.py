@@ -29,7 +29,7 @@ from dense_jax.train.config import RunConfig
 from dense_jax.train.loop import fit
 from dense_jax.train.schedules import ParamGroup, build_optimizer
 from dense_jax.train.state import TrainState, load_matching, num_parameters
-from dense_jax.train.step import Batch, LossFn, eval_step, shard, train_step
+from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard, train_step
 
 Variables = dict[str, Any]
 BoundaryMatch = Literal["none", "distance", "assignment"]
@@ -117,6 +117,7 @@ class Evaluation:
     loss: float
     num_images: int
     shapes: set[tuple[int, int]]
+    scale: float
     best: list[tuple[float, int, np.ndarray]]
     worst: list[tuple[float, int, np.ndarray]]
     boundary_f1: float | None = None
@@ -135,7 +136,7 @@ class Evaluator:
         normalisation: str,
         scale: float = 1.0,
     ) -> None:
-        self._source, self._classes = source, classes
+        self._classes, self._scale = classes, scale
         devices = jax.local_device_count()
         self._batches = pipeline.eval_batches(
             source,
@@ -164,6 +165,7 @@ class Evaluator:
         confusion, loss, num_images = None, 0.0, 0
         shapes: set[tuple[int, int]] = set()
         best, worst, boundaries = _Top(), _Top(), []
+        variables = replicate(variables)  # once, and not with every batch
         for batch in self._batches:
             arrays = {k: batch[k] for k in ("images", "labels", "valid")}
             sums, per_image = jax.device_get(self._step(variables, shard(arrays)))
@@ -196,6 +198,7 @@ class Evaluator:
             loss=loss / max(int(confusion.sum()), 1),
             num_images=num_images,
             shapes=shapes,
+            scale=self._scale,
             best=best.items(),
             worst=[(-score, index, image) for score, index, image in worst.items()],
             boundary_f1=float(np.mean(finite)) if finite else None,
@@ -303,7 +306,8 @@ def write_evaluation(
         "images_scored": evaluation.num_images,
         "images_in_split": len(source),
         "resolution": "native size; padded for computing to "
-        + ", ".join(f"{h}x{w}" for h, w in sorted(evaluation.shapes)),
+        + ", ".join(f"{h}x{w}" for h, w in sorted(evaluation.shapes))
+        + ("" if evaluation.scale == 1 else f"; seen by the network at {evaluation.scale} of it"),
         "ignored": f"label {classes.ignore_label} in no count",
         "absent_classes": {
             "skip": "left out of the mean where neither labelled nor predicted",
@@ -347,7 +351,8 @@ def write_evaluation(
         f"step {step}: mean IoU {scores['mean_iou']:.4f}, pixel accuracy "
         f"{scores['pixel_accuracy']:.4f} on {evaluation.num_images} {split} images"
     )
-    return scores | per_class
+    # Every row of the log has the same columns, computed or not.
+    return {"boundary_f1": float("nan")} | scores | per_class
 
 
 def _initialise_from(source: str, state: TrainState, tx: Any) -> TrainState:
