@@ -44,10 +44,9 @@ def predict(
       probabilities: also write the class probabilities (.npz, float16 [H, W, C]).
     """
     opened = runs.load(run, checkpoint)
-    model, scale = opened.model, opened.config.scale
-    logits_fn = jax.jit(lambda variables, x: semantic.predict_logits(model, variables, x, scale))
+    predict_fn, _ = semantic.predict_of(opened)
     summary = predictor.predict_folder(
-        functools.partial(logits_fn, jax.device_put(opened.variables)),
+        functools.partial(jax.jit(predict_fn), jax.device_put(opened.variables)),
         opened.classes,
         opened.config.normalisation,
         input,
@@ -91,13 +90,13 @@ def evaluate(
             f"{run} labels {', '.join(opened.classes.names)} but the dataset has "
             f"{', '.join(dataset.classes.names)}: give the --data-dir of the same classes"
         )
+    predict_fn, card = semantic.predict_of(opened)
     evaluator = semantic.Evaluator(
-        opened.model,
+        predict_fn,
         dataset.split(split),
         dataset.classes,
         batch_size=config.eval_batch_size,
         normalisation=config.normalisation,
-        scale=config.scale,
     )
     output = output or run / f"evaluate-{split}-{checkpoint}"
     output.mkdir(parents=True, exist_ok=True)
@@ -105,7 +104,8 @@ def evaluate(
         if (run / name).exists():
             shutil.copy(run / name, output / name)
     evaluation = evaluator(opened.variables, bf_match)
-    semantic.write_evaluation(output, evaluation, dataset, split, opened.step, absent)
+    extra = semantic.extra_scores_of(opened, predict_fn, dataset.split(split))
+    semantic.write_evaluation(output, evaluation, dataset, split, opened.step, card, extra, absent)
     print(f"report: {report.write_report(output)}")
 
 

@@ -6,14 +6,14 @@ nothing; that is why the functions here return sums and leave the division to th
 """
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-LossNorm = Literal["valid", "batch", "sum"]
+LossNorm = Literal["valid", "batch", "sum", "weights"]
 
 
 def softmax_cross_entropy(
@@ -69,6 +69,7 @@ def loss_denominator(
     norm: LossNorm,
     *,
     ignore_label: int = 255,
+    class_weights: jax.Array | None = None,
     pixel_weights: jax.Array | None = None,
 ) -> jax.Array:
     """This device's share of what the summed loss is divided by.
@@ -80,9 +81,10 @@ def loss_denominator(
       valid: [..., B] bool, False for examples that only fill up the batch.
       norm: "valid" counts labelled pixels (padding an image with ignore changes nothing), "batch"
         counts images (FCN's released VGG networks: ``normalize: false`` divides by the batch size,
-        which is one there), "sum" divides by one.
+        which is one there), "sum" divides by one, "weights" sums the weights of labelled pixels.
       ignore_label: id of pixels without a label.
-      pixel_weights: shaped as `labels`, the weights given to the loss; "valid" then sums them.
+      class_weights: [C], as given to the loss; only "weights" looks at them.
+      pixel_weights: shaped as `labels`, as given to the loss; only "weights" looks at them.
 
     Returns:
       float32 scalar; 0 for "sum".
@@ -91,12 +93,17 @@ def loss_denominator(
         return jnp.zeros((), jnp.float32)
     if norm == "batch":
         return jnp.sum(valid, dtype=jnp.int32).astype(jnp.float32)
-    if norm != "valid":
-        raise ValueError(f"loss norm {norm!r} is none of 'valid', 'batch', 'sum'")
     is_scored = (labels != ignore_label) & valid[..., None, None]
-    if pixel_weights is None:  # counted as integers: a float32 sum is inexact above 2**24
+    if norm == "valid":  # counted as integers: a float32 sum is inexact above 2**24
         return jnp.sum(is_scored, dtype=jnp.int32).astype(jnp.float32)
-    return jnp.sum(jnp.where(is_scored, pixel_weights.astype(jnp.float32), 0.0))
+    if norm != "weights":
+        raise ValueError(f"loss norm {norm!r} is none of {', '.join(get_args(LossNorm))}")
+    weights = jnp.where(is_scored, jnp.float32(1), 0.0)
+    if class_weights is not None:
+        weights *= jnp.take(class_weights.astype(jnp.float32), labels, mode="clip")
+    if pixel_weights is not None:
+        weights *= pixel_weights.astype(jnp.float32)
+    return jnp.sum(weights)
 
 
 def resolve_denominator(total: jax.Array, norm: LossNorm) -> jax.Array:

@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -70,6 +71,7 @@ class Run:
       variables: parameters and batch statistics, host arrays.
       step: the step they were saved at.
       classes: the classes it labels.
+      script: the module that trained it.
     """
 
     workdir: pathlib.Path
@@ -78,6 +80,7 @@ class Run:
     variables: dict[str, Any]
     step: int
     classes: ClassTable
+    script: types.ModuleType
 
 
 def load(workdir: str | pathlib.Path, checkpoint: str = "last") -> Run:
@@ -99,7 +102,7 @@ def load(workdir: str | pathlib.Path, checkpoint: str = "last") -> Run:
     classes = ClassTable.from_json(record["classes"])
     variables, step = read_variables(workdir, checkpoint)
     model = script.build_model(config, classes.num_classes)
-    return Run(workdir, config, model, variables, step, classes)
+    return Run(workdir, config, model, variables, step, classes, script)
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:

@@ -109,7 +109,12 @@ def test_denominators():
     keep = jnp.array([[[0.5, 1, 0]], [[1, 1, 1]]])
     assert losses.loss_denominator(labels, valid, "valid") == 2
     assert losses.loss_denominator(labels[None], valid[None], "valid") == 2
-    assert losses.loss_denominator(labels, valid, "valid", pixel_weights=keep) == 0.5
+    assert losses.loss_denominator(labels, valid, "valid", pixel_weights=keep) == 2
+    assert losses.loss_denominator(labels, valid, "weights") == 2
+    assert losses.loss_denominator(labels, valid, "weights", pixel_weights=keep) == 0.5
+    classes = jnp.array([3.0, 5.0, 7.0])
+    weights = {"class_weights": classes, "pixel_weights": keep + 1}
+    assert losses.loss_denominator(labels, valid, "weights", **weights) == 3 * 1.5 + 5 * 1
     assert losses.loss_denominator(labels, valid, "batch") == 1
     assert losses.loss_denominator(labels, valid, "sum") == 0
     with pytest.raises(ValueError, match="mean"):

@@ -15,8 +15,9 @@ CLASSES = ClassTable(["red", "green", "blue"], ((255, 0, 0), (0, 255, 0), (0, 0,
 
 
 @jax.jit
-def predict(images):
+def predict(images, sizes):
     """The brightest channel is the class; padding would be class 0."""
+    del sizes
     return images
 
 
@@ -57,8 +58,9 @@ def test_images_are_normalised_by_name(tmp_path):
     pixels = save(tmp_path / "a.png", 4, 4)
     seen = []
 
-    def spy(images):
+    def spy(images, sizes):
         seen.append(images)
+        np.testing.assert_array_equal(sizes, [[4, 4]])
         return jnp.asarray(images)
 
     predict_folder(spy, CLASSES, "caffe", tmp_path / "a.png", tmp_path / "out")
@@ -114,5 +116,9 @@ def test_network_of_another_number_of_classes(tmp_path):
     save(tmp_path / "a.png", 2, 3)
     with pytest.raises(ValueError, match=r"\(1, 32, 32, 2\)"):
         predict_folder(
-            lambda x: jnp.asarray(x)[..., :2], CLASSES, "none", tmp_path / "a.png", tmp_path / "o"
+            lambda x, _: jnp.asarray(x)[..., :2],
+            CLASSES,
+            "none",
+            tmp_path / "a.png",
+            tmp_path / "o",
         )

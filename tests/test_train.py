@@ -15,6 +15,7 @@ import pytest
 from jax import lax
 
 from dense_jax import losses
+from dense_jax.data.transforms import Normalise
 from dense_jax.errors import UserError
 from dense_jax.layers.conv import Conv
 from dense_jax.tasks import semantic
@@ -286,8 +287,37 @@ def test_a_network_sees_images_at_its_scale():
 
     images = jnp.zeros((1, 8, 6, 3))
     for scale, height in ((1.0, 8), (0.5, 4), (0.01, 1)):
-        logits = semantic.predict_logits(Height(), {}, images, scale)
+        logits = semantic.whole_image(Height(), scale)({}, images, jnp.array([[8, 6]]))
         chex.assert_trees_all_close(logits, jnp.full(images.shape, height, jnp.float32))
+
+
+class Normalised(nn.Module):
+    """Channel means and deviations of the images, as any batch norm tracks them."""
+
+    bn_momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        norm = nn.BatchNorm(not train, momentum=self.bn_momentum, axis_name=step.AXIS, name="bn")
+        return {"logits": norm(images)}
+
+
+def test_posthoc_statistics_are_those_of_the_training_split(config, tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(256, size=(12, 4, 4, 3), dtype=np.uint8)
+    label = np.zeros((4, 4), np.uint8)
+    source: Any = [{"image": p, "label": label, "name": str(i)} for i, p in enumerate(pixels)]
+    config = dataclasses.replace(config, batch_size=4)
+    state = TrainState.init(Normalised(), optax.sgd(0.1), (4, 4, 3))
+    refresh = semantic.posthoc_statistics(Normalised(), source, [Normalise("caffe")], config)
+    first, second = (refresh(s) for s in (state, refresh(state)))
+    chex.assert_trees_all_equal(first.model_state, second.model_state)  # of the parameters alone
+    found = first.model_state["batch_stats"]["bn"]
+    images = pixels - np.array([122.679, 116.669, 104.007])
+    np.testing.assert_allclose(found["mean"], images.mean((0, 1, 2)), rtol=1e-3)
+    # Batches of 64 pixels vary less than all pixels do.
+    np.testing.assert_allclose(found["var"], images.var((0, 1, 2)), rtol=0.05)
+    chex.assert_trees_all_equal(first.params, state.params)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_images(config):

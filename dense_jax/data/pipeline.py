@@ -1,8 +1,10 @@
 """Batches for training (endless, seeded, resumable) and for evaluation (each image once).
 
-A batch is a dict of NumPy arrays: ``images`` float32 [B, H, W, 3], ``labels`` int32 [B, H, W],
+A batch is a dict of NumPy arrays: ``images`` float32 [B, H, W, C], ``labels`` int32 [B, H, W],
 ``valid`` bool [B] (False for padding), ``index`` int32 [B], the position in the split, -1 for
-padding. Evaluation adds ``size`` int32 [B, 2], the height and width before padding.
+padding. Examples that carry ``weights`` add float32 [B, H, W]. Evaluation adds ``size`` int32
+[B, 2], the height and width before padding. Images are larger than their labels where a transform
+gave them context on all sides.
 """
 
 import contextlib
@@ -20,7 +22,7 @@ from absl import flags
 
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example, Source
-from dense_jax.data.transforms import Resize, Transform, window
+from dense_jax.data.transforms import Normalise, Resize, Transform, num_channels, window
 from dense_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -262,7 +264,7 @@ class _LoadPadded:
     def __call__(self, item: tuple[Size, list[int]]) -> Batch:
         shape, indices = item
         blank = {
-            "image": np.zeros((*shape, 3), np.float32),
+            "image": np.zeros((*shape, _channels(self.chain.transforms)), np.float32),
             "label": np.full(shape, IGNORE_LABEL, np.uint8),
             "index": -1,
         }
@@ -272,6 +274,10 @@ class _LoadPadded:
             sizes[row] = example["label"].shape
             rows.append(window(example, 0, 0, shape))
         return {**_collect(rows + [blank] * (self.batch_size - len(rows))), "size": sizes}
+
+
+def _channels(transforms: Sequence[Transform]) -> int:
+    return next(num_channels(t.name) for t in transforms if isinstance(t, Normalise))
 
 
 def _collect(examples: Sequence[Example]) -> Batch:
@@ -284,7 +290,10 @@ def _collect(examples: Sequence[Example]) -> Batch:
             "crop them to one with --crop HEIGHT WIDTH"
         )
     index = np.array([example["index"] for example in examples], np.int32)
-    return {
+    weights = {}
+    if "weights" in examples[0]:
+        weights["weights"] = np.stack([example["weights"] for example in examples])
+    return weights | {
         "images": np.stack([example["image"] for example in examples]),
         "labels": np.stack([example["label"] for example in examples]).astype(np.int32),
         "valid": index >= 0,

@@ -48,6 +48,11 @@ class Normalise:
         return {**example, "image": (example["image"] - mean) / std}
 
 
+def num_channels(name: str) -> int:
+    """Returns the number of channels of images normalised by a name of `NORMALISATIONS`."""
+    return len(NORMALISATIONS[name][0])
+
+
 def to_uint8(images: np.ndarray, name: str) -> np.ndarray:
     """Inverts `Normalise`: float [..., 3] to uint8 [..., 3], for pictures."""
     mean, std = _convention(name)

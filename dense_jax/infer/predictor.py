@@ -16,7 +16,7 @@ from dense_jax import viz
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.files import decode_image
 from dense_jax.data.pipeline import padded_shapes
-from dense_jax.data.transforms import Normalise
+from dense_jax.data.transforms import Normalise, num_channels
 from dense_jax.errors import UserError
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -46,7 +46,7 @@ class Summary:
 
 
 def predict_folder(
-    predict_fn: Callable[[np.ndarray], jax.Array],
+    predict_fn: Callable[[np.ndarray, np.ndarray], jax.Array],
     classes: ClassTable,
     normalisation: str,
     input_path: str | os.PathLike[str],
@@ -67,7 +67,8 @@ def predict_folder(
     EXIF data ask for, so that a label always fits the file it belongs to.
 
     Args:
-      predict_fn: float32 images [1, H, W, 3] to logits [1, H, W, C].
+      predict_fn: (images [1, H, W, channels] float32, sizes [1, 2] in front of padding) to logits
+        [1, H, W, C].
       classes: names and colours of the C classes.
       normalisation: a name in `dense_jax.data.transforms.NORMALISATIONS`.
       input_path: an image, or a folder whose images (not its sub-folders) are labelled.
@@ -99,7 +100,8 @@ def predict_folder(
                 failures.append(str(error))
                 continue
             shape = shape_of[height, width]
-            logits = predict_fn(_normalise_and_pad(image, normalisation, shape))
+            size = np.array([[height, width]], np.int32)
+            logits = predict_fn(_normalise_and_pad(image, normalisation, shape), size)
             if logits.shape != (1, *shape, classes.num_classes):
                 raise ValueError(f"predict_fn gave {logits.shape} for an image padded to {shape}")
             # Reduced before it is cut: a cut on the device would compile for each image size.
@@ -157,6 +159,6 @@ def _read_sizes(
 
 def _normalise_and_pad(image: np.ndarray, name: str, shape: tuple[int, int]) -> np.ndarray:
     """A batch of one, [1, *shape, 3] float32; zeros fill up, which is the mean colour."""
-    batch = np.zeros((1, *shape, 3), np.float32)
+    batch = np.zeros((1, *shape, num_channels(name)), np.float32)
     batch[0, : image.shape[0], : image.shape[1]] = Normalise(name)({"image": image})["image"]
     return batch

@@ -1,10 +1,11 @@
 """What a semantic segmentation run is: its loss, its scores, its pictures and its report."""
 
+import contextlib
 import dataclasses
 import functools
 import heapq
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -32,9 +33,16 @@ from dense_jax.train.state import TrainState, load_matching, num_parameters
 from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard, train_step
 
 Variables = dict[str, Any]
+# (variables, images [B, H, W, C], sizes [B, 2]) -> logits [B, H, W, classes], compiled. Images
+# are normalised; sizes are their heights and widths in front of padding.
+PredictFn = Callable[[Variables, jax.Array, jax.Array], jax.Array]
+# (variables, split) -> further scores by name.
+ExtraScores = Callable[[Variables, Source], dict[str, float]]
 BoundaryMatch = Literal["none", "distance", "assignment"]
 
 _NUM_WARNINGS = 5  # lines of the label doctor shown before training
+ONE_PASS = "none: one pass, no flips, no scales, no CRF"
+
 _NUM_PICTURES = 4  # best and worst images shown in a report, each
 
 
@@ -64,6 +72,7 @@ def cross_entropy_loss(
     model: nn.Module, config: RunConfig, class_weights: np.ndarray | None = None
 ) -> tuple[LossFn, Callable[[Batch], jax.Array]]:
     """The per-pixel softmax loss of a network's "logits", and what it is divided by."""
+    weights = None if class_weights is None else np.asarray(class_weights, np.float32)
 
     def loss_fn(
         params: Any,
@@ -81,32 +90,92 @@ def cross_entropy_loss(
             mutable=list(model_state),
         )
         logits, labels = outputs["logits"], batch["labels"]
-        weights = None if class_weights is None else jnp.asarray(class_weights)
-        pixel_loss = losses.softmax_cross_entropy(logits, labels, class_weights=weights)
+        pixel_loss = losses.softmax_cross_entropy(
+            logits,
+            labels,
+            class_weights=None if weights is None else jnp.asarray(weights),
+            pixel_weights=batch.get("weights"),
+        )
         loss = jnp.sum(pixel_loss) / losses.resolve_denominator(denominator, config.loss_norm)
         return loss, (new_state, {})
 
     def denominator_fn(batch: Batch) -> jax.Array:
-        return losses.loss_denominator(batch["labels"], batch["valid"], config.loss_norm)
+        return losses.loss_denominator(
+            batch["labels"],
+            batch["valid"],
+            config.loss_norm,
+            class_weights=None if weights is None else jnp.asarray(weights),
+            pixel_weights=batch.get("weights"),
+        )
 
     return loss_fn, denominator_fn
 
 
-def predict_logits(
-    model: nn.Module, variables: Variables, images: jax.Array, scale: float = 1.0
-) -> jax.Array:
-    """Logits [B, H, W, C] at the size of ``images`` [B, H, W, 3], seen by the network at ``scale``.
+def whole_image(model: nn.Module, scale: float = 1.0) -> PredictFn:
+    """One pass over the images, which the network sees at ``scale``.
 
     A network trained on images of half size predicts on images of half size; its logits are then
     enlarged bilinearly, so that labels are never resized.
     """
-    size = (images.shape[1], images.shape[2])
-    if scale != 1.0:
-        small = [max(1, round(side * scale)) for side in size]
-        images = jax.image.resize(images, (len(images), *small, images.shape[3]), "linear")
-    outputs: Any = model.apply(variables, images, train=False)
-    logits = outputs["logits"]
-    return logits if scale == 1.0 else resize_bilinear(logits, size, align_corners=False)
+
+    def predict(variables: Variables, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        del sizes  # padding is labelled too, and cut off afterwards
+        size = (images.shape[1], images.shape[2])
+        if scale != 1.0:
+            small = [max(1, round(side * scale)) for side in size]
+            images = jax.image.resize(images, (len(images), *small, images.shape[3]), "linear")
+        outputs: Any = model.apply(variables, images, train=False)
+        logits = outputs["logits"]
+        return logits if scale == 1.0 else resize_bilinear(logits, size, align_corners=False)
+
+    return predict
+
+
+def predict_of(run: runs.Run) -> tuple[PredictFn, dict[str, Any]]:
+    """How a run predicts, and its lines on the protocol card.
+
+    A script that does more than one pass over whole images defines ``build_predict(config, model)``
+    and ``test_time(config)``, which says in words what that is.
+    """
+    card = {"seen_at_scale": run.config.scale, "test_time_options": ONE_PASS}
+    if not hasattr(run.script, "build_predict"):
+        return whole_image(run.model, run.config.scale), card
+    card["test_time_options"] = run.script.test_time(run.config)
+    return run.script.build_predict(run.config, run.model), card
+
+
+def extra_scores_of(run: runs.Run, predict: PredictFn, source: Source) -> dict[str, float]:
+    """The scores that only the run's script knows: its ``extra_scores``, where it has one."""
+    if not hasattr(run.script, "extra_scores"):
+        return {}
+    return run.script.extra_scores(run.config, predict, run.variables, source)
+
+
+def predict_split(
+    predict: PredictFn, variables: Variables, source: Source, config: RunConfig
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the index and the logits [H, W, C] of every image of a split, in no given order."""
+    batches = _eval_batches(source, config.eval_batch_size, config.normalisation)
+
+    def logits(variables: Variables, batch: Batch) -> tuple[Any, Any]:
+        return {}, predict(variables, batch["images"], batch["size"])
+
+    step, variables = eval_step(logits), replicate(variables)
+    for batch in batches:
+        arrays = {k: batch[k] for k in ("images", "size")}
+        values = np.asarray(step(variables, shard(arrays))[1])
+        values = values.reshape(-1, *values.shape[2:])
+        for i, index in enumerate(batch["index"]):
+            if index >= 0:
+                height, width = batch["size"][i]
+                yield int(index), values[i, :height, :width]
+
+
+def _eval_batches(source: Source, batch_size: int, normalisation: str) -> pipeline.EvalBatches:
+    devices = jax.local_device_count()
+    # Whole rows of devices; the rest of the last batch is padding.
+    size = -(-batch_size // devices) * devices
+    return pipeline.eval_batches(source, [Normalise(normalisation)], size)
 
 
 @dataclasses.dataclass
@@ -117,7 +186,6 @@ class Evaluation:
     loss: float
     num_images: int
     shapes: set[tuple[int, int]]
-    scale: float
     best: list[tuple[float, int, np.ndarray]]
     worst: list[tuple[float, int, np.ndarray]]
     boundary_f1: float | None = None
@@ -128,24 +196,18 @@ class Evaluator:
 
     def __init__(
         self,
-        model: nn.Module,
+        predict: PredictFn,
         source: Source,
         classes: ClassTable,
         *,
         batch_size: int,
         normalisation: str,
-        scale: float = 1.0,
     ) -> None:
-        self._classes, self._scale = classes, scale
-        devices = jax.local_device_count()
-        self._batches = pipeline.eval_batches(
-            source,
-            [Normalise(normalisation)],
-            -(-batch_size // devices) * devices,  # whole rows of devices; the rest is padding
-        )
+        self._classes = classes
+        self._batches = _eval_batches(source, batch_size, normalisation)
 
         def counts(variables: Variables, batch: Batch) -> tuple[Any, Any]:
-            logits = predict_logits(model, variables, batch["images"], scale)
+            logits = predict(variables, batch["images"], batch["size"])
             predictions = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
             confusion = jax.vmap(
                 functools.partial(metrics.confusion_counts, num_classes=classes.num_classes)
@@ -167,7 +229,7 @@ class Evaluator:
         best, worst, boundaries = _Top(), _Top(), []
         variables = replicate(variables)  # once, and not with every batch
         for batch in self._batches:
-            arrays = {k: batch[k] for k in ("images", "labels", "valid")}
+            arrays = {k: batch[k] for k in ("images", "labels", "valid", "size")}
             sums, per_image = jax.device_get(self._step(variables, shard(arrays)))
             confusion = metrics.add(confusion, sums["confusion"])
             loss += float(sums["loss"])
@@ -198,7 +260,6 @@ class Evaluator:
             loss=loss / max(int(confusion.sum()), 1),
             num_images=num_images,
             shapes=shapes,
-            scale=self._scale,
             best=best.items(),
             worst=[(-score, index, image) for score, index, image in worst.items()],
             boundary_f1=float(np.mean(finite)) if finite else None,
@@ -228,6 +289,10 @@ def train_and_evaluate(
     *,
     groups: Sequence[ParamGroup] = (),
     class_weights: np.ndarray | None = None,
+    predict: PredictFn | None = None,
+    test_time: str = ONE_PASS,
+    posthoc_batch_stats: bool = False,
+    extra_scores: ExtraScores | None = None,
 ) -> TrainState:
     """Trains ``model`` and leaves a run folder with scores, pictures and a report.
 
@@ -238,6 +303,10 @@ def train_and_evaluate(
       transforms: training transforms; they end in normalised images of one size.
       groups: learning rates of parts of the network; see ``build_optimizer``.
       class_weights: [C] weights of the loss, or None.
+      predict: how the network is used for evaluation; by default `whole_image`.
+      test_time: what that is, for the protocol card.
+      posthoc_batch_stats: evaluate with batch statistics averaged over the training split.
+      extra_scores: computes further scores of the last evaluation.
 
     Returns:
       The final state.
@@ -266,22 +335,75 @@ def train_and_evaluate(
     loss_fn, denominator_fn = cross_entropy_loss(model, config, class_weights)
     step = train_step(loss_fn, denominator_fn, ema_decay=config.ema_decay)
     evaluator = Evaluator(
-        model,
+        predict or whole_image(model, config.scale),
         val,
         dataset.classes,
         batch_size=config.eval_batch_size,
         normalisation=config.normalisation,
-        scale=config.scale,
     )
+    card: dict[str, Any] = {"seen_at_scale": config.scale, "test_time_options": test_time}
 
     def evaluate(state: TrainState, step: int) -> dict[str, float]:
-        last = step == config.num_steps
-        evaluation = evaluator(state.eval_variables(), "distance" if last else "none")
-        return write_evaluation(workdir, evaluation, dataset, "val", step)
+        last, variables = step == config.num_steps, state.eval_variables()
+        evaluation = evaluator(variables, "distance" if last else "none")
+        extra = extra_scores(variables, val) if extra_scores and last else {}
+        return write_evaluation(workdir, evaluation, dataset, "val", step, card, extra)
 
-    state = fit(state, step, batches, config, evaluate)
+    refresh = None
+    if posthoc_batch_stats:
+        card["batch_statistics"] = "averaged over the training split after training"
+        refresh = posthoc_statistics(model, train, transforms, config)
+    state = fit(state, step, batches, config, evaluate, refresh)
     print(f"report: {report.write_report(workdir)}")
     return state
+
+
+def posthoc_statistics(
+    model: nn.Module, source: Source, transforms: Sequence[Transform], config: RunConfig
+) -> Callable[[TrainState], TrainState]:
+    """Returns what replaces the batch statistics of a state by their average over ``source``.
+
+    One pass in training mode, each batch's own mean and variance, all batches weighing the same
+    (SegNet, Badrinarayanan et al., PAMI 2017, arXiv:1511.00561: the authors' release keeps no
+    running averages). Training itself does not look at the result. The network has an attribute
+    ``bn_momentum``.
+    """
+    own = model.clone(bn_momentum=0.0)  # the new statistics are then those of the batch
+
+    def statistics(variables: Variables, batch: Batch) -> tuple[Any, Any]:
+        _, new = own.apply(
+            variables,
+            batch["images"],
+            train=True,
+            rngs={"dropout": jax.random.key(0)},
+            mutable=["batch_stats"],
+        )
+        return jax.tree.map(lambda x: x / jax.device_count(), new["batch_stats"]), {}
+
+    step = eval_step(statistics)
+
+    def refresh(state: TrainState) -> TrainState:
+        size = config.batch_size // config.accumulate
+        num_batches = max(1, len(source) // size)
+        batches = pipeline.train_batches(
+            source,
+            transforms,
+            size // jax.process_count(),
+            config.seed,
+            num_threads=config.num_threads,
+            num_workers=config.num_workers,
+        )
+        total = None
+        with contextlib.closing(batches):
+            for batch, _ in zip(batches, range(num_batches), strict=False):
+                arrays = {"images": batch["images"]}
+                sums, _ = jax.device_get(step(state.eval_variables(), shard(arrays)))
+                sums = jax.tree.map(lambda x: x.astype(np.float64), sums)
+                total = sums if total is None else jax.tree.map(np.add, total, sums)
+        mean = jax.tree.map(lambda x: (x / num_batches).astype(np.float32), total)
+        return replicate(state.replace(model_state={**state.model_state, "batch_stats": mean}))
+
+    return refresh
 
 
 def write_evaluation(
@@ -290,9 +412,25 @@ def write_evaluation(
     dataset: Dataset,
     split: str,
     step: int,
+    card: dict[str, Any],
+    extra: dict[str, float],
     absent: Literal["skip", "zero"] = "skip",
 ) -> dict[str, float]:
-    """Writes ``evaluation.json`` with its pictures and protocol, and returns the scores."""
+    """Writes ``evaluation.json`` with its pictures and protocol.
+
+    Args:
+      workdir: folder to write.
+      evaluation: counts and pictures.
+      dataset: what was scored.
+      split: which part of it.
+      step: age of the parameters.
+      card: how the network was used, added to the protocol.
+      extra: further scores, shown with the others.
+      absent: whether classes without pixels count in the mean.
+
+    Returns:
+      The scores that any evaluation has; a row of the log.
+    """
     source, classes = dataset.split(split), dataset.classes
     summary = metrics.summarise(evaluation.confusion, classes.names, absent=absent)
     scores = {k: v for k, v in summary.items() if isinstance(v, float)} | {"loss": evaluation.loss}
@@ -306,14 +444,13 @@ def write_evaluation(
         "images_scored": evaluation.num_images,
         "images_in_split": len(source),
         "resolution": "native size; padded for computing to "
-        + ", ".join(f"{h}x{w}" for h, w in sorted(evaluation.shapes))
-        + ("" if evaluation.scale == 1 else f"; seen by the network at {evaluation.scale} of it"),
+        + ", ".join(f"{h}x{w}" for h, w in sorted(evaluation.shapes)),
         "ignored": f"label {classes.ignore_label} in no count",
         "absent_classes": {
             "skip": "left out of the mean where neither labelled nor predicted",
             "zero": "count as zero in the mean",
         }[absent],
-        "test_time_options": "none: one pass, no flips, no scales, no CRF",
+        **card,
         "step": step,
         **runs.provenance(),
     }
@@ -338,7 +475,7 @@ def write_evaluation(
             )
     record = {
         "protocol": protocol,
-        "scores": scores,
+        "scores": scores | extra,
         "per_class": summary["per_class"],
         "confusion": evaluation.confusion.tolist(),
         "images": images,

@@ -67,8 +67,8 @@ class RunConfig:
     """--schedule=step divides by 10 at these fractions of num_steps."""
     warmup_steps: int = 0
     """Linear rise of the learning rate from zero."""
-    loss_norm: Literal["valid", "batch", "sum"] = "valid"
-    """What the summed loss is divided by: scored pixels, images, or nothing."""
+    loss_norm: Literal["valid", "batch", "sum", "weights"] = "valid"
+    """What the summed loss is divided by: scored pixels, images, nothing, or their weights."""
     ema_decay: float = 0.0
     """Averaging of the parameters; the average is what is evaluated. 0 turns it off."""
     dtype: Literal["float32", "bfloat16"] = "float32"

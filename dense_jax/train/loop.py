@@ -53,6 +53,7 @@ def fit(
     batches: Batches,
     config: RunConfig,
     evaluate: Evaluate | None = None,
+    refresh: Callable[[TrainState], TrainState] | None = None,
 ) -> TrainState:
     """Trains to ``config.num_steps`` and returns the final state, resuming what was begun.
 
@@ -67,6 +68,8 @@ def fit(
       config: numbers of steps, micro-batches, and the run folder.
       evaluate: (state, step) -> scores, called every ``eval_every`` steps and at the end;
         "mean_iou" among them decides which checkpoint is the best.
+      refresh: recomputes what evaluation needs and training does not (batch statistics), a
+        function of the state alone; called in front of each evaluation, whose state is saved.
 
     Raises:
       UserError: the loss is not finite, or a checkpoint cannot be written or does not fit.
@@ -120,6 +123,7 @@ def fit(
             if evaluate and (done % config.eval_every == 0 or last):
                 losses.check_all()
                 paused = time.perf_counter()
+                state = refresh(state) if refresh else state
                 scores = evaluate(state, done)
                 writer.write(done, "eval", scores)
                 throughput.pause(time.perf_counter() - paused)
