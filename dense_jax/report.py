@@ -65,11 +65,14 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
         _section("How this was scored", _facts(evaluation.get("protocol", {}))),
         _section("Settings", _details("All flags of this run", _facts(config.get("config", {})))),
     ]
-    title = html.escape(_title(config, evaluation))
-    page = _PAGE.format(title=title, style=_STYLE, body="\n".join(filter(None, body)))
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page(_title(config, evaluation), body), encoding="utf-8")
     return path
+
+
+def page(title: str, body: Iterable[str]) -> str:
+    """A whole HTML page in the reports' style, of a title as plain text and pieces of HTML."""
+    return _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(filter(None, body)))
 
 
 def _read_json(path: pathlib.Path) -> Any:
@@ -167,7 +170,7 @@ def _chart(title: str, lines: Sequence[tuple[str, Points, str]], *, key: bool = 
     if not points:
         return ""
     xs = [x for x, _ in points]
-    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(*_robust_range(lines))
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(*_robust_range(lines))
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
@@ -235,7 +238,7 @@ def _robust_range(lines: Sequence[tuple[str, Points, str]]) -> tuple[float, floa
     return min(low), max(high)
 
 
-def _ticks(low: float, high: float, count: int = 5) -> list[float]:
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers that enclose [low, high], about `count` of them."""
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         low, high = low - abs(low or 1) / 2, high + abs(high or 1) / 2

@@ -119,7 +119,7 @@ def test_missing_files_are_named(run_dir, tmp_path_factory):
     ("low", "high"), [(0, 1), (0.31, 0.87), (-3, 4e5), (2, 2), (0, 0), (1e-9, 3e-9), (5, 5 + 1e-13)]
 )
 def test_ticks_enclose_the_values_in_round_steps(low, high):
-    ticks = report._ticks(low, high)
+    ticks = report.ticks(low, high)
     assert 3 <= len(ticks) <= 12
     assert ticks[0] <= low + 1e-9 * abs(low)
     assert high <= ticks[-1] + 1e-9 * abs(high)
