@@ -9,12 +9,18 @@ from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.transforms import (
     NORMALISATIONS,
     ColourJitter,
+    ElasticDeformation,
+    GreyJitter,
     Normalise,
     RandomCrop,
     RandomFlip,
+    RandomRotate90,
     RandomScale,
     RandomTranslate,
     Resize,
+    displacement_field,
+    mirrored,
+    num_channels,
     to_uint8,
     window,
 )
@@ -69,6 +75,113 @@ def test_translation_and_flip_move_all_maps_together(height, width, seed):
     np.testing.assert_array_equal(flipped["label"][:, ::-1], _example(height, width)["label"])
 
 
+@pytest.mark.parametrize(("mode", "name"), [("reflect", "reflect"), ("symmetric", "symmetric")])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_mirrored_is_numpys_padding(size, mode, name):
+    padded = np.pad(np.arange(size), 12, mode=name)
+    np.testing.assert_array_equal(mirrored(np.arange(-12, size + 12), size, mode), padded)
+
+
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(1, 12), st.integers(0, 6))
+def test_crop_with_context_mirrors_what_is_missing(height, width, side, context):
+    example = _normalised(height, width)
+    cropped = RandomCrop(side, context)(example, np.random.default_rng(0))
+    assert cropped["label"].shape == cropped["instances"].shape == (side, side)
+    assert cropped["image"].shape == (side + 2 * context, side + 2 * context, 3)
+    inner = cropped["image"][context : context + side, context : context + side, 0]
+    inside = cropped["label"] != IGNORE_LABEL
+    np.testing.assert_array_equal(inner[inside], cropped["label"][inside])
+    assert (cropped["image"][..., 2] == 9).all()  # no padding anywhere
+
+
+def test_context_holds_the_real_neighbours_where_there_are_any():
+    big = np.pad(_normalised(9, 9)["image"], ((6, 6), (6, 6), (0, 0)), mode="reflect")
+    example = _normalised(9, 9)
+    for seed in range(5):
+        cropped = RandomCrop(3, context=6)(example, np.random.default_rng(seed))
+        top, left = divmod(int(cropped["label"][0, 0]) - 1, 9)
+        np.testing.assert_array_equal(cropped["image"], big[top : top + 15, left : left + 15])
+
+
+def test_rotation_turns_all_maps_together():
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(60):
+        turned = RandomRotate90()(_example(3, 3), rng)
+        _assert_together(turned)
+        seen.add(int(turned["label"][0, 0]))
+        wide = RandomRotate90()(_example(2, 3), rng)
+        assert wide["label"].shape == (2, 3)
+        assert int(wide["label"][0, 0]) in (1, 6)
+    assert seen == {1, 3, 7, 9}
+
+
+def test_grey_jitter_is_affine():
+    example = _normalised(4, 5)
+    image = GreyJitter(0.5, 0.25)(example, np.random.default_rng(0))["image"]
+    assert image.dtype == np.float32
+    (factor, shift), *_ = np.linalg.lstsq(
+        np.stack([example["image"].ravel(), np.ones(image.size)], 1), image.ravel()
+    )
+    assert 0.5 <= factor <= 1.5
+    assert -0.25 <= shift <= 0.25
+    still = GreyJitter(0, 0)(example, np.random.default_rng(0))["image"]
+    np.testing.assert_array_equal(still, example["image"])
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_elastic_field_without_displacement_is_the_identity(order):
+    example = _normalised(7, 6) | {"weights": np.ones((7, 6), np.float32)}
+    bent = ElasticDeformation(std=0.0, order=order)(example, np.random.default_rng(0))
+    for key in ("image", "label", "instances", "weights"):
+        np.testing.assert_allclose(bent[key], example[key], atol=1e-4)
+        assert bent[key].dtype == example[key].dtype
+
+
+def test_elastic_field_at_its_nodes_is_drawn_with_the_given_deviation():
+    rng = np.random.default_rng(0)
+    fields = [displacement_field(rng.normal(0, 10, (2, 3, 3)), (21, 31)) for _ in range(2000)]
+    at_nodes = np.stack(fields)[:, :, ::10, ::15]
+    assert at_nodes.shape == (2000, 2, 3, 3)
+    np.testing.assert_allclose(at_nodes.std(0), 10, rtol=0.08)
+    np.testing.assert_allclose(at_nodes.mean(0), 0, atol=1)
+
+
+def test_elastic_field_is_smooth_and_exact_for_a_slope():
+    nodes = np.broadcast_to(np.arange(5.0)[:, None], (2, 5, 5))  # rises with the row
+    field = displacement_field(nodes, (41, 9))
+    inner = slice(10, 31)  # two nodes from the edge, where the outermost is repeated
+    np.testing.assert_allclose(
+        field[0, inner], np.broadcast_to(np.linspace(1, 3, 21)[:, None], (21, 9)), atol=1e-12
+    )
+    noise = np.random.default_rng(0).normal(size=(2, 3, 3))
+    steps = np.abs(np.diff(displacement_field(noise, (101, 101)), axis=1))
+    assert steps.max() < 0.1
+    assert displacement_field(noise, (1, 1)).shape == (2, 1, 1)
+
+
+def test_elastic_deformation_by_one_pixel_is_a_mirrored_shift(monkeypatch):
+    example = _normalised(5, 4) | {"weights": np.arange(20, dtype=np.float32).reshape(5, 4)}
+    monkeypatch.setattr(
+        "dense_jax.data.transforms.displacement_field",
+        lambda nodes, size: np.array([1.0, 0]).reshape(2, 1, 1) * np.ones((2, *size)),
+    )
+    bent = ElasticDeformation()(example, np.random.default_rng(0))
+    for key in ("image", "label", "instances", "weights"):
+        expected = np.concatenate([example[key][1:], example[key][3:4]])
+        np.testing.assert_allclose(bent[key], expected, atol=1e-4)
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 99))
+def test_elastic_deformation_never_blends_labels(height, width, seed):
+    example = _normalised(height, width)
+    bent = ElasticDeformation(std=4)(example, np.random.default_rng(seed))
+    assert set(np.unique(bent["label"])) <= set(np.unique(example["label"]))
+    np.testing.assert_array_equal(bent["label"], bent["instances"].astype(np.uint8))
+    assert bent["image"].min() >= 0
+    assert bent["image"].shape == example["image"].shape
+
+
 def test_flip_is_drawn():
     rng = np.random.default_rng(0)
     example = _example(1, 2)
@@ -117,7 +230,25 @@ def test_normalise_is_inverted_for_pictures(name):
     image = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     example = Normalise(name)({"image": image, "label": image[..., 0]})
     assert example["image"].dtype == np.float32
-    np.testing.assert_array_equal(to_uint8(example["image"], name), image)
+    assert example["image"].shape == (16, 16, num_channels(name))
+    assert num_channels(name) == (1 if name.startswith("grey") else 3)
+    picture = to_uint8(example["image"], name)
+    assert picture.shape == image.shape
+    if name == "grey_image":  # its mean and scale are lost, its order is not
+        assert np.all(np.diff(picture[..., 0].ravel().astype(int)) >= 0)
+    else:
+        np.testing.assert_array_equal(picture, image)
+
+
+def test_grey_conventions():
+    image = np.random.default_rng(0).integers(100, 120, (8, 9, 3), np.uint8)
+    luma = image @ np.array([0.299, 0.587, 0.114])
+    grey = Normalise("grey")({"image": image})["image"]
+    np.testing.assert_allclose(grey[..., 0], (luma - 127.5) / 64, rtol=1e-4)
+    own = Normalise("grey_image")({"image": image})["image"]
+    np.testing.assert_allclose([own.mean(), own.std()], [0, 1], atol=1e-5)
+    plain = Normalise("grey_image")({"image": np.full((2, 2, 3), 7, np.uint8)})["image"]
+    np.testing.assert_allclose(plain, 0, atol=1e-5)
 
 
 def test_normalisations_are_the_published_ones_in_rgb():
@@ -146,3 +277,7 @@ def test_the_wrong_order_is_refused():
         RandomCrop(4)(_example(4, 4), rng)
     with pytest.raises(ValueError, match="put Normalise after"):
         RandomScale(2.0, 2.0)(_normalised(4, 4), rng)
+    with pytest.raises(ValueError, match="needs a float image"):
+        ElasticDeformation()(_example(4, 4), rng)
+    with pytest.raises(ValueError, match="of its label's size"):
+        ElasticDeformation()(RandomCrop(2, context=1)(_normalised(4, 4), rng), rng)
