@@ -111,7 +111,16 @@ def evaluate(
 
 def check_data(
     *,
-    dataset: Literal["shapes", "camvid", "voc2012", "voc2012_sbd", "folder"],
+    dataset: Literal[
+        "shapes",
+        "camvid",
+        "voc2012",
+        "voc2012_sbd",
+        "em_membrane",
+        "nuclei",
+        "nuclei_border",
+        "folder",
+    ],
     data_dir: str | None = None,
     shapes: ShapesSpec | None = None,
     sheet: pathlib.Path | None = None,

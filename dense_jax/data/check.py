@@ -22,7 +22,7 @@ from dense_jax import viz
 from dense_jax.data import dataset as dataset_lib
 from dense_jax.data.classes import IGNORE_LABEL, ClassTable
 from dense_jax.data.dataset import Dataset
-from dense_jax.data.files import Files, Pair, Sample, digest, read_pair
+from dense_jax.data.files import Files, Pair, Sample, digest
 from dense_jax.errors import UserError
 
 _GENERATED_SAMPLE = 200
@@ -36,7 +36,8 @@ class SplitReport:
     Attributes:
       pixels: how often each class occurs, by id.
       void_pixels: how many pixels do not count.
-      names, sizes, void_shares, image_digests, label_digests: one for each good image, in order.
+      names, sizes, void_shares, image_digests, label_digests, num_objects: one for each good
+        image, in order; no numbers of objects where there are no instances.
     """
 
     pixels: list[int]
@@ -46,6 +47,7 @@ class SplitReport:
     void_shares: list[float] = dataclasses.field(default_factory=list)
     image_digests: list[str] = dataclasses.field(default_factory=list)
     label_digests: list[str] = dataclasses.field(default_factory=list)
+    num_objects: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -64,8 +66,9 @@ class Report:
     splits: dict[str, SplitReport] = dataclasses.field(default_factory=dict)
     errors: list[str] = dataclasses.field(default_factory=list)
 
-    def add(self, split: str, name: str, label: np.ndarray, image_digest: str) -> None:
-        """Counts one image; ``label`` is [H, W] with class ids and `IGNORE_LABEL`."""
+    def add(self, split: str, name: str, sample: Sample) -> None:
+        """Counts one image and its label."""
+        label = sample.label
         num_classes = self.classes.num_classes
         found = self.splits.setdefault(split, SplitReport([0] * num_classes))
         counts = np.bincount(label.ravel(), minlength=256)
@@ -75,8 +78,11 @@ class Report:
         found.names.append(name)
         found.sizes.append((label.shape[0], label.shape[1]))
         found.void_shares.append(void / label.size)
-        found.image_digests.append(image_digest)
+        found.image_digests.append(sample.digest)
         found.label_digests.append(digest(label))
+        if sample.instances is not None:
+            found.label_digests[-1] += digest(sample.instances)
+            found.num_objects.append(int(np.count_nonzero(np.unique(sample.instances))))
 
     @property
     def fingerprint(self) -> str:
@@ -152,6 +158,8 @@ class Report:
             ("images", (str(len(s.names)) for s in self.splits.values())),
         ):
             rows.append([f"    {title}", *values])
+        if any(found.num_objects for found in self.splits.values()):
+            rows.append(["    objects", *(str(sum(s.num_objects)) for s in self.splits.values())])
         wide = max(len(row[0]) for row in rows) + 2
         lines = [f"dataset {self.name}: share of pixels by class (void apart)"]
         lines += [row[0].ljust(wide) + "".join(cell.rjust(10) for cell in row[1:]) for row in rows]
@@ -174,7 +182,7 @@ def scan(files: Files, report: Report, split: str) -> Iterator[tuple[Pair, Sampl
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress:
         for i in range(0, len(pairs), 64):  # a chunk at a time bounds the memory
             chunk = pairs[i : i + 64]
-            read = [pool.submit(read_pair, pair, files.classes) for pair in chunk]
+            read = [pool.submit(files.read, pair, files.classes) for pair in chunk]
             for pair, future in zip(chunk, read, strict=True):
                 progress.update()
                 try:
@@ -182,7 +190,7 @@ def scan(files: Files, report: Report, split: str) -> Iterator[tuple[Pair, Sampl
                 except UserError as error:
                     report.errors.append(str(error))
                     continue
-                report.add(split, pair.name, sample.label, sample.digest)
+                report.add(split, pair.name, sample)
                 yield pair, sample
 
 
@@ -209,7 +217,9 @@ def check_dataset(name: str, data_dir: str | pathlib.Path | None = None, **optio
     for split, source in dataset.splits.items():
         for i in range(min(len(source), _GENERATED_SAMPLE)):
             example = source[i]
-            report.add(split, example["name"], example["label"], digest(example["image"]))
+            label, instances = example["label"], example.get("instances")
+            sample = Sample(b"", label, digest(example["image"]), instances)
+            report.add(split, example["name"], sample)
     return report
 
 

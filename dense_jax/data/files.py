@@ -1,14 +1,15 @@
 """Reads image and label files, and says in one line what is wrong with one.
 
 A label file holds one number a pixel: a grey or palette PNG (palette indices are the numbers) or
-a MATLAB file of the Semantic Boundaries Dataset. Here the numbers become class ids.
+a MATLAB file of the Semantic Boundaries Dataset. Here the numbers become class ids. An instance
+file holds the number of an object instead, 0 for none, and may need 16 bits.
 """
 
 import dataclasses
 import hashlib
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.io
@@ -18,6 +19,9 @@ from dense_jax.data.classes import ClassTable
 from dense_jax.errors import UserError
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+_MOST_OBJECTS = 2**16 - 1  # what 16 bits hold
+_VAL_SHARE = 0.2
 
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -33,21 +37,6 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
-    """A dataset as it lies on disk: what a dataset module finds in ``data_dir``."""
-
-    name: str
-    classes: ClassTable
-    pairs: Sequence[Pair]
-    description: str
-
-    @property
-    def splits(self) -> list[str]:
-        """The names of the splits, in the order of the pairs."""
-        return list(dict.fromkeys(pair.split for pair in self.pairs))
-
-
-@dataclasses.dataclass(frozen=True)
 class Sample:
     """A pair that was read and found right.
 
@@ -55,11 +44,13 @@ class Sample:
       image: the bytes of the image file.
       label: class ids, uint8 [H, W].
       digest: a hash of the image's pixels.
+      instances: object numbers in 0..65535, [H, W], 0 = no object; None if there are none.
     """
 
     image: bytes
     label: np.ndarray
     digest: str
+    instances: np.ndarray | None = None
 
 
 def read_pair(pair: Pair, classes: ClassTable) -> Sample:
@@ -69,15 +60,108 @@ def read_pair(pair: Pair, classes: ClassTable) -> Sample:
       UserError: a file is missing, empty, truncated, no picture, no label, or has a value that is
         not in the class table; or the two differ in size.
     """
-    image_bytes = _read(pair.image)
-    pixels = decode_image(image_bytes, pair.image)
+    image_bytes, pixels = read_image(pair.image)
     label = _to_ids(_read_label_values(pair.label), classes, pair.label)
+    check_size(label, pair.label, pixels, pair.image)
+    return Sample(image_bytes, label, digest(pixels))
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """A dataset as it lies on disk: what a dataset module finds in ``data_dir``.
+
+    Attributes:
+      read: turns a pair into a sample; raises UserError for files that are wrong.
+      has_instances: the samples of ``read`` have instances.
+      options: what, besides files and classes, the samples depend on.
+    """
+
+    name: str
+    classes: ClassTable
+    pairs: Sequence[Pair]
+    description: str
+    read: Callable[[Pair, ClassTable], Sample] = read_pair
+    has_instances: bool = False
+    options: tuple[int, ...] = ()
+
+    @property
+    def splits(self) -> list[str]:
+        """The names of the splits, in the order of the pairs."""
+        return list(dict.fromkeys(pair.split for pair in self.pairs))
+
+
+def read_image(path: pathlib.Path) -> tuple[bytes, np.ndarray]:
+    """Returns an image file as it is, and its pixels as of `decode_image`.
+
+    Raises:
+      UserError: the file is missing, empty, damaged or no image of 8 bits.
+    """
+    data = _read(path)
+    return data, decode_image(data, path)
+
+
+def check_size(
+    label: np.ndarray, path: pathlib.Path, pixels: np.ndarray, image: pathlib.Path
+) -> None:
+    """Refuses a label, read from ``path``, that is not as large as its image.
+
+    Raises:
+      UserError: names the file and both sizes.
+    """
     if pixels.shape[:2] != label.shape:
         raise UserError(
-            f"{pair.label}: the label is {_size(label)} but its image {pair.image.name} is"
+            f"{path}: the label is {_size(label)} but its image {image.name} is"
             f" {_size(pixels)}; make the label at the size of the image"
         )
-    return Sample(image_bytes, label, digest(pixels))
+
+
+def read_instances(path: pathlib.Path) -> np.ndarray:
+    """Reads object numbers from a grey PNG of 8 or 16 bits, 0 = no object.
+
+    Returns:
+      uint16 [H, W].
+
+    Raises:
+      UserError: the file is missing, empty, damaged, or its values are not object numbers.
+    """
+    data = _read(path)
+    image = _open(data, path)
+    remedy = "save object numbers 1, 2, ... (0 = none) as a grey PNG of 8 or 16 bits"
+    if image.format == "JPEG":
+        raise UserError(f"{path}: JPEG changes object numbers; {remedy}")
+    if image.mode not in ("L", "P", "I", "I;16"):
+        raise UserError(f"{path}: the file holds {image.mode}, not object numbers; {remedy}")
+    if image.format == "PNG" and image.mode == "L" and data[24] < 8:  # the depth in its header
+        raise UserError(f"{path}: readers stretch the {data[24]}-bit greys to 0..255; {remedy}")
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > _MOST_OBJECTS:
+        raise UserError(f"{path}: object number {values.max()} needs more than 16 bits; {remedy}")
+    if values.max() in (255, _MOST_OBJECTS) and len(np.unique(values)) <= 2:
+        raise UserError(
+            f"{path}: one mask of value {values.max()} for all objects, not a number for each;"
+            f" {remedy}"
+        )
+    return values.astype(np.uint16)
+
+
+def read_mask(path: pathlib.Path) -> np.ndarray:
+    """Reads the mask of one object: a picture with 0 and at most one other value.
+
+    Returns:
+      bool [H, W].
+
+    Raises:
+      UserError: the file is missing, empty, damaged, or has more values.
+    """
+    image = _open(_read(path), path)
+    values = np.asarray(image if image.mode in ("1", "L", "P") else image.convert("L"))
+    wrong = np.setdiff1d(values, (0, values.max()))
+    if len(wrong):
+        raise UserError(
+            f"{path}: a mask has 0 and one other value, this one also {wrong[0]}; save it"
+            " uncompressed or as PNG, without smoothing"
+        )
+    return values > 0
 
 
 def digest(array: np.ndarray) -> str:
@@ -109,23 +193,44 @@ def encode_label(label: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def encode_instances(instances: np.ndarray) -> bytes:
+    """Encodes object numbers in 0..65535, [H, W], as a grey PNG of 16 bits."""
+    buffer = io.BytesIO()
+    Image.fromarray(instances.astype(np.uint16)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def decode_instances(data: bytes) -> np.ndarray:
+    """Decodes what `encode_instances` wrote to int32 [H, W]."""
+    return np.asarray(Image.open(io.BytesIO(data))).astype(np.int32)
+
+
 def pairs_in(split: str, images: pathlib.Path, labels: pathlib.Path) -> list[Pair]:
     """Pairs the pictures of two folders by name, in the order of names.
 
     A label without an image, or the other way round, is paired with the path that is missing, so
     that reading it says so. A folder that is missing gives no pairs.
     """
-    found = {path.stem: path for path in _pictures(labels)}
+    found = {path.stem: path for path in pictures(labels)}
     pairs = [
         Pair(split, path.stem, path, found.pop(path.stem, labels / f"{path.stem}.png"))
-        for path in _pictures(images)
+        for path in pictures(images)
     ]
     return pairs + [
         Pair(split, name, images / f"{name}.jpg", label) for name, label in found.items()
     ]
 
 
-def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
+def split_by_hash(pairs: Sequence[Pair]) -> list[Pair]:
+    """Moves every fifth pair, picked by a hash of its name, to val; at least one of two."""
+    order = sorted(pairs, key=lambda pair: hashlib.blake2b(pair.name.encode()).digest())
+    val = {pair.name for pair in order[: max(round(_VAL_SHARE * len(order)), len(order) > 1)]}
+    train = [pair for pair in pairs if pair.name not in val]
+    return train + [dataclasses.replace(pair, split="val") for pair in pairs if pair.name in val]
+
+
+def pictures(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the picture files of a folder in the order of names; none if it is missing."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)

@@ -2,7 +2,8 @@
 
 TFDS runs without TensorFlow here: images stay encoded as they came, Pillow decodes them, and
 `as_data_source` reads any record directly. The cache is keyed by the names, sizes and times of
-the files and by the class table, so changed files are prepared, and checked, again.
+the files and by the class table, so changed files are prepared, and checked, again. Labels and
+instances are kept as PNG of 8 and 16 bits, which changes no value.
 """
 
 import contextlib
@@ -14,15 +15,23 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from dense_jax.data.check import Report, SplitReport, scan
 from dense_jax.data.dataset import Dataset, Example
-from dense_jax.data.files import Files, decode_image, decode_label, encode_label
+from dense_jax.data.files import (
+    Files,
+    decode_image,
+    decode_instances,
+    decode_label,
+    encode_instances,
+    encode_label,
+)
 from dense_jax.errors import UserError
 
 _VERSION = "1.0.0"  # of what a record holds
-_RAW = {"image": tfds.decode.SkipDecoding(), "label": tfds.decode.SkipDecoding()}
+_ENCODED = ("image", "label", "instances")
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder):
@@ -36,16 +45,17 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.Image(shape=(None, None, 1)),  # class ids, as PNG
+            "name": tfds.features.Text(),
+        }
+        if self._files.has_instances:
+            features["instances"] = tfds.features.Image(shape=(None, None, 1), dtype=np.uint16)
         return tfds.core.DatasetInfo(
             builder=self,
             description=self._files.description,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "label": tfds.features.Image(shape=(None, None, 1)),  # class ids, as PNG
-                    "name": tfds.features.Text(),
-                }
-            ),
+            features=tfds.features.FeaturesDict(features),
             metadata=tfds.core.MetadataDict(),
             disable_shuffling=True,  # index i is the i-th pair; training shuffles
         )
@@ -57,7 +67,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str) -> Iterator[tuple[int, Example]]:
         for i, (pair, sample) in enumerate(scan(self._files, self._report, split)):
             label = encode_label(sample.label)
-            yield i, {"image": sample.image, "label": label, "name": pair.name}
+            record = {"image": sample.image, "label": label, "name": pair.name}
+            if sample.instances is not None:
+                record["instances"] = encode_instances(sample.instances)
+            yield i, record
         self._report.raise_if_broken()
         self.info.metadata.update(self._report.to_json())  # saved with the records
 
@@ -80,11 +93,14 @@ class Records:
     def __getitem__(self, index: int) -> Example:
         record = self.records[index]
         name = record["name"].decode()
-        return {
+        example = {
             "image": decode_image(record["image"], name),
             "label": decode_label(record["label"]),
             "name": name,
         }
+        if "instances" in record:
+            example["instances"] = decode_instances(record["instances"])
+        return example
 
 
 def cache_dir() -> pathlib.Path:
@@ -106,8 +122,9 @@ def open_files(files: Files) -> Dataset:
     # Unlike our builder, this one can be pickled for worker processes.
     reader: Any = tfds.builder_from_directory(records)
     report = Report.from_json(reader.info.metadata)
+    raw = {key: tfds.decode.SkipDecoding() for key in _ENCODED if key in reader.info.features}
     splits = {
-        split: Records(reader.as_data_source(split, decoders=_RAW), found.sizes)
+        split: Records(reader.as_data_source(split, decoders=raw), found.sizes)
         for split, found in report.splits.items()
     }
     return Dataset(
@@ -143,13 +160,16 @@ def _reason(error: Exception) -> str:
 def _key(files: Files) -> str:
     """Hashes what tells that the files are still the same, without reading them."""
     kept = [field.name for field in dataclasses.fields(SplitReport)]
-    state = hashlib.blake2b(repr((_VERSION, kept, files.classes)).encode(), digest_size=8)
+    variant = (_VERSION, kept, files.classes, files.options)
+    state = hashlib.blake2b(repr(variant).encode(), digest_size=8)
     for pair in files.pairs:
         state.update(repr((pair, _stamp(pair.image), _stamp(pair.label))).encode())
     return state.hexdigest()
 
 
-def _stamp(path: pathlib.Path) -> tuple[int, int] | None:
+def _stamp(path: pathlib.Path) -> tuple | None:
+    if path.is_dir():  # the masks of one image
+        return tuple((inner.name, _stamp(inner)) for inner in sorted(path.iterdir()))
     with contextlib.suppress(OSError):
         stat = path.stat()
         return stat.st_size, stat.st_mtime_ns

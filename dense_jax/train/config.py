@@ -27,7 +27,16 @@ class RunConfig:
     """Data, optimisation and bookkeeping of one run; written to ``config.json`` as it is."""
 
     # Data.
-    dataset: Literal["shapes", "camvid", "voc2012", "voc2012_sbd", "folder"] = "shapes"
+    dataset: Literal[
+        "shapes",
+        "camvid",
+        "voc2012",
+        "voc2012_sbd",
+        "em_membrane",
+        "nuclei",
+        "nuclei_border",
+        "folder",
+    ] = "shapes"
     """What to train on. shapes is generated and needs no files."""
     data_dir: str | None = None
     """Folder of a local copy (see docs/data.md for the layouts)."""

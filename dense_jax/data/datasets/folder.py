@@ -11,7 +11,6 @@ The class table is one of
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -19,11 +18,10 @@ from collections.abc import Sequence
 from dense_jax.data import prepared
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
-from dense_jax.data.files import Files, Pair, pairs_in
+from dense_jax.data.files import Files, Pair, pairs_in, split_by_hash
 from dense_jax.errors import UserError
 
 _SPLITS = ("train", "val", "test")
-_VAL_SHARE = 0.2
 
 
 def find(data_dir: pathlib.Path | None = None) -> Files:
@@ -79,12 +77,7 @@ def _find_pairs(root: pathlib.Path) -> list[Pair]:
     lists = [root / f"{split}.txt" for split in _SPLITS]
     if any(path.is_file() for path in lists):
         return [pair for path in lists if path.is_file() for pair in _listed(path, everything)]
-    order = sorted(everything, key=lambda pair: hashlib.blake2b(pair.name.encode()).digest())
-    val = {pair.name for pair in order[: max(round(_VAL_SHARE * len(order)), len(order) > 1)]}
-    train = [pair for pair in everything if pair.name not in val]
-    return train + [
-        dataclasses.replace(pair, split="val") for pair in everything if pair.name in val
-    ]
+    return split_by_hash(everything)
 
 
 def _listed(path: pathlib.Path, pairs: Sequence[Pair]) -> list[Pair]:
