@@ -1,0 +1,163 @@
+"""The guide's formulas against the layers, and the pictures against the arithmetic."""
+
+import numpy as np
+import pytest
+
+from dense_jax.analysis import arithmetic
+from dense_jax.analysis.arithmetic import INSERTED, PADDING, RELATIONSHIPS, Layer
+
+# The worked example of the guide's first figure.
+IMAGE = np.array(
+    [[3, 3, 2, 1, 0], [0, 0, 1, 3, 1], [3, 1, 2, 2, 3], [2, 0, 0, 2, 2], [2, 0, 0, 0, 1]],
+    np.float32,
+)
+KERNEL = np.array([[0, 1, 2], [2, 2, 0], [0, 1, 2]], np.float32)
+OUTPUT = [[12, 12, 17], [10, 17, 19], [9, 6, 14]]
+
+LAYERS = [
+    Layer(size=5, kernel=3),
+    Layer(size=5, kernel=3, stride=2, padding=1),
+    Layer(size=6, kernel=4, stride=3, padding=2),
+    Layer(size=7, kernel=3, dilation=3),
+    Layer(size=2, kernel=3, kind="up_conv"),
+    Layer(size=3, kernel=3, stride=2, padding=1, remainder=1, kind="up_conv"),
+    Layer(size=3, kernel=2, stride=3, remainder=2, kind="up_conv"),
+    Layer(size=3, kernel=3, stride=2, padding=1, dilation=2, kind="up_conv"),
+]
+
+
+def name(layer):
+    return f"{layer.kind}-i{layer.size}-k{layer.kernel}-s{layer.stride}-d{layer.dilation}"
+
+
+def image(size):
+    return np.arange(1, size * size + 1, dtype=np.float32).reshape(size, size)
+
+
+def test_the_worked_example_of_the_guide():
+    np.testing.assert_array_equal(Layer(size=5, kernel=3).image(IMAGE, KERNEL), OUTPUT)
+
+
+@pytest.mark.parametrize("row", RELATIONSHIPS, ids=lambda r: f"{r.number}: {r.case}")
+def test_relationship_gives_the_size_of_the_layer(row):
+    layers = list(arithmetic.layers(row, 6))
+    assert len(layers) >= 8
+    for layer in layers:
+        assert row.size(layer) == layer.output_size, layer
+    # Sizes above are traced; the largest of these layers runs as well.
+    layer = layers[-1]
+    x, kernel = np.ones((1, layer.size, layer.size, 1)), np.ones((layer.kernel,) * 2 + (1, 1))
+    y = layer(x.astype(np.float32), kernel.astype(np.float32))
+    assert y.shape == (1, row.size(layer), row.size(layer), 1)
+
+
+def test_there_are_fifteen_relationships():
+    assert [row.number for row in RELATIONSHIPS] == list(range(1, 16))
+
+
+@pytest.mark.parametrize("forward", [Layer(size=i, kernel=3, stride=2, padding=1) for i in (5, 6)])
+def test_the_remainder_brings_the_size_back(forward):
+    """Fact 2: i = 5 and i = 6 both give 3; a = 0 and a = 1 tell them apart on the way back."""
+    assert forward.output_size == 3
+    a = (forward.size + 2 * forward.padding - forward.kernel) % forward.stride
+    assert a == forward.size - 5
+    back = Layer(size=3, kernel=3, stride=2, padding=1, remainder=a, kind="up_conv")
+    assert back.output_size == forward.size
+
+
+def test_first_layer_and_pooling_of_resnet():
+    """Fact 1: 224 to 112; a 3/2/1 pooling then gives 56 (57 by ceil, tests/test_pool.py)."""
+    assert Layer(size=224, kernel=7, stride=2, padding=3).output_size == 112
+    assert Layer(size=112, kernel=3, stride=2, padding=1, kind="max_pool").output_size == 56
+
+
+@pytest.mark.parametrize(("d", "span"), [(1, 3), (2, 5), (3, 7), (12, 25), (24, 49)])
+def test_nine_taps_over_the_span(d, span):
+    """Fact 3, and the lecture's: a 3x3 kernel dilated by 3 has nine taps over 7x7."""
+    layer = Layer(size=span, kernel=3, dilation=d)
+    assert layer.span == span
+    assert layer.output_size == 1
+    reached = arithmetic.copies(layer, np.ones((span, span), np.float32), np.ones((3, 3)))
+    rows, columns = np.nonzero(reached[:, :, 0, 0])
+    assert len(rows) == 9
+    assert set(rows) == set(columns) == {0, d, 2 * d}
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=name)
+def test_wiring_is_the_formula_of_the_layer(layer):
+    """conv reads x[s o + d k - p]; up_conv adds to y[s i + d k - p]."""
+    wiring = arithmetic.wiring(layer)
+    assert wiring.shape == (layer.output_size,) * 2 + (layer.size,) * 2 + (layer.kernel,) * 2
+    o, i, k = np.ogrid[: layer.output_size, : layer.size, : layer.kernel]
+    s, p, d = layer.stride, layer.padding, layer.dilation
+    axis = i == s * o + d * k - p if layer.kind == "conv" else o == s * i + d * k - p
+    np.testing.assert_array_equal(wiring, np.einsum("oik,pjl->opijkl", axis, axis))
+
+
+def test_wiring_of_pooling_is_its_windows():
+    wiring = arithmetic.wiring(Layer(size=5, kernel=3, stride=2, padding=1, kind="max_pool"))
+    counts = wiring.sum((2, 3, 4, 5))
+    np.testing.assert_array_equal(counts, np.outer([2, 3, 2], [2, 3, 2]))
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=name)
+def test_direct_form_equals_the_layer(layer):
+    """Stretched and padded, an up-convolution is a convolution with a turned kernel."""
+    x, kernel = image(layer.size), image(layer.kernel) ** 2
+    cells = arithmetic.laid_out(layer)
+    values = np.where(cells >= 0, x.ravel()[np.maximum(cells, 0)], 0)
+    turned = kernel[::-1, ::-1] if layer.kind == "up_conv" else kernel
+    direct = arithmetic.direct(layer)
+    np.testing.assert_array_equal(direct.image(values, turned), layer.image(x, kernel))
+    # The taps drawn on pixels are those of the layer itself.
+    taps = arithmetic.wiring(direct)
+    taps = taps[..., ::-1, ::-1] if layer.kind == "up_conv" else taps
+    own = arithmetic.wiring(layer)
+    for row, column in np.argwhere(cells >= 0):
+        i, j = divmod(cells[row, column], layer.size)
+        np.testing.assert_array_equal(taps[:, :, row, column], own[:, :, i, j])
+
+
+def test_inserted_zeros_of_a_fractional_stride():
+    cells = arithmetic.laid_out(Layer(size=3, kernel=3, stride=2, padding=1, kind="up_conv"))
+    assert cells.shape == (7, 7)
+    np.testing.assert_array_equal(cells[1, 1:6], [0, INSERTED, 1, INSERTED, 2])
+    assert set(cells[0]) == {PADDING}
+    assert np.sum(cells == INSERTED) == 25 - 9
+
+
+def test_pooling_has_no_direct_form():
+    with pytest.raises(ValueError, match="minus infinity"):
+        arithmetic.laid_out(Layer(size=4, kernel=2, kind="max_pool"))
+
+
+@pytest.mark.parametrize("layer", [g for g in LAYERS if g.kind == "conv"], ids=name)
+def test_up_conv_has_the_transposed_matrix(layer):
+    kernel = image(layer.kernel)
+    w = arithmetic.matrix(layer, kernel)
+    assert w.shape == (layer.output_size**2, layer.size**2)
+    a = (layer.size + 2 * layer.padding - layer.span) % layer.stride
+    up = Layer(
+        size=layer.output_size,
+        kernel=layer.kernel,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        remainder=a,
+        kind="up_conv",
+    )
+    np.testing.assert_array_equal(arithmetic.matrix(up, kernel), w.T)
+
+
+def test_copies_are_weighted_kernels_that_sum_to_the_output():
+    layer = Layer(size=2, kernel=3, stride=2, kind="up_conv")
+    x, kernel = image(2), image(3)
+    copies = arithmetic.copies(layer, x, kernel)
+    for i, j in np.ndindex(2, 2):
+        expected = np.zeros((5, 5))
+        expected[2 * i : 2 * i + 3, 2 * j : 2 * j + 3] = x[i, j] * kernel
+        np.testing.assert_array_equal(copies[i, j], expected)
+    np.testing.assert_array_equal(copies.sum((0, 1)), layer.image(x, kernel))
+    overlap = arithmetic.overlap(layer)
+    np.testing.assert_array_equal(overlap, np.outer([1, 1, 2, 1, 1], [1, 1, 2, 1, 1]))
+    np.testing.assert_array_equal(overlap, np.sum(copies > 0, (0, 1)))
