@@ -1,0 +1,247 @@
+"""SegNet, SegNet-Basic and the decoders that the paper compares.
+
+Reference: Badrinarayanan, Kendall, Cipolla, "SegNet: a deep convolutional encoder-decoder
+architecture for image segmentation", PAMI 39(12), 2017, arXiv:1511.00561: Section 3, Figures 2 and
+3, Table 1. Names, biases and initialisation follow the authors' release
+(alexgkendall/SegNet-Tutorial: Models/segnet_train.prototxt, segnet_basic_train.prototxt).
+Dropout: Kendall, Badrinarayanan, Cipolla, "Bayesian SegNet", BMVC 2017, arXiv:1511.02680, at the
+places of bayesian_segnet_train.prototxt and bayesian_segnet_basic_train.prototxt there.
+"""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dense_jax.layers import init
+from dense_jax.layers.conv import Conv, UpConv
+from dense_jax.layers.dropout import Dropout
+from dense_jax.layers.norm import LocalResponseNorm
+from dense_jax.models.vgg import image_size, scaled
+from dense_jax.ops.pool import max_pool_with_switches, max_unpool
+from dense_jax.ops.resize import resize_bilinear
+
+Decoder = Literal[
+    "indices",
+    "indices_add",
+    "single_channel",
+    "bilinear",
+    "fcn",
+    "fcn_noadd",
+    "fcn_nodimred",
+    "fcn_noadd_nodimred",
+]
+
+_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # Channels and convolutions, VGG-16's.
+_FIRST_DROPPED = 3  # Stages from this one on, coarse ones, are followed by dropout.
+
+
+def _score(x: jax.Array, num_classes: int, kernel_size: int, dtype, name: str) -> jax.Array:
+    """Scores of the classes; float32, as are all sums of scores."""
+    return Conv(num_classes, kernel_size, dtype=dtype, name=name)(x).astype(jnp.float32)
+
+
+class _EncoderDecoder(nn.Module):
+    """What both networks share; maps images [B, H, W, C] to logits [B, H, W, num_classes].
+
+    Every side of the image is at least 2, 3, 5, 9 or 17 pixels for 1 to 5 poolings.
+
+    Attributes:
+      num_classes: number of classes.
+      width: channel multiplier of all layers but the last.
+      dropout_rate: of the coarse layers; 0 for none, 0.5 in Bayesian SegNet.
+      sample_dropout: drop in evaluation too, to draw samples; needs a "dropout" key.
+      conv_bias: whether convolutions in front of batch normalisation have a bias. The release has
+        them, the paper (Section 3.2) has none; they change nothing but the count.
+      input_lrn: whether images are first normalised over neighbouring channels. The release does
+        so in SegNet-Basic; the paper speaks of local contrast, which is something else.
+      bn_momentum: decay of the running mean and variance.
+      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
+      dtype: computation dtype of the layers; logits are float32.
+    """
+
+    num_classes: int
+    width: float = 1.0
+    dropout_rate: float = 0.0
+    sample_dropout: bool = False
+    conv_bias: bool = True
+    input_lrn: bool = False
+    bn_momentum: float = 0.9
+    axis_name: str | None = None
+    dtype: jax.typing.DTypeLike | None = None
+
+    def _input(self, images: jax.Array) -> jax.Array:
+        image_size(images)
+        return LocalResponseNorm(name="norm")(images) if self.input_lrn else images
+
+    def _block(
+        self,
+        x: jax.Array,
+        window: tuple[int, int],
+        name: str,
+        *,
+        train: bool,
+        relu: bool = True,
+        groups: int = 1,
+    ) -> jax.Array:
+        """Convolution of window (features, kernel), batch normalisation and, if asked, ReLU."""
+        features, kernel = window
+        conv = Conv(
+            features,
+            kernel,
+            groups=groups,
+            use_bias=self.conv_bias,
+            dtype=self.dtype,
+            name=name,
+        )
+        norm = nn.BatchNorm(
+            use_running_average=not train,
+            momentum=self.bn_momentum,
+            epsilon=1e-9,
+            bias_init=jax.nn.initializers.constant(0.001),
+            axis_name=self.axis_name,
+            name=f"{name}_bn",
+        )
+        x = conv(x)
+        # In float32, as variances of 8-bit mantissas are worthless.
+        x = norm(x if self.dtype is None else x.astype(jnp.float32)).astype(x.dtype)
+        return nn.relu(x) if relu else x
+
+    def _drop(self, x: jax.Array, stage: int, train: bool) -> jax.Array:
+        if stage < _FIRST_DROPPED:
+            return x
+        dropout = Dropout(self.dropout_rate, self.axis_name)
+        return dropout(x, train=train or self.sample_dropout)
+
+
+class SegNet(_EncoderDecoder):
+    """SegNet: the 13 convolutions of VGG-16 and their mirror image; see `_EncoderDecoder`.
+
+    Sides of the image are at least 17 pixels.
+
+    Attributes:
+      decoder_relu: whether the decoder has ReLUs, as released.
+    """
+
+    decoder_relu: bool = True
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """Returns "logits", float32, and of stage i "pool{i}" and, enlarged, "unpool{i}"."""
+        x, outputs, memory = self._input(images), {}, []
+        for stage, (features, depth) in enumerate(_STAGES, 1):
+            window = (scaled(features, self.width), 3)
+            for i in range(1, depth + 1):
+                x = self._block(x, window, f"conv{stage}_{i}", train=train)
+            size = image_size(x)
+            x, switches = max_pool_with_switches(x, 2, ceil=True)
+            memory.append((switches, size))
+            x = outputs[f"pool{stage}"] = self._drop(x, stage, train)
+
+        for stage in range(len(_STAGES), 0, -1):
+            features, depth = _STAGES[stage - 1]
+            x = outputs[f"unpool{stage}"] = max_unpool(x, *memory[stage - 1], window=2)
+            for i in range(depth, 0, -1):
+                if (stage, i) == (1, 1):
+                    break
+                # The last convolution of a stage brings the channels of the next finer one.
+                features = _STAGES[stage - 2][0] if i == 1 else features
+                window = (scaled(features, self.width), 3)
+                name = f"conv{stage}_{i}_D"
+                x = self._block(x, window, name, train=train, relu=self.decoder_relu)
+            x = self._drop(x, stage, train)
+        outputs["logits"] = _score(x, self.num_classes, 3, self.dtype, "conv1_1_D")
+        return outputs
+
+
+class SegNetBasic(_EncoderDecoder):
+    """SegNet-Basic: four 7x7 convolutions of 64 channels and a decoder; see `_EncoderDecoder`.
+
+    Sides of the image are at least 9 pixels. Where paper and release say nothing of the decoders of
+    Table 1, the choices are those whose parameters come nearest to the table's.
+
+    Attributes:
+      decoder: how the coarse map is enlarged, four times by two:
+        "indices": unpooling by switches, then 7x7 convolution and normalisation (SegNet-Basic);
+        "indices_add": then the encoder's map in front of pooling is added (EncoderAddition);
+        "single_channel": as "indices" by depthwise convolutions (SingleChannelDecoder);
+        "bilinear": of the scores, without parameters (Bilinear-Interpolation);
+        "fcn": learned up-convolutions of the scores, 8x8, which start bilinearly, to which scores
+          of the encoder's maps are added (FCN-Basic); "fcn_noadd" does not add them;
+        "fcn_nodimred": the same with the maps themselves, scored at the end
+          (FCN-Basic-NoDimReduction); "fcn_noadd_nodimred" does not add them.
+      decoder_relu: whether the convolutions of the decoder have ReLUs; released without.
+    """
+
+    decoder: Decoder = "indices"
+    decoder_relu: bool = False
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """Returns "logits", float32, and of stage i "pool{i}" and, enlarged, "dec{i}"."""
+        features = scaled(64, self.width)
+        x, outputs, maps, switches = self._input(images), {}, [], []
+        for stage in range(1, 5):
+            x = self._block(x, (features, 7), f"conv{stage}", train=train)
+            maps.append(x)
+            x, places = max_pool_with_switches(x, 2, ceil=True)
+            switches.append(places)
+            x = outputs[f"pool{stage}"] = self._drop(x, stage, train)
+
+        if scores_first := self.decoder in _SCORES_FIRST:
+            x = _score(x, self.num_classes, 1, self.dtype, "conv_classifier")
+        for stage in range(4, 0, -1):
+            x = self._enlarge(x, maps[stage - 1], switches[stage - 1], stage, train)
+            outputs[f"dec{stage}"] = x
+        if not scores_first:
+            x = _score(x, self.num_classes, 1, self.dtype, "conv_classifier")
+        outputs["logits"] = x
+        return outputs
+
+    def _enlarge(
+        self, x: jax.Array, encoded: jax.Array, switches: jax.Array, stage: int, train: bool
+    ) -> jax.Array:
+        """Brings the coarse map to the size of what the encoder pooled."""
+        if self.decoder == "bilinear":
+            doubled = (2 * x.shape[1], 2 * x.shape[2])
+            return _cut(resize_bilinear(x, doubled, align_corners=False), encoded)
+        if self.decoder.startswith("fcn"):
+            return self._fcn_step(x, encoded, stage)
+        features = encoded.shape[-1]
+        x = max_unpool(x, switches, image_size(encoded), window=2)
+        x = self._block(
+            x,
+            (features, 7),
+            f"conv_decode{stage}",
+            train=train,
+            relu=self.decoder_relu,
+            groups=features if self.decoder == "single_channel" else 1,
+        )
+        return self._drop(x + encoded if self.decoder == "indices_add" else x, stage, train)
+
+    def _fcn_step(self, x: jax.Array, encoded: jax.Array, stage: int) -> jax.Array:
+        up = UpConv(
+            x.shape[-1],
+            8,
+            2,
+            padding=3,
+            use_bias=False,
+            dtype=x.dtype,
+            kernel_init=init.bilinear(),
+            name=f"upsample{stage}",
+        )
+        x = _cut(up(x), encoded)
+        if "noadd" in self.decoder:
+            return x
+        if self.decoder == "fcn":
+            encoded = _score(encoded, self.num_classes, 1, self.dtype, f"score{stage}")
+        return x + encoded
+
+
+_SCORES_FIRST = ("bilinear", "fcn", "fcn_noadd")  # Bilinear enlargement and scoring commute.
+
+
+def _cut(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Leaves out the row and column that pooling rounded up."""
+    return x[:, : like.shape[1], : like.shape[2]]
