@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 LossNorm = Literal["valid", "batch", "sum", "weights"]
+ClassFrequency = Literal["pixels", "eigen"]
 
 
 def softmax_cross_entropy(
@@ -112,20 +113,31 @@ def resolve_denominator(total: jax.Array, norm: LossNorm) -> jax.Array:
 
 
 def median_frequency_weights(
-    labels: Iterable[np.ndarray], num_classes: int, *, ignore_label: int = 255
+    labels: Iterable[np.ndarray],
+    num_classes: int,
+    *,
+    definition: ClassFrequency = "eigen",
+    ignore_label: int = 255,
 ) -> np.ndarray:
     """Class weights that balance frequent and rare classes, [C] float32.
 
-    The frequency of a class is its share of the labelled pixels of those images that contain it;
-    its weight is the median of the frequencies over its own (Eigen and Fergus, ICCV 2015,
-    arXiv:1411.4734, Section 6.3.2). A class that no image contains has weight 1 and does not
-    enter the median.
+    The weight of a class is the median of all frequencies over its own. A class that no image
+    contains has weight 1 and does not enter the median.
 
     Args:
       labels: integer [H, W] maps of the training set, of any sizes.
       num_classes: C.
+      definition: what the frequency of a class is: "eigen", its share of the labelled pixels of
+        those images that contain it (Eigen and Fergus, ICCV 2015, arXiv:1411.4734, Section 6.3.2);
+        "pixels", its share of all labelled pixels (as SegNet's text reads, arXiv:1511.00561,
+        Section 3.1, which cites the former).
       ignore_label: id of pixels without a label.
+
+    Raises:
+      ValueError: the definition is neither.
     """
+    if definition not in get_args(ClassFrequency):
+        raise ValueError(f"definition {definition!r} is none of {get_args(ClassFrequency)}")
     pixels = np.zeros(num_classes, np.int64)
     image_pixels = np.zeros(num_classes, np.int64)
     for label in labels:
@@ -136,6 +148,7 @@ def median_frequency_weights(
     weights = np.ones(num_classes, np.float32)
     present = pixels > 0
     if present.any():
-        frequency = pixels[present] / image_pixels[present]
+        of = image_pixels if definition == "eigen" else np.broadcast_to(pixels.sum(), num_classes)
+        frequency = pixels[present] / of[present]
         weights[present] = np.median(frequency) / frequency
     return weights

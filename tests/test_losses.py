@@ -141,10 +141,18 @@ def test_padding_with_ignore_leaves_the_valid_mean():
     np.testing.assert_allclose(padded, mean(logits, labels), rtol=1e-6)
 
 
-def test_median_frequency_weights_by_hand():
-    # class 0: 3 of 8 labelled pixels of both images; 1: 1 of 4; 2: 4 of 8; 3 is absent
+@pytest.mark.parametrize(
+    ("definition", "shares"),
+    [("eigen", [3 / 8, 1 / 4, 4 / 8]), ("pixels", [3 / 8, 1 / 8, 4 / 8])],
+)
+def test_median_frequency_weights_by_hand(definition, shares):
+    # class 0: 3 of 8 labelled pixels, in both images; 1: one, in an image of 4; 2: 4 of 8; no 3
     first, second = np.array([[0, 0, 1, 2], [255] * 4]), np.array([[0, 2, 2, 2]])
-    weights = losses.median_frequency_weights([first, second], 4)
-    frequency = np.array([3 / 8, 1 / 4, 4 / 8])
-    np.testing.assert_allclose(weights, [*(3 / 8 / frequency), 1], rtol=1e-6)
+    weights = losses.median_frequency_weights([first, second], 4, definition=definition)
+    np.testing.assert_allclose(weights, [*(3 / 8 / np.array(shares)), 1], rtol=1e-6)
     np.testing.assert_array_equal(losses.median_frequency_weights([], 2), [1, 1])
+
+
+def test_unknown_class_frequency_is_refused():
+    with pytest.raises(ValueError, match="median"):
+        losses.median_frequency_weights([], 2, definition="median")  # pyrefly: ignore

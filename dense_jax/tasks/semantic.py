@@ -61,11 +61,12 @@ def load_dataset(config: RunConfig) -> Dataset:
     return dataset
 
 
-def class_weights(dataset: Dataset) -> np.ndarray:
+def class_weights(dataset: Dataset, definition: losses.ClassFrequency = "eigen") -> np.ndarray:
     """Median-frequency weights [C] of the training split."""
     source = dataset.split("train")
     labels = (source[i]["label"] for i in range(len(source)))
-    return losses.median_frequency_weights(labels, dataset.classes.num_classes)
+    num_classes = dataset.classes.num_classes
+    return losses.median_frequency_weights(labels, num_classes, definition=definition)
 
 
 def cross_entropy_loss(
@@ -111,11 +112,13 @@ def cross_entropy_loss(
     return loss_fn, denominator_fn
 
 
-def whole_image(model: nn.Module, scale: float = 1.0) -> PredictFn:
+def whole_image(
+    model: nn.Module, scale: float = 1.0, rngs: dict[str, jax.Array] | None = None
+) -> PredictFn:
     """One pass over the images, which the network sees at ``scale``.
 
     A network trained on images of half size predicts on images of half size; its logits are then
-    enlarged bilinearly, so that labels are never resized.
+    enlarged bilinearly, so that labels are never resized. ``rngs`` are for networks that draw.
     """
 
     def predict(variables: Variables, images: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -124,7 +127,7 @@ def whole_image(model: nn.Module, scale: float = 1.0) -> PredictFn:
         if scale != 1.0:
             small = [max(1, round(side * scale)) for side in size]
             images = jax.image.resize(images, (len(images), *small, images.shape[3]), "linear")
-        outputs: Any = model.apply(variables, images, train=False)
+        outputs: Any = model.apply(variables, images, train=False, rngs=rngs)
         logits = outputs["logits"]
         return logits if scale == 1.0 else resize_bilinear(logits, size, align_corners=False)
 
