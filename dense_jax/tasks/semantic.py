@@ -344,7 +344,11 @@ def train_and_evaluate(
         batch_size=config.eval_batch_size,
         normalisation=config.normalisation,
     )
-    card: dict[str, Any] = {"seen_at_scale": config.scale, "test_time_options": test_time}
+    card: dict[str, Any] = {
+        "input_shape": list(image_shape),  # of training
+        "seen_at_scale": config.scale,
+        "test_time_options": test_time,
+    }
 
     def evaluate(state: TrainState, step: int) -> dict[str, float]:
         last, variables = step == config.num_steps, state.eval_variables()
