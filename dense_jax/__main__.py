@@ -20,6 +20,7 @@ from dense_jax.data import dataset as datasets
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.errors import UserError
 from dense_jax.infer import predictor
+from dense_jax.sweep import command as sweep
 from dense_jax.tasks import semantic
 from dense_jax.train import cli
 
@@ -190,6 +191,7 @@ def main() -> None:
         "evaluate": evaluate,
         "check-data": check_data,
         "summary": summary,
+        "sweep": sweep.run,
     }
     with cli.exit_on_user_error():
         cli.set_up_jax()

@@ -1,0 +1,164 @@
+"""Runs a script with every combination of flag values and seeds, and tabulates the scores.
+
+Each run is a process of its own, so that one that crashes takes nothing along, and has its own
+folder: the same sweep started again leaves finished runs alone and goes on with the others.
+"""
+
+import fcntl
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+
+from dense_jax.sweep.plan import Run, load_script, plan
+from dense_jax.sweep.results import Scoring, Summary, is_trained
+
+
+def run(
+    script: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SCRIPT")],
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")],
+    flags: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="-- FLAGS")] = (),
+    *,
+    out: pathlib.Path,
+    vary: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    seeds: int = 1,
+    split: str = "val",
+    absent: Literal["skip", "zero"] = "skip",
+    bf_match: Literal["none", "distance", "assignment"] = "distance",
+    dry_run: bool = False,
+) -> None:
+    """Run a script with every combination of flag values, and tabulate the scores.
+
+    For example: sweep experiments.fcn demo --vary stride=32,16,8 --vary fuse=sum,max --seeds 2
+    --out runs/fuse -- --num-steps=500
+
+    Finished runs are not run again and stopped ones go on: repeat the command after a crash.
+    index.html, table.md, table.csv, table.tex and plot.svg in --out are written after every run.
+    Exits with status 1 if a run failed.
+
+    Args:
+      script: a module of experiments/.
+      preset: one of its presets.
+      flags: flags that every run gets.
+      out: folder of the sweep; each run gets a folder in it.
+      vary: FLAG=VALUE,VALUE,...; a value of several words is written with spaces.
+      seeds: runs of each combination, with the seeds 0, 1, ...
+      split: part of the dataset that is scored.
+      absent: a class without pixels is left out of the mean (FCN), or counts as zero (SegNet).
+      bf_match: how boundary pixels are matched; assignment is one to one and slow.
+      dry_run: only list the commands.
+    """
+    # This process counts layers and no more: it must not hold the accelerator's memory.
+    jax.config.update("jax_platforms", "cpu")
+    module = load_script(script)
+    planned = plan(module, script, preset, flags, vary, seeds, out)
+    if dry_run:
+        for item in planned:
+            print(item.command)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    scoring = Scoring(split, absent, bf_match)
+    summary = Summary(out, f"Sweep of {script} {preset}", module, planned, scoring)
+    failures: dict[pathlib.Path, str] = {}
+    summary.write(failures)
+    with Children() as children:
+        for number, item in enumerate(planned, 1):
+            name = f"[{number}/{len(planned)}] {item.workdir.name}"
+            if is_trained(script, item) and scoring.read(item) is not None:
+                print(f"{name}: finished before", flush=True)
+                continue
+            print(f"{name}: see {item.log}", flush=True)
+            failure = _finish(script, item, scoring, children)
+            if children.stopped_by:
+                break
+            if failure:
+                failures[item.workdir] = failure
+            print(f"{name}: {f'failed: {failure}' if failure else 'finished'}", flush=True)
+            summary.write(failures)
+    print(f"summary: {out / 'index.html'}")
+    for workdir, failure in failures.items():
+        print(f"failed: {workdir.name}: {failure}; see {workdir / 'log.txt'}", file=sys.stderr)
+    if children.stopped_by:
+        print("stopped; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + children.stopped_by)
+    if failures:
+        sys.exit(1)
+
+
+def _finish(script: str, item: Run, scoring: Scoring, children: "Children") -> str | None:
+    """Trains and scores a run as far as that is still to do; returns what went wrong."""
+    if not is_trained(script, item):
+        if failure := children.run(item.words, item.log):
+            return failure
+        if not children.stopped_by and not is_trained(script, item):
+            return f"it ended without an evaluation of its last step in {item.final}"
+    if not children.stopped_by and scoring.read(item) is None:
+        return children.run(scoring.words(item), item.log)
+    return None
+
+
+class Children:
+    """Runs commands one at a time; passes Ctrl-C and SIGTERM on to the one that runs."""
+
+    def __init__(self) -> None:
+        self.stopped_by = 0
+        self._child: subprocess.Popen[bytes] | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "Children":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._old.items():
+            signal.signal(number, previous)
+
+    def run(self, words: Sequence[str], log: pathlib.Path) -> str | None:
+        """Runs ``python -m WORDS`` with its output in ``log``; returns the reason if it fails."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            try:
+                # The child shares the lock: it holds even if this process is killed and the
+                # child is not, and two sweeps never train in one folder.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return "another process is at work in this folder"
+            start = file.tell()
+            # A session of its own: Ctrl-C reaches it through _handle, and once.
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            if self.stopped_by:  # in front of the line above
+                self._child.send_signal(signal.SIGTERM)
+            status = self._child.wait()
+        if status == 0:
+            return None
+        if status < 0:
+            return f"killed by {signal.Signals(-status).name}"
+        with log.open("rb") as file:
+            file.seek(start)
+            return _last_error(file.read().decode(errors="replace"))
+
+    def _handle(self, number: int, _frame: object) -> None:
+        self.stopped_by = self.stopped_by or number
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+def _last_error(text: str) -> str:
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    pattern = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt)(:|$)")
+    errors = [line for line in lines if pattern.match(line)]
+    return (errors or lines or ["it printed nothing"])[-1].removeprefix("error: ")

@@ -1,0 +1,157 @@
+"""Which runs a sweep makes: every combination of flag values, checked before anything runs."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import io
+import itertools
+import pathlib
+import re
+import shlex
+import types
+from collections.abc import Sequence
+
+import tyro
+
+from dense_jax.errors import UserError
+from dense_jax.train.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+      settings: value by varied flag.
+      seed: its seed.
+      workdir: its folder.
+      words: what follows "python -m".
+      stages: the configurations that the script trains one after another; the last is scored.
+    """
+
+    settings: dict[str, str]
+    seed: int
+    workdir: pathlib.Path
+    words: tuple[str, ...]
+    stages: tuple[RunConfig, ...]
+
+    @property
+    def command(self) -> str:
+        """The command line, for a shell."""
+        return shlex.join(["python", "-m", *self.words])
+
+    @property
+    def log(self) -> pathlib.Path:
+        """What its processes print."""
+        return self.workdir / "log.txt"
+
+    @property
+    def final(self) -> pathlib.Path:
+        """The folder of the last stage."""
+        return pathlib.Path(self.stages[-1].workdir or "")
+
+
+def plan(
+    module: types.ModuleType,
+    script: str,
+    preset: str,
+    flags: Sequence[str],
+    vary: Sequence[str],
+    seeds: int,
+    out: pathlib.Path,
+) -> list[Run]:
+    """Returns all runs, every combination with seed 0 first, having checked each command.
+
+    Raises:
+      UserError: names the first flag, value or preset that the script does not take.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds={seeds}: give at least 1")
+    if preset not in module.PRESETS:
+        raise UserError(f"{script} has no preset {preset}: give {', '.join(module.PRESETS)}")
+    varied = [_varied(text) for text in vary]
+    given = [_name(word) for word in flags if word.startswith("--")]
+    names = [name for name, _ in varied]
+    for name in names + given:
+        if name in ("seed", "workdir"):
+            raise UserError(f"--{name} belongs to the sweep: give --seeds, --out")
+        if (names + given).count(name) > 1:
+            raise UserError(f"--{name} is given twice: vary it once, or set it once")
+    planned = []
+    for seed in range(seeds):
+        for values in itertools.product(*(values for _, values in varied)):
+            settings = dict(zip(names, values, strict=True)) or {"preset": preset}
+            workdir = out / _folder_name({**settings, "seed": str(seed)})
+            words = [preset, *flags]
+            for name, value in zip(names, values, strict=True):
+                words += _flag(name, value, module.PRESETS[preset])
+            words += [f"--seed={seed}", f"--workdir={workdir}"]
+            config = _parse(module, words)
+            stages = tuple(module.stages(config)) if hasattr(module, "stages") else (config,)
+            for stage in stages:
+                module.build_model(stage, 2)  # refuses flags that do not go together
+            planned.append(Run(settings, seed, workdir, (script, *words), stages))
+    return planned
+
+
+def load_script(script: str) -> types.ModuleType:
+    """Imports a training script.
+
+    Raises:
+      UserError: it cannot be imported, or is none.
+    """
+    try:
+        module = importlib.import_module(script)
+    except ImportError as error:
+        raise UserError(
+            f"{script} cannot be imported ({error}): give a module such as experiments.fcn"
+        ) from error
+    if not hasattr(module, "PRESETS"):
+        raise UserError(f"{script} has no PRESETS: give a module of experiments/")
+    return module
+
+
+def _varied(text: str) -> tuple[str, list[str]]:
+    """Splits FLAG=VALUE,VALUE,..."""
+    name, _, values = text.partition("=")
+    split = [value.strip() for value in values.split(",")]
+    if not _name(name) or not all(split):
+        raise UserError(f"--vary={text}: give FLAG=VALUE,VALUE,...")
+    if len(set(split)) < len(split):
+        raise UserError(f"--vary={text}: a value comes twice")
+    return _name(name), split
+
+
+def _name(flag: str) -> str:
+    return flag.partition("=")[0].strip().removeprefix("--").replace("_", "-")
+
+
+def _flag(name: str, value: str, defaults: RunConfig) -> list[str]:
+    """The words that set a flag; a field that is on or off takes True and False."""
+    if isinstance(getattr(defaults, name.replace("-", "_"), None), bool):
+        if value not in ("True", "False"):
+            raise UserError(f"--{name}={value}: give True or False")
+        return [f"--{name}" if value == "True" else f"--no-{name}"]
+    words = shlex.split(value)
+    return [f"--{name}", *words] if len(words) > 1 else [f"--{name}={value}"]
+
+
+def _folder_name(settings: dict[str, str]) -> str:
+    """Readable, and different for different settings."""
+    full = "_".join(f"{name}={value}" for name, value in settings.items())
+    plain = re.sub(r"[^A-Za-z0-9_.=-]+", "-", full)[:120]
+    return plain if plain == full else f"{plain}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
+
+
+def _parse(module: types.ModuleType, words: Sequence[str]) -> RunConfig:
+    """The configuration of ``PRESET --flags``, read as the script itself will read it."""
+    presets = {name: (name, preset) for name, preset in module.PRESETS.items()}
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+            return tyro.extras.overridable_config_cli(presets, args=list(words))
+    except SystemExit as error:  # tyro has drawn a box: its first paragraph is the reason
+        box = [line.strip("│ ") for line in told.getvalue().splitlines() if line[:1] == "│"]
+        reason = " ".join(itertools.takewhile(lambda line: line.strip("─"), box))
+        raise UserError(f"{reason.rstrip('.')} (in {shlex.join(words)})") from error

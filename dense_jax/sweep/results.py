@@ -1,0 +1,172 @@
+"""What the runs of a sweep have left in their folders, read anew whenever it is asked for."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+import types
+from collections.abc import Sequence
+from typing import Any
+
+from dense_jax import runs
+from dense_jax.analysis import cost
+from dense_jax.data.classes import ClassTable
+from dense_jax.sweep import tables
+from dense_jax.sweep.plan import Run
+from dense_jax.train.log import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """What is scored and how: the flags of ``python -m dense_jax evaluate``."""
+
+    split: str
+    absent: str
+    bf_match: str
+
+    def folder(self, item: Run) -> pathlib.Path:
+        """Where the evaluation lies; a run scores itself by the default rules."""
+        if self == Scoring("val", "skip", "distance"):
+            return item.final
+        rules = (
+            ""
+            if (self.absent, self.bf_match) == ("skip", "distance")
+            else (f"-{self.absent}-{self.bf_match}")
+        )
+        return item.final / f"evaluate-{self.split}-last{rules}"
+
+    def words(self, item: Run) -> list[str]:
+        """What follows "python -m" to make it."""
+        return [
+            *("dense_jax", "evaluate", f"--run={item.final}", f"--split={self.split}"),
+            *(f"--absent={self.absent}", f"--bf-match={self.bf_match}"),
+            f"--output={self.folder(item)}",
+        ]
+
+    def read(self, item: Run) -> dict[str, Any] | None:
+        """The evaluation of the run's last step, or None."""
+        evaluation = _read_json(self.folder(item) / "evaluation.json")
+        done = evaluation and evaluation["protocol"]["step"] == item.stages[-1].num_steps
+        return evaluation if done else None
+
+
+def is_trained(script: str, item: Run) -> bool:
+    """Whether the run's folder holds all steps of this very configuration, saved and evaluated."""
+    config = item.stages[-1]
+    record = _read_json(item.final / "config.json")
+    evaluation = _read_json(item.final / "evaluation.json")
+    if record is None or evaluation is None:
+        return False
+    wanted = json.loads(json.dumps(config.to_json()))
+    same = {**record["config"], "workdir": None} == {**wanted, "workdir": None}  # may have moved
+    # The last evaluation is written in front of the last checkpoint.
+    saved = (item.final / "checkpoints" / str(config.num_steps)).is_dir()
+    done = evaluation["protocol"]["step"] == config.num_steps
+    return record["script"] == script and same and saved and done
+
+
+class Summary:
+    """Tables of what is finished, written anew after each run."""
+
+    def __init__(
+        self,
+        out: pathlib.Path,
+        title: str,
+        module: types.ModuleType,
+        planned: Sequence[Run],
+        scoring: Scoring,
+    ) -> None:
+        self._out, self._title, self._module = out, title, module
+        self._planned, self._scoring = planned, scoring
+        self._costs: dict[str, tuple[int, int] | None] = {}
+
+    def write(self, failures: dict[pathlib.Path, str]) -> None:
+        """Writes them; ``failures`` are reasons by run folder."""
+        rows: dict[str, list[Run]] = {}
+        for item in self._planned:
+            rows.setdefault(str(item.settings), []).append(item)
+        protocols: list[dict[str, Any]] = []
+        table = [self._row(items, failures, protocols) for items in rows.values()]
+        tables.write(self._out, self._title, self._facts(protocols), table)
+
+    def _row(
+        self,
+        items: list[Run],
+        failures: dict[pathlib.Path, str],
+        protocols: list[dict[str, Any]],
+    ) -> tables.Row:
+        results, counted = [], None
+        for item in items:
+            evaluation = self._scoring.read(item)
+            if evaluation is None or not is_trained(item.words[0], item):
+                continue
+            protocols.append(evaluation["protocol"])
+            results.append(_result(item, evaluation, self._scoring.folder(item)))
+            key = str(item.settings)
+            if key not in self._costs:
+                self._costs[key] = _cost(self._module, item)
+            counted = self._costs[key]
+        return tables.Row(
+            items[0].settings,
+            [item.command for item in items],
+            results,
+            [f"{i.workdir.name}: {failures[i.workdir]}" for i in items if i.workdir in failures],
+            *(counted or (None, None)),
+        )
+
+    def _facts(self, protocols: list[dict[str, Any]]) -> list[str]:
+        def every(name: str) -> str:
+            return ", ".join(dict.fromkeys(str(protocol[name]) for protocol in protocols))
+
+        facts = [f"{len(protocols)} of {len(self._planned)} runs finished"]
+        if protocols:
+            facts += [
+                f"scored on {every('images_scored')} images of {every('dataset')}, "
+                f"{every('split')} split; absent classes {every('absent_classes')}",
+                f"device {every('device')}; commit {every('commit')}",
+            ]
+        return facts
+
+
+def _result(item: Run, evaluation: dict[str, Any], folder: pathlib.Path) -> tables.Result:
+    seconds, rates = 0.0, [math.nan]
+    for stage in item.stages:
+        path, last = pathlib.Path(stage.workdir or "") / "metrics.jsonl", 0
+        rows = [row for row in read_metrics(path) if row["kind"] == "train"]
+        for row in rows:
+            seconds += (row["step"] - last) * stage.batch_size / row["images_per_second"]
+            last = row["step"]
+        rates = [row["images_per_second"] for row in rows] or [math.nan]
+    return tables.Result(
+        item.seed,
+        {name: _number(score) for name, score in evaluation["scores"].items()},
+        {row["name"]: _number(row["iou"]) for row in evaluation["per_class"]},
+        seconds,
+        statistics.median(rates[1:] or rates),  # the first row has the compilation
+        folder / "report.html",
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _cost(module: types.ModuleType, item: Run) -> tuple[int, int] | None:
+    """Parameters, and FLOPs for one image of the size that was trained on."""
+    evaluation = _read_json(item.final / "evaluation.json") or {}
+    shape = evaluation["protocol"].get("input_shape")
+    if shape is None:
+        return None
+    classes = ClassTable.from_json(runs.read_config(item.final)["classes"])
+    model = module.build_model(item.stages[-1], classes.num_classes)
+    rows = cost.summarise(model, (1, *shape))
+    return sum(row.num_params for row in rows), sum(row.flops for row in rows)
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    """The value of a file, or None where there is none or half of one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,393 @@
+"""What a sweep shows: tables in Markdown, CSV and LaTeX, a plot, and a page of links."""
+
+import csv
+import dataclasses
+import html
+import io
+import math
+import os
+import pathlib
+import statistics
+from collections.abc import Iterable, Sequence
+
+from dense_jax import report
+
+_NONE = "\N{EN DASH}"
+_SHARES = {  # scores in [0, 1], shown in percent
+    "mean_iou": "Mean IoU",
+    "mean_accuracy": "Class average",
+    "pixel_accuracy": "Global accuracy",
+    "boundary_f1": "Boundary F1",
+}
+_CSV_ONLY = ("frequency_weighted_iou", "loss")
+_DOT, _BAND, _GREY = "#1d4e89", "#93b4d8", "#6b7280"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one finished run left.
+
+    Attributes:
+      seed: its seed.
+      scores: scores by name, those in [0, 1] as fractions; NaN where one does not exist.
+      iou: IoU of each class in [0, 1]; NaN for a class that is neither labelled nor predicted.
+      seconds: time spent in training steps, compilation included and evaluation left out.
+      images_per_second: the median over the log's rows.
+      report: its page.
+    """
+
+    seed: int
+    scores: dict[str, float]
+    iou: dict[str, float]
+    seconds: float
+    images_per_second: float
+    report: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One combination of flag values.
+
+    Attributes:
+      settings: value by varied flag.
+      commands: the command of each seed.
+      results: those of finished runs.
+      failures: one line for each run that failed.
+      parameters: of the network, or None while that is not known.
+      flops: operations of one forward pass for one image, or None.
+    """
+
+    settings: dict[str, str]
+    commands: list[str]
+    results: list[Result]
+    failures: list[str]
+    parameters: int | None = None
+    flops: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The values of the flags."""
+        return ", ".join(self.settings.values())
+
+    def scores(self, name: str) -> list[float]:
+        """A score of every run that has it."""
+        values = (result.scores.get(name, math.nan) for result in self.results)
+        return [value for value in values if not math.isnan(value)]
+
+    def iou(self, name: str) -> list[float]:
+        """A class's IoU of every run that has it."""
+        values = (result.iou.get(name, math.nan) for result in self.results)
+        return [value for value in values if not math.isnan(value)]
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; NaN for no value, a deviation of NaN for a single one."""
+    mean = statistics.fmean(values) if values else math.nan
+    return mean, statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def write(folder: pathlib.Path, title: str, facts: Sequence[str], rows: Sequence[Row]) -> None:
+    """Writes table.md, table.csv, table.tex, plot.svg and index.html into ``folder``.
+
+    Args:
+      folder: where; exists.
+      title: heading, plain text.
+      facts: lines on what was scored, with what, plain text.
+      rows: combinations in order; the first is what the others' classes are compared with.
+    """
+    picture = _plot(rows)
+    _write(folder / "table.csv", _csv(rows))
+    _write(folder / "plot.svg", picture)
+    _write(folder / "table.md", "\n".join(_markdown(title, facts, rows)) + "\n")
+    _write(folder / "table.tex", "\n".join(_latex(title, facts, rows)) + "\n")
+    _write(folder / "index.html", _index(folder, title, facts, rows, picture))
+
+
+_NOTE = (
+    "Scores in percent where their heading says so, ± sample standard deviation over the seeds of "
+    "the finished runs; FLOPs of one forward pass for one image as the network sees it in training "
+    "(two per multiplication and addition); time in training steps, compilation included."
+)
+_CLASS_NOTE = "Per class: IoU in percent of the first row, then differences to it in points."
+
+
+def _main_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    extra = [name for name in _score_names(rows) if name not in (*_SHARES, *_CSV_ONLY)]
+    heads = [
+        *rows[0].settings,
+        *(f"{title} %" for title in _SHARES.values()),
+        *(name.replace("_", " ") for name in extra),
+        *("Parameters", "GFLOPs", "Time", "Images/s", "Runs"),
+    ]
+
+    def cells(row: Row) -> list[str]:
+        seconds, _ = mean_and_spread([r.seconds for r in row.results])
+        rate, _ = mean_and_spread([r.images_per_second for r in row.results])
+        return [
+            *row.settings.values(),
+            *(_score(row.scores(name), "{:.1f}", 100) for name in _SHARES),
+            *(_score(row.scores(name), "{:.4g}") for name in extra),
+            _NONE if row.parameters is None else f"{row.parameters:,}",
+            _NONE if row.flops is None else f"{row.flops / 1e9:,.3g}",
+            _duration(seconds),
+            _NONE if math.isnan(rate) else f"{rate:.3g}",
+            f"{len(row.results)} of {len(row.commands)}",
+        ]
+
+    return heads, [cells(row) for row in rows]
+
+
+def _class_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    names = _names(r.iou for row in rows for r in row.results)
+    first = {name: mean_and_spread(rows[0].iou(name))[0] for name in names}
+
+    def cell(row: Row, name: str) -> str:
+        value = mean_and_spread(row.iou(name))[0] - (0 if row is rows[0] else first[name])
+        if math.isnan(value):
+            return _NONE
+        points = round(100 * value, 1) + 0.0  # not -0.0
+        return f"{points:.1f}" if row is rows[0] else f"{points:+.1f}"
+
+    cells = [[*row.settings.values(), *(cell(row, name) for name in names)] for row in rows]
+    return [*rows[0].settings, *names], cells
+
+
+def _score(values: Sequence[float], form: str, times: float = 1) -> str:
+    mean, spread = mean_and_spread([times * value for value in values])
+    if math.isnan(mean):
+        return _NONE
+    shown = form.format(mean)
+    return shown if math.isnan(spread) else f"{shown} ± {form.format(spread)}"
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return _NONE
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _score_names(rows: Sequence[Row]) -> list[str]:
+    return _names(r.scores for row in rows for r in row.results)
+
+
+def _names(mappings: Iterable[Iterable[str]]) -> list[str]:
+    """The keys of all mappings, each once, in order."""
+    return list(dict.fromkeys(name for mapping in mappings for name in mapping))
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    """Raw numbers: fractions, seconds; empty where there is none."""
+    names = _names([_SHARES, _score_names(rows)])
+    classes = _names(r.iou for row in rows for r in row.results)
+    first = {name: mean_and_spread(rows[0].iou(name))[0] for name in classes}
+    table = [
+        [
+            *rows[0].settings,
+            *("runs_finished", "runs"),
+            *(f"{name}_{kind}" for name in names for kind in ("mean", "sd")),
+            *("parameters", "flops", "train_seconds", "images_per_second"),
+            *(f"{kind}/{name}" for name in classes for kind in ("iou", "iou_difference")),
+            "commands",
+        ]
+    ]
+    for row in rows:
+        numbers: list[float] = []
+        for name in names:
+            numbers += mean_and_spread(row.scores(name))
+        numbers += [math.nan if n is None else n for n in (row.parameters, row.flops)]
+        numbers += [mean_and_spread([r.seconds for r in row.results])[0]]
+        numbers += [mean_and_spread([r.images_per_second for r in row.results])[0]]
+        for name in classes:
+            mean, _ = mean_and_spread(row.iou(name))
+            numbers += [mean, mean - first[name]]
+        shown = ["" if math.isnan(number) else f"{number:.8g}" for number in numbers]
+        counts = [str(len(row.results)), str(len(row.commands))]
+        table.append([*row.settings.values(), *counts, *shown, " && ".join(row.commands)])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(table)
+    return text.getvalue()
+
+
+def _markdown(title: str, facts: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+        num_left = len(rows[0].settings)
+        rule = ["---" if i < num_left else "---:" for i in range(len(heads))]
+        return [
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
+            for row in (heads, rule, *cells)
+        ]
+
+    return [
+        f"# {title}",
+        "",
+        *(f"{fact}  " for fact in facts),
+        "",
+        *table(*_main_table(rows)),
+        "",
+        f"{_NOTE} {_CLASS_NOTE}",
+        "",
+        *table(*_class_table(rows)),
+        "",
+        *(f"* failed: {failure}" for row in rows for failure in row.failures),
+        "",
+        "```",
+        *(command for row in rows for command in row.commands),
+        "```",
+    ]
+
+
+def _latex(title: str, facts: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Two tabulars that need no package, with each row's commands in comments above it."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(map(_latex_text, cells)) + r" \\"
+
+    def table(heads: Sequence[str], body: Sequence[str]) -> list[str]:
+        num_left = len(rows[0].settings)
+        columns = "l" * num_left + "r" * (len(heads) - num_left)
+        start, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
+        return [start, r"\hline", line(heads), r"\hline", *body, r"\hline", end]
+
+    heads, cells = _main_table(rows)
+    class_heads, class_cells = _class_table(rows)
+    body = []
+    for row, row_cells in zip(rows, cells, strict=True):
+        body += [f"% {command}" for command in row.commands] + [line(row_cells)]
+    return [
+        *(f"% {text}" for text in (title, *facts, _NOTE)),
+        *table(heads, body),
+        f"% {_CLASS_NOTE}",
+        *table(class_heads, [line(row_cells) for row_cells in class_cells]),
+    ]
+
+
+_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    _NONE: "--",
+}
+
+
+def _latex_text(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def _plot(rows: Sequence[Row]) -> str:
+    """An SVG with a panel for each score: runs as dots, their mean, a band of ± one deviation."""
+    names = [name for name in _names([_SHARES, _score_names(rows)]) if name not in _CSV_ONLY]
+    names = [name for name in names if any(row.scores(name) for row in rows)]
+    left = 16 + 6.4 * max(len(row.label) for row in rows)
+    wide, high, across = 190, 22 * len(rows) + 62, 4
+    width = left + wide * min(across, max(1, len(names)))
+    height = high * max(1, -(-len(names) // across))
+    svg = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" '
+        'font-family="system-ui, sans-serif" font-size="11" role="img" aria-label="scores">'
+    ]
+    for number, name in enumerate(names):
+        x, top = left + wide * (number % across), high * (number // across)
+        if number % across == 0:
+            for i, row in enumerate(rows):
+                svg.append(_text(left - 14, top + 45 + 22 * i, row.label, "end"))
+        svg += _panel(name, rows, x, top, wide - 24)
+    return "\n".join([*svg, "</svg>"])
+
+
+def _panel(name: str, rows: Sequence[Row], x: float, top: float, width: float) -> list[str]:
+    """One score of all rows, from ``x`` to ``x + width``."""
+    share = 100 if name in _SHARES else 1
+    values = [[share * value for value in row.scores(name)] for row in rows]
+    ends = [value for row in values for value in row]
+    for mean, spread in map(mean_and_spread, values):
+        ends += [] if math.isnan(spread) else [mean - spread, mean + spread]
+    marks = report.ticks(min(ends), max(ends), 3)
+
+    def place(value: float) -> float:
+        return round(x + width * (value - marks[0]) / (marks[-1] - marks[0]), 1)
+
+    bottom = top + 30 + 22 * len(rows)
+    title = f"{_SHARES[name]} %" if name in _SHARES else name.replace("_", " ")
+    svg = [_text(x, top + 16, title, "start")]
+    for mark in marks:
+        svg.append(f'<path d="M{place(mark)} {top + 26}V{bottom}" stroke="#e5e7eb"/>')
+        svg.append(_text(place(mark), bottom + 14, f"{mark:.4g}", "middle"))
+    for i, (row, runs) in enumerate(zip(rows, values, strict=True)):
+        y = top + 41 + 22 * i
+        mean, spread = mean_and_spread(runs)
+        if not math.isnan(spread):
+            start, end = place(mean - spread), place(mean + spread)
+            svg.append(f'<path d="M{start} {y}H{end}" stroke="{_BAND}" stroke-width="7"/>')
+        if not math.isnan(mean):
+            svg.append(f'<path d="M{place(mean)} {y - 7}v14" stroke="{_DOT}" stroke-width="2"/>')
+        for value in runs:
+            tip = html.escape(f"{row.label}: {value:.4g}")
+            svg.append(
+                f'<circle cx="{place(value)}" cy="{y}" r="3" fill="{_DOT}" fill-opacity=".6">'
+                f"<title>{tip}</title></circle>"
+            )
+    return svg
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    where = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text {where} fill="{_GREY}">{html.escape(text)}</text>'
+
+
+def _index(
+    folder: pathlib.Path, title: str, facts: Sequence[str], rows: Sequence[Row], picture: str
+) -> str:
+    """The page: plot, tables with a link to each run's report, failures, commands."""
+    links = [
+        " ".join(f'<a href="{_relative(r.report, folder)}">seed {r.seed}</a>' for r in row.results)
+        for row in rows
+    ]
+    heads, cells = _main_table(rows)
+    failures = "".join(
+        f"<li>{html.escape(failure)}</li>" for row in rows for failure in row.failures
+    )
+    commands = html.escape("\n".join(command for row in rows for command in row.commands))
+    lines = "<br>".join(html.escape(fact) for fact in facts)
+    files = " · ".join(f'<a href="{name}">{name}</a>' for name in _FILES)
+    return report.page(
+        title,
+        [
+            f"<header><h1>{html.escape(title)}</h1><p>{lines}</p><p>{files}</p></header>",
+            f"<section><h2>Scores</h2>{picture}</section>",
+            f"<section><h2>Runs</h2>{_html_table(heads, cells, links)}<p>{_NOTE}</p></section>",
+            f"<section><h2>Classes</h2>{_html_table(*_class_table(rows))}"
+            f"<p>{_CLASS_NOTE}</p></section>",
+            f"<section><h2>Failed</h2><ul>{failures}</ul></section>" if failures else "",
+            f"<section><h2>Commands</h2><pre>{commands}</pre></section>",
+        ],
+    )
+
+
+_FILES = ("table.md", "table.csv", "table.tex", "plot.svg")
+
+
+def _html_table(
+    heads: Sequence[str], cells: Sequence[Sequence[str]], links: Sequence[str] = ()
+) -> str:
+    """A table; ``links`` are a last column of HTML, the rest is plain text."""
+    top = "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "<th></th>" * bool(links)
+    body = []
+    for i, row in enumerate(cells):
+        line = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        body.append(f"<tr>{line}{f'<td>{links[i]}</td>' if links else ''}</tr>")
+    return f'<div class="wide"><table><tr>{top}</tr>{"".join(body)}</table></div>'
+
+
+def _relative(path: pathlib.Path, folder: pathlib.Path) -> str:
+    return html.escape(pathlib.Path(os.path.relpath(path, folder)).as_posix())
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Replaces a file at once: a reader sees the old one or the new one."""
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
