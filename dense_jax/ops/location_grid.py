@@ -1,0 +1,104 @@
+"""A K x K grid of classifiers, each at home in one cell of an image or box, and their mixture.
+
+Classifier (k, l) sits at the centre of cell (k, l). A pixel's probability is that of the four
+classifiers around it, weighted bilinearly: p = sum_kl b_kl p_kl with b >= 0 and sum_kl b_kl = 1.
+Since only four weights of a pixel differ from zero, only its four classifiers are evaluated there.
+
+Reference: Hariharan, Arbelaez, Girshick, Malik, "Hypercolumns for object segmentation and
+fine-grained localization", CVPR 2015, arXiv:1411.5752, Section 4.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Neighbours(NamedTuple):
+    """The classifiers next to each pixel of one axis; J = min(2, K) of them.
+
+    Attributes:
+      picks: [..., n, J, K], one for neighbour j's place on the grid and zero elsewhere.
+      weights: [..., n, J], at least 0, with sum 1.
+    """
+
+    picks: jax.Array
+    weights: jax.Array
+
+
+def neighbours(
+    size: int, cells: int, *, extent: jax.Array | None = None, hard: bool = False
+) -> Neighbours:
+    """Returns the neighbours of `size` pixels on a grid of `cells`.
+
+    Pixel y lies at Y = (y + 1/2) K / size - 1/2 on the grid; its neighbours are floor(Y) and
+    floor(Y) + 1 with weights floor(Y) + 1 - Y and Y - floor(Y), both then moved onto the grid.
+
+    Args:
+      size: number of pixels.
+      cells: number of cells, K.
+      extent: [...] how many of the pixels the grid spans, where the rest is padding.
+      hard: each pixel has the classifier of its own cell only.
+    """
+    span = jnp.asarray(size if extent is None else extent, jnp.float32)[..., None]
+    pixels = jnp.arange(1, 2 * size, 2, dtype=jnp.float32).reshape((1,) * (span.ndim - 1) + (size,))
+    at = pixels * cells / (2 * span) - 0.5
+    lower = jnp.floor(at)
+    if cells == 1:
+        return Neighbours(jnp.ones((*at.shape, 1, 1)), jnp.ones((*at.shape, 1)))
+    index = jnp.clip(jnp.stack([lower, lower + 1], axis=-1), 0, cells - 1)
+    weights = jnp.stack([lower + 1 - at, at - lower], axis=-1)
+    if hard:
+        is_upper = weights[..., 1] >= 0.5
+        weights = jnp.stack([~is_upper, is_upper], axis=-1).astype(jnp.float32)
+    return Neighbours(jax.nn.one_hot(index.astype(jnp.int32), cells), weights)
+
+
+def evaluate(
+    scores: jax.Array, rows: jax.Array, columns: jax.Array, high: Neighbours, wide: Neighbours
+) -> jax.Array:
+    """Resizes the scores of all classifiers, and keeps those of each pixel's neighbours.
+
+    Args:
+      scores: [..., h, w, K, K, C]: C scores of each classifier, on a coarse map.
+      rows: [..., H, h] matrices that interpolate vertically.
+      columns: [..., W, w] matrices that interpolate horizontally.
+      high: vertical neighbours of the H pixels.
+      wide: horizontal neighbours of the W pixels.
+
+    Returns:
+      [..., H, W, J, J, C].
+    """
+    rows = jnp.einsum("...yh,...yjk->...yjhk", rows, high.picks)
+    columns = jnp.einsum("...xw,...xil->...xiwl", columns, wide.picks)
+    # Vertically first: the other classifiers' rows are dropped when the map is still narrow.
+    part = jnp.einsum("...yjhk,...hwklc->...yjwlc", rows, scores, precision="highest")
+    return jnp.einsum("...xiwl,...yjwlc->...yxjic", columns, part, precision="highest")
+
+
+def _weights(scores: jax.Array, high: Neighbours, wide: Neighbours) -> jax.Array:
+    """Returns the weights of the neighbours, of as many axes as scores [..., H, W, J, J, C]."""
+    weights = jnp.einsum("...yj,...xi->...yxji", high.weights, wide.weights)[..., None]
+    return weights.reshape((1,) * (scores.ndim - weights.ndim) + weights.shape)
+
+
+def mix_scores(scores: jax.Array, high: Neighbours, wide: Neighbours) -> jax.Array:
+    """Averages scores [..., H, W, J, J, C] over the neighbours: [..., H, W, C]."""
+    return jnp.sum(scores * _weights(scores, high, wide), axis=(-3, -2))
+
+
+def mix_probabilities(
+    log_probabilities: jax.Array, high: Neighbours, wide: Neighbours
+) -> jax.Array:
+    """Averages probabilities over the neighbours: log p = log sum_kl b_kl p_kl.
+
+    Args:
+      log_probabilities: [..., H, W, J, J, C].
+      high: vertical neighbours.
+      wide: horizontal neighbours.
+
+    Returns:
+      [..., H, W, C] logarithms; no probability is formed, so that none is rounded to 0.
+    """
+    weights = _weights(log_probabilities, high, wide)
+    return jax.nn.logsumexp(log_probabilities, axis=(-3, -2), b=weights)
