@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dense_jax.errors import UserError
 
+# From dark to bright also in print: black, violet, red, orange, pale yellow.
+_HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
 _INK = (31, 41, 55)
 _RIGHT = (29, 78, 137)
 _WRONG = (220, 38, 38)
@@ -91,6 +93,29 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int, *, gap: int = 4)
         left = i % columns * (width + gap) + (width - w) // 2
         sheet[top : top + h, left : left + w] = picture
     return sheet
+
+
+def heat(values: np.ndarray, high: float) -> np.ndarray:
+    """Values from 0, black, to ``high``, pale yellow: [H, W] to uint8 [H, W, 3]."""
+    share = np.clip(values / high if high > 0 else np.zeros_like(values), 0, 1)
+    stops = np.linspace(0, 1, len(_HEAT))
+    channels = [np.interp(share, stops, channel) for channel in _HEAT.T]
+    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+def heat_scale(high: float, height: int, *, font_size: int = 11) -> np.ndarray:
+    """The colours of `heat` as an upright bar with the values beside it, uint8 [height, W, 3]."""
+    bar, font = 14, ImageFont.load_default(font_size)
+    marks = {0.0: "0", 0.5: f"{high / 2:.2g}", 1.0: f"{high:.2g}"}
+    width = bar + 8 + int(max(map(font.getlength, marks.values())))
+    picture = Image.new("RGB", (width, height), "white")
+    ramp = np.linspace(high, 0, height)[:, None]
+    picture.paste(Image.fromarray(heat(np.repeat(ramp, bar, axis=1), high)), (0, 0))
+    draw = ImageDraw.Draw(picture)
+    for share, text in marks.items():
+        y = font_size / 2 + (1 - share) * (height - font_size)
+        draw.text((bar + 4, y), text, fill=_INK, font=font, anchor="lm")
+    return np.asarray(picture)
 
 
 def legend(

@@ -102,3 +102,20 @@ def test_legend_and_confusion_picture_show_their_colours():
     viz.confusion_picture(np.zeros((60, 60), int), ["x"] * 60, cell=8)  # nothing scored, many
     with pytest.raises(ValueError, match="2 names"):
         viz.confusion_picture(np.eye(3, dtype=int), NAMES[:2])
+
+
+def test_heat_rises_from_black_to_pale_yellow():
+    colours = viz.heat(np.array([[-1.0, 0.0, 0.25, 0.5, 1.0, 9.0]]), high=1.0)
+    assert colours.dtype == np.uint8
+    assert colours[0, 0].tolist() == colours[0, 1].tolist() == [0, 0, 4]
+    assert colours[0, 4].tolist() == colours[0, 5].tolist() == [252, 255, 164]
+    assert np.all(np.diff(colours.astype(int).sum(-1)[0, 1:5]) > 0)
+    assert not viz.heat(np.zeros((2, 2)), high=0.0)[..., :2].any()
+
+
+def test_heat_scale_is_a_bar_with_numbers():
+    scale = viz.heat_scale(0.12, height=60)
+    assert scale.shape[0] == 60
+    np.testing.assert_array_equal(scale[-1, 0], [0, 0, 4])
+    np.testing.assert_array_equal(scale[0, 0], [252, 255, 164])
+    assert (scale[:, 16:] < 200).any(), "no numbers"

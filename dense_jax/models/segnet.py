@@ -33,6 +33,22 @@ Decoder = Literal[
     "fcn_noadd_nodimred",
 ]
 
+# Weights of CamVid's classes in the release's training files, as they stand: no definition of the
+# frequency that we tried gives these numbers.
+CAMVID_WEIGHTS = {
+    "sky": 0.2595,
+    "building": 0.1826,
+    "pole": 4.5640,
+    "road": 0.1417,
+    "pavement": 0.9051,
+    "tree": 0.3826,
+    "sign": 9.6446,
+    "fence": 1.8418,
+    "car": 0.6823,
+    "pedestrian": 6.2478,
+    "bicyclist": 7.3614,
+}
+
 _STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # Channels and convolutions, VGG-16's.
 _FIRST_DROPPED = 3  # Stages from this one on, coarse ones, are followed by dropout.
 

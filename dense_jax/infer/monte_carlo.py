@@ -1,0 +1,76 @@
+"""Prediction by a network that draws: the mean of many passes, and how much they disagree.
+
+Reference: Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016, arXiv:1506.02142;
+Kendall, Badrinarayanan, Cipolla, "Bayesian SegNet", BMVC 2017, arXiv:1511.02680, Section 4.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class MonteCarlo:
+    """The mean class probabilities of many passes; called as any other way to predict.
+
+    Every image sees the same draws, those of a batch of one, so that its result depends neither on
+    its batch nor on the number of devices.
+
+    Attributes:
+      one_pass: (variables, images [B, H, W, C], sizes [B, 2], key) -> logits [B, H, W, classes],
+        with what the key draws.
+      num_samples: number of passes.
+      seed: of the draws.
+    """
+
+    one_pass: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+    num_samples: int
+    seed: int = 0
+
+    def __call__(self, variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Returns the logarithm of the mean probabilities, float32 [B, H, W, classes]."""
+        mean, _ = self.mean_and_variance(variables, images, sizes)
+        return _log(mean)
+
+    def with_variance(self, variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Returns what `__call__` does and the variance as one more channel at the end."""
+        mean, variance = self.mean_and_variance(variables, images, sizes)
+        return jnp.concatenate([_log(mean), variance[..., None]], axis=-1)
+
+    def mean_and_variance(
+        self, variables: Any, images: jax.Array, sizes: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns mean probabilities [B, H, W, classes] and their uncertainty [B, H, W], float32.
+
+        The uncertainty is the variance of each class's probability over the passes, averaged over
+        the classes; it lies between 0 and 1 / 4.
+        """
+
+        def probabilities(key: jax.Array) -> jax.Array:
+            def of_one(image: jax.Array, size: jax.Array) -> jax.Array:
+                return self.one_pass(variables, image[None], size[None], key)[0]
+
+            return jax.nn.softmax(jax.vmap(of_one)(images, sizes).astype(jnp.float32))
+
+        keys = jax.random.split(jax.random.key(self.seed), self.num_samples)
+
+        def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            # Welford's update: no difference of large sums.
+            mean, squares = carry
+            new = probabilities(keys[i])
+            step = new - mean
+            mean = mean + step / (i + 1).astype(jnp.float32)
+            return mean, squares + step * (new - mean)
+
+        zero = jnp.zeros(jax.eval_shape(probabilities, keys[0]).shape, jnp.float32)
+        mean, squares = lax.fori_loop(0, self.num_samples, add, (zero, zero))
+        return mean, jnp.mean(squares, axis=-1) / self.num_samples
+
+
+def _log(probabilities: jax.Array) -> jax.Array:
+    """Finite where no pass gave a class any probability, so that losses are."""
+    return jnp.log(jnp.maximum(probabilities, jnp.finfo(jnp.float32).tiny))
