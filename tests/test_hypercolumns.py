@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def test_split_classifiers_equal_one_classifier_of_the_concatenation(backbone):
     columns = hypercolumns(outputs, vgg.grids(table), layers, (35, 50))
     scores = [variables["params"][f"score_{layer}"] for layer in layers]
     kernel = np.concatenate([score["kernel"][0, 0] for score in scores])
-    bias = sum(score["bias"] for score in scores)
+    bias = np.sum([score["bias"] for score in scores], axis=0)
     np.testing.assert_allclose(
         outputs["logits"], columns @ kernel + bias.reshape(1, 1, 1, -1), rtol=1e-4, atol=1e-4
     )
@@ -178,7 +179,7 @@ def test_independent_cells_train_each_classifier_on_its_own_cell():
         @functools.partial(jax.jit, static_argnums=1)
         def change(bias, train, model=model, params=params):
             new = {**params, "score_pool2": {**params["score_pool2"], "bias": bias}}
-            return model.apply({"params": new}, images, train=train)["logits"]
+            return contract.apply(model, {"params": new}, images, train)["logits"]
 
         bias = params["score_pool2"]["bias"]  # [row, column, class] flattened
         other = bias + np.repeat([1, 0, 0, 0], 3).astype(np.float32) * np.tile([0, 1, 2], 4)
@@ -276,7 +277,7 @@ def test_box_network_gives_gradients_to_all_parameters():
     @jax.jit
     def grads(variables):
         def loss(variables):
-            outputs = model.apply(variables, images, BOXES, CATEGORIES, train=True)
+            outputs: Any = model.apply(variables, images, BOXES, CATEGORIES, train=True)
             return jnp.sum(outputs["log_probabilities"][..., 1])
 
         return jax.grad(loss)(variables)
