@@ -2,7 +2,8 @@
 
 A batch is a dict of NumPy arrays: ``images`` float32 [B, H, W, C], ``labels`` int32 [B, H, W],
 ``valid`` bool [B] (False for padding), ``index`` int32 [B], the position in the split, -1 for
-padding. Examples that carry ``weights`` add float32 [B, H, W]. Evaluation adds ``size`` int32
+padding. Examples that carry ``weights`` add float32 [B, H, W], those with boxes what
+`dense_jax.data.boxes.SampleBoxes` puts into them. Evaluation adds ``size`` int32
 [B, 2], the height and width before padding. Images are larger than their labels where a transform
 gave them context on all sides.
 """
@@ -27,6 +28,8 @@ from dense_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Size = tuple[int, int]
+
+_EXTRA = ("weights", "boxes", "categories", "targets", "box_weights", "box_valid")
 
 
 class TrainBatches(Iterator[Batch]):
@@ -290,10 +293,12 @@ def _collect(examples: Sequence[Example]) -> Batch:
             "crop them to one with --crop HEIGHT WIDTH"
         )
     index = np.array([example["index"] for example in examples], np.int32)
-    weights = {}
-    if "weights" in examples[0]:
-        weights["weights"] = np.stack([example["weights"] for example in examples])
-    return weights | {
+    extra = {
+        key: np.stack([example[key] for example in examples])
+        for key in _EXTRA
+        if key in examples[0]
+    }
+    return extra | {
         "images": np.stack([example["image"] for example in examples]),
         "labels": np.stack([example["label"] for example in examples]).astype(np.int32),
         "valid": index >= 0,

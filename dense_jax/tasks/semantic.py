@@ -19,7 +19,7 @@ from dense_jax import losses, report, runs, viz
 from dense_jax.data import dataset as datasets
 from dense_jax.data import pipeline
 from dense_jax.data.classes import ClassTable
-from dense_jax.data.dataset import Dataset, Source
+from dense_jax.data.dataset import Dataset, Example, Source
 from dense_jax.data.transforms import Normalise, Transform
 from dense_jax.errors import UserError
 from dense_jax.metrics import boundary
@@ -229,7 +229,7 @@ class Evaluator:
         """Evaluates ``variables``; boundary F1 is computed on the host and takes longer."""
         confusion, loss, num_images = None, 0.0, 0
         shapes: set[tuple[int, int]] = set()
-        best, worst, boundaries = _Top(), _Top(), []
+        best, worst, boundaries = Top(), Top(), []
         variables = replicate(variables)  # once, and not with every batch
         for batch in self._batches:
             arrays = {k: batch[k] for k in ("images", "labels", "valid", "size")}
@@ -269,18 +269,20 @@ class Evaluator:
         )
 
 
-class _Top:
+class Top:
     """Keeps the few predictions of highest score, so that memory does not grow with the split."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, np.ndarray]] = []
 
     def offer(self, score: float, index: int, prediction: np.ndarray) -> None:
+        """Considers a prediction."""
         heapq.heappush(self._heap, (score, -index, prediction))
         if len(self._heap) > _NUM_PICTURES:
             heapq.heappop(self._heap)
 
     def items(self) -> list[tuple[float, int, np.ndarray]]:
+        """Returns (score, index, prediction), the highest score first."""
         return [(s, -i, p) for s, i, p in sorted(self._heap, key=lambda x: x[:2], reverse=True)]
 
 
@@ -333,7 +335,7 @@ def train_and_evaluate(
     tx = build_optimizer(config, groups)
     state = TrainState.init(model, tx, image_shape, seed=config.seed, ema=config.ema_decay > 0)
     if config.init:
-        state = _initialise_from(config.init, state, tx)
+        state = initialise_from(config.init, state, tx)
     print(f"{type(model).__name__}: {num_parameters(state.params):,} parameters; run in {workdir}")
     loss_fn, denominator_fn = cross_entropy_loss(model, config, class_weights)
     step = train_step(loss_fn, denominator_fn, ema_decay=config.ema_decay)
@@ -422,6 +424,7 @@ def write_evaluation(
     card: dict[str, Any],
     extra: dict[str, float],
     absent: Literal["skip", "zero"] = "skip",
+    draw: Callable[[int, Example], np.ndarray] | None = None,
 ) -> dict[str, float]:
     """Writes ``evaluation.json`` with its pictures and protocol.
 
@@ -434,6 +437,7 @@ def write_evaluation(
       card: how the network was used, added to the protocol.
       extra: further scores, shown with the others.
       absent: whether classes without pixels count in the mean.
+      draw: (index, example) -> the image to show, uint8 [H, W, 3]; by default as it is.
 
     Returns:
       The scores that any evaluation has; a row of the log.
@@ -468,9 +472,8 @@ def write_evaluation(
         for rank, (score, index, prediction) in enumerate(items, 1):
             example = source[index]
             path = pictures / f"{split}_{kind}_{rank}.png"
-            triplet = viz.comparison(
-                example["image"], example["label"], prediction, classes.palette()
-            )
+            image = draw(index, example) if draw else example["image"]
+            triplet = viz.comparison(image, example["label"], prediction, classes.palette())
             Image.fromarray(triplet).save(path)
             images.append(
                 {
@@ -499,7 +502,7 @@ def write_evaluation(
     return {"boundary_f1": float("nan")} | scores | per_class
 
 
-def _initialise_from(source: str, state: TrainState, tx: Any) -> TrainState:
+def initialise_from(source: str, state: TrainState, tx: Any) -> TrainState:
     """Copies the parameters of equal name and shape from ``run:PATH``."""
     kind, _, path = source.partition(":")
     if kind != "run" or not path:
