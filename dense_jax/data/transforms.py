@@ -181,7 +181,7 @@ def mirrored(index: np.ndarray, size: int, mirror: Mirror) -> np.ndarray:
         return np.minimum(index, 2 * size - 1 - index)
     period = max(2 * (size - 1), 1)
     index = index % period
-    return np.minimum(index, period - index) if size > 1 else index
+    return np.minimum(index, period - index)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,162 @@
+"""Overlap-tile prediction without seams, and averages over turned and mirrored images.
+
+A prediction is a function ``(variables, images [B, H, W, C], sizes int32 [B, 2]) -> logits
+[B, H, W, K]``: ``sizes`` are heights and widths in front of the padding that made the images of a
+batch equally large. All functions here can be compiled; sizes are data, not shapes.
+
+Reference: Ronneberger, Fischer, Brox, "U-Net: convolutional networks for biomedical image
+segmentation", MICCAI 2015, arXiv:1505.04597, Figure 2 and Section 3.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+PredictFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
+Mirror = Literal["reflect", "symmetric"]
+Views = Literal["rot7", "d4"]
+
+# Turned and mirrored images, as (transposed first or not, [(rows, columns) mirrored or not, ...]).
+# The paper averages "7 rotated versions" and does not say which: here all of the square's
+# symmetries but the last, which mirrors at the other diagonal.
+_VIEWS: dict[Views, tuple[tuple[bool, tuple[tuple[bool, bool], ...]], ...]] = {
+    "rot7": (
+        (False, ((False, False), (True, True), (False, True), (True, False))),
+        (True, ((False, True), (True, False), (False, False))),
+    ),
+    "d4": (
+        (False, ((False, False), (True, True), (False, True), (True, False))),
+        (True, ((False, True), (True, False), (False, False), (True, True))),
+    ),
+}
+
+
+def overlap_tile(
+    model: nn.Module,
+    *,
+    tile: int,
+    context: int,
+    grid: int,
+    mirror: Mirror = "reflect",
+) -> PredictFn:
+    """Predicts images of any size in tiles that see ``context`` pixels of image on each side.
+
+    Missing context is mirrored at the true edges of each image. Output tiles of T = tile - 2
+    context pixels start at multiples of the largest step up to T that keeps the poolings of all
+    tiles in phase, a multiple of ``grid``; of the overlap the later tile is taken, nothing is
+    blended. If the network sees nothing but its tile (convolutions without padding), the result is
+    therefore that of one tile as large as the image, whatever ``tile`` is.
+
+    Args:
+      model: maps [B, tile, tile, C] to "logits" that are 2 context pixels smaller, or larger than
+        that, as those of a network with padding, which are cut.
+      tile: side of the network's input, in pixels.
+      context: how much larger on each side it is than what is kept of the output.
+      grid: stride of the network's deepest level.
+      mirror: "reflect" does not repeat the pixel at the edge, "symmetric" does.
+
+    Raises:
+      ValueError: the tile leaves less than one grid step of output.
+    """
+    out = tile - 2 * context
+    step = out - out % grid
+    if step < 1:
+        raise ValueError(
+            f"A tile of {tile} pixels keeps {out} of them; the network needs steps of {grid}: "
+            f"take at least {2 * context + grid}."
+        )
+
+    def predict(variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        batch, height, width, _ = images.shape
+        counts = -(-height // step), -(-width // step)
+        rows, columns = (
+            _mirrored(jnp.arange((n - 1) * step + tile) - context, sizes[:, axis], mirror)
+            for axis, n in enumerate(counts)
+        )
+        canvas = jax.vmap(lambda image, r, c: image[r][:, c])(images, rows, columns)
+
+        def one_tile(number: jax.Array) -> jax.Array:
+            top, left = number // counts[1] * step, number % counts[1] * step
+            zero = jnp.zeros_like(top)
+            inputs = lax.dynamic_slice(
+                canvas, (zero, top, left, zero), (batch, tile, tile, canvas.shape[3])
+            )
+            outputs: Any = model.apply(variables, inputs, train=False)
+            logits = outputs["logits"]
+            edge = (logits.shape[1] - out) // 2
+            return logits[:, edge : edge + step, edge : edge + step]
+
+        tiles = lax.map(one_tile, jnp.arange(counts[0] * counts[1]))
+        tiles = tiles.reshape(*counts, batch, step, step, -1).transpose(2, 0, 3, 1, 4, 5)
+        logits = tiles.reshape(batch, counts[0] * step, counts[1] * step, -1)
+        return logits[:, :height, :width]
+
+    return predict
+
+
+def _mirrored(index: jax.Array, size: jax.Array, mirror: Mirror) -> jax.Array:
+    """Returns [B, N]: which pixel of [0, size) a mirror at both ends shows at each index.
+
+    Args:
+      index: [N].
+      size: [B], at least 1; padding of a batch may be of size 0 and is treated as 1.
+      mirror: see `overlap_tile`.
+    """
+    index, size = index[None], jnp.maximum(size, 1)[:, None]
+    if mirror == "symmetric":
+        index = index % (2 * size)
+        return jnp.minimum(index, 2 * size - 1 - index)
+    period = jnp.maximum(2 * (size - 1), 1)
+    index = index % period
+    return jnp.minimum(index, period - index)
+
+
+def average_views(predict: PredictFn, views: Views) -> PredictFn:
+    """Averages the class probabilities of turned and mirrored images, turned back.
+
+    Args:
+      predict: sees the images as they would be if they had been taken that way: what is mirrored is
+        the picture inside its padding.
+      views: "d4", all 8 symmetries of the square, or "rot7", 7 of them (Section 4 of the paper).
+
+    Returns:
+      A prediction whose logits are log probabilities.
+    """
+    num_views = sum(len(flips) for _, flips in _VIEWS[views])
+
+    def average(variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        total = jnp.zeros((), jnp.float32)
+        for transposed, flips in _VIEWS[views]:
+            seen, seen_sizes = (
+                (images.swapaxes(1, 2), sizes[:, ::-1]) if transposed else (images, sizes)
+            )
+
+            def probabilities(
+                flip: jax.Array, seen: jax.Array = seen, seen_sizes: jax.Array = seen_sizes
+            ) -> jax.Array:
+                turn = functools.partial(_flip, sizes=seen_sizes, flip=flip)
+                return turn(jax.nn.softmax(predict(variables, turn(seen), seen_sizes)))
+
+            summed = jnp.sum(lax.map(probabilities, jnp.array(flips)), axis=0)
+            total = total + (summed.swapaxes(1, 2) if transposed else summed)
+        return jnp.log(jnp.maximum(total / num_views, jnp.finfo(jnp.float32).tiny))
+
+    return average
+
+
+def _flip(x: jax.Array, *, sizes: jax.Array, flip: jax.Array) -> jax.Array:
+    """Mirrors rows and columns (two booleans) of each picture inside its padding; its own inverse.
+
+    Padding stays padding: the pixels beyond a picture trade places among themselves.
+    """
+    places = []
+    for axis, length in enumerate(x.shape[1:3]):
+        index = jnp.arange(length)[None]
+        turned = (sizes[:, axis, None] - 1 - index) % length
+        places.append(jnp.where(flip[axis], turned, index))
+    return jax.vmap(lambda image, rows, columns: image[rows][:, columns])(x, *places)
