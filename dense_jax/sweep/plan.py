@@ -151,7 +151,8 @@ def _parse(module: types.ModuleType, words: Sequence[str]) -> RunConfig:
     try:
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
             return tyro.extras.overridable_config_cli(presets, args=list(words))
-    except SystemExit as error:  # tyro has drawn a box: its first paragraph is the reason
-        box = [line.strip("│ ") for line in told.getvalue().splitlines() if line[:1] == "│"]
-        reason = " ".join(itertools.takewhile(lambda line: line.strip("─"), box))
+    except SystemExit as error:
+        # tyro has printed a title, a rule, the reason, a blank line or rule, and advice.
+        blocks = re.split(r"\n[ -]*\n", told.getvalue().strip())
+        reason = " ".join(blocks[1].split())
         raise UserError(f"{reason.rstrip('.')} (in {shlex.join(words)})") from error

@@ -373,12 +373,12 @@ _FILES = ("table.md", "table.csv", "table.tex", "plot.svg")
 def _html_table(
     heads: Sequence[str], cells: Sequence[Sequence[str]], links: Sequence[str] = ()
 ) -> str:
-    """A table; ``links`` are a last column of HTML, the rest is plain text."""
-    top = "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "<th></th>" * bool(links)
+    """A table; ``links`` are a first column of HTML, the rest is plain text."""
+    top = "<th>Reports</th>" * bool(links) + "".join(f"<th>{html.escape(h)}</th>" for h in heads)
     body = []
     for i, row in enumerate(cells):
         line = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-        body.append(f"<tr>{line}{f'<td>{links[i]}</td>' if links else ''}</tr>")
+        body.append(f"<tr>{f'<td>{links[i]}</td>' if links else ''}{line}</tr>")
     return f'<div class="wide"><table><tr>{top}</tr>{"".join(body)}</table></div>'
 
 
