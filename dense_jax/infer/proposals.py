@@ -1,0 +1,192 @@
+"""Labels of an image from those of many boxes in it: cut, label, put back, aggregate.
+
+A box is (x1, y1, x2, y2) in pixels, between pixels: x2 - x1 is its width. Boxes are whole numbers
+in float32; all sizes of arrays are fixed, so that everything can be compiled.
+
+Reference: Noh, Hong, Han, ICCV 2015, arXiv:1505.04366, Section 5.1; the release's
+generate_EDeconvNet_CRF_results.m and preprocess_image_bb.m.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dense_jax.data import crops, pipeline
+from dense_jax.data.dataset import Source
+from dense_jax.data.transforms import Normalise, window
+
+Aggregate = Literal["max", "sum", "mean"]
+MaxInit = Literal["zero", "neg_inf"]
+
+
+def sliding_boxes(sizes: jax.Array) -> jax.Array:
+    """Returns boxes [B, 39, 4] over images of `sizes` [B, 2] (height, width), the largest first.
+
+    Those of `dense_jax.data.crops.sliding_windows`.
+    """
+    sides = sizes.astype(jnp.int32)[:, jnp.array([1, 0, 1, 0])]
+    boxes = (jnp.asarray(crops.relative_windows())[None] * sides[:, None] + 6) // 12
+    return boxes.astype(jnp.float32)
+
+
+def min_sides(boxes: jax.Array) -> jax.Array:
+    """Returns the shorter side of boxes [..., 4], [...]."""
+    return jnp.minimum(boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1])
+
+
+def crop_boxes(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
+    """Cuts one box out of each image and resizes it, [B, H, W, C] to [B, size, size, C].
+
+    Bilinear and, where a box shrinks, antialiased, as Pillow resizes training images and Matlab
+    those of the release. Outside of the image there is zero, the mean colour of a normalised
+    image; a box may leave it by as much as the image is wide or high.
+
+    Args:
+      images: [B, H, W, C].
+      boxes: [B, 4].
+      size: height and width of the result.
+    """
+
+    def weights(start: jax.Array, stop: jax.Array, length: int) -> jax.Array:
+        pixels = jnp.arange(-length, 2 * length, dtype=jnp.float32)
+        step = (stop - start) / size
+        centres = start + (jnp.arange(size, dtype=jnp.float32) + 0.5) * step - 0.5
+        inside = (pixels >= start) & (pixels < stop)
+        return _triangle(centres, pixels, step, inside[None])[:, length : 2 * length]
+
+    return _apply(weights, images, boxes, (images.shape[1], images.shape[2]))
+
+
+def paste_scores(
+    scores: jax.Array, boxes: jax.Array, size: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """Resizes scores to their boxes and puts these into images of `size`.
+
+    Args:
+      scores: [B, s, s, C].
+      boxes: [B, 4].
+      size: height and width of the images.
+
+    Returns:
+      [B, H, W, C], zero outside of the box, and bool [B, H, W], True inside.
+    """
+
+    def weights(start: jax.Array, stop: jax.Array, length: int) -> jax.Array:
+        pixels = jnp.arange(length, dtype=jnp.float32)
+        step = scores.shape[1] / jnp.maximum(stop - start, 1)
+        centres = (pixels + 0.5 - start) * step - 0.5
+        inside = (pixels >= start) & (pixels < stop)
+        taps = jnp.arange(scores.shape[1], dtype=jnp.float32)
+        return _triangle(centres, taps, step, inside[:, None])
+
+    ys, xs = (jnp.arange(n, dtype=jnp.float32)[None] for n in size)
+    x1, y1, x2, y2 = (boxes[:, i : i + 1] for i in range(4))
+    rows, columns = (ys >= y1) & (ys < y2), (xs >= x1) & (xs < x2)
+    return _apply(weights, scores, boxes, size), rows[:, :, None] & columns[:, None, :]
+
+
+def _triangle(centres: jax.Array, at: jax.Array, step: jax.Array, inside: jax.Array) -> jax.Array:
+    """Returns weights [N, M] of values at `at` for outputs at `centres`; rows sum to 1 or 0."""
+    distance = jnp.abs(centres[:, None] - at[None]) / jnp.maximum(step, 1)
+    weights = jnp.where(inside, jnp.maximum(1 - distance, 0), 0)
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1)
+
+
+def _apply(weights: Callable, x: jax.Array, boxes: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Multiplies the rows and columns of each x [B, h, w, C] by `weights` of its box."""
+    height, width = size
+    rows = jax.vmap(lambda box: weights(box[1], box[3], height))(boxes)
+    columns = jax.vmap(lambda box: weights(box[0], box[2], width))(boxes)
+    x = jnp.einsum("buh,bhwc->buwc", rows, x.astype(jnp.float32), precision="highest")
+    return jnp.einsum("bvw,buwc->buvc", columns, x, precision="highest")
+
+
+def aggregate(
+    score_fn: Callable[[jax.Array], jax.Array],
+    images: jax.Array,
+    boxes: jax.Array,
+    valid: jax.Array,
+    *,
+    size: int,
+    how: Aggregate = "max",
+    max_init: MaxInit = "zero",
+) -> jax.Array:
+    """Scores of images from those of boxes in them, one box of every image at a time.
+
+    Args:
+      score_fn: the network, [B, size, size, C] to scores [B, size, size, classes].
+      images: [B, H, W, C].
+      boxes: [B, N, 4].
+      valid: bool [B, N]; other boxes are left out.
+      size: height and width that the network sees boxes at.
+      how: over the boxes that cover a pixel, the elementwise maximum, the sum or the mean.
+      max_init: "zero" starts the maximum at zero as the release does, which no class can fall
+        below; "neg_inf" takes the maximum of the scores alone.
+
+    Returns:
+      Float32 [B, H, W, classes]. Where no box is, all are zero: the label is the first class.
+    """
+    image_size = (images.shape[1], images.shape[2])
+    crop = jax.ShapeDtypeStruct((len(images), size, size, images.shape[3]), jnp.float32)
+    num_classes = jax.eval_shape(score_fn, crop).shape[-1]
+    start = -jnp.inf if how == "max" and max_init == "neg_inf" else 0.0
+
+    def add(total: jax.Array, count: jax.Array, box: jax.Array, is_valid: jax.Array) -> tuple:
+        scores = score_fn(crop_boxes(images, box, size))
+        pasted, inside = paste_scores(scores, box, image_size)
+        inside &= is_valid.reshape(-1, 1, 1)
+        new = jnp.maximum(total, pasted) if how == "max" else total + pasted
+        return jnp.where(inside[..., None], new, total), count + inside.astype(jnp.int32)
+
+    def step(carry: tuple, item: tuple) -> tuple[tuple, None]:
+        box, is_valid = item
+        return lax.cond(jnp.any(is_valid), add, lambda *args: args[:2], *carry, box, is_valid), None
+
+    carry = (
+        jnp.full((len(images), *image_size, num_classes), start, jnp.float32),
+        jnp.zeros((len(images), *image_size), jnp.int32),
+    )
+    (total, count), _ = lax.scan(step, carry, (boxes.swapaxes(0, 1), valid.T))
+    if how == "mean":
+        total /= jnp.maximum(count, 1)[..., None].astype(jnp.float32)
+    return jnp.where(count[..., None] > 0, total, 0)
+
+
+def label_images(
+    score: Callable[..., jax.Array],
+    variables: Any,
+    source: Source,
+    boxes: Sequence[Sequence[crops.Box]],
+    *,
+    normalisation: str,
+    num: int,
+    min_side: int,
+) -> Iterator[np.ndarray]:
+    """Yields the labels [H, W] of every image from boxes of its own.
+
+    Args:
+      score: (variables, images [1, H, W, C], boxes [1, num, 4], valid [1, num]) -> scores.
+      variables: of the network.
+      source: the images.
+      boxes: of each image, best first.
+      normalisation: a name in `dense_jax.data.transforms.NORMALISATIONS`.
+      num: how many boxes an image has at most; smaller ones than `min_side` do not count.
+      min_side: least shorter side of a box, in pixels.
+    """
+    label = jax.jit(lambda *inputs: jnp.argmax(score(*inputs)[0], axis=-1))
+    sizes, normalise = [source.size(i) for i in range(len(source))], Normalise(normalisation)
+    shape_of = pipeline.padded_shapes(sizes, multiple=32, max_shapes=4)
+    for index, (height, width) in enumerate(sizes):
+        found = np.array(boxes[index], np.float32).reshape(-1, 4)
+        found = found[(found[:, 2:] - found[:, :2]).min(axis=1) >= min_side][:num]
+        filled = np.zeros((1, num, 4), np.float32)
+        filled[0, : len(found)] = found
+        valid = np.arange(num)[None] < len(found)
+        example = window(normalise(source[index]), 0, 0, shape_of[height, width])
+        labels = label(variables, example["image"][None], filled, valid)
+        yield np.asarray(labels)[:height, :width]
