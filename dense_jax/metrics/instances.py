@@ -30,8 +30,8 @@ def from_semantic(
     Args:
       prediction: [H, W] integer class ids.
       object_class: the class whose components are objects.
-      border_class: a class that was cut out of touching objects; each of its pixels beside an
-        object goes to the nearest one, and so on inwards, after the components were taken.
+      border_class: a class that was cut out of touching objects; after the components were taken,
+        those of its pixels that connect to an object go to the nearest one.
       connectivity: whether a diagonal contact joins (8) or not (4).
       min_size: components of fewer pixels are dropped, before borders are given back.
 
