@@ -152,10 +152,11 @@ def thin_borders(inside: np.ndarray) -> np.ndarray:
 
 
 def _joint(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts inside the true cells: of overlaps p_ij (i, j >= 1), and of the cells on either side.
+    """Counts of pixels inside the true cells, for all cells that have any.
 
-    The first and the last list (b_j, j >= 1) count pixels of the prediction's cells only; a true
-    cell's a_i counts its pixels on the prediction's borders too.
+    Returns:
+      Of each overlap of a true and a predicted cell, of each true cell (with its pixels on the
+      prediction's borders) and of each predicted cell.
     """
     scored = truth > 0
     ones = np.ones(np.count_nonzero(scored), np.int64)
