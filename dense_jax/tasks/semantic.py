@@ -113,21 +113,27 @@ def cross_entropy_loss(
 
 
 def whole_image(
-    model: nn.Module, scale: float = 1.0, rngs: dict[str, jax.Array] | None = None
+    model: nn.Module,
+    scale: float = 1.0,
+    rngs: dict[str, jax.Array] | None = None,
+    *,
+    sized: bool = False,
 ) -> PredictFn:
     """One pass over the images, which the network sees at ``scale``.
 
     A network trained on images of half size predicts on images of half size; its logits are then
-    enlarged bilinearly, so that labels are never resized. ``rngs`` are for networks that draw.
+    enlarged bilinearly, so that labels are never resized. ``rngs`` are for networks that draw,
+    and ``sized`` ones are told which part of an image is not padding.
     """
 
     def predict(variables: Variables, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        del sizes  # padding is labelled too, and cut off afterwards
+        # Padding is labelled too, and cut off afterwards.
+        extra: Any = {"sizes": sizes.astype(jnp.float32) * scale} if sized else {}
         size = (images.shape[1], images.shape[2])
         if scale != 1.0:
             small = [max(1, round(side * scale)) for side in size]
             images = jax.image.resize(images, (len(images), *small, images.shape[3]), "linear")
-        outputs: Any = model.apply(variables, images, train=False, rngs=rngs)
+        outputs: Any = model.apply(variables, images, train=False, rngs=rngs, **extra)
         logits = outputs["logits"]
         return logits if scale == 1.0 else resize_bilinear(logits, size, align_corners=False)
 
