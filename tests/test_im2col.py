@@ -30,6 +30,7 @@ SETTINGS = [
 def _small_blocks(monkeypatch):
     """Images that a test can afford then take several blocks, as large ones do."""
     monkeypatch.setattr(im2col, "_BLOCK", 2**12)
+    monkeypatch.setattr(im2col, "_SHARED_BLOCK", 2**11)
 
 
 def arrays(size, channels, features, kernel_size, groups, dtype=np.float64):
@@ -85,6 +86,10 @@ def test_matrix_forms_equal_one_call_to_lax(setting):
         actual = im2col.input_gradient(grad, kernel, size, w)
         np.testing.assert_allclose(actual, x_grad, atol=1e-11)
         np.testing.assert_allclose(im2col.kernel_gradient(x, grad, w), kernel_grad, atol=1e-10)
+        # The transpose takes `grad` for its input, and `x` for the gradient of its output.
+        actual, swapped = im2col.transposed_gradients(grad, kernel.swapaxes(2, 3), x, w)
+        np.testing.assert_allclose(actual, expected, atol=1e-12)
+        np.testing.assert_allclose(swapped.swapaxes(2, 3), kernel_grad, atol=1e-10)
 
 
 def test_columns_of_a_hand_worked_image():

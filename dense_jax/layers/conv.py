@@ -201,11 +201,11 @@ def _up_conv_bwd(w, groups, residuals, grad):
         return stock(x, kernel, grad)
 
     def on_cpu(x, kernel, grad):
-        if groups > 1 or w.kernel_size == w.strides:
-            return _tiled_up_conv_gradients(x, kernel, grad, w, groups)
-        # Where copies overlap, the convolution of which this is the transpose is faster still.
-        x_grad = _lax_conv(grad, kernel.swapaxes(2, 3), w, 1)
-        return x_grad, im2col.kernel_gradient(grad, x, w).swapaxes(2, 3)
+        if groups == x.shape[3] == kernel.shape[3]:
+            return _depthwise_up_conv_gradients(x, kernel, grad, w)
+        dense, back = jax.vjp(functools.partial(_without_groups, groups=groups), kernel)
+        x_grad, kernel_grad = im2col.transposed_gradients(x, dense, grad, w)
+        return x_grad, back(kernel_grad)[0]
 
     return lax.platform_dependent(x, kernel, grad, cpu=on_cpu, default=stock)
 
@@ -280,32 +280,31 @@ def _tiled_up_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> 
     return im2col.pad(y, ((-edges[0][0], -edges[0][1]), (-edges[1][0], -edges[1][1])))
 
 
-def _tiled_up_conv_gradients(
-    x: jax.Array, kernel: jax.Array, grad: jax.Array, w: Windows, groups: int
+def _depthwise_up_conv_gradients(
+    x: jax.Array, kernel: jax.Array, grad: jax.Array, w: Windows
 ) -> tuple[jax.Array, jax.Array]:
-    (sh, sw), (batch, _, _, channels), features = w.strides, x.shape, kernel.shape[3]
-    full, back = jax.vjp(lambda k: _without_dilation(_without_groups(k, groups), w), kernel)
+    """Both gradients as one matrix product a channel, with the blocks that the tiles fill."""
+    (sh, sw), channels = w.strides, x.shape[3]
+    full, back = jax.vjp(functools.partial(_without_dilation, w=w), kernel)
     kh, kw = full.shape[:2]
     tiles = _Tiles.of(x, (kh, kw), w)
     (th, tw), (rows, columns), edges = tiles
-    grad = im2col.pad(grad, edges).reshape(batch, rows, sh, columns, sw, features)
-    grad = grad.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
-
-    # Both gradients are one matrix product with the gradient of the blocks, [.., (sh, sw, C_out)]:
-    # the inputs that reach a block times it, and it times the tiles, brought back to the inputs.
-    reach = jnp.concatenate([im2col.pad(x, shift) for _, shift in tiles.shifts()], axis=-1)
-    kernel_grad = jnp.einsum("bhwi,bhwo->io", reach, grad)
-    kernel_grad = kernel_grad.reshape(th, tw, channels, sh, sw, features)
-    kernel_grad = kernel_grad.transpose(0, 3, 1, 4, 2, 5).reshape(th * sh, tw * sw, channels, -1)
+    blocks = im2col.pad(grad, edges).reshape(-1, rows, sh, columns, sw, channels)
+    blocks = blocks.transpose(5, 0, 1, 3, 2, 4).reshape(channels, -1, sh * sw)
+    reach = jnp.stack([im2col.pad(x, shift) for _, shift in tiles.shifts()], axis=-1)
+    reach = reach.transpose(3, 0, 1, 2, 4).reshape(channels, -1, th * tw)
+    kernel_grad = jnp.einsum("cni,cno->cio", reach, blocks)
+    kernel_grad = kernel_grad.reshape(channels, th, tw, sh, sw).transpose(1, 3, 2, 4, 0)
+    kernel_grad = kernel_grad.reshape(th * sh, tw * sw, 1, channels)
 
     full = lax.pad(
         full, jnp.zeros((), x.dtype), [(0, th * sh - kh, 0), (0, tw * sw - kw, 0), *_WHOLE]
     )
-    full = full.reshape(th, sh, tw, sw, channels, features).transpose(1, 3, 5, 0, 2, 4)
-    parts = jnp.einsum("bhwo,oi->bhwi", grad, full.reshape(sh * sw * features, -1))
+    full = full.reshape(th, sh, tw, sw, channels).transpose(4, 1, 3, 0, 2)
+    parts = jnp.einsum("cno,coi->cni", blocks, full.reshape(channels, sh * sw, -1))
+    parts = parts.reshape(channels, -1, rows, columns, th * tw).transpose(4, 1, 2, 3, 0)
     x_grad = jnp.zeros((), x.dtype)
-    for i, (_, ((top, bottom), (left, right))) in enumerate(tiles.shifts()):
-        part = lax.slice_in_dim(parts, i * channels, (i + 1) * channels, axis=3)
+    for part, (_, ((top, bottom), (left, right))) in zip(parts, tiles.shifts(), strict=True):
         x_grad = x_grad + im2col.pad(part, ((-top, -bottom), (-left, -right)))
     return x_grad, back(kernel_grad[:kh, :kw])[0]
 

@@ -14,7 +14,7 @@ processing", IWFHR 2006; Dumoulin, Visin, arXiv:1603.07285, Section 4.1.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -23,7 +23,8 @@ from jax import lax
 
 Pair = tuple[int, int]
 
-_BLOCK = 2**20  # Values of a block of windows: with its product, what a core's caches hold.
+# Values of a block of windows: with its products, one or two, what a core's caches hold.
+_BLOCK, _SHARED_BLOCK = 2**20, 2**19
 
 
 class Windows(NamedTuple):
@@ -103,32 +104,91 @@ def input_gradient(grad: jax.Array, kernel: jax.Array, image_size: Pair, w: Wind
     return col2im(columns.reshape(*grad.shape[:3], -1), image_size, w)
 
 
-def kernel_gradient(x: jax.Array, grad: jax.Array, w: Windows) -> jax.Array:
-    """Returns the gradient [kh, kw, C, C_out] of a convolution; a block of rows at a time.
+class _Blocks(NamedTuple):
+    """Windows of an image beside the pixels of the smaller map that they belong to, by rows.
 
-    Blocks bound the memory, which the columns of a whole image exceed kh kw times, and keep both
-    operands of each product in the cache.
+    Blocks bound the memory, which the windows of a whole image exceed kh kw times, and keep all
+    operands of a product in the cache.
     """
-    batch, rows, columns, features = grad.shape
-    size = w.kernel_size[0] * w.kernel_size[1] * x.shape[3]
-    height = min(rows, max(1, _BLOCK // (columns * size)))  # output rows of a block
-    blocks = -(-rows // height)
-    grad = pad(grad, ((0, blocks * height - rows), (0, 0)))
-    span = (height - 1) * w.strides[0] + w.dilation[0] * (w.kernel_size[0] - 1) + 1
-    reach = ((blocks - 1) * height) * w.strides[0] + span
-    x = pad(x, w.padding)
-    x = pad(x, ((0, reach - x.shape[1]), (0, 0)))
-    inside = w._replace(padding=((0, 0), (0, 0)))
+
+    number: int
+    height: int  # Rows of the smaller map in a block; the last block of an image may reach over.
+    # Number of a block to (its corner (image, row), its pixels [n, C'], its windows [n, kh kw C]).
+    read: Callable[[jax.Array], tuple[Pair, jax.Array, jax.Array]]
+
+    @classmethod
+    def of(cls, small: jax.Array, image: jax.Array, w: Windows, block: int) -> "_Blocks":
+        batch, rows, columns, features = small.shape
+        size = w.kernel_size[0] * w.kernel_size[1] * image.shape[3]
+        height = min(rows, max(1, block // (columns * size)))
+        blocks = -(-rows // height)
+        small = pad(small, ((0, blocks * height - rows), (0, 0)))
+        span = (height - 1) * w.strides[0] + w.dilation[0] * (w.kernel_size[0] - 1) + 1
+        reach = ((blocks - 1) * height) * w.strides[0] + span
+        image = pad(image, w.padding)
+        image = pad(image, ((0, reach - image.shape[1]), (0, 0)))
+        inside = w._replace(padding=((0, 0), (0, 0)))
+
+        def read(i):
+            at, row = i // blocks, (i % blocks) * height
+            pixels = lax.dynamic_slice(small, (at, row, 0, 0), (1, height, columns, features))
+            start = (at, row * w.strides[0], 0, 0)
+            windows = im2col(lax.dynamic_slice(image, start, (1, span, *image.shape[2:])), inside)
+            return (at, row), pixels.reshape(-1, features), windows.reshape(-1, size)
+
+        return cls(batch * blocks, height, read)
+
+
+def _accumulator(rows: int, columns: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    is_short = jnp.dtype(dtype).itemsize < 4  # bfloat16 forgets small terms of a long sum
+    return jnp.zeros((rows, columns), jnp.float32 if is_short else dtype)
+
+
+def kernel_gradient(x: jax.Array, grad: jax.Array, w: Windows) -> jax.Array:
+    """Returns the gradient [kh, kw, C, C_out] of a convolution; a block of rows at a time."""
+    blocks = _Blocks.of(grad, x, w, _BLOCK)
 
     def add_block(i: jax.Array, total: jax.Array) -> jax.Array:
-        image, row = i // blocks, (i % blocks) * height
-        here = lax.dynamic_slice(grad, (image, row, 0, 0), (1, height, columns, features))
-        start = (image, row * w.strides[0], 0, 0)
-        window = im2col(lax.dynamic_slice(x, start, (1, span, *x.shape[2:])), inside)
-        product = here.reshape(-1, features).T @ window.reshape(-1, window.shape[3])
-        return total + product.astype(total.dtype)
+        _, pixels, windows = blocks.read(i)
+        return total + (pixels.T @ windows).astype(total.dtype)
 
-    dtype = jnp.float32 if grad.dtype.itemsize < 4 else grad.dtype  # bfloat16 forgets small terms
-    zeros = jnp.zeros((features, size), dtype)
-    total = lax.fori_loop(0, batch * blocks, add_block, zeros)
+    features, size = grad.shape[3], w.kernel_size[0] * w.kernel_size[1] * x.shape[3]
+    total = lax.fori_loop(0, blocks.number, add_block, _accumulator(features, size, grad.dtype))
     return total.T.reshape(*w.kernel_size, x.shape[3], features).astype(grad.dtype)
+
+
+def transposed_gradients(
+    x: jax.Array, kernel: jax.Array, grad: jax.Array, w: Windows
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of the transpose of a convolution, from one walk over its windows.
+
+    That of the input is a convolution of `grad`, that of the kernel a product of the same windows
+    with the input.
+
+    Args:
+      x: input of the transpose, [B, H', W', C].
+      kernel: [kh, kw, C, C_out].
+      grad: gradient of its output, [B, H, W, C_out].
+      w: the windows on the output.
+
+    Returns:
+      Gradients in the shapes of `x` and `kernel`.
+    """
+    rows, channels, features = x.shape[1], x.shape[3], grad.shape[3]
+    size = w.kernel_size[0] * w.kernel_size[1] * features
+    matrix = kernel.swapaxes(2, 3).reshape(size, channels)
+    blocks = _Blocks.of(x, grad, w, _SHARED_BLOCK)
+
+    def add_block(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x_grad, total = sums
+        corner, pixels, windows = blocks.read(i)
+        total += (pixels.T @ windows).astype(total.dtype)
+        part = (windows @ matrix).reshape(1, blocks.height, *x.shape[2:])
+        return lax.dynamic_update_slice(x_grad, part, (*corner, 0, 0)), total
+
+    high = -(-rows // blocks.height) * blocks.height
+    start = jnp.zeros((len(x), high, *x.shape[2:]), x.dtype)
+    start = (start, _accumulator(channels, size, x.dtype))
+    x_grad, total = lax.fori_loop(0, blocks.number, add_block, start)
+    kernel_grad = total.reshape(channels, *w.kernel_size, features).transpose(1, 2, 0, 3)
+    return x_grad[:, :rows], kernel_grad.astype(kernel.dtype)

@@ -1,9 +1,10 @@
 """Max pooling, pooling that remembers where its maxima were, and unpooling.
 
-A switch is the place of a maximum, row * W + column in the input. On CPUs XLA's gradient of
-`reduce_window` and its scatters are slow, so a window is read here as a handful of strided slices
-(`_taps`), and values are put at their switches by comparing, at each pixel, its own number with
-the switches of the few windows that cover it (`_place`). The gradient of pooling is unpooling.
+Inside, a maximum is remembered by its place in the window, row * width + column, in one byte: that
+is all a gradient keeps. What callers see are switches, its place in the image. On CPUs XLA's
+gradient of `reduce_window` and its scatters are slow, so a window is read here as a handful of
+strided slices (`_taps`), and values are put in place by comparing, at each pixel, its place in the
+few windows that cover it with theirs (`_place`). The gradient of pooling is unpooling.
 """
 
 import functools
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Pair = tuple[int, int]
@@ -65,39 +67,56 @@ class _Windows(NamedTuple):
                 raise ValueError(f"The last window of stride {stride} on {size} pixels is empty.")
         return cls(image, (counts[0], counts[1]), window, strides, padding)
 
-    def numbers(self, rows: jax.Array, columns: jax.Array) -> jax.Array:
-        """Returns row * W + column of the pixels in the given rows and columns of the padding."""
-        return (rows - self.padding[0]) * self.image[1] + columns - self.padding[1]
+    @property
+    def area(self) -> int:
+        """The number of places in a window."""
+        return self.window[0] * self.window[1]
+
+    @property
+    def dtype(self) -> jax.typing.DTypeLike:
+        """The type of places; their number and the next one fit too, and stand for no place."""
+        return jnp.uint8 if self.area < 255 else jnp.int32
+
+    def corners(self) -> tuple[jax.Array, jax.Array]:
+        """Returns row [1, H', 1, 1] and column [1, 1, W', 1] of each window's first pixel."""
+        rows, columns = (
+            jnp.arange(n, dtype=jnp.int32) * s - p
+            for n, s, p in zip(self.counts, self.strides, self.padding, strict=True)
+        )
+        return rows.reshape(1, -1, 1, 1), columns.reshape(1, 1, -1, 1)
+
+    def switches(self, places: jax.Array) -> jax.Array:
+        """Turns places in windows into switches, row * W + column of the image."""
+        (rows, columns), places = self.corners(), places.astype(jnp.int32)
+        rows = rows + places // self.window[1]
+        return rows * self.image[1] + columns + places % self.window[1]
+
+    def places(self, switches: jax.Array) -> jax.Array:
+        """Inverts `switches`; one outside of its window becomes `area`, which is no place."""
+        (rows, columns), width = self.corners(), self.image[1]
+        row = switches // width - rows
+        column = switches % width - columns
+        is_inside = (row >= 0) & (row < self.window[0]) & (column >= 0) & (column < self.window[1])
+        places = row * self.window[1] + column
+        return jnp.where(is_inside, places, self.area).astype(self.dtype)
 
 
-def _taps(x: jax.Array, fill: float, w: _Windows) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yields, for each place in the window, the pixel's number [1, H', W', 1] and its value.
-
-    A place in the padding has the number of the nearest pixel: it must not win with another's.
-    """
+def _taps(x: jax.Array, fill: float, w: _Windows) -> Iterator[jax.Array]:
+    """Yields what each place in the window reads, [B, H', W', C], in reading order."""
     after = [
         (n - 1) * s + k - size - p
         for size, n, k, s, p in zip(w.image, w.counts, w.window, w.strides, w.padding, strict=True)
     ]
     edges = [(0, 0, 0), (w.padding[0], after[0], 0), (w.padding[1], after[1], 0), (0, 0, 0)]
     x = lax.pad(x, jnp.array(fill, x.dtype), edges)
-    (top, left), (height, width) = w.padding, w.image
-    rows, columns = (
-        jnp.arange(n, dtype=jnp.int32) * s for n, s in zip(w.counts, w.strides, strict=True)
-    )
     for i, j in itertools.product(range(w.window[0]), range(w.window[1])):
         stop = (i + (w.counts[0] - 1) * w.strides[0] + 1, j + (w.counts[1] - 1) * w.strides[1] + 1)
-        values = lax.slice(x, (0, i, j, 0), (len(x), *stop, x.shape[3]), (1, *w.strides, 1))
-        numbers = w.numbers(
-            jnp.clip(rows + i, top, top + height - 1).reshape(1, -1, 1, 1),
-            jnp.clip(columns + j, left, left + width - 1).reshape(1, 1, -1, 1),
-        )
-        yield numbers, values
+        yield lax.slice(x, (0, i, j, 0), (len(x), *stop, x.shape[3]), (1, *w.strides, 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _place(x: jax.Array, switches: jax.Array, w: _Windows) -> jax.Array:
-    """Sums the values of all windows at their switches, [B, H', W', C] to [B, H, W, C].
+def _place(x: jax.Array, places: jax.Array, w: _Windows) -> jax.Array:
+    """Sums the values of all windows at their places, [B, H', W', C] to [B, H, W, C].
 
     The (padded) image is cut into blocks of one stride: row r of block n is row a * stride + r of
     window n - a, for a below the number of windows that overlap.
@@ -105,20 +124,22 @@ def _place(x: jax.Array, switches: jax.Array, w: _Windows) -> jax.Array:
     (sh, sw), channels = w.strides, x.shape[3]
     overlaps = [-(-k // s) for k, s in zip(w.window, w.strides, strict=True)]
     rows, columns = (n + o - 1 for n, o in zip(w.counts, overlaps, strict=True))
-    numbers = w.numbers(
-        jnp.arange(rows * sh, dtype=jnp.int32).reshape(1, rows, sh, 1, 1, 1),
-        jnp.arange(columns * sw, dtype=jnp.int32).reshape(1, 1, 1, columns, sw, 1),
-    )
-    # One ring of windows with switch -1 and value 0, which fill nothing. The barrier keeps XLA from
-    # testing for the ring at every pixel.
+    # One ring of windows that fill nothing. The barrier keeps XLA from testing for the ring at
+    # every pixel.
     ring = [(0, 0, 0), *((o - 1, o - 1, 0) for o in overlaps), (0, 0, 0)]
     if overlaps != [1, 1]:
         x = lax.pad(x, jnp.zeros((), x.dtype), ring)
-        x, switches = lax.optimization_barrier((x, lax.pad(switches, jnp.int32(-1), ring)))
+        places = lax.pad(places, jnp.array(w.area, places.dtype), ring)
+        x, places = lax.optimization_barrier((x, places))
     blocks = jnp.zeros((), x.dtype)
     for a, b in itertools.product(range(overlaps[0]), range(overlaps[1])):
-        window = (slice(None), slice(a, a + rows), None, slice(b, b + columns), None)
-        blocks = blocks + jnp.where(switches[window] == numbers, x[window], 0)
+        top, left = (o - 1 - i for o, i in zip(overlaps, (a, b), strict=True))
+        window = (slice(None), slice(top, top + rows), None, slice(left, left + columns), None)
+        row, column = np.mgrid[a * sh : (a + 1) * sh, b * sw : (b + 1) * sw]
+        is_inside = (row < w.window[0]) & (column < w.window[1])
+        here = np.where(is_inside, row * w.window[1] + column, w.area + 1).astype(w.dtype)
+        here = here.reshape(1, 1, sh, 1, sw, 1)
+        blocks = blocks + jnp.where(places[window] == here, x[window], 0)
     image = blocks.reshape(len(x), rows * sh, columns * sw, channels)
     edges = [
         (-p, p + size - have, 0)
@@ -127,13 +148,14 @@ def _place(x: jax.Array, switches: jax.Array, w: _Windows) -> jax.Array:
     return lax.pad(image, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
 
 
-def _place_fwd(x, switches, w):
-    return _place(x, switches, w), switches
+def _place_fwd(x, places, w):
+    return _place(x, places, w), places
 
 
-def _place_bwd(w, switches, grad):
-    taps = (jnp.where(switches == number, value, 0) for number, value in _taps(grad, 0.0, w))
-    return functools.reduce(jnp.add, taps), None
+def _place_bwd(w, places, grad):
+    taps = enumerate(_taps(grad, 0.0, w))
+    terms = (jnp.where(places == jnp.array(i, w.dtype), tap, 0) for i, tap in taps)
+    return functools.reduce(jnp.add, terms), None
 
 
 _place.defvjp(_place_fwd, _place_bwd)
@@ -141,23 +163,26 @@ _place.defvjp(_place_fwd, _place_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _pool(x: jax.Array, w: _Windows) -> tuple[jax.Array, jax.Array]:
-    taps = _taps(x, -jnp.inf, w)
-    number, best = next(taps)
-    switches = jnp.broadcast_to(number, best.shape)
-    for number, values in taps:
-        # Strictly greater: of equal values the first wins, as in torch and select-and-scatter.
-        switches = jnp.where(values > best, number, switches)
+    """Returns the maxima and their places."""
+    first, *taps = _taps(x, -jnp.inf, w)
+    # Strictly greater: of equal values the first wins, as in torch and select-and-scatter. Padding
+    # never wins, not even where a window is minus infinity throughout.
+    rows, columns = (jnp.maximum(-corner, 0) for corner in w.corners())
+    places = (rows * w.window[1] + columns).astype(w.dtype)
+    places, best = jnp.broadcast_to(places, first.shape), first
+    for i, values in enumerate(taps, start=1):
+        places = jnp.where(values > best, jnp.array(i, w.dtype), places)
         best = jnp.maximum(best, values)
-    return best, switches
+    return best, places
 
 
 def _pool_fwd(x, w):
-    pooled, switches = _pool(x, w)
-    return (pooled, switches), switches
+    pooled, places = _pool(x, w)
+    return (pooled, places), places
 
 
-def _pool_bwd(w, switches, grads):
-    return (_place(grads[0], switches, w),)
+def _pool_bwd(w, places, grads):
+    return (_place(grads[0], places, w),)
 
 
 _pool.defvjp(_pool_fwd, _pool_bwd)
@@ -182,7 +207,7 @@ def max_pool(
     Raises:
       ValueError: x is not [B, H, W, C], or no window fits.
     """
-    return max_pool_with_switches(x, window, strides, padding, ceil)[0]
+    return _pool(x, _over(x, window, strides, padding, ceil))[0]
 
 
 def max_pool_with_switches(
@@ -197,9 +222,15 @@ def max_pool_with_switches(
     A place is row * W + column in the unpadded input (torch's `return_indices`); of equal values
     the first in reading order is taken. The arguments are those of `max_pool`.
     """
+    w = _over(x, window, strides, padding, ceil)
+    pooled, places = _pool(x, w)
+    return pooled, w.switches(places)
+
+
+def _over(x: jax.Array, *geometry) -> _Windows:
     if x.ndim != 4:
         raise ValueError(f"Expected [B, H, W, C], received {x.shape}.")
-    return _pool(x, _Windows.over((x.shape[1], x.shape[2]), window, strides, padding, ceil))
+    return _Windows.over((x.shape[1], x.shape[2]), *geometry)
 
 
 def max_unpool(
@@ -236,5 +267,5 @@ def max_unpool(
     for ceil in (False, True):
         w = _Windows.over((height, width), window, strides, padding, ceil)
         if w.counts == (rows, columns):
-            return _place(x, switches, w)
+            return _place(x, w.places(switches), w)
     raise ValueError(f"Pooling {output_size} by {window} does not give {(rows, columns)}.")
