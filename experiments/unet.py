@@ -14,6 +14,7 @@ are those of the mean over pixels; the paper's sum is --loss-norm=sum.
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Literal
 
@@ -96,14 +97,11 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         """Raises UserError for values that no network or batch can have."""
         super().__post_init__()
-        for name, least in (("width", 1), ("ridge", 0), ("elastic_grid", 2)):
-            if getattr(self, name) < least:
+        least = {"width": 1, "ridge": 0, "elastic_grid": 2, "w0": 0, "elastic_std": 0}
+        for name, value in (least | {"grey_jitter": 0}).items():
+            if getattr(self, name) < value:
                 flag = name.replace("_", "-")
-                raise UserError(f"--{flag}={getattr(self, name)}: give at least {least}")
-        for name in ("w0", "elastic_std", "grey_jitter"):
-            if getattr(self, name) < 0:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag}={getattr(self, name)}: give 0 or more")
+                raise UserError(f"--{flag}={getattr(self, name)}: give {value} or more")
         if self.sigma <= 0:
             raise UserError(f"--sigma={self.sigma}: give a width above 0")
         if not 0 <= self.dropout_rate < 1:
@@ -254,21 +252,16 @@ def extra_scores(
     predict: semantic.PredictFn,
     variables: semantic.Variables,
     source: Source,
+    draw_in: pathlib.Path | None = None,
 ) -> dict[str, float]:
-    """Scores of objects and membranes, on the datasets that have them."""
+    """Scores of objects and membranes, on the datasets that have them; draws them in a folder."""
     if config.dataset not in _CELLS:
         return {}
-    return _measure(config, predict, variables, source).scores
-
-
-def _measure(
-    config: Config,
-    predict: semantic.PredictFn,
-    variables: semantic.Variables,
-    source: Source,
-) -> cells.Cells:
     membranes = config.dataset == "em_membrane"
-    return cells.measure(predict, variables, source, config, membranes=membranes)
+    found = cells.measure(predict, variables, source, config, membranes=membranes)
+    if draw_in is not None:
+        found.write(draw_in, source)
+    return found.scores
 
 
 def check_images(config: Config, model: UNet, source: Source) -> None:
@@ -285,24 +278,18 @@ def main(config: Config) -> TrainState:
     model, transforms = build_model(config, dataset.classes.num_classes), build_transforms(config)
     check_images(config, model, dataset.split("train"))
     predict, folder = build_predict(config, model), pathlib.Path(config.workdir or "")
-
-    def measure(variables: semantic.Variables, source: Source) -> dict[str, float]:
-        if config.dataset not in _CELLS:
-            return {}
-        found = _measure(config, predict, variables, source)
-        found.write(folder, source)
-        cells.write_training_pictures(folder, dataset.split("train"), transforms)
-        return found.scores
-
-    return semantic.train_and_evaluate(
+    state = semantic.train_and_evaluate(
         config,
         model,
         dataset,
         transforms,
         predict=predict,
         test_time=test_time(config),
-        extra_scores=measure,
+        extra_scores=functools.partial(extra_scores, config, predict, draw_in=folder),
     )
+    if config.dataset in _CELLS:
+        cells.write_training_pictures(folder, dataset.split("train"), transforms)
+    return state
 
 
 if __name__ == "__main__":
