@@ -1,10 +1,18 @@
 """The guide's formulas against the layers, and the pictures against the arithmetic."""
 
+import collections
+import pathlib
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 
-from dense_jax.analysis import arithmetic
+from dense_jax.analysis import arithmetic, figures
 from dense_jax.analysis.arithmetic import INSERTED, PADDING, RELATIONSHIPS, Layer
+from dense_jax.analysis.drawing import Drawing, mix
+from experiments import conv_arithmetic
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 # The worked example of the guide's first figure.
 IMAGE = np.array(
@@ -161,3 +169,80 @@ def test_copies_are_weighted_kernels_that_sum_to_the_output():
     overlap = arithmetic.overlap(layer)
     np.testing.assert_array_equal(overlap, np.outer([1, 1, 2, 1, 1], [1, 1, 2, 1, 1]))
     np.testing.assert_array_equal(overlap, np.sum(copies > 0, (0, 1)))
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Every figure as (SVG text, its strings counted)."""
+    svgs = {name: build().svg() for name, build in figures.FIGURES.items()}
+    return {name: (svg, strings(svg)) for name, svg in svgs.items()}
+
+
+def strings(svg):
+    root = ElementTree.fromstring(svg)
+    return collections.Counter(e.text for e in root.iter() if e.tag.endswith("text"))
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figure_is_compact_alone_and_the_one_in_the_documentation(name, drawn):
+    svg, _ = drawn[name]
+    assert len(svg) < 60_000
+    assert not any(word in svg.replace("http://www.w3.org/2000/svg", "") for word in ("http", "<a"))
+    documented = ROOT / "docs" / "figures" / f"{name}.svg"
+    assert documented.read_text() == svg, "run: python -m experiments.conv_arithmetic figures"
+    assert f"figures/{name}.svg" in (ROOT / "docs" / "conv_arithmetic.md").read_text()
+
+
+def test_figures_show_the_sizes_and_sums_of_the_layers(drawn):
+    _, words = drawn["no_padding"]
+    products = "0*3 + 1*3 + 2*2 + 2*0 + 2*0 + 0*1 + 0*3 + 1*1 + 2*2 = 12"
+    assert words[products.replace("*", "\u00b7")] == 1
+    assert words["o = i - k + 1;   i = 5, k = 3, s = 1, p = 0:   o = 3"] == 1
+    _, words = drawn["fractional_stride"]
+    assert words["input 3 x 3, 1 zero between pixels, padding k - 1 - p = 1"] == 2
+    assert words["output 5 x 5"] == 2
+    _, words = drawn["dilation"]
+    assert all(words[f"d = {d}: 9 taps over {2 * d + 1} x {2 * d + 1}"] == 1 for d in (1, 2, 3))
+    _, words = drawn["weight_matrix"]
+    assert all(words[str(tap)] >= 1 + 4 + 4 for tap in range(1, 10))  # kernel, W, W^T
+    _, words = drawn["weighted_copies"]
+    assert words["12"] == 1  # 2 x 2 + 8: the kernel's corner under two copies
+
+
+def test_inserted_zeros_are_drawn_apart_from_padding(drawn):
+    svg, _ = drawn["fractional_stride"]
+    dashed = [line for line in svg.splitlines() if "dasharray" in line and "#94a3b8" in line]
+    assert sum(line.count("z") for line in dashed) == 2 * (49 - 25)
+    # Two windows with 16 inserted zeros, of which 3 x 3 windows cover some in another colour.
+    plain = [line for line in svg.splitlines() if 'fill="#eef1f5"' in line]
+    assert 0 < sum(line.count("z") for line in plain) < 2 * 16
+
+
+def test_animation_shows_every_output():
+    frames = figures.animation("transposed_full")
+    assert len(frames) == 9
+    assert {frame.dtype.name for frame in frames} == {"uint8"}
+    assert all(np.any(frame != frames[0]) for frame in frames[1:])
+
+
+def test_drawing_writes_the_same_shapes_as_svg_and_pixels():
+    drawing = Drawing(40, 30, "a < b")
+    drawing.rectangle(10, 5, 20, 10, fill="#ff0000")
+    drawing.rectangle(10, 15, 20, 10, fill="#ff0000")
+    drawing.polygon([(0, 29), (40, 29)], stroke="#0000ff", width=2, dashed=True)
+    svg = drawing.svg()
+    assert "<title>a &lt; b</title>" in svg
+    assert 'd="M10 5h20v10h-20zM10 15h20v10h-20z"' in svg  # like shapes share one element
+    picture = drawing.picture(2)
+    assert picture.shape == (60, 80, 3)
+    assert picture[20, 30].tolist() == picture[40, 30].tolist() == [255, 0, 0]
+    assert picture[20, 70].tolist() == [255, 255, 255]
+    blue = np.all(picture[57] == [0, 0, 255], axis=1)
+    assert 0 < blue.sum() < 80  # dashes
+    assert mix("#000000", "#ff8000", 0.5) == "#804000"
+
+
+def test_sizes_table_has_every_relationship():
+    table = conv_arithmetic.sizes_table()
+    assert all(f"| {row.number} | {row.case} |" in table for row in RELATIONSHIPS)
+    assert table in (ROOT / "docs" / "conv_arithmetic.md").read_text()
