@@ -130,7 +130,7 @@ _FULL = dataclasses.replace(
 # For few steps from scratch: inputs of unit scale and a fast start.
 _SCRATCH = Config(
     optimizer="adamw",
-    learning_rate=2e-3,
+    learning_rate=1e-2,
     weight_decay=1e-2,
     schedule="cosine",
     warmup_steps=50,
@@ -149,13 +149,13 @@ PRESETS = {
         class_balance="published", num_steps=1000, eval_every=500, save_every=500,
     ),
     "demo": dataclasses.replace(
-        _SCRATCH, net="segnet", width=0.125, bn_stats="running", num_steps=1500, eval_every=500,
-        save_every=500, eval_batch_size=16,
+        _SCRATCH, width=0.25, bn_stats="running", num_steps=800, eval_every=400, save_every=400,
+        eval_batch_size=16,
     ),
     "smoke": dataclasses.replace(
         _SCRATCH, shapes=ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2),
-        width=1 / 32, warmup_steps=0, mc_samples=2, num_steps=2, log_every=1, eval_every=2,
-        save_every=1,
+        width=1 / 32, dropout="bayes", mc_samples=2, warmup_steps=0, num_steps=2, log_every=1,
+        eval_every=2, save_every=1,
     ),
 }  # fmt: skip
 

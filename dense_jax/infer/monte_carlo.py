@@ -59,12 +59,10 @@ class MonteCarlo:
         keys = jax.random.split(jax.random.key(self.seed), self.num_samples)
 
         def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            # Welford's update: no difference of large sums.
+            # Welford's update: no difference of large sums, never below zero.
             mean, squares = carry
-            new = probabilities(keys[i])
-            step = new - mean
-            mean = mean + step / (i + 1).astype(jnp.float32)
-            return mean, squares + step * (new - mean)
+            count, step = i.astype(jnp.float32), probabilities(keys[i]) - mean
+            return mean + step / (count + 1), squares + step**2 * (count / (count + 1))
 
         zero = jnp.zeros(jax.eval_shape(probabilities, keys[0]).shape, jnp.float32)
         mean, squares = lax.fori_loop(0, self.num_samples, add, (zero, zero))

@@ -1,0 +1,50 @@
+"""Monte-Carlo prediction, and what its variance says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dense_jax.infer.monte_carlo import MonteCarlo
+from dense_jax.tasks import uncertainty
+
+
+def noisy(variables, images, sizes, key):
+    """A pass that draws: the logits are the image, plus noise for each pixel."""
+    del sizes
+    return images + variables["scale"] * jax.random.normal(key, images.shape)
+
+
+def test_monte_carlo_is_the_mean_and_variance_of_its_samples():
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (3, 4, 5, 6)), jnp.float32)
+    variables, sizes = {"scale": jnp.float32(2)}, jnp.zeros((3, 2), jnp.int32)
+    predict = MonteCarlo(noisy, num_samples=7, seed=3)
+    keys = jax.random.split(jax.random.key(3), 7)
+    samples = np.array(
+        [[noisy(variables, x[None], sizes, key)[0] for x in images] for key in keys], np.float64
+    )
+    samples = np.exp(samples) / np.exp(samples).sum(-1, keepdims=True)
+    found = jax.jit(predict.with_variance)(variables, images, sizes)
+    np.testing.assert_allclose(np.exp(found[..., :-1]), samples.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(found[..., -1], samples.var(0).mean(-1), rtol=1e-4)
+    # An image alone gives what it gives in a batch.
+    alone = predict(variables, images[1:2], sizes[1:2])
+    np.testing.assert_allclose(alone, found[1:2, ..., :-1], rtol=1e-4)
+    one = MonteCarlo(noisy, num_samples=1).with_variance(variables, images, sizes)
+    assert not np.any(one[..., -1])
+
+
+def test_monte_carlo_stays_finite_without_any_probability():
+    images = jnp.array([[[[1e4, 0.0]]]])
+    predict = MonteCarlo(noisy, num_samples=2)
+    assert np.all(np.isfinite(predict({"scale": jnp.float32(0)}, images, jnp.zeros((1, 2)))))
+
+
+def test_bands_sort_pixels_by_confidence():
+    rng = np.random.default_rng(0)
+    variance = rng.permutation(1000).astype(np.float32)
+    bands = uncertainty.band_accuracies(variance, variance < 250)
+    np.testing.assert_allclose(bands, [1, 1, 0.5, *[0] * 7])
+    lines = uncertainty.table(bands).splitlines()
+    assert lines[4] == "| 20-30 % | 50.00 | 83.33 |"
+    assert len(lines) == 12
+    assert np.isnan(uncertainty.band_accuracies(variance[:3], variance[:3] < 2)[-1])
