@@ -10,7 +10,7 @@ mask of an object in a given box of a given category. Results: docs/results.md h
 its command, device and the paper's figure.
 
 Differences: (1) Boxes are those of the ground truth, moved at random, and their categories are
-known; the paper's are detections of MCG proposals, so AP^r is not measured. Without instances in
+known; the paper's are detections, slightly enlarged, so AP^r is not measured. Without instances in
 the data, connected parts of a class are its objects. (2) fc7 of a box is computed from a bilinear
 crop; the release rounds boxes to whole units. (3) Images are drawn uniformly; the release draws a
 category first. (4) Masks are thresholded per pixel, not per superpixel. (5) The learning rate

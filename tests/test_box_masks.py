@@ -207,11 +207,26 @@ def test_evaluation_boxes_are_the_same_every_time(smoke_run):
     np.testing.assert_array_equal(once.heatmaps, again.heatmaps)
     assert once.heatmaps.shape == (len(once.objects.boxes), 10, 10)
     assert np.all((once.heatmaps > 0) & (once.heatmaps < 1))
-    # A network that sees images at half size gets boxes of half size, and the same objects.
-    small = box_masks.Predictor(
-        opened.model, dataclasses.replace(opened.config, scale=0.5), 0.7, source
+
+
+class Echo(nn.Module):
+    """A network whose heat maps of one cell show the width of the boxes it was given."""
+
+    def apply(self, variables, images, boxes, categories, *, train):
+        width = jnp.log(boxes[..., 2] - boxes[..., 0])
+        return {"log_probabilities": jnp.stack([width, width], axis=-1)[:, :, None, None]}
+
+
+def test_boxes_are_scaled_with_the_images():
+    source = shapes.load(**dataclasses.asdict(SMOKE.shapes)).split("val")
+    at_full, at_half = (
+        box_masks.Predictor(Echo(), dataclasses.replace(SMOKE, scale=s), 0.7, source)(
+            {}, 2, source[2]
+        )
+        for s in (1.0, 0.5)
     )
-    np.testing.assert_array_equal(small(opened.variables, 2, source[2]).boxes, once.boxes)
+    np.testing.assert_array_equal(at_full.boxes, at_half.boxes)
+    np.testing.assert_allclose(at_half.heatmaps, at_full.heatmaps / 2, rtol=1e-5)
 
 
 def test_a_box_is_drawn_on_the_image():

@@ -222,7 +222,7 @@ def test_parameters_of_the_release():
     assert outputs["pool3"].shape == (1, 76, 126, 256)
 
 
-def slow_box_network(model, variables, outputs, image, box, category):
+def slow_box_network(model, outputs, image, box, category, hard=False):
     """Masks of one box from the scored maps, by the release's formulas."""
     size = model.heatmap
     padded = [-(-side // 16) * 16 for side in image.shape[:2]]
@@ -250,22 +250,26 @@ def slow_box_network(model, variables, outputs, image, box, category):
         for pixel, cell in ((y, k), (x, j)):
             at = (pixel + 0.5) * model.grid / size - 0.5
             weight *= max(0, 1 - abs(np.clip(at, 0, model.grid - 1) - cell))
+        if hard:
+            weight = (y * model.grid // size, x * model.grid // size) == (k, j)
         probability[y, x] += weight / (1 + np.exp(-total[y, x, k, j]))
     return probability
 
 
-def test_box_network_against_the_formulas():
-    model = thin_box()
+@pytest.mark.parametrize("hard", [False, True])
+def test_box_network_against_the_formulas(hard):
+    """Also when each classifier is trained on its own cell."""
+    model = thin_box(joint="independent_cells" if hard else "end_to_end")
     images = random_images((2, 40, 33, 3))
     variables = contract.random_variables(model, images.shape)
-    outputs = jax.tree.map(np.asarray, apply(model, variables, (images, BOXES, CATEGORIES)))
+    outputs = jax.tree.map(np.asarray, apply(model, variables, (images, BOXES, CATEGORIES), hard))
     log_p = outputs["log_probabilities"]
     np.testing.assert_allclose(np.exp(log_p).sum(axis=-1), 1, rtol=1e-5)
     outputs["fcfc7"] = outputs["fcfc7"].reshape(2, 2, -1)
     for b, n in np.ndindex(2, 2):
         own = {name: outputs[name][b] for name in ("conv_pool3", "conv_pool4")}
         own["fcfc7"] = outputs["fcfc7"][b, n]
-        expected = slow_box_network(model, variables, own, images[b], BOXES[b, n], CATEGORIES[b, n])
+        expected = slow_box_network(model, own, images[b], BOXES[b, n], CATEGORIES[b, n], hard)
         np.testing.assert_allclose(np.exp(log_p[b, n, ..., 1]), expected, rtol=1e-3, atol=1e-4)
 
 

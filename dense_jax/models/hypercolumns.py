@@ -238,7 +238,9 @@ class BoxHypercolumns(nn.Module):
       dtype: computation dtype of trunk and scores.
 
     The release pools boxes from conv5_3 rounded to whole units; here they are cropped to 14 x 14 by
-    bilinear interpolation without rounding, of which 2 x 2 are pooled.
+    bilinear interpolation without rounding, of which 2 x 2 are pooled. It divides inclusive corners
+    by the image's sides less one, (x0 - 1/2, x1 + 1/2) / (W - 1); edges over sides, as here, differ
+    from that by half a pixel at most.
     """
 
     num_categories: int
