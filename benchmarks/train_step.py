@@ -1,17 +1,18 @@
 """Times forward pass and training step of our networks against the same networks in torch.
 
     python -m benchmarks.train_step --model fcn8s
-    python -m benchmarks.train_step --model fcn32s --width 0.25 --size 128 --batch 4
+    python -m benchmarks.train_step --model segnet --width 0.25 --size 128 --batch 4
 
-Both sides hold the same weights, and their logits are compared before any timing. They take turns
-in one process on two threads, torch with channels last. A step is a forward pass with dropout, mean
-softmax cross entropy over the labelled pixels, a backward pass and SGD with momentum.
+Both sides hold the same weights, and their logits and gradients are compared before any timing.
+They take turns in one process on two threads, torch with channels last. A step is a forward pass
+with dropout and with the batch's statistics, mean softmax cross entropy over the labelled pixels,
+a backward pass and SGD with momentum.
 """
 
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,159 +21,203 @@ import numpy as np
 import optax
 import tyro
 
-from benchmarks import timing
+from benchmarks import timing, twins
 from dense_jax import losses
 from dense_jax.data.classes import IGNORE_LABEL
-from dense_jax.layers import init
-from dense_jax.models import fcn, vgg
+from dense_jax.models import deconvnet, fcn, hypercolumns, segnet, unet, vgg
 
 NUM_CLASSES = 21
 LEARNING_RATE = 1e-4
 MOMENTUM = 0.9
-
-# (forward pass that returns logits [B, H, W, C], training step)
-Pair = tuple[Callable[[], np.ndarray], Callable[[], None]]
+_RATE = 0.5  # Of dropout, where a network has it.
 
 
-def torch_fcn(
-    layers: tuple[vgg.Layer, ...],
-    skips: tuple[tuple[str, int], ...],
-    last: tuple[int, int, int],
-    params: dict[str, Any],
-):
-    """Returns an FCN for torch: (forward, parameters) with forward(images, training) -> logits.
+class Model(NamedTuple):
+    """How to build a network of ours, given (width, size of the images), and its twin."""
 
-    Args:
-      layers: table of the trunk.
-      skips: layers that are added to the scores, finest last, and the offset of each one's crop.
-        Offsets are those of the authors' release; our networks derive theirs.
-      last: kernel, stride and crop of the last up-convolution.
-      params: parameters of our network.
+    build: Callable[[float, int], nn.Module]
+    twin: twins.Twin
+
+
+class Side(NamedTuple):
+    """Ours or theirs.
+
+    Attributes:
+      forward: returns logits [B, H, W, C] with running statistics.
+      gradients: returns those of the loss by path, in torch's layout, without dropout.
+      step: a training step, that changes the parameters.
     """
-    import torch
-    from torch.nn import functional
 
-    weights = {
-        name: (
-            # A copy: jax.Array is read-only, and the optimizer writes.
-            torch.tensor(np.transpose(param["kernel"], (3, 2, 0, 1)))
-            .contiguous(memory_format=torch.channels_last)
-            .requires_grad_(),
-            torch.tensor(np.asarray(param["bias"])).requires_grad_(),
-        )
-        for name, param in params.items()
-    }
+    forward: Callable[[], np.ndarray]
+    gradients: Callable[[], dict[str, np.ndarray]]
+    step: Callable[[], None]
 
-    def bilinear(x, kernel: int, stride: int):
-        taps = torch.from_numpy(init.bilinear_taps(kernel)).float()
-        weight = torch.outer(taps, taps).expand(x.shape[1], 1, kernel, kernel)
-        return functional.conv_transpose2d(x, weight, stride=stride, groups=x.shape[1])
 
-    def crop(x, offset: int, size):
-        return x[:, :, offset : offset + size[0], offset : offset + size[1]]
+def _fcn(build: Callable[..., nn.Module], twin: twins.Twin) -> Model:
+    return Model(lambda width, size: build(num_classes=NUM_CLASSES, width=width), twin)
 
-    def forward(images, training: bool):
-        x, outputs = images, {}
-        for name, kernel, stride, padding, _, groups in layers:
-            if name.startswith("pool"):
-                x = functional.max_pool2d(x, kernel, stride, ceil_mode=True)
-            elif name.startswith("norm"):
-                x = functional.local_response_norm(x, 5, 1e-4, 0.75, 1.0)
-            else:
-                x = functional.relu(
-                    functional.conv2d(x, *weights[name], stride, padding, 1, groups)
-                )
-            if name.startswith("fc"):
-                x = functional.dropout(x, 0.5, training)
-            outputs[name] = x
-        x = functional.conv2d(x, *weights["score_fr"])
-        for name, offset in skips:
-            x = bilinear(x, 4, 2)
-            skip = functional.conv2d(outputs[name], *weights[f"score_{name}"])
-            x = x + crop(skip, offset, x.shape[2:])
-        return crop(bilinear(x, *last[:2]), last[2], images.shape[2:])
 
-    return forward, [tensor for pair in weights.values() for tensor in pair]
+def _unet(build: Callable[..., nn.Module], padding: int) -> Model:
+    def thin(width: float, size: int) -> nn.Module:
+        return build(NUM_CLASSES, width=vgg.scaled(64, width))
+
+    return Model(thin, twins.unet(padding))
 
 
 _VGG = vgg.vgg16_layers(first_padding=100)
-# Per name: what builds our network, and what builds torch's from our parameters.
-MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[[dict[str, Any]], Any]]] = {
-    "fcn32s": (fcn.fcn32s, partial(torch_fcn, _VGG, (), (64, 32, 19))),
-    "fcn16s": (fcn.fcn16s, partial(torch_fcn, _VGG, (("pool4", 5),), (32, 16, 27))),
-    "fcn8s": (fcn.fcn8s, partial(torch_fcn, _VGG, (("pool4", 5), ("pool3", 9)), (16, 8, 31))),
-    "fcn_alexnet": (fcn.fcn_alexnet, partial(torch_fcn, fcn.ALEXNET_LAYERS, (), (63, 32, 18))),
+MODELS = {
+    "fcn32s": _fcn(fcn.fcn32s, twins.fcn(_VGG, (), (64, 32, 19))),
+    "fcn16s": _fcn(fcn.fcn16s, twins.fcn(_VGG, (("pool4", 5),), (32, 16, 27))),
+    "fcn8s": _fcn(fcn.fcn8s, twins.fcn(_VGG, (("pool4", 5), ("pool3", 9)), (16, 8, 31))),
+    "fcn_alexnet": _fcn(fcn.fcn_alexnet, twins.fcn(fcn.ALEXNET_LAYERS, (), (63, 32, 18))),
+    "hypercolumns": _fcn(hypercolumns.Hypercolumns, twins.hypercolumns),
+    "segnet": _fcn(segnet.SegNet, twins.segnet),
+    "segnet_basic": _fcn(segnet.SegNetBasic, twins.segnet_basic),
+    "deconvnet": Model(
+        lambda width, size: deconvnet.DeconvNet(NUM_CLASSES, input_size=size, width=width),
+        twins.deconvnet,
+    ),
+    "unet": _unet(unet.unet, padding=0),
+    "unet_same": _unet(unet.unet_same, padding=1),
 }
 
 
-def random_params(model: nn.Module, images: np.ndarray) -> dict[str, Any]:
-    """Returns kernels of variance 2 / fan-in, scores included so that logits are not zero."""
-    build = partial(model.init, train=False)
-    shapes = jax.eval_shape(build, jax.random.key(0), images)["params"]
+def random_variables(model: nn.Module, images: np.ndarray) -> dict[str, Any]:
+    """Returns kernels of variance 2 / fan-in, scores included so that logits are not zero.
+
+    Biases and means are about 0, scales and variances about 1.
+    """
+    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
     rng = np.random.default_rng(0)
 
-    def fill(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        scale = np.sqrt(2 / np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 0
-        return rng.standard_normal(leaf.shape, np.float32) * np.float32(scale)
+    def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        values = rng.standard_normal(leaf.shape, np.float32)
+        if len(leaf.shape) > 1:
+            return values * np.float32(np.sqrt(2 / np.prod(leaf.shape[:-1])))
+        middle = 1 if path[-1].key in ("scale", "var") else 0
+        return np.float32(middle) + np.float32(0.1) * np.clip(values, -3, 3)
 
-    return jax.tree.map(fill, shapes)
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def build_ours(
-    model: nn.Module, params: dict[str, Any], images: np.ndarray, labels: np.ndarray
-) -> Pair:
-    """Returns our two functions; the first call of each compiles."""
+    model: nn.Module, variables: dict[str, Any], images: np.ndarray, labels: np.ndarray
+) -> Side:
+    """Returns our functions; the first call of each compiles."""
     optimizer = optax.sgd(LEARNING_RATE, MOMENTUM)
+    without = model.clone(dropout_rate=0.0) if hasattr(model, "dropout_rate") else model
 
-    def logits_of(params, images, **options) -> jax.Array:
-        outputs: Any = model.apply({"params": params}, images, **options)
+    def loss_fn(params, stats, images, labels, model: nn.Module):
+        outputs: Any
+        outputs, stats = model.apply(
+            {"params": params, **stats},
+            images,
+            train=True,
+            rngs={"dropout": jax.random.key(0)},
+            mutable=list(stats),
+        )
+        loss = losses.softmax_cross_entropy(outputs["logits"], labels)
+        return jnp.sum(loss) / jnp.sum(labels != IGNORE_LABEL), stats
+
+    @partial(jax.jit, donate_argnums=(0, 1, 2))
+    def update(params, stats, opt_state, images, labels):
+        grad_fn = jax.grad(partial(loss_fn, model=model), has_aux=True)
+        grads, stats = grad_fn(params, stats, images, labels)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), stats, opt_state
+
+    @jax.jit
+    def apply(params, stats, images) -> jax.Array:
+        outputs: Any = model.apply({"params": params, **stats}, images, train=False)
         return outputs["logits"]
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def update(params, opt_state, images, labels):
-        def loss_fn(params):
-            logits = logits_of(params, images, train=True, rngs={"dropout": jax.random.key(0)})
-            loss = losses.softmax_cross_entropy(logits, labels)
-            return jnp.sum(loss) / jnp.sum(labels != IGNORE_LABEL)
-
-        updates, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state)
-        return optax.apply_updates(params, updates), opt_state
-
-    apply = jax.jit(partial(logits_of, train=False))
-    state = jax.device_put((params, optimizer.init(params)))
+    grad_fn = jax.jit(jax.grad(partial(loss_fn, model=without), has_aux=True))
+    params = variables["params"]
+    stats = {name: tree for name, tree in variables.items() if name != "params"}
+    state = jax.device_put((params, stats, optimizer.init(params)))
     data = jax.device_put((images, labels))
 
     def step() -> None:
         nonlocal state
         state = jax.block_until_ready(update(*state, *data))
 
-    return lambda: np.asarray(apply(state[0], data[0])), step
+    return Side(
+        lambda: np.asarray(apply(*state[:2], data[0])),
+        lambda: twins.flat(grad_fn(*state[:2], *data)[0]),
+        step,
+    )
 
 
-def build_theirs(network, images: np.ndarray, labels: np.ndarray) -> Pair:
-    """Returns the same for torch, given (forward, parameters)."""
+def build_theirs(
+    twin: twins.Twin, variables: dict[str, Any], images: np.ndarray, labels: np.ndarray
+) -> Side:
+    """Returns the same of torch."""
     import torch
 
-    apply, params = network
-    optimizer = torch.optim.SGD(params, LEARNING_RATE, MOMENTUM)
+    weights = twins.Weights(variables)
+    optimizer = torch.optim.SGD(weights.params.values(), LEARNING_RATE, MOMENTUM)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     y = torch.from_numpy(labels).long()
 
     def forward() -> np.ndarray:
         with torch.no_grad():
-            return apply(x, False).permute(0, 2, 3, 1).numpy()
+            return twin(weights, x, False, _RATE).permute(0, 2, 3, 1).numpy()
+
+    def backward(dropout_rate: float) -> None:
+        optimizer.zero_grad()
+        logits = twin(weights, x, True, dropout_rate)
+        torch.nn.functional.cross_entropy(logits, y, ignore_index=IGNORE_LABEL).backward()
+
+    def gradients() -> dict[str, np.ndarray]:
+        kept = {path: tensor.clone() for path, tensor in weights.stats.items()}
+        backward(0.0)
+        for path, tensor in kept.items():  # only steps move the running statistics
+            weights.stats[path].copy_(tensor)
+        return {path: tensor.grad.numpy().copy() for path, tensor in weights.params.items()}
 
     def step() -> None:
-        optimizer.zero_grad()
-        logits = apply(x, True)
-        torch.nn.functional.cross_entropy(logits, y, ignore_index=IGNORE_LABEL).backward()
+        backward(_RATE)
         optimizer.step()
 
-    return forward, step
+    return Side(forward, gradients, step)
+
+
+def logits_differ(ours: Side, theirs: Side) -> float:
+    """The largest difference of the logits over the largest logit."""
+    logits, their_logits = ours.forward(), theirs.forward()
+    return float(np.abs(logits - their_logits).max() / np.abs(their_logits).max())
+
+
+def gradients_differ(
+    model: nn.Module,
+    twin: twins.Twin,
+    variables: dict[str, Any],
+    images: np.ndarray,
+    labels: np.ndarray,
+) -> float:
+    """The norm of the difference of all gradients over their norm, in float64.
+
+    In float32, rounding alone makes up percents of it: batch statistics of a few values divide by
+    small numbers, and a maximum or a ReLU that tips over sends a gradient elsewhere.
+    """
+    with jax.enable_x64(True):
+        variables = jax.tree.map(lambda array: array.astype(np.float64), variables)
+        images = images.astype(np.float64)
+        ours = build_ours(model, variables, images, labels).gradients()
+        theirs = build_theirs(twin, variables, images, labels).gradients()
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"Parameters of one side only: {ours.keys() ^ theirs.keys()}.")
+    apart = sum(float(np.sum((ours[k] - theirs[k]) ** 2)) for k in theirs)
+    return float(np.sqrt(apart / sum(float(np.sum(g**2)) for g in theirs.values())))
 
 
 def main(
-    model: str = "fcn8s", width: float = 1.0, size: int = 224, batch: int = 2, repeats: int = 5
+    model: str = "fcn8s",
+    width: float = 1.0,
+    size: int = 224,
+    batch: int = 2,
+    repeats: int = 5,
+    gradients: bool = True,
 ) -> None:
     """Compares one model with its torch twin.
 
@@ -181,27 +226,40 @@ def main(
       width: channel multiplier of the trunk.
       size: height and width of the images in pixels.
       batch: number of images.
-      repeats: timed calls of each side; the median counts.
+      repeats: timed calls of each side; the median counts. 0 only compares.
+      gradients: also compare the gradients, which takes longer than a few steps.
     """
     if model not in MODELS:
         sys.exit(f"error: no model {model!r}: choose one of {', '.join(MODELS)}")
     timing.import_torch(threads=2)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, size, size, 3), np.float32)
-    labels = rng.integers(NUM_CLASSES, size=(batch, size, size), dtype=np.int32)
-    labels[:, : size // 8] = IGNORE_LABEL
-    build, build_twin = MODELS[model]
-    network = build(num_classes=NUM_CLASSES, width=width)
-    params = random_params(network, images)
-    ours = build_ours(network, params, images, labels)
-    theirs = build_theirs(build_twin(params), images, labels)
+    network = MODELS[model].build(width, size)
+    try:
+        variables = random_variables(network, images)
+    except ValueError as error:
+        sys.exit(f"error: --size {size}: {error}")
+    outputs: Any = jax.eval_shape(partial(network.apply, train=False), variables, images)
+    labels = rng.integers(NUM_CLASSES, size=outputs["logits"].shape[:3], dtype=np.int32)
+    labels[:, : labels.shape[1] // 8] = IGNORE_LABEL
+    twin = MODELS[model].twin
+    ours = build_ours(network, variables, images, labels)
+    theirs = build_theirs(twin, variables, images, labels)
 
-    logits, their_logits = ours[0](), theirs[0]()
-    difference = np.abs(logits - their_logits).max() / np.abs(their_logits).max()
+    difference = logits_differ(ours, theirs)
     if not difference < 1e-3:
         sys.exit(f"error: logits differ by {difference:.1e} of the largest: not the same network")
-    print(f"{model}, width {width}, {batch} x {size} x {size}: logits differ by {difference:.1e}")
-    for name, our_call, their_call in zip(("forward", "step"), ours, theirs, strict=True):
+    told = f"logits differ by {difference:.1e}"
+    if gradients:  # of two images at most, to save memory
+        difference = gradients_differ(network, twin, variables, images[:2], labels[:2])
+        if not difference < 1e-5:
+            sys.exit(f"error: gradients differ by {difference:.1e}: not the same network")
+        told += f", gradients by {difference:.1e}"
+    print(f"{model}, width {width}, {batch} x {size} x {size}: {told}")
+    if not repeats:
+        return
+    calls = (("forward", ours.forward, theirs.forward), ("step", ours.step, theirs.step))
+    for name, our_call, their_call in calls:
         result = timing.alternate(our_call, their_call, repeats, warmup=1)
         print(
             f"{name:8} ours {result.ours:7.3f} s   torch {result.theirs:7.3f} s   "
