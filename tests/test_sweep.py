@@ -149,7 +149,7 @@ def test_mistakes_are_refused_before_anything_runs(options, match):
 def test_unknown_scripts_and_presets_are_refused(tmp_path):
     for script, preset, match in [
         ("experiments.nothing", "smoke", "cannot be imported"),
-        ("os", "smoke", "has no PRESETS"),
+        ("os", "smoke", "os trains no network"),
         (SCRIPT, "nothing", "has no preset nothing: give paper"),
     ]:
         with pytest.raises(UserError, match=match):
@@ -299,6 +299,18 @@ def test_a_stopped_sweep_starts_no_more_runs(tmp_path, monkeypatch, capsys):
     assert "[1/2]" in told.out
     assert "[2/2]" not in told.out
     assert "the same command goes on" in told.err
+
+
+def test_a_run_that_leaves_no_scores_has_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.Children, "run", lambda self, words, log: None)
+    with pytest.raises(SystemExit) as ended:
+        command.run(SCRIPT, "smoke", out=tmp_path)
+    assert ended.value.code == 1
+    assert "ended without an evaluation" in capsys.readouterr().err
+    leave_run(*planned(tmp_path))
+    with pytest.raises(SystemExit):
+        command.run(SCRIPT, "smoke", out=tmp_path, split="test")
+    assert "was not evaluated" in capsys.readouterr().err
 
 
 def test_a_signal_is_passed_on_to_the_child(tmp_path, monkeypatch):

@@ -69,6 +69,8 @@ def run(
     summary.write(failures)
     with Children() as children:
         for number, item in enumerate(planned, 1):
+            if children.stopped_by:
+                break
             name = f"[{number}/{len(planned)}] {item.workdir.name}"
             if is_trained(script, item) and scoring.read(item) is not None:
                 print(f"{name}: finished before", flush=True)
@@ -76,7 +78,7 @@ def run(
             print(f"{name}: see {item.log}", flush=True)
             failure = _finish(script, item, scoring, children)
             if children.stopped_by:
-                break
+                continue
             if failure:
                 failures[item.workdir] = failure
             print(f"{name}: {f'failed: {failure}' if failure else 'finished'}", flush=True)
@@ -98,8 +100,12 @@ def _finish(script: str, item: Run, scoring: Scoring, children: "Children") -> s
             return failure
         if not children.stopped_by and not is_trained(script, item):
             return f"it ended without an evaluation of its last step in {item.final}"
+    if children.stopped_by or scoring.read(item) is not None:
+        return None
+    if failure := children.run(scoring.words(item), item.log):
+        return failure
     if not children.stopped_by and scoring.read(item) is None:
-        return children.run(scoring.words(item), item.log)
+        return f"it was not evaluated at its last step in {scoring.folder(item)}"
     return None
 
 

@@ -107,8 +107,8 @@ def load_script(script: str) -> types.ModuleType:
         raise UserError(
             f"{script} cannot be imported ({error}): give a module such as experiments.fcn"
         ) from error
-    if not hasattr(module, "PRESETS"):
-        raise UserError(f"{script} has no PRESETS: give a module of experiments/")
+    if not (hasattr(module, "PRESETS") and hasattr(module, "build_model")):
+        raise UserError(f"{script} trains no network: give a module such as experiments.fcn")
     return module
 
 

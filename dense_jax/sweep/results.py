@@ -159,8 +159,12 @@ def _cost(module: types.ModuleType, item: Run) -> tuple[int, int] | None:
     if shape is None:
         return None
     classes = ClassTable.from_json(runs.read_config(item.final)["classes"])
-    model = module.build_model(item.stages[-1], classes.num_classes)
-    rows = cost.summarise(model, (1, *shape))
+    try:
+        model = module.build_model(item.stages[-1], classes.num_classes)
+        rows = cost.summarise(model, (1, *shape))
+    except Exception as error:  # two empty cells are no reason to end a night of training
+        print(f"{item.workdir.name}: its layers cannot be counted ({error})")
+        return None
     return sum(row.num_params for row in rows), sum(row.flops for row in rows)
 
 
