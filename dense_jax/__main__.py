@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import shutil
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -18,6 +18,7 @@ from dense_jax.analysis import cost
 from dense_jax.data import check
 from dense_jax.data import dataset as datasets
 from dense_jax.data.datasets.shapes import ShapesSpec
+from dense_jax.data.transforms import num_channels
 from dense_jax.errors import UserError
 from dense_jax.infer import predictor
 from dense_jax.sweep import command as sweep
@@ -68,20 +69,27 @@ def evaluate(
     checkpoint: Literal["last", "best"] = "last",
     absent: Literal["skip", "zero"] = "skip",
     bf_match: semantic.BoundaryMatch = "distance",
+    ensemble: tuple[pathlib.Path, ...] = (),
+    combine: semantic.Combine = "mean_prob",
     output: pathlib.Path | None = None,
 ) -> None:
-    """Score a run on a split of its dataset and write a report.
+    """Score a run, or several runs as one, on a split of its dataset and write a report.
 
     Args:
       run: folder of a training run.
+      ensemble: folders of runs of the same classes and normalisation that decide together with it.
+      combine: how: mean_prob takes the mean of the class probabilities, product_score the product
+        of the scores of two runs, negative ones of the second counting as zero (DeconvNet with
+        FCN-8s; arXiv:1505.04366).
       split: train, val or test.
       data_dir: where the dataset lies now; by default where it lay in training.
       checkpoint: which parameters to use.
       absent: a class without pixels is left out of the mean (FCN), or counts as zero (SegNet).
       bf_match: how boundary pixels are matched; assignment is one to one and slow.
-      output: folder to write; by default RUN/evaluate-SPLIT-CHECKPOINT.
+      output: folder to write; by default RUN/evaluate-SPLIT-CHECKPOINT, or RUN/ensemble-... .
     """
     opened = runs.load(run, checkpoint)
+    others = [runs.load(folder, checkpoint) for folder in ensemble]
     config = opened.config
     if data_dir is not None:
         config = dataclasses.replace(config, data_dir=data_dir)
@@ -92,6 +100,10 @@ def evaluate(
             f"{', '.join(dataset.classes.names)}: give the --data-dir of the same classes"
         )
     predict_fn, card = semantic.predict_of(opened)
+    variables: Any = opened.variables
+    if others:
+        predict_fn, card = semantic.ensemble_of([opened, *others], combine)
+        variables = tuple(member.variables for member in (opened, *others))
     evaluator = semantic.Evaluator(
         predict_fn,
         dataset.split(split),
@@ -99,13 +111,14 @@ def evaluate(
         batch_size=config.eval_batch_size,
         normalisation=config.normalisation,
     )
-    output = output or run / f"evaluate-{split}-{checkpoint}"
+    kind = f"ensemble-{combine}" if others else "evaluate"
+    output = output or run / f"{kind}-{split}-{checkpoint}"
     output.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "metrics.jsonl"):  # the report shows them
         if (run / name).exists():
             shutil.copy(run / name, output / name)
-    evaluation = evaluator(opened.variables, bf_match)
-    extra = semantic.extra_scores_of(opened, predict_fn, dataset.split(split))
+    evaluation = evaluator(variables, bf_match)
+    extra = {} if others else semantic.extra_scores_of(opened, predict_fn, dataset.split(split))
     semantic.write_evaluation(output, evaluation, dataset, split, opened.step, card, extra, absent)
     print(f"report: {report.write_report(output)}")
 
@@ -137,6 +150,8 @@ def check_data(
       shapes: difficulty of the generated images, with --dataset=shapes.
       sheet: write training images under their labels to this PNG, to look at.
     """
+    if sheet is not None and sheet.suffix.lower() != ".png":
+        raise UserError(f"--sheet={sheet}: give a name that ends in .png")
     options = dataclasses.asdict(shapes or ShapesSpec()) if dataset == "shapes" else {}
     found = check.check_dataset(dataset, data_dir, **options)
     print(found)
@@ -168,7 +183,8 @@ def summary(
     if min(size) < 1:
         raise UserError(f"--size {size[0]} {size[1]}: give at least 1 1")
     if run is not None:
-        model = runs.load(run).model
+        opened = runs.load(run)
+        config, model = opened.config, opened.model
     else:
         try:
             module = importlib.import_module(script)
@@ -179,9 +195,13 @@ def summary(
         if preset not in module.PRESETS:
             raise UserError(f"--preset={preset}: {script} has {', '.join(module.PRESETS)}")
         presets = {name: (name, value) for name, value in module.PRESETS.items()}
-        config = tyro.extras.overridable_config_cli(presets, args=[preset, *shlex.split(flags)])
+        try:
+            words = shlex.split(flags)
+        except ValueError as error:
+            raise UserError(f"--flags={flags}: {error}; close it") from error
+        config = tyro.extras.overridable_config_cli(presets, args=[preset, *words])
         model = module.build_model(config, num_classes)
-    print(cost.format_table(cost.summarise(model, (1, *size, 3))))
+    print(cost.format_table(cost.summarise(model, (1, *size, num_channels(config.normalisation)))))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import typing
@@ -25,11 +26,14 @@ from dense_jax.train.checkpoint import Checkpoints
 from dense_jax.train.log import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py"))
 
 
 def script(name):
     return importlib.import_module(f"experiments.{name}")
+
+
+FILES = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py"))
+SCRIPTS = [name for name in FILES if hasattr(script(name), "PRESETS")]  # those that train
 
 
 @pytest.fixture(autouse=True)
@@ -92,22 +96,38 @@ def literal_flags(config):
             yield from ((field, value) for value in typing.get_args(hints[field]))
 
 
-FLAGS = [(n, *fv) for n in SCRIPTS for fv in literal_flags(script(n).PRESETS["smoke"])]
+# What a flag, or one value of it, makes sense with.
+NEEDED = {
+    ("fcn", "single_skip"): {"stride": 16},
+    ("fcn", "backbone"): {"stride": 32, "pad_mode": "100"},
+    ("unet", "padding", "valid"): {"tile": 188, "depth": 4},
+}
+# Side of the image and of the logits, where these are not of one size.
+SIDES = {("unet", "padding", "valid"): (188, 4)}
+ELSEWHERE = {("hypercolumns", "mode", "box")}  # its outputs are masks: tests/test_box_masks.py
+FLAGS = [
+    flag
+    for name in SCRIPTS
+    for field, value in literal_flags(script(name).PRESETS["smoke"])
+    if (flag := (name, field, value)) not in ELSEWHERE
+]
 
 
 @pytest.mark.parametrize(("name", "field", "value"), FLAGS)
 def test_every_flag_value_builds(name, field, value):
     module = script(name)
-    needed = {"single_skip": {"stride": 16}, "backbone": {"stride": 32, "pad_mode": "100"}}
-    flags = {field: value} | needed.get(field, {})
-    config = dataclasses.replace(module.PRESETS["smoke"], **flags)
+    config = module.PRESETS["smoke"]
+    flags = {field: value} | NEEDED.get((name, field), {}) | NEEDED.get((name, field, value), {})
+    config = dataclasses.replace(config, **flags)
     assert module.build_transforms(config)
-    module.build_groups(config)
+    if hasattr(module, "build_groups"):
+        module.build_groups(config)
     model = module.build_model(config, 4)
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    side, out = SIDES.get((name, field, value), (32, 32))
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     init = functools.partial(model.init_with_output, train=False)
     outputs, _ = jax.eval_shape(init, jax.random.key(0), images)
-    assert outputs["logits"].shape == (1, 32, 32, 4)
+    assert outputs["logits"].shape == (1, out, out, 4)
 
 
 def test_fcn_stages_start_from_one_another(tmp_path, capsys):
@@ -219,3 +239,33 @@ def test_a_users_mistake_is_one_line_without_traceback(tmp_path):
         assert len(lines) == 1, stderr
         assert culprit in lines[0]
         assert "Traceback" not in stderr
+
+
+def test_a_run_decides_with_itself_as_it_does_alone(smoke_runs):
+    workdir = smoke_runs("fcn")
+    alone = json.loads((workdir / "evaluation.json").read_text())
+    commands.evaluate(run=workdir, ensemble=(workdir,), bf_match="none")
+    record = json.loads((workdir / "ensemble-mean_prob-val-last" / "evaluation.json").read_text())
+    assert record["confusion"] == alone["confusion"]
+    assert record["protocol"]["ensemble"] == f"mean_prob of {workdir} and {workdir}"
+    # The product of scores is another matter: negative ones of the second run count as zero.
+    commands.evaluate(run=workdir, ensemble=(workdir,), combine="product_score", bf_match="none")
+    path = workdir / "ensemble-product_score-val-last" / "evaluation.json"
+    assert np.sum(json.loads(path.read_text())["confusion"]) == np.sum(alone["confusion"])
+
+
+def test_runs_that_cannot_decide_together_are_refused(smoke_runs, tmp_path):
+    workdir = smoke_runs("fcn")
+    with pytest.raises(UserError, match="joins two runs"):
+        commands.evaluate(run=workdir, ensemble=(workdir, workdir), combine="product_score")
+    other = tmp_path / "other"
+    shutil.copytree(workdir, other)
+    record = json.loads((other / "config.json").read_text())
+    record["config"]["normalisation"] = "caffe"
+    (other / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="takes images as caffe"):
+        commands.evaluate(run=workdir, ensemble=(other,))
+    record["classes"]["names"][0] = "sea"
+    (other / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="label other classes"):
+        commands.evaluate(run=workdir, ensemble=(other,))

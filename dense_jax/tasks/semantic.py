@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import heapq
+import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -17,11 +18,12 @@ from PIL import Image
 
 from dense_jax import losses, report, runs, viz
 from dense_jax.data import dataset as datasets
-from dense_jax.data import pipeline
+from dense_jax.data import pipeline, prepared
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset, Example, Source
 from dense_jax.data.transforms import Normalise, Transform
 from dense_jax.errors import UserError
+from dense_jax.infer import ensemble
 from dense_jax.metrics import boundary
 from dense_jax.metrics import semantic as metrics
 from dense_jax.ops.resize import resize_bilinear
@@ -34,11 +36,13 @@ from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard, tra
 
 Variables = dict[str, Any]
 # (variables, images [B, H, W, C], sizes [B, 2]) -> logits [B, H, W, classes], compiled. Images
-# are normalised; sizes are their heights and widths in front of padding.
-PredictFn = Callable[[Variables, jax.Array, jax.Array], jax.Array]
+# are normalised; sizes are their heights and widths in front of padding. Variables are those of the
+# network, or a tuple of those of several.
+PredictFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
 # (variables, split) -> further scores by name.
 ExtraScores = Callable[[Variables, Source], dict[str, float]]
 BoundaryMatch = Literal["none", "distance", "assignment"]
+Combine = Literal["mean_prob", "product_score"]
 
 _NUM_WARNINGS = 5  # lines of the label doctor shown before training
 ONE_PASS = "none: one pass, no flips, no scales, no CRF"
@@ -62,11 +66,19 @@ def load_dataset(config: RunConfig) -> Dataset:
 
 
 def class_weights(dataset: Dataset, definition: losses.ClassFrequency = "eigen") -> np.ndarray:
-    """Median-frequency weights [C] of the training split."""
+    """Median-frequency weights [C] of the training split; counted once and kept on disk."""
     source = dataset.split("train")
+    kept = prepared.cache_dir() / "class_weights" / f"{dataset.fingerprint}-{definition}.json"
+    with contextlib.suppress(OSError, ValueError):  # not there, or damaged: counted again
+        weights = np.array(json.loads(kept.read_text()), np.float32)
+        if weights.shape == (dataset.classes.num_classes,):
+            return weights
     labels = (source[i]["label"] for i in range(len(source)))
     num_classes = dataset.classes.num_classes
-    return losses.median_frequency_weights(labels, num_classes, definition=definition)
+    weights = losses.median_frequency_weights(labels, num_classes, definition=definition)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_json(kept, weights.tolist())
+    return weights
 
 
 def cross_entropy_loss(
@@ -153,6 +165,38 @@ def predict_of(run: runs.Run) -> tuple[PredictFn, dict[str, Any]]:
     return run.script.build_predict(run.config, run.model), card
 
 
+def ensemble_of(members: Sequence[runs.Run], combine: Combine) -> tuple[PredictFn, dict[str, Any]]:
+    """How several runs predict together, given the variables of each, and the protocol card.
+
+    Raises:
+      UserError: they do not see images in one normalisation, or do not label the same classes.
+    """
+    first = members[0]
+    for other in members[1:]:
+        if other.classes.names != first.classes.names:
+            raise UserError(f"--ensemble: {other.workdir} and {first.workdir} label other classes")
+        if other.config.normalisation != first.config.normalisation:
+            raise UserError(
+                f"--ensemble: {other.workdir} takes images as {other.config.normalisation}, "
+                f"{first.workdir} as {first.config.normalisation}: train them with one "
+                "--normalisation"
+            )
+    if combine == "product_score" and len(members) != 2:
+        raise UserError("--combine=product_score joins two runs: give one --ensemble folder")
+    ways = [predict_of(member) for member in members]
+
+    def predict(variables: tuple[Variables, ...], images: jax.Array, sizes: jax.Array) -> jax.Array:
+        logits = [way(v, images, sizes) for (way, _), v in zip(ways, variables, strict=True)]
+        if combine == "product_score":
+            return ensemble.product_scores(*logits)
+        return ensemble.mean_probabilities(logits)
+
+    names = " and ".join(str(member.workdir) for member in members)
+    each = "; ".join(str(card["test_time_options"]) for _, card in ways)
+    card = {"ensemble": f"{combine} of {names}", "test_time_options": f"of each member: {each}"}
+    return predict, card
+
+
 def extra_scores_of(run: runs.Run, predict: PredictFn, source: Source) -> dict[str, float]:
     """The scores that only the run's script knows: its ``extra_scores``, where it has one."""
     if not hasattr(run.script, "extra_scores"):
@@ -231,7 +275,7 @@ class Evaluator:
 
         self._step = eval_step(counts)
 
-    def __call__(self, variables: Variables, boundary_match: BoundaryMatch = "none") -> Evaluation:
+    def __call__(self, variables: Any, boundary_match: BoundaryMatch = "none") -> Evaluation:
         """Evaluates ``variables``; boundary F1 is computed on the host and takes longer."""
         confusion, loss, num_images = None, 0.0, 0
         shapes: set[tuple[int, int]] = set()
