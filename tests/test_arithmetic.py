@@ -4,12 +4,16 @@ import collections
 import pathlib
 from xml.etree import ElementTree
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dense_jax.analysis import arithmetic, figures
 from dense_jax.analysis.arithmetic import INSERTED, PADDING, RELATIONSHIPS, Layer
 from dense_jax.analysis.drawing import Drawing, mix
+from dense_jax.layers.conv import conv
+from dense_jax.models.vgg import Grid
 from experiments import conv_arithmetic
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -48,7 +52,7 @@ def test_the_worked_example_of_the_guide():
 
 @pytest.mark.parametrize("row", RELATIONSHIPS, ids=lambda r: f"{r.number}: {r.case}")
 def test_relationship_gives_the_size_of_the_layer(row):
-    layers = list(arithmetic.layers(row, 6))
+    layers = list(arithmetic.layers(row, 5))
     assert len(layers) >= 8
     for layer in layers:
         assert row.size(layer) == layer.output_size, layer
@@ -169,6 +173,46 @@ def test_copies_are_weighted_kernels_that_sum_to_the_output():
     overlap = arithmetic.overlap(layer)
     np.testing.assert_array_equal(overlap, np.outer([1, 1, 2, 1, 1], [1, 1, 2, 1, 1]))
     np.testing.assert_array_equal(overlap, np.sum(copies > 0, (0, 1)))
+
+
+def seen_by_the_centre(dilations):
+    """The gradient of one output of 3x3 mean filters in a row with respect to their input."""
+    size = 2 * sum(dilations) + 5
+    kernel = jnp.full((3, 3, 1, 1), 1 / 9, jnp.float32)
+
+    def centre(x):
+        for dilation in dilations:
+            x = conv(x, kernel, dilation=dilation)
+        return x[0, size // 2, size // 2, 0]
+
+    return np.asarray(jax.grad(centre)(jnp.zeros((1, size, size, 1))))[0, :, :, 0]
+
+
+@pytest.mark.parametrize(("dilations", "field"), [((1, 2, 4), 15), ((1, 1, 2, 4, 8, 16), 65)])
+def test_receptive_field_of_dilated_layers(dilations, field):
+    """Fact 6: without gaps, and not a pixel more."""
+    seen = seen_by_the_centre(dilations) > 0
+    assert np.sum(seen) == field**2
+    np.testing.assert_array_equal(np.flatnonzero(seen.any(0)), np.arange(field) + 2)
+
+
+def test_gradient_of_uniform_layers_spreads_by_the_root_of_their_number():
+    """Fact 7: ten layers see 21 pixels; the variance is 10 (9 - 1) / 12."""
+    share = seen_by_the_centre((1,) * 10).sum(0)
+    place = np.arange(len(share)) - len(share) // 2
+    assert np.count_nonzero(share) == 21
+    assert np.sum(share) == pytest.approx(1, rel=1e-5)
+    assert np.sum(share * place**2) == pytest.approx(20 / 3, rel=1e-5)
+
+
+def test_receptive_field_of_resnet_101():
+    """Fact 8, with the stride in the first 1x1 layer; that of VGG-16 is in tests/test_vgg.py."""
+    grid = Grid().conv(7, 2, 3).conv(3, 2, 1)
+    for stage, depth in enumerate((3, 4, 23, 3)):
+        for block in range(depth):
+            stride = 2 if stage and block == 0 else 1
+            grid = grid.conv(1, stride).conv(3, 1, 1).conv(1)
+    assert grid == Grid(0, 32, 1027)
 
 
 @pytest.fixture(scope="module")

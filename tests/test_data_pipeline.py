@@ -173,3 +173,9 @@ def test_wrong_pipelines_say_what_to_change(source):
         _take(pipeline.train_batches(source, [], 2, 0), 1)
     with pytest.raises(UserError, match="--crop"):
         _take(pipeline.train_batches(source, [RandomScale(0.5, 2), Normalise()], 5, 0), 1)
+
+
+def test_batches_of_one_go_on_beyond_an_epoch(source):
+    batches = _take(pipeline.train_batches(source, [Normalise()], 1, seed=0), 20)
+    order = [int(batch["index"][0]) for batch in batches]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))

@@ -100,6 +100,7 @@ def literal_flags(config):
 NEEDED = {
     ("fcn", "single_skip"): {"stride": 16},
     ("fcn", "backbone"): {"stride": 32, "pad_mode": "100"},
+    ("deconvnet", "proposal_source", "file"): {"proposals": "boxes.json"},
     ("unet", "padding", "valid"): {"tile": 188, "depth": 4},
 }
 # Side of the image and of the logits, where these are not of one size.

@@ -64,7 +64,8 @@ class Layer:
         """Runs the layer on one image [i, i] with one filter [k, k]; returns [o, o]."""
         return self(x[None, :, :, None], kernel[:, :, None, None])[0, :, :, 0]
 
-    @functools.cached_property
+    @property
+    @functools.cache  # noqa: B019 (a layer is a handful of numbers, and equal layers share it)
     def output_size(self) -> int:
         """The output size o, asked of the layer and not of a formula."""
         arguments = (

@@ -29,6 +29,8 @@ from dense_jax.errors import UserError
 Batch = dict[str, np.ndarray]
 Size = tuple[int, int]
 
+_ENDLESS = 2**32  # Epochs; Grain's own endlessness overflows in batches of one.
+
 _EXTRA = ("weights", "boxes", "categories", "targets", "box_weights", "box_valid")
 
 
@@ -130,7 +132,7 @@ def train_batches(
         grain.MapDataset.source(_Indexed(source))
         .seed(seed)
         .shuffle()
-        .repeat()
+        .repeat(_ENDLESS)
         .random_map(_Chain(tuple(transforms)))
         .batch(batch_size, batch_fn=_collect)
     )
