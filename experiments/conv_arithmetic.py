@@ -75,7 +75,7 @@ class Config:
             raise UserError("--upsample names nothing: give at least one way of upsampling")
 
 
-PRESETS = {
+COMMANDS = {
     "figures": Config(checkerboard=False),
     "checkerboard": Config(figures=False),
     "smoke": Config(num_seeds=1, num_steps=2, batch_size=2, width=4),
@@ -277,7 +277,7 @@ if __name__ == "__main__":
         cli.set_up_jax()
         main(
             tyro.extras.overridable_config_cli(
-                {name: (_WORDS[name], preset) for name, preset in PRESETS.items()},
+                {name: (_WORDS[name], preset) for name, preset in COMMANDS.items()},
                 description=__doc__,
                 prog="python -m experiments.conv_arithmetic",
             )

@@ -192,7 +192,7 @@ def test_plot_has_a_dot_for_each_level():
 
 def test_comparison_leaves_table_plot_and_pictures(tmp_path, capsys):
     config = dataclasses.replace(
-        conv_arithmetic.PRESETS["smoke"],
+        conv_arithmetic.COMMANDS["smoke"],
         workdir=str(tmp_path / "new" / "folder"),
         figures=False,
         upsample=("deconv_k3s2", "resize_nearest_conv"),
