@@ -62,6 +62,7 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
         _section("Classes", _class_table(evaluation, classes)),
         _section("Confusion", _confusion(evaluation, classes)),
         _section("Images", _gallery(evaluation, classes, run_dir)),
+        _section("Uncertainty", _uncertainty(run_dir)),
         _section("How this was scored", _facts(evaluation.get("protocol", {}))),
         _section("Settings", _details("All flags of this run", _facts(config.get("config", {})))),
     ]
@@ -312,6 +313,29 @@ def _gallery(evaluation: Mapping[str, Any], classes: ClassTable, run_dir: pathli
                 f'<img src="{_data_uri(path.read_bytes())}" alt="{name}" style="{style}"></figure>'
             )
     return "".join(parts)
+
+
+def _uncertainty(run_dir: pathlib.Path) -> str:
+    """Accuracy by confidence, and pictures of the variance, where a run has measured them."""
+    found = _read_json(run_dir / "uncertainty.json")
+    if found is None:
+        return ""
+    accuracies = found["band_accuracies"]
+    step = 100 // len(accuracies)
+    rows = [
+        f"<tr><td>{i * step}-{(i + 1) * step} %</td><td>{_percent(accuracy)}</td></tr>"
+        for i, accuracy in enumerate(accuracies)
+    ]
+    heads = "<th>Pixels, most confident first<th>Accuracy"
+    pictures = [
+        '<figure class="images"><img alt="image, label, prediction, errors, variance" '
+        f'src="{_data_uri(path.read_bytes())}"></figure>'
+        for path in sorted((run_dir / "pictures").glob("uncertainty_*.png"))
+    ]
+    return (
+        f'<div class="wide"><table><tr>{heads}</tr>{"".join(rows)}</table></div>'
+        "<p>Image, label, prediction, errors and variance:</p>" + "".join(pictures)
+    )
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -13,7 +13,8 @@ and not, as in Caffe, the gradient; equal at the constant rates used here. (3) E
 He's initialisation, the paper's full net from VGG-16's ImageNet weights; --init takes another run.
 (4) Table 2 trains on 3,433 road images of several collections, which are not distributed
 together: give your own with --dataset=folder. (5) The best checkpoint is that of the highest mean
-IoU, the paper's that of the highest pixel accuracy.
+IoU, the paper's that of the highest pixel accuracy. (6) The FCN decoders start as interpolation;
+fcn_nodimred may still need --learning-rate=0.01.
 """
 
 import dataclasses

@@ -1,9 +1,13 @@
 """Monte-Carlo prediction, and what its variance says."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dense_jax import report
+from dense_jax.data.datasets import shapes
 from dense_jax.infer.monte_carlo import MonteCarlo
 from dense_jax.tasks import uncertainty
 
@@ -48,3 +52,18 @@ def test_bands_sort_pixels_by_confidence():
     assert lines[4] == "| 20-30 % | 50.00 | 83.33 |"
     assert len(lines) == 12
     assert np.isnan(uncertainty.band_accuracies(variance[:3], variance[:3] < 2)[-1])
+
+
+def test_report_shows_the_bands_and_the_pictures(tmp_path):
+    spec = shapes.ShapesSpec(size=(24, 20), num_val=2)
+    source, classes = shapes.load(None, size=spec.size, num_val=2).splits["val"], shapes.CLASSES
+    pictures = {i: (source[i]["label"], np.full(spec.size, 0.1, np.float32)) for i in range(2)}
+    bands = np.array([*np.linspace(1, 0.2, 9), np.nan])
+    found = uncertainty.Uncertainty({"variance_right": 0.1}, bands, 960, pictures)
+    found.write(tmp_path, source, classes)
+    config = {"script": "experiments.segnet", "config": {}, "classes": classes.to_json()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    page = report.write_report(tmp_path).read_text()
+    assert "Uncertainty" in page
+    assert "<td>80-90 %</td><td>20.0 %</td>" in page
+    assert page.count("data:image/png;base64") == 2

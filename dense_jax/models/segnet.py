@@ -186,7 +186,8 @@ class SegNetBasic(_EncoderDecoder):
         "fcn": learned up-convolutions of the scores, 8x8, which start bilinearly, to which scores
           of the encoder's maps are added (FCN-Basic); "fcn_noadd" does not add them;
         "fcn_nodimred": the same with the maps themselves, scored at the end
-          (FCN-Basic-NoDimReduction); "fcn_noadd_nodimred" does not add them.
+          (FCN-Basic-NoDimReduction); "fcn_noadd_nodimred" does not add them. These decoders are not
+          normalised: on shapes "fcn_nodimred" diverges at SGD's 0.1 and learns at 0.01.
       decoder_relu: whether the convolutions of the decoder have ReLUs; released without.
     """
 
