@@ -1,4 +1,6 @@
-"""The matrix forms of convolution, and which of them a CPU takes, against the one call to lax."""
+"""The forms of convolution for CPUs, and which of them one takes, against the one call to lax."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,9 @@ SETTINGS = [
     ((70, 33), 2, 3, (3, 3), (2, 1), (1, 1), ((1, 1), (1, 1)), 1),  # the last block is not full
     ((6, 7), 4, 6, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 2),
     ((6, 7), 4, 4, (3, 3), (2, 2), (1, 1), ((1, 1), (1, 1)), 4),
+    ((9, 8), 5, 5, (3, 4), (1, 1), (2, 1), ((2, 2), (1, 2)), 5),  # depthwise
+    ((9, 8), 5, 5, (4, 3), (2, 3), (1, 2), ((-1, 3), (2, 0)), 5),
+    ((6, 6), 3, 6, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 3),  # not quite depthwise
 ]
 
 
@@ -104,10 +109,13 @@ def test_columns_of_a_hand_worked_image():
     np.testing.assert_array_equal(counts, [[1, 2, 1], [2, 4, 2], [1, 2, 1]])
 
 
-def test_gradients_keep_bfloat16_but_add_in_float32():
+@pytest.mark.parametrize("channels", [1, 2])  # 2: depthwise
+def test_gradients_keep_bfloat16_but_add_in_float32(channels):
     """Ones summed one by one in bfloat16 stay at 256."""
-    x, kernel = jnp.ones((512, 1, 1, 1), jnp.bfloat16), jnp.ones((1, 1, 1, 1), jnp.bfloat16)
-    x_grad, kernel_grad = jax.jit(jax.vjp(conv, x, kernel)[1])(x)
+    x = jnp.ones((512, 1, 1, channels), jnp.bfloat16)
+    kernel = jnp.ones((1, 1, 1, channels), jnp.bfloat16)
+    pull = jax.vjp(functools.partial(conv, groups=channels), x, kernel)[1]
+    x_grad, kernel_grad = jax.jit(pull)(x)
     assert x_grad.dtype == kernel_grad.dtype == jnp.bfloat16
     assert float(kernel_grad[0, 0, 0, 0]) == 512
 

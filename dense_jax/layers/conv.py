@@ -31,7 +31,7 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from dense_jax.layers import init
-from dense_jax.ops import im2col
+from dense_jax.ops import depthwise, im2col
 from dense_jax.ops.im2col import Windows
 
 Pair = tuple[int, int]
@@ -111,12 +111,15 @@ def _lax_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.A
     )
 
 
-# Accelerators take the one call above and its stock gradients. On CPUs XLA is slow in two places:
+# Accelerators take the one call above and its stock gradients. On CPUs XLA is slow in three places:
 # layers that are almost fully connected (fc6: 3 to 300 times slower than the same matrix product),
-# and kernel gradients on large maps (4 to 8 times). The tests compare all forms.
+# kernel gradients on large maps (4 to 8 times), and depthwise layers (20 to 70 times). The tests
+# compare all forms.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array:
     def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if _is_depthwise(x, kernel, w, groups):
+            return depthwise.convolve(x, kernel, w)
         if _is_almost_full(x, kernel, w, groups):
             return im2col.convolve(x, kernel, w)
         return _lax_conv(x, kernel, w, groups)
@@ -136,6 +139,11 @@ def _is_almost_full(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) ->
     return groups == 1 and some and (few or w.kernel_size == w.strides == (1, 1))
 
 
+def _is_depthwise(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> bool:
+    some = min(len(x), *w.counts((x.shape[1], x.shape[2]))) > 0
+    return 1 < groups == x.shape[3] == kernel.shape[3] and some
+
+
 def _conv_fwd(x, kernel, w, groups):
     return _conv(x, kernel, w, groups), (x, kernel)
 
@@ -146,6 +154,9 @@ def _conv_bwd(w, groups, residuals, grad):
         return jax.vjp(lambda x, kernel: _lax_conv(x, kernel, w, groups), x, kernel)[1](grad)
 
     def on_cpu(x, kernel, grad):
+        if _is_depthwise(x, kernel, w, groups):
+            x_grad = depthwise.input_gradient(grad, kernel, (x.shape[1], x.shape[2]), w)
+            return x_grad, depthwise.kernel_gradient(x, grad, w)
         x_grad, kernel_grad = stock(x, kernel, grad)
         if _is_almost_full(x, kernel, w, groups):
             x_grad = im2col.input_gradient(grad, kernel, (x.shape[1], x.shape[2]), w)

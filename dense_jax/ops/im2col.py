@@ -62,7 +62,7 @@ def pad(x: jax.Array, edges: tuple[Pair, Pair]) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
-def _tap(x: jax.Array, corner: Pair, counts: Pair, strides: Pair) -> jax.Array:
+def tap(x: jax.Array, corner: Pair, counts: Pair, strides: Pair) -> jax.Array:
     """Returns what one kernel tap reads of the padded image, [B, H', W', C]."""
     stop = [c + (n - 1) * s + 1 for c, n, s in zip(corner, counts, strides, strict=True)]
     return lax.slice(x, (0, *corner, 0), (len(x), *stop, x.shape[3]), (1, *strides, 1))
@@ -72,7 +72,7 @@ def im2col(x: jax.Array, w: Windows) -> jax.Array:
     """Returns the window of each output pixel, [B, H, W, C] to [B, H', W', kh kw C]."""
     counts = w.counts((x.shape[1], x.shape[2]))
     x = pad(x, w.padding)
-    return jnp.concatenate([_tap(x, corner, counts, w.strides) for corner in w.taps()], axis=-1)
+    return jnp.concatenate([tap(x, corner, counts, w.strides) for corner in w.taps()], axis=-1)
 
 
 def col2im(columns: jax.Array, image_size: Pair, w: Windows) -> jax.Array:
