@@ -51,7 +51,7 @@ from dense_jax.errors import UserError
 from dense_jax.infer import proposals
 from dense_jax.metrics import semantic as metrics
 from dense_jax.models.deconvnet import DeconvNet
-from dense_jax.tasks import semantic
+from dense_jax.tasks import prediction, semantic
 from dense_jax.train import cli
 from dense_jax.train.config import RunConfig
 from dense_jax.train.schedules import ParamGroup
@@ -70,6 +70,8 @@ class Config(RunConfig):
     """Statistics for evaluation: averaged over batches after training (release), or running."""
     unpool: Literal["switch", "fixed_corner", "bilinear"] = "switch"
     """Where unpooling puts values (Section 3.2): the maximum's place, a corner, everywhere."""
+    decoder_init: Literal["gaussian", "he"] = "gaussian"
+    """Start of the layers that VGG-16 lacks: deviation 0.01 (release), or He's, for thin nets."""
     input_size: int = 224
     """Side of the square that fc6 takes in at once (Table 2), a multiple of 32."""
     fc_width: int = 4096
@@ -166,6 +168,7 @@ _STAGE1_STEP_AT = (0.45, 0.9)  # every 9,000 of 20,000 steps
 _SCRATCH = Config(
     stages="whole",
     proposal_source="none",
+    decoder_init="he",
     bn_stats="running",
     optimizer="adamw",
     learning_rate=2e-3,
@@ -210,6 +213,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         input_size=config.input_size,
         bn=config.bn == "on",
         unpool=config.unpool,
+        decoder_init=config.decoder_init,
         fc_width=config.fc_width,
         width=config.width,
         axis_name=AXIS,
@@ -280,10 +284,10 @@ def _score_boxes(config: Config, model: nn.Module) -> Any:
     return score
 
 
-def build_predict(config: Config, model: nn.Module) -> semantic.PredictFn:
+def build_predict(config: Config, model: nn.Module) -> prediction.PredictFn:
     """How the network labels images of which nothing else is known."""
     if config.proposal_source == "none":
-        return semantic.whole_image(model, config.scale)
+        return prediction.whole_image(model, config.scale)
     score, whole = _score_boxes(config, model), config.proposal_source == "whole"
 
     def predict(variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -297,7 +301,7 @@ def build_predict(config: Config, model: nn.Module) -> semantic.PredictFn:
 def test_time(config: Config) -> str:
     """What `build_predict` does, for the protocol of a run."""
     if config.proposal_source == "none":
-        return semantic.ONE_PASS
+        return prediction.ONE_PASS
     if config.proposal_source == "whole":
         return f"the image as one box of {config.input_size}x{config.input_size}, no CRF"
     return (
@@ -307,7 +311,7 @@ def test_time(config: Config) -> str:
 
 
 def extra_scores(
-    config: Config, predict: semantic.PredictFn, variables: Any, source: Source
+    config: Config, predict: prediction.PredictFn, variables: Any, source: Source
 ) -> dict[str, float]:
     """The score with boxes that are known for the images of a dataset only.
 

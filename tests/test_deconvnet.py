@@ -12,10 +12,11 @@ import pytest
 from dense_jax.data import crops
 from dense_jax.errors import UserError
 from dense_jax.infer import ensemble
+from dense_jax.layers import init
 from dense_jax.layers.conv import conv, up_conv
 from dense_jax.models import deconvnet
 from dense_jax.ops.pool import max_pool, max_pool_with_switches, max_unpool
-from dense_jax.tasks import semantic
+from dense_jax.tasks import prediction, semantic
 from experiments import deconvnet as script
 from tests import contract
 
@@ -183,7 +184,7 @@ def test_overlapping_copies_are_averaged():
     params = {"params": {"kernel": kernel, "bias": np.array([1, 2], np.float32)}}
 
     def apply(x) -> Any:
-        return deconvnet._OverlapMean(2, 3).apply(params, x)
+        return deconvnet._OverlapMean(2, 3, init.he).apply(params, x)
 
     one = apply(np.ones((1, 1, 1, 1), np.float32))
     np.testing.assert_allclose(one, kernel.transpose(2, 0, 1, 3) + np.arange(1, 3), rtol=1e-6)
@@ -232,20 +233,22 @@ def test_one_image_is_normalised_away_at_the_1x1_maps():
 
 
 def test_initial_values_are_those_of_the_release():
-    @jax.jit
-    def init(key):
-        params = thin().init(key, jnp.zeros((1, 32, 32, 3)), train=False)["params"]
+    @functools.partial(jax.jit, static_argnums=1)
+    def draw(key, decoder_init):
+        model = thin(decoder_init=decoder_init)
+        params = model.init(key, jnp.zeros((1, 32, 32, 3)), train=False)["params"]
         names = ("deconv5_2", "fc6-deconv", "bn5_1", "conv5_2", "seg-score")
         return {name: params[name] for name in names}
 
-    params = init(jax.random.key(0))
+    params, thick = (draw(jax.random.key(0), kind) for kind in ("gaussian", "he"))
     assert np.all(params["bn5_1"]["scale"] == 1)
     assert np.all(params["bn5_1"]["bias"] == np.float32(0.001))
     for name in ("deconv5_2", "fc6-deconv"):
         assert np.std(params[name]["kernel"]) == pytest.approx(0.01, rel=0.1)
         assert not np.any(params[name]["bias"])
     he = np.sqrt(2 / np.prod(params["conv5_2"]["kernel"].shape[:3]))
-    assert np.std(params["conv5_2"]["kernel"]) == pytest.approx(he, rel=0.1)
+    for layer in (params["conv5_2"], thick["deconv5_2"]):
+        assert np.std(layer["kernel"]) == pytest.approx(he, rel=0.1)
 
 
 # The script.
@@ -271,6 +274,7 @@ def test_network_flags_reach_the_network():
     )
     model = script.build_model(changed(**flags), 4)
     assert (model.bn, model.unpool, model.input_size) == (False, "bilinear", 64)
+    assert model.decoder_init == "he"
     _, variables = contract.shapes_of(model, (1, 64, 64, 3))
     assert variables["params"]["fc6"]["kernel"].shape == (2, 2, 256, 16)
     assert "batch_stats" not in variables
@@ -397,7 +401,7 @@ def test_inference_flags_reach_the_aggregation(monkeypatch, flags, num, num_vali
 def test_scores_with_boxes_known_for_a_dataset(labelled, tmp_path):
     variables, source = labelled
     other = semantic.load_dataset(SMOKE).split("test")
-    gt, unused = changed(proposal_source="gt", min_box=8), semantic.whole_image(thin())
+    gt, unused = changed(proposal_source="gt", min_box=8), prediction.whole_image(thin())
     score = script.extra_scores(gt, unused, variables, source)
     assert 0 <= score["boxes_mean_iou"] <= 1
 
@@ -417,7 +421,7 @@ def test_protocol_names_what_was_done():
     assert "largest 5" in script.test_time(SMOKE)
     assert "one box" in script.test_time(changed(proposal_source="whole"))
     none = changed(proposal_source="none")
-    assert script.test_time(none) == semantic.ONE_PASS
+    assert script.test_time(none) == prediction.ONE_PASS
 
 
 def test_stage_2_starts_from_stage_1(monkeypatch):

@@ -27,7 +27,8 @@ from dense_jax.ops.resize import resize_bilinear
 _ENCODER = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _DECODER = ((64, 64), (128, 64), (256, 256, 128), (512, 512, 256), (512, 512, 512))
 _STRIDE = 2 ** len(_ENCODER)
-_GAUSSIAN = init.normal(0.01)  # Of all layers that VGG-16 does not have.
+# Of all layers that VGG-16 does not have.
+_DECODER_INIT = {"gaussian": init.normal(0.01), "he": init.he}
 
 
 class _OverlapMean(nn.Module):
@@ -40,13 +41,14 @@ class _OverlapMean(nn.Module):
 
     features: int
     kernel_size: int
+    kernel_init: init.Initializer
     dtype: jax.typing.DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, C] to [B, H + kernel_size - 1, W + kernel_size - 1, features]."""
         k = self.kernel_size
-        kernel = self.param("kernel", _GAUSSIAN, (k, k, x.shape[3], self.features))
+        kernel = self.param("kernel", self.kernel_init, (k, k, x.shape[3], self.features))
         bias = self.param("bias", init.zero, (self.features,))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         rows, columns = (np.convolve(np.ones(n), np.ones(k)) for n in x.shape[1:3])
@@ -69,6 +71,8 @@ class DeconvNet(nn.Module):
         optimum (Section 4.1).
       unpool: "switch" puts a value where the maximum was, "fixed_corner" into the upper left
         corner of its window, "bilinear" enlarges without looking back.
+      decoder_init: initial kernels of the layers that VGG-16 does not have: "gaussian" of deviation
+        0.01, as released, or "he", whose scale depends on the width as the others' does.
       fc_width: channels of fc6 and fc7.
       width: channel multiplier of all layers, fc6 and fc7 among them.
       bn_momentum: share of the old running statistics kept in a training step.
@@ -80,6 +84,7 @@ class DeconvNet(nn.Module):
     input_size: int = 224
     bn: bool = True
     unpool: Literal["switch", "fixed_corner", "bilinear"] = "switch"
+    decoder_init: Literal["gaussian", "he"] = "gaussian"
     fc_width: int = 4096
     width: float = 1.0
     bn_momentum: float = 0.9
@@ -102,6 +107,8 @@ class DeconvNet(nn.Module):
         fc_kernel = self.input_size // _STRIDE
         scaled = functools.partial(vgg.scaled, width=self.width)
         conv = functools.partial(Conv, dtype=self.dtype)
+        decoder_init = _DECODER_INIT[self.decoder_init]
+        deconv = functools.partial(conv, kernel_init=decoder_init)
 
         def finish(name: str, norm_name: str, x: jax.Array) -> jax.Array:
             if self.bn:
@@ -132,15 +139,17 @@ class DeconvNet(nn.Module):
         x = conv(scaled(self.fc_width), fc_kernel, padding=0, name="fc6")(x)
         x = finish("fc6", "bnfc6", x)
         x = finish("fc7", "bnfc7", conv(scaled(self.fc_width), 1, name="fc7")(x))
-        layer = _OverlapMean(scaled(_DECODER[-1][0]), fc_kernel, self.dtype, name="fc6-deconv")
+        layer = _OverlapMean(
+            scaled(_DECODER[-1][0]), fc_kernel, decoder_init, self.dtype, name="fc6-deconv"
+        )
         x = finish("fc6-deconv", "fc6-deconv-bn", layer(x))
 
         for stage, features in reversed(list(enumerate(_DECODER, 1))):
             x = outputs[f"unpool{stage}"] = self._unpool(x, switches[stage - 1])
             for i, channels in enumerate(features, 1):
-                layer = conv(scaled(channels), 3, kernel_init=_GAUSSIAN, name=f"deconv{stage}_{i}")
+                layer = deconv(scaled(channels), 3, name=f"deconv{stage}_{i}")
                 x = finish(f"deconv{stage}_{i}", f"debn{stage}_{i}", layer(x))
-        scores = conv(self.num_classes, 1, kernel_init=_GAUSSIAN, name="seg-score")(x)
+        scores = deconv(self.num_classes, 1, name="seg-score")(x)
         outputs["logits"] = scores[:, : size[0], : size[1]].astype(jnp.float32)
         return outputs
 
