@@ -22,7 +22,7 @@ from dense_jax.data.transforms import num_channels
 from dense_jax.errors import UserError
 from dense_jax.infer import predictor
 from dense_jax.sweep import command as sweep
-from dense_jax.tasks import semantic
+from dense_jax.tasks import evaluation, prediction, semantic
 from dense_jax.train import cli
 
 
@@ -46,7 +46,7 @@ def predict(
       probabilities: also write the class probabilities (.npz, float16 [H, W, C]).
     """
     opened = runs.load(run, checkpoint)
-    predict_fn, _ = semantic.predict_of(opened)
+    predict_fn, _ = prediction.predict_of(opened)
     summary = predictor.predict_folder(
         functools.partial(jax.jit(predict_fn), jax.device_put(opened.variables)),
         opened.classes,
@@ -68,9 +68,9 @@ def evaluate(
     data_dir: str | None = None,
     checkpoint: Literal["last", "best"] = "last",
     absent: Literal["skip", "zero"] = "skip",
-    bf_match: semantic.BoundaryMatch = "distance",
+    bf_match: evaluation.BoundaryMatch = "distance",
     ensemble: tuple[pathlib.Path, ...] = (),
-    combine: semantic.Combine = "mean_prob",
+    combine: prediction.Combine = "mean_prob",
     output: pathlib.Path | None = None,
 ) -> None:
     """Score a run, or several runs as one, on a split of its dataset and write a report.
@@ -99,12 +99,12 @@ def evaluate(
             f"{run} labels {', '.join(opened.classes.names)} but the dataset has "
             f"{', '.join(dataset.classes.names)}: give the --data-dir of the same classes"
         )
-    predict_fn, card = semantic.predict_of(opened)
+    predict_fn, card = prediction.predict_of(opened)
     variables: Any = opened.variables
     if others:
-        predict_fn, card = semantic.ensemble_of([opened, *others], combine)
+        predict_fn, card = prediction.ensemble_of([opened, *others], combine)
         variables = tuple(member.variables for member in (opened, *others))
-    evaluator = semantic.Evaluator(
+    evaluator = evaluation.Evaluator(
         predict_fn,
         dataset.split(split),
         dataset.classes,
@@ -117,9 +117,9 @@ def evaluate(
     for name in ("config.json", "metrics.jsonl"):  # the report shows them
         if (run / name).exists():
             shutil.copy(run / name, output / name)
-    evaluation = evaluator(variables, bf_match)
-    extra = {} if others else semantic.extra_scores_of(opened, predict_fn, dataset.split(split))
-    semantic.write_evaluation(output, evaluation, dataset, split, opened.step, card, extra, absent)
+    found = evaluator(variables, bf_match)
+    extra = {} if others else evaluation.extra_scores_of(opened, predict_fn, dataset.split(split))
+    evaluation.write_evaluation(output, found, dataset, split, opened.step, card, extra, absent)
     print(f"report: {report.write_report(output)}")
 
 

@@ -36,7 +36,7 @@ from dense_jax.models.hypercolumns import (
     Taps,
     TapScale,
 )
-from dense_jax.tasks import box_masks, semantic
+from dense_jax.tasks import box_masks, prediction, semantic
 from dense_jax.train import cli
 from dense_jax.train.config import RunConfig
 from dense_jax.train.schedules import ParamGroup
@@ -220,15 +220,15 @@ def build_transforms(config: Config) -> list[Transform]:
 def test_time(config: Config) -> str:
     """How the network is used, in words."""
     if config.grid == 1:
-        return semantic.ONE_PASS
-    return f"{semantic.ONE_PASS}; {config.grid}x{config.grid} classifiers span each image"
+        return prediction.ONE_PASS
+    return f"{prediction.ONE_PASS}; {config.grid}x{config.grid} classifiers span each image"
 
 
-def build_predict(config: Config, model: nn.Module) -> semantic.PredictFn:
+def build_predict(config: Config, model: nn.Module) -> prediction.PredictFn:
     """One pass over the images, at their scale; the grid spans them without their padding."""
     if config.mode == "box":
         raise UserError("a run with --mode=box labels boxes, not images; its own command scores it")
-    return semantic.whole_image(model, config.scale, sized=True)
+    return prediction.whole_image(model, config.scale, sized=True)
 
 
 def main(config: Config) -> TrainState:

@@ -32,7 +32,7 @@ from dense_jax.data.transforms import Normalise, RandomCrop, RandomFlip, RandomS
 from dense_jax.errors import UserError
 from dense_jax.infer.monte_carlo import MonteCarlo
 from dense_jax.models.segnet import CAMVID_WEIGHTS, Decoder, SegNet, SegNetBasic
-from dense_jax.tasks import semantic, uncertainty
+from dense_jax.tasks import prediction, semantic, uncertainty
 from dense_jax.train import cli
 from dense_jax.train.config import RunConfig
 from dense_jax.train.schedules import ParamGroup
@@ -179,16 +179,16 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     return SegNetBasic(num_classes, decoder=config.decoder, **shared)
 
 
-def build_predict(config: Config, model: nn.Module) -> semantic.PredictFn:
+def build_predict(config: Config, model: nn.Module) -> prediction.PredictFn:
     """One pass, or with ``--dropout=bayes`` the mean of many that drop."""
     if config.dropout != "bayes":
-        return semantic.whole_image(model, config.scale)
+        return prediction.whole_image(model, config.scale)
     drawing = model.clone(sample_dropout=True, axis_name=None)
 
     def one_pass(
-        variables: semantic.Variables, images: jax.Array, sizes: jax.Array, key: jax.Array
+        variables: prediction.Variables, images: jax.Array, sizes: jax.Array, key: jax.Array
     ) -> jax.Array:
-        predict = semantic.whole_image(drawing, config.scale, {"dropout": key})
+        predict = prediction.whole_image(drawing, config.scale, {"dropout": key})
         return predict(variables, images, sizes)
 
     return MonteCarlo(one_pass, config.mc_samples, config.seed)
@@ -197,14 +197,14 @@ def build_predict(config: Config, model: nn.Module) -> semantic.PredictFn:
 def test_time(config: Config) -> str:
     """What `build_predict` does, for the protocol card."""
     if config.dropout != "bayes":
-        return semantic.ONE_PASS
+        return prediction.ONE_PASS
     return f"mean probabilities of {config.mc_samples} passes with dropout; no flips, no scales"
 
 
 def extra_scores(
     config: Config,
-    predict: semantic.PredictFn,
-    variables: semantic.Variables,
+    predict: prediction.PredictFn,
+    variables: prediction.Variables,
     source: Source,
 ) -> dict[str, float]:
     """How far the variance of ``--dropout=bayes`` tells right pixels from wrong ones."""
@@ -255,7 +255,7 @@ def main(config: Config) -> TrainState:
     model = build_model(config, dataset.classes.num_classes)
     predict = build_predict(config, model)
 
-    def measure(variables: semantic.Variables, source: Source) -> dict[str, float]:
+    def measure(variables: prediction.Variables, source: Source) -> dict[str, float]:
         if not isinstance(predict, MonteCarlo):
             return {}
         found = uncertainty.measure(predict, variables, source, config)

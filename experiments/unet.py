@@ -34,7 +34,7 @@ from dense_jax.data.transforms import (
 from dense_jax.errors import UserError
 from dense_jax.infer.tiles import average_views, overlap_tile
 from dense_jax.models.unet import UNet, Up
-from dense_jax.tasks import cells, semantic
+from dense_jax.tasks import cells, prediction, semantic
 from dense_jax.train import cli
 from dense_jax.train.config import RunConfig
 from dense_jax.train.state import TrainState
@@ -227,10 +227,10 @@ def build_transforms(config: Config) -> list[Transform]:
     return transforms
 
 
-def build_predict(config: Config, model: UNet) -> semantic.PredictFn:
+def build_predict(config: Config, model: UNet) -> prediction.PredictFn:
     """Overlapping tiles without padding, else one pass; averaged over ``--tta``."""
     if config.padding == "same" or config.tile is None:
-        predict = semantic.whole_image(model, config.scale)
+        predict = prediction.whole_image(model, config.scale)
     else:
         predict = overlap_tile(
             model, tile=config.tile, context=model.context, grid=model.grid, mirror=config.mirror
@@ -241,7 +241,7 @@ def build_predict(config: Config, model: UNet) -> semantic.PredictFn:
 def test_time(config: Config) -> str:
     """What `build_predict` does, for the protocol card."""
     if config.padding == "same" and config.tta == "none":
-        return semantic.ONE_PASS
+        return prediction.ONE_PASS
     tiles = f"tiles of {config.tile} pixels" if config.padding == "valid" else "one pass"
     views = {"none": "no flips", "rot7": "7 turned and mirrored views", "d4": "all 8 views"}
     return f"{tiles}, {views[config.tta]}, no scales, no CRF"
@@ -249,8 +249,8 @@ def test_time(config: Config) -> str:
 
 def extra_scores(
     config: Config,
-    predict: semantic.PredictFn,
-    variables: semantic.Variables,
+    predict: prediction.PredictFn,
+    variables: prediction.Variables,
     source: Source,
     draw_in: pathlib.Path | None = None,
 ) -> dict[str, float]:

@@ -124,7 +124,8 @@ def test_tap_scales():
     check(apply(l2, variables, (images,))["score_pool2"], pool2 / rms)
 
     stats = contract.random_variables(bn, images.shape)["batch_stats"]
-    trained, new = bn.apply({**variables, "batch_stats": stats}, images, train=True, mutable=True)
+    outputs: Any = bn.apply({**variables, "batch_stats": stats}, images, train=True, mutable=True)
+    trained, new = outputs
     check(
         trained["score_pool2"],
         (pool2 - pool2.mean((0, 1, 2), keepdims=True))

@@ -61,9 +61,7 @@ def test_mixing_is_the_sum_over_all_classifiers(cells, hard):
     @jax.jit
     def mix(scores):
         high, wide = (location_grid.neighbours(n, cells, hard=hard) for n in size)
-        near = location_grid.evaluate(
-            scores, jnp.asarray(rows), jnp.asarray(columns), high, wide
-        )
+        near = location_grid.evaluate(scores, jnp.asarray(rows), jnp.asarray(columns), high, wide)
         log_p = location_grid.mix_probabilities(jax.nn.log_sigmoid(near), high, wide)
         return location_grid.mix_scores(near, high, wide), log_p
 

@@ -21,7 +21,7 @@ from dense_jax.errors import UserError
 from dense_jax.models import segnet
 from dense_jax.models.segnet import SegNet, SegNetBasic
 from dense_jax.ops.pool import max_pool_with_switches, max_unpool
-from dense_jax.tasks import semantic
+from dense_jax.tasks import prediction, semantic
 from experiments import segnet as script
 from tests import contract
 
@@ -45,7 +45,8 @@ class Frozen(nn.Module):
 def flat_params(model, image_shape=(1, 32, 32, 3)):
     """Returns {"conv1/kernel": shape, ...}."""
     params = contract.shapes_of(model, image_shape)[1]["params"]
-    return {k: v.shape for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    return {k: v.shape for k, v in flat.items()}
 
 
 def count(model):
@@ -474,7 +475,7 @@ def test_main_hands_over_what_the_flags_say(monkeypatch, tmp_path):
     script.main(config(dropout="none", bn_stats="running", class_balance="median_pixels"))
     assert not given["posthoc_batch_stats"]
     assert given["class_weights"].shape == (6,)
-    assert given["test_time"] == semantic.ONE_PASS
+    assert given["test_time"] == prediction.ONE_PASS
     assert given["extra_scores"]({}, []) == {}
 
     bayes = config(dropout="bayes", bn_stats="posthoc", workdir=str(tmp_path))

@@ -18,7 +18,7 @@ from dense_jax import losses
 from dense_jax.data.transforms import Normalise
 from dense_jax.errors import UserError
 from dense_jax.layers.conv import Conv
-from dense_jax.tasks import semantic
+from dense_jax.tasks import prediction, semantic
 from dense_jax.tasks.semantic import cross_entropy_loss
 from dense_jax.train import config as config_lib
 from dense_jax.train import loop, schedules, step
@@ -287,7 +287,7 @@ def test_a_network_sees_images_at_its_scale():
 
     images = jnp.zeros((1, 8, 6, 3))
     for scale, height in ((1.0, 8), (0.5, 4), (0.01, 1)):
-        logits = semantic.whole_image(Height(), scale)({}, images, jnp.array([[8, 6]]))
+        logits = prediction.whole_image(Height(), scale)({}, images, jnp.array([[8, 6]]))
         chex.assert_trees_all_close(logits, jnp.full(images.shape, height, jnp.float32))
 
 

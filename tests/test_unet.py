@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -187,7 +188,8 @@ def test_dropout_is_on_the_last_two_levels_of_the_contracting_path():
         outputs = contract.apply(model, variables, images, train=True, rngs={"dropout": key})
         return {name: jnp.mean(outputs[name] == 0.0) for name in ("d0c", "d1c", "d2c")}
 
-    still = {name: np.mean(x == 0) for name, x in apply(model, variables, images).items()}
+    outputs: Any = apply(model, variables, images)
+    still = {name: np.mean(x == 0) for name, x in outputs.items()}
     shares = jax.tree.map(np.asarray, zeros(jax.random.key(0)))
     assert shares["d0c"] == still["d0c"]
     for name in ("d1c", "d2c"):

@@ -7,6 +7,7 @@ class 0 here; for electron microscopy that is the membrane.
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import scipy.ndimage
@@ -63,7 +64,7 @@ def two_nearest(instances: np.ndarray, reach: float) -> tuple[np.ndarray, np.nda
         if box is None:
             continue
         near = tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in box)
-        d = scipy.ndimage.distance_transform_edt(instances[near] != number)
+        d: Any = scipy.ndimage.distance_transform_edt(instances[near] != number)
         d[d > reach] = np.inf
         d2[near] = np.minimum(d2[near], np.maximum(d1[near], d))
         d1[near] = np.minimum(d1[near], d)

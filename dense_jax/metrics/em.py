@@ -13,6 +13,7 @@ diagonal contact does not join two. Each measure takes its best value over the t
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import ndimage, sparse
@@ -160,7 +161,7 @@ def _joint(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.nda
     """
     scored = truth > 0
     ones = np.ones(np.count_nonzero(scored), np.int64)
-    table = sparse.coo_array((ones, (truth[scored], predicted[scored]))).tocsr()
+    table: Any = sparse.coo_array((ones, (truth[scored], predicted[scored]))).tocsr()
     of_truth = np.asarray(table.sum(1)).ravel()
     table = table[:, 1:]
     of_prediction = np.asarray(table.sum(0)).ravel()

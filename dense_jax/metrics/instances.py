@@ -8,7 +8,7 @@ numbers are one object, of one piece or more.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import ndimage, sparse
@@ -47,11 +47,11 @@ def from_semantic(
     if border_class is not None and numbers.any():
         border = prediction == border_class
         reachable = ndimage.binary_propagation(numbers > 0, structure, (numbers > 0) | border)
-        rows, columns = ndimage.distance_transform_edt(
+        nearest: Any = ndimage.distance_transform_edt(
             numbers == 0, return_distances=False, return_indices=True
         )
         given = reachable & border
-        numbers[given] = numbers[rows, columns][given]
+        numbers[given] = numbers[tuple(nearest)][given]
     return numbers
 
 

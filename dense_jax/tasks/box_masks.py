@@ -23,7 +23,7 @@ from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Dataset, Example, Source
 from dense_jax.data.transforms import Normalise, Resize, Transform
 from dense_jax.errors import UserError
-from dense_jax.tasks import semantic
+from dense_jax.tasks import evaluation, prediction, semantic
 from dense_jax.train.config import RunConfig
 from dense_jax.train.loop import fit
 from dense_jax.train.schedules import ParamGroup, build_optimizer
@@ -239,7 +239,7 @@ def evaluate(
     """
     source, num_classes = dataset.split("val"), dataset.classes.num_classes
     confusion = np.zeros((num_classes, num_classes), np.int64)
-    best, worst = semantic.Top(), semantic.Top()
+    best, worst = evaluation.Top(), evaluation.Top()
     ious, box_ious, log_loss, num_pixels = [], [], 0.0, 0
     for index in range(len(source)):
         example = source[index]
@@ -256,7 +256,7 @@ def evaluate(
         num_pixels += score.num_pixels
     if not ious:
         raise UserError(f"no validation image of {dataset.name} shows an object: give other data")
-    evaluation = semantic.Evaluation(
+    found = evaluation.Evaluation(
         confusion=confusion,
         loss=log_loss / max(1, num_pixels),
         num_images=len(source),
@@ -270,16 +270,14 @@ def evaluate(
         "boxes": predictor.description,
         "mask_threshold": threshold,
         "class_scores": "of the masks pasted into the image, the surest on top",
-        "test_time_options": semantic.ONE_PASS,
+        "test_time_options": prediction.ONE_PASS,
     }
 
     def draw(index: int, example: Example) -> np.ndarray:
         boxes = predictor.boxes_of(index, box_data.find_objects(example))
         return draw_boxes(example["image"], boxes)
 
-    row = semantic.write_evaluation(
-        workdir, evaluation, dataset, "val", step, card, scores, draw=draw
-    )
+    row = evaluation.write_evaluation(workdir, found, dataset, "val", step, card, scores, draw=draw)
     shares = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     tqdm.tqdm.write(f"step {step}: {shares} of {len(ious)} objects")
     return row | scores

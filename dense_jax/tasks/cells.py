@@ -18,7 +18,7 @@ from dense_jax.data.classes import voc_colours
 from dense_jax.data.dataset import Source
 from dense_jax.data.transforms import Normalise, Transform, to_uint8
 from dense_jax.metrics import em, instances
-from dense_jax.tasks import semantic
+from dense_jax.tasks import prediction
 from dense_jax.train.config import RunConfig
 
 _INSIDE, _BORDER = 1, 2
@@ -50,8 +50,8 @@ class Cells:
 
 
 def measure(
-    predict: semantic.PredictFn,
-    variables: semantic.Variables,
+    predict: prediction.PredictFn,
+    variables: prediction.Variables,
     source: Source,
     config: RunConfig,
     *,
@@ -68,7 +68,7 @@ def measure(
     """
     chosen = set(np.linspace(0, len(source) - 1, _NUM_PICTURES).round().astype(int).tolist())
     truths, found, labels, insides, pictures = [], [], [], [], {}
-    for index, logits in semantic.predict_split(predict, variables, source, config):
+    for index, logits in prediction.predict_split(predict, variables, source, config):
         example, objects = source[index], objects_of(logits)
         truths.append(example["instances"])
         found.append(objects)

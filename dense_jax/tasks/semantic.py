@@ -1,32 +1,24 @@
-"""What a semantic segmentation run is: its loss, its scores, its pictures and its report."""
+"""What a semantic segmentation run is: its data, its loss, its training and its report."""
 
 import contextlib
 import dataclasses
-import functools
-import heapq
 import json
-import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from flax import linen as nn
-from PIL import Image
 
-from dense_jax import losses, report, runs, viz
+from dense_jax import losses, report, runs
 from dense_jax.data import dataset as datasets
 from dense_jax.data import pipeline, prepared
-from dense_jax.data.classes import ClassTable
-from dense_jax.data.dataset import Dataset, Example, Source
-from dense_jax.data.transforms import Normalise, Transform
+from dense_jax.data.dataset import Dataset, Source
+from dense_jax.data.transforms import Transform
 from dense_jax.errors import UserError
-from dense_jax.infer import ensemble
-from dense_jax.metrics import boundary
-from dense_jax.metrics import semantic as metrics
-from dense_jax.ops.resize import resize_bilinear
+from dense_jax.tasks.evaluation import Evaluator, ExtraScores, write_evaluation
+from dense_jax.tasks.prediction import ONE_PASS, PredictFn, Variables, whole_image
 from dense_jax.train.checkpoint import read_variables
 from dense_jax.train.config import RunConfig
 from dense_jax.train.loop import fit
@@ -34,20 +26,7 @@ from dense_jax.train.schedules import ParamGroup, build_optimizer
 from dense_jax.train.state import TrainState, load_matching, num_parameters
 from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard, train_step
 
-Variables = dict[str, Any]
-# (variables, images [B, H, W, C], sizes [B, 2]) -> logits [B, H, W, classes], compiled. Images
-# are normalised; sizes are their heights and widths in front of padding. Variables are those of the
-# network, or a tuple of those of several.
-PredictFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
-# (variables, split) -> further scores by name.
-ExtraScores = Callable[[Variables, Source], dict[str, float]]
-BoundaryMatch = Literal["none", "distance", "assignment"]
-Combine = Literal["mean_prob", "product_score"]
-
 _NUM_WARNINGS = 5  # lines of the label doctor shown before training
-ONE_PASS = "none: one pass, no flips, no scales, no CRF"
-
-_NUM_PICTURES = 4  # best and worst images shown in a report, each
 
 
 def load_dataset(config: RunConfig) -> Dataset:
@@ -122,218 +101,6 @@ def cross_entropy_loss(
         )
 
     return loss_fn, denominator_fn
-
-
-def whole_image(
-    model: nn.Module,
-    scale: float = 1.0,
-    rngs: dict[str, jax.Array] | None = None,
-    *,
-    sized: bool = False,
-) -> PredictFn:
-    """One pass over the images, which the network sees at ``scale``.
-
-    A network trained on images of half size predicts on images of half size; its logits are then
-    enlarged bilinearly, so that labels are never resized. ``rngs`` are for networks that draw,
-    and ``sized`` ones are told which part of an image is not padding.
-    """
-
-    def predict(variables: Variables, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        # Padding is labelled too, and cut off afterwards.
-        extra: Any = {"sizes": sizes.astype(jnp.float32) * scale} if sized else {}
-        size = (images.shape[1], images.shape[2])
-        if scale != 1.0:
-            small = [max(1, round(side * scale)) for side in size]
-            images = jax.image.resize(images, (len(images), *small, images.shape[3]), "linear")
-        outputs: Any = model.apply(variables, images, train=False, rngs=rngs, **extra)
-        logits = outputs["logits"]
-        return logits if scale == 1.0 else resize_bilinear(logits, size, align_corners=False)
-
-    return predict
-
-
-def predict_of(run: runs.Run) -> tuple[PredictFn, dict[str, Any]]:
-    """How a run predicts, and its lines on the protocol card.
-
-    A script that does more than one pass over whole images defines ``build_predict(config, model)``
-    and ``test_time(config)``, which says in words what that is.
-    """
-    card = {"seen_at_scale": run.config.scale, "test_time_options": ONE_PASS}
-    if not hasattr(run.script, "build_predict"):
-        return whole_image(run.model, run.config.scale), card
-    card["test_time_options"] = run.script.test_time(run.config)
-    return run.script.build_predict(run.config, run.model), card
-
-
-def ensemble_of(members: Sequence[runs.Run], combine: Combine) -> tuple[PredictFn, dict[str, Any]]:
-    """How several runs predict together, given the variables of each, and the protocol card.
-
-    Raises:
-      UserError: they do not see images in one normalisation, or do not label the same classes.
-    """
-    first = members[0]
-    for other in members[1:]:
-        if other.classes.names != first.classes.names:
-            raise UserError(f"--ensemble: {other.workdir} and {first.workdir} label other classes")
-        if other.config.normalisation != first.config.normalisation:
-            raise UserError(
-                f"--ensemble: {other.workdir} takes images as {other.config.normalisation}, "
-                f"{first.workdir} as {first.config.normalisation}: train them with one "
-                "--normalisation"
-            )
-    if combine == "product_score" and len(members) != 2:
-        raise UserError("--combine=product_score joins two runs: give one --ensemble folder")
-    ways = [predict_of(member) for member in members]
-
-    def predict(variables: tuple[Variables, ...], images: jax.Array, sizes: jax.Array) -> jax.Array:
-        logits = [way(v, images, sizes) for (way, _), v in zip(ways, variables, strict=True)]
-        if combine == "product_score":
-            return ensemble.product_scores(*logits)
-        return ensemble.mean_probabilities(logits)
-
-    names = " and ".join(str(member.workdir) for member in members)
-    each = "; ".join(str(card["test_time_options"]) for _, card in ways)
-    card = {"ensemble": f"{combine} of {names}", "test_time_options": f"of each member: {each}"}
-    return predict, card
-
-
-def extra_scores_of(run: runs.Run, predict: PredictFn, source: Source) -> dict[str, float]:
-    """The scores that only the run's script knows: its ``extra_scores``, where it has one."""
-    if not hasattr(run.script, "extra_scores"):
-        return {}
-    return run.script.extra_scores(run.config, predict, run.variables, source)
-
-
-def predict_split(
-    predict: PredictFn, variables: Variables, source: Source, config: RunConfig
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the index and the logits [H, W, C] of every image of a split, in no given order."""
-    batches = _eval_batches(source, config.eval_batch_size, config.normalisation)
-
-    def logits(variables: Variables, batch: Batch) -> tuple[Any, Any]:
-        return {}, predict(variables, batch["images"], batch["size"])
-
-    step, variables = eval_step(logits), replicate(variables)
-    for batch in batches:
-        arrays = {k: batch[k] for k in ("images", "size")}
-        values = np.asarray(step(variables, shard(arrays))[1])
-        values = values.reshape(-1, *values.shape[2:])
-        for i, index in enumerate(batch["index"]):
-            if index >= 0:
-                height, width = batch["size"][i]
-                yield int(index), values[i, :height, :width]
-
-
-def _eval_batches(source: Source, batch_size: int, normalisation: str) -> pipeline.EvalBatches:
-    devices = jax.local_device_count()
-    # Whole rows of devices; the rest of the last batch is padding.
-    size = -(-batch_size // devices) * devices
-    return pipeline.eval_batches(source, [Normalise(normalisation)], size)
-
-
-@dataclasses.dataclass
-class Evaluation:
-    """Counts and pictures of one pass over a split."""
-
-    confusion: np.ndarray
-    loss: float
-    num_images: int
-    shapes: set[tuple[int, int]]
-    best: list[tuple[float, int, np.ndarray]]
-    worst: list[tuple[float, int, np.ndarray]]
-    boundary_f1: float | None = None
-
-
-class Evaluator:
-    """Scores a network on a split: every image once, at its own size, in few compiled shapes."""
-
-    def __init__(
-        self,
-        predict: PredictFn,
-        source: Source,
-        classes: ClassTable,
-        *,
-        batch_size: int,
-        normalisation: str,
-    ) -> None:
-        self._classes = classes
-        self._batches = _eval_batches(source, batch_size, normalisation)
-
-        def counts(variables: Variables, batch: Batch) -> tuple[Any, Any]:
-            logits = predict(variables, batch["images"], batch["size"])
-            predictions = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
-            confusion = jax.vmap(
-                functools.partial(metrics.confusion_counts, num_classes=classes.num_classes)
-            )(batch["labels"], predictions)
-            loss = jnp.sum(losses.softmax_cross_entropy(logits, batch["labels"]))
-            sums = {
-                "confusion": jnp.sum(confusion, axis=0),
-                "loss": loss,
-                "num_images": jnp.sum(batch["valid"], dtype=jnp.int32),
-            }
-            return sums, {"confusion": confusion, "predictions": predictions}
-
-        self._step = eval_step(counts)
-
-    def __call__(self, variables: Any, boundary_match: BoundaryMatch = "none") -> Evaluation:
-        """Evaluates ``variables``; boundary F1 is computed on the host and takes longer."""
-        confusion, loss, num_images = None, 0.0, 0
-        shapes: set[tuple[int, int]] = set()
-        best, worst, boundaries = Top(), Top(), []
-        variables = replicate(variables)  # once, and not with every batch
-        for batch in self._batches:
-            arrays = {k: batch[k] for k in ("images", "labels", "valid", "size")}
-            sums, per_image = jax.device_get(self._step(variables, shard(arrays)))
-            confusion = metrics.add(confusion, sums["confusion"])
-            loss += float(sums["loss"])
-            num_images += int(sums["num_images"])
-            shapes.add(batch["images"].shape[1:3])
-            flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in per_image.items()}
-            for i, index in enumerate(batch["index"]):
-                if index < 0:
-                    continue
-                height, width = batch["size"][i]
-                prediction = flat["predictions"][i, :height, :width]
-                score = metrics.summarise(flat["confusion"][i])["mean_iou"]
-                if not np.isnan(score):
-                    best.offer(score, int(index), prediction)
-                    worst.offer(-score, int(index), prediction)
-                if boundary_match != "none":
-                    labels = batch["labels"][i, :height, :width]
-                    boundaries.append(
-                        boundary.image_boundary_f1(
-                            labels, prediction, self._classes.num_classes, match=boundary_match
-                        )
-                    )
-        if confusion is None:
-            raise UserError("the split to evaluate has no images")
-        finite = [b for b in boundaries if not np.isnan(b)]
-        return Evaluation(
-            confusion=confusion,
-            loss=loss / max(int(confusion.sum()), 1),
-            num_images=num_images,
-            shapes=shapes,
-            best=best.items(),
-            worst=[(-score, index, image) for score, index, image in worst.items()],
-            boundary_f1=float(np.mean(finite)) if finite else None,
-        )
-
-
-class Top:
-    """Keeps the few predictions of highest score, so that memory does not grow with the split."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, int, np.ndarray]] = []
-
-    def offer(self, score: float, index: int, prediction: np.ndarray) -> None:
-        """Considers a prediction."""
-        heapq.heappush(self._heap, (score, -index, prediction))
-        if len(self._heap) > _NUM_PICTURES:
-            heapq.heappop(self._heap)
-
-    def items(self) -> list[tuple[float, int, np.ndarray]]:
-        """Returns (score, index, prediction), the highest score first."""
-        return [(s, -i, p) for s, i, p in sorted(self._heap, key=lambda x: x[:2], reverse=True)]
 
 
 def train_and_evaluate(
@@ -463,93 +230,6 @@ def posthoc_statistics(
         return replicate(state.replace(model_state={**state.model_state, "batch_stats": mean}))
 
     return refresh
-
-
-def write_evaluation(
-    workdir: pathlib.Path,
-    evaluation: Evaluation,
-    dataset: Dataset,
-    split: str,
-    step: int,
-    card: dict[str, Any],
-    extra: dict[str, float],
-    absent: Literal["skip", "zero"] = "skip",
-    draw: Callable[[int, Example], np.ndarray] | None = None,
-) -> dict[str, float]:
-    """Writes ``evaluation.json`` with its pictures and protocol.
-
-    Args:
-      workdir: folder to write.
-      evaluation: counts and pictures.
-      dataset: what was scored.
-      split: which part of it.
-      step: age of the parameters.
-      card: how the network was used, added to the protocol.
-      extra: further scores, shown with the others.
-      absent: whether classes without pixels count in the mean.
-      draw: (index, example) -> the image to show, uint8 [H, W, 3]; by default as it is.
-
-    Returns:
-      The scores that any evaluation has; a row of the log.
-    """
-    source, classes = dataset.split(split), dataset.classes
-    summary = metrics.summarise(evaluation.confusion, classes.names, absent=absent)
-    scores = {k: v for k, v in summary.items() if isinstance(v, float)} | {"loss": evaluation.loss}
-    if evaluation.boundary_f1 is not None:
-        scores["boundary_f1"] = evaluation.boundary_f1
-    protocol = {
-        "dataset": dataset.name,
-        "description": dataset.description,
-        "fingerprint": dataset.fingerprint,
-        "split": split,
-        "images_scored": evaluation.num_images,
-        "images_in_split": len(source),
-        "resolution": "native size; padded for computing to "
-        + ", ".join(f"{h}x{w}" for h, w in sorted(evaluation.shapes)),
-        "ignored": f"label {classes.ignore_label} in no count",
-        "absent_classes": {
-            "skip": "left out of the mean where neither labelled nor predicted",
-            "zero": "count as zero in the mean",
-        }[absent],
-        **card,
-        "step": step,
-        **runs.provenance(),
-    }
-    pictures = workdir / "pictures"
-    pictures.mkdir(exist_ok=True)
-    images = []
-    for kind, items in (("best", evaluation.best), ("worst", evaluation.worst)):
-        for rank, (score, index, prediction) in enumerate(items, 1):
-            example = source[index]
-            path = pictures / f"{split}_{kind}_{rank}.png"
-            image = draw(index, example) if draw else example["image"]
-            triplet = viz.comparison(image, example["label"], prediction, classes.palette())
-            Image.fromarray(triplet).save(path)
-            images.append(
-                {
-                    "name": example["name"],
-                    "kind": kind,
-                    "score": score,
-                    "triplet": str(path.relative_to(workdir)),
-                }
-            )
-    record = {
-        "protocol": protocol,
-        "scores": scores | extra,
-        "per_class": summary["per_class"],
-        "confusion": evaluation.confusion.tolist(),
-        "images": images,
-    }
-    runs.write_json(workdir / "evaluation.json", record)
-    per_class = {
-        f"iou/{c['name']}": np.nan if c["iou"] is None else c["iou"] for c in summary["per_class"]
-    }
-    tqdm.tqdm.write(  # above a progress bar, where there is one
-        f"step {step}: mean IoU {scores['mean_iou']:.4f}, pixel accuracy "
-        f"{scores['pixel_accuracy']:.4f} on {evaluation.num_images} {split} images"
-    )
-    # Every row of the log has the same columns, computed or not.
-    return {"boundary_f1": float("nan")} | scores | per_class
 
 
 def initialise_from(source: str, state: TrainState, tx: Any) -> TrainState:

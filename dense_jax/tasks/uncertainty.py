@@ -16,7 +16,7 @@ from dense_jax import runs, viz
 from dense_jax.data.classes import IGNORE_LABEL, ClassTable
 from dense_jax.data.dataset import Source
 from dense_jax.infer.monte_carlo import MonteCarlo
-from dense_jax.tasks import semantic
+from dense_jax.tasks import prediction
 from dense_jax.train.config import RunConfig
 
 NUM_BANDS = 10
@@ -53,28 +53,28 @@ class Uncertainty:
         (folder / "pictures").mkdir(exist_ok=True)
         # A few outstanding pixels may leave the scale.
         high = max(float(np.quantile(variance, 0.995)) for _, variance in self.pictures.values())
-        for rank, (index, (prediction, variance)) in enumerate(sorted(self.pictures.items()), 1):
+        for rank, (index, (labels, variance)) in enumerate(sorted(self.pictures.items()), 1):
             example = source[index]
-            row = viz.comparison(example["image"], example["label"], prediction, classes.palette())
+            row = viz.comparison(example["image"], example["label"], labels, classes.palette())
             parts = [row, viz.heat(variance, high), viz.heat_scale(high, max(len(row), _ENOUGH))]
             path = folder / "pictures" / f"uncertainty_{rank}.png"
             Image.fromarray(_beside(parts)).save(path)
 
 
 def measure(
-    predict: MonteCarlo, variables: semantic.Variables, source: Source, config: RunConfig
+    predict: MonteCarlo, variables: prediction.Variables, source: Source, config: RunConfig
 ) -> Uncertainty:
     """Predicts a split and sorts its pixels; keeps 5 bytes for each of them."""
     chosen = set(np.linspace(0, len(source) - 1, _NUM_PICTURES).round().astype(int).tolist())
     variances, rights, pictures = [], [], {}
-    for index, values in semantic.predict_split(predict.with_variance, variables, source, config):
+    for index, values in prediction.predict_split(predict.with_variance, variables, source, config):
         label = source[index]["label"]
-        prediction, of_pixels = values[..., :-1].argmax(-1).astype(np.uint8), values[..., -1]
+        labels, of_pixels = values[..., :-1].argmax(-1).astype(np.uint8), values[..., -1]
         scored = label != IGNORE_LABEL
         variances.append(of_pixels[scored])
-        rights.append(prediction[scored] == label[scored])
+        rights.append(labels[scored] == label[scored])
         if index in chosen:
-            pictures[index] = (prediction, of_pixels)
+            pictures[index] = (labels, of_pixels)
     variance, right = np.concatenate(variances), np.concatenate(rights)
     bands = band_accuracies(variance, right)
     scores = {
