@@ -164,21 +164,22 @@ _RELEASE = Config(
     log_every=20,
 )
 _STAGE1_STEP_AT = (0.45, 0.9)  # every 9,000 of 20,000 steps
-# Without pretrained weights: whole images and a fast start.
+# Without pretrained weights: a fast start, and whole images. Each place has its own units of
+# fc6, as one unit for several objects is slow to learn.
 _SCRATCH = Config(
     stages="whole",
     proposal_source="none",
     decoder_init="he",
     bn_stats="running",
     optimizer="adamw",
-    learning_rate=2e-3,
+    learning_rate=4e-3,
     weight_decay=1e-2,
     schedule="cosine",
     warmup_steps=50,
     ema_decay=0.99,
     width=0.125,
-    input_size=96,
-    resize=112,
+    input_size=32,
+    resize=36,
     min_box=16,
 )
 
@@ -187,11 +188,11 @@ PRESETS = {
     "paper_fc1024": dataclasses.replace(_RELEASE, fc_width=1024),
     "camvid": dataclasses.replace(
         _SCRATCH, dataset="camvid", background=None, scale=0.5, augment="mirror_scale",
-        crop=(192, 256), input_size=160, resize=180, width=0.25, learning_rate=1e-3,
+        crop=(192, 256), input_size=96, resize=108, width=0.25, learning_rate=2e-3,
         num_steps=1000, eval_every=500, save_every=500,
     ),
     "demo": dataclasses.replace(
-        _SCRATCH, num_steps=800, eval_every=400, save_every=400, eval_batch_size=16
+        _SCRATCH, num_steps=1500, eval_every=500, save_every=500, eval_batch_size=16
     ),
     "demo_stages": dataclasses.replace(
         _SCRATCH, stages="two", proposal_source="sliding", input_size=64, resize=72,
@@ -199,8 +200,8 @@ PRESETS = {
     ),
     "smoke": dataclasses.replace(
         _SCRATCH, shapes=ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2),
-        stages="stage2_only", proposal_source="sliding", num_proposals=5, input_size=32,
-        resize=36, width=1 / 32, warmup_steps=0, num_steps=2, log_every=1, eval_every=2,
+        stages="stage2_only", proposal_source="sliding", num_proposals=5,
+        width=1 / 32, warmup_steps=0, num_steps=2, log_every=1, eval_every=2,
         save_every=1,
     ),
 }  # fmt: skip

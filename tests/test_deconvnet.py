@@ -270,11 +270,17 @@ def test_paper_preset_builds_the_paper_network():
 
 def test_network_flags_reach_the_network():
     flags: dict[str, Any] = dict(
-        bn="off", unpool="bilinear", input_size=64, resize=64, fc_width=32, width=0.5
+        bn="off",
+        unpool="bilinear",
+        decoder_init="gaussian",
+        input_size=64,
+        resize=64,
+        fc_width=32,
+        width=0.5,
     )
     model = script.build_model(changed(**flags), 4)
     assert (model.bn, model.unpool, model.input_size) == (False, "bilinear", 64)
-    assert model.decoder_init == "he"
+    assert model.decoder_init == "gaussian"
     _, variables = contract.shapes_of(model, (1, 64, 64, 3))
     assert variables["params"]["fc6"]["kernel"].shape == (2, 2, 256, 16)
     assert "batch_stats" not in variables
