@@ -33,6 +33,10 @@ _TITLES = {
     "images_per_second": "Images per second",
 }
 _HEADLINE = ("mean_iou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "boundary_f1")
+_KINDS = {
+    "cells": "Image, true objects, predicted objects",
+    "weights": "Training image, its objects, carved where they touch, and weights of its pixels",
+}
 _CURVES = ("loss", "mean_iou", "pixel_accuracy", "learning_rate")
 
 Points = list[tuple[float, float]]
@@ -63,6 +67,8 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
         _section("Confusion", _confusion(evaluation, classes)),
         _section("Images", _gallery(evaluation, classes, run_dir)),
         _section("Uncertainty", _uncertainty(run_dir)),
+        _section("Further scores", _further(evaluation.get("scores", {}))),
+        _section("Pictures", _pictures(run_dir)),
         _section("How this was scored", _facts(evaluation.get("protocol", {}))),
         _section("Settings", _details("All flags of this run", _facts(config.get("config", {})))),
     ]
@@ -127,6 +133,26 @@ def _tiles(scores: Mapping[str, float]) -> str:
         if name in scores
     ]
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _further(scores: Mapping[str, float]) -> str:
+    """The scores that only some tasks have, under their own names."""
+    own = {name.replace("_", " "): f"{x:.4g}" for name, x in scores.items() if name not in _TITLES}
+    return _facts(own)
+
+
+def _pictures(run_dir: pathlib.Path) -> str:
+    """The pictures that only some tasks have, each kind under what it shows."""
+    parts = []
+    for kind, caption in _KINDS.items():
+        paths = sorted((run_dir / "pictures").glob(f"{kind}_*.png"))
+        parts += [f"<h3>{caption}</h3>"] if paths else []
+        parts += [
+            f'<figure class="images"><img alt="{caption}" src="{_data_uri(path.read_bytes())}">'
+            "</figure>"
+            for path in paths
+        ]
+    return "".join(parts)
 
 
 def _curves(rows: Sequence[Mapping[str, Any]], classes: ClassTable) -> str:

@@ -18,6 +18,7 @@ import functools
 import pathlib
 from typing import Literal
 
+from dense_jax import report
 from dense_jax.data.border import BorderWeights, SeparateTouching
 from dense_jax.data.dataset import Source
 from dense_jax.data.datasets.shapes import ShapesSpec
@@ -289,6 +290,7 @@ def main(config: Config) -> TrainState:
     )
     if config.dataset in _CELLS:
         cells.write_training_pictures(folder, dataset.split("train"), transforms)
+        report.write_report(folder)  # again, with these
     return state
 
 

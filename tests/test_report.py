@@ -92,6 +92,16 @@ def test_page_is_complete_and_self_contained(run_dir):
     assert page.words.count("Loss") == 1
 
 
+def test_what_only_some_tasks_have_is_shown_too(run_dir):
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation["scores"]["v_rand"] = 0.87654
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    Image.new("L", (4, 4)).save(run_dir / "pictures" / "cells_1.png")
+    page = parse(report.write_report(run_dir))
+    assert {"v rand", "0.8765", "Image, true objects, predicted objects"} <= set(page.words)
+    assert len(page.links) == 4  # one more
+
+
 def test_run_that_was_never_evaluated_still_has_a_page(run_dir):
     (run_dir / "evaluation.json").unlink()
     (run_dir / "metrics.jsonl").unlink()
