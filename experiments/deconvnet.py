@@ -37,16 +37,7 @@ from flax import linen as nn
 from dense_jax.data import crops
 from dense_jax.data.dataset import Dataset, Source
 from dense_jax.data.datasets.shapes import ShapesSpec
-from dense_jax.data.transforms import (
-    Normalise,
-    RandomCrop,
-    RandomFlip,
-    RandomScale,
-    Resize,
-    Transform,
-    num_channels,
-    to_uint8,
-)
+from dense_jax.data.transforms import Resize, Transform, num_channels, to_uint8, whole_images
 from dense_jax.errors import UserError
 from dense_jax.infer import proposals
 from dense_jax.metrics import semantic as metrics
@@ -164,8 +155,7 @@ _RELEASE = Config(
     log_every=20,
 )
 _STAGE1_STEP_AT = (0.45, 0.9)  # every 9,000 of 20,000 steps
-# Without pretrained weights: a fast start, and whole images. Each place has its own units of
-# fc6, as one unit for several objects is slow to learn.
+# Without pretrained weights: a fast start, and whole images, each place with its own units of fc6.
 _SCRATCH = Config(
     stages="whole",
     proposal_source="none",
@@ -230,14 +220,10 @@ def build_groups(config: Config) -> tuple[ParamGroup, ...]:
 
 def build_transforms(config: Config) -> list[Transform]:
     """Training transforms: of windows, or of whole images as in `experiments.fcn`."""
-    transforms: list[Transform] = [Normalise(config.normalisation), RandomFlip()]
-    if config.stages != "whole":
-        size = (config.resize, config.resize)
-        return [Resize(size), *transforms, RandomCrop(config.input_size)]
-    low, high = (0.75, 1.5) if config.augment == "mirror_scale" else (1.0, 1.0)
-    if (low * config.scale, high * config.scale) != (1.0, 1.0):
-        transforms.insert(0, RandomScale(low * config.scale, high * config.scale))
-    return [*transforms, RandomCrop(config.crop)] if config.crop else transforms
+    if config.stages == "whole":
+        return whole_images(config.normalisation, config.scale, config.augment, config.crop)
+    size = (config.resize, config.resize)
+    return [Resize(size), *whole_images(config.normalisation, 1.0, "mirror", config.input_size)]
 
 
 def build_dataset(config: Config, dataset: Dataset, objects: Sequence[crops.Window]) -> Dataset:

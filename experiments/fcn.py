@@ -19,15 +19,7 @@ from typing import Literal
 from flax import linen as nn
 
 from dense_jax.data.datasets.shapes import ShapesSpec
-from dense_jax.data.transforms import (
-    Normalise,
-    RandomCrop,
-    RandomFlip,
-    RandomPixelKeep,
-    RandomScale,
-    RandomTranslate,
-    Transform,
-)
+from dense_jax.data.transforms import RandomPixelKeep, RandomTranslate, Transform, whole_images
 from dense_jax.errors import UserError
 from dense_jax.models.fcn import FCN, FCNAlexNet
 from dense_jax.tasks import semantic
@@ -186,15 +178,7 @@ def build_groups(config: Config) -> tuple[ParamGroup, ...]:
 
 def build_transforms(config: Config) -> list[Transform]:
     """Training transforms, scale and colour before cropping and mirroring."""
-    low, high = (0.75, 1.5) if config.augment == "mirror_scale" else (1.0, 1.0)
-    transforms: list[Transform] = []
-    if (low * config.scale, high * config.scale) != (1.0, 1.0):
-        transforms.append(RandomScale(low * config.scale, high * config.scale))
-    transforms.append(Normalise(config.normalisation))
-    if config.crop:
-        transforms.append(RandomCrop(config.crop))
-    if config.augment != "none":
-        transforms.append(RandomFlip())
+    transforms = whole_images(config.normalisation, config.scale, config.augment, config.crop)
     if config.augment == "mirror_jitter32":
         transforms.append(RandomTranslate(32))
     if config.pixel_keep < 1:

@@ -25,7 +25,7 @@ from flax import linen as nn
 
 from dense_jax.data.boxes import SampleBoxes
 from dense_jax.data.datasets.shapes import ShapesSpec
-from dense_jax.data.transforms import Normalise, RandomCrop, RandomFlip, RandomScale, Transform
+from dense_jax.data.transforms import Transform, whole_images
 from dense_jax.errors import UserError
 from dense_jax.models.hypercolumns import (
     BoxHypercolumns,
@@ -200,15 +200,7 @@ def build_groups(config: Config) -> tuple[ParamGroup, ...]:
 
 def build_transforms(config: Config) -> list[Transform]:
     """Training transforms, scale and colour before cropping and mirroring; boxes last."""
-    low, high = (0.75, 1.5) if config.augment == "mirror_scale" else (1.0, 1.0)
-    transforms: list[Transform] = []
-    if (low * config.scale, high * config.scale) != (1.0, 1.0):
-        transforms.append(RandomScale(low * config.scale, high * config.scale))
-    transforms.append(Normalise(config.normalisation))
-    if config.crop:
-        transforms.append(RandomCrop(config.crop))
-    if config.augment != "none":
-        transforms.append(RandomFlip())
+    transforms = whole_images(config.normalisation, config.scale, config.augment, config.crop)
     if config.mode == "box":
         is_weighed = config.box_weight == "on"
         transforms.append(

@@ -28,7 +28,7 @@ from flax import linen as nn
 from dense_jax import losses
 from dense_jax.data.dataset import Dataset, Source
 from dense_jax.data.datasets.shapes import ShapesSpec
-from dense_jax.data.transforms import Normalise, RandomCrop, RandomFlip, RandomScale, Transform
+from dense_jax.data.transforms import Transform, whole_images
 from dense_jax.errors import UserError
 from dense_jax.infer.monte_carlo import MonteCarlo
 from dense_jax.models.segnet import CAMVID_WEIGHTS, Decoder, SegNet, SegNetBasic
@@ -223,16 +223,7 @@ def build_groups(config: Config) -> tuple[ParamGroup, ...]:
 
 def build_transforms(config: Config) -> list[Transform]:
     """Training transforms."""
-    low, high = (0.75, 1.5) if config.augment == "mirror_scale" else (1.0, 1.0)
-    transforms: list[Transform] = []
-    if (low * config.scale, high * config.scale) != (1.0, 1.0):
-        transforms.append(RandomScale(low * config.scale, high * config.scale))
-    transforms.append(Normalise(config.normalisation))
-    if config.crop:
-        transforms.append(RandomCrop(config.crop))
-    if config.augment != "none":
-        transforms.append(RandomFlip())
-    return transforms
+    return whole_images(config.normalisation, config.scale, config.augment, config.crop)
 
 
 def class_weights(config: Config, dataset: Dataset) -> np.ndarray | None:

@@ -335,6 +335,30 @@ class RandomPixelKeep:
         return {**example, "label": np.where(kept, example["label"], np.uint8(IGNORE_LABEL))}
 
 
+def whole_images(
+    normalisation: str, scale: float, augment: str, crop: int | tuple[int, int] | None
+) -> list[Transform]:
+    """Returns the usual transforms of training on whole images or crops of them.
+
+    Args:
+      normalisation: a name of `NORMALISATIONS`.
+      scale: images are resized by this.
+      augment: "none"; anything else mirrors left and right, and "mirror_scale" also resizes by a
+        factor from 0.75 to 1.5.
+      crop: height and width; None takes whole images.
+    """
+    low, high = (0.75, 1.5) if augment == "mirror_scale" else (1.0, 1.0)
+    transforms: list[Transform] = []
+    if (low * scale, high * scale) != (1.0, 1.0):
+        transforms.append(RandomScale(low * scale, high * scale))
+    transforms.append(Normalise(normalisation))
+    if crop:
+        transforms.append(RandomCrop(crop))
+    if augment != "none":
+        transforms.append(RandomFlip())
+    return transforms
+
+
 def window(example: Example, top: int, left: int, size: tuple[int, int]) -> Example:
     """Returns the window of ``size`` whose corner is at (top, left), which may lie outside.
 

@@ -16,7 +16,7 @@ import tqdm
 from flax import linen as nn
 from PIL import Image, ImageDraw
 
-from dense_jax import losses, report, runs
+from dense_jax import losses, report
 from dense_jax.data import boxes as box_data
 from dense_jax.data import pipeline
 from dense_jax.data.classes import IGNORE_LABEL
@@ -26,8 +26,8 @@ from dense_jax.errors import UserError
 from dense_jax.tasks import evaluation, prediction, semantic
 from dense_jax.train.config import RunConfig
 from dense_jax.train.loop import fit
-from dense_jax.train.schedules import ParamGroup, build_optimizer
-from dense_jax.train.state import TrainState, num_parameters
+from dense_jax.train.schedules import ParamGroup
+from dense_jax.train.state import TrainState
 from dense_jax.train.step import Batch, LossFn, train_step
 
 _FEW = 8  # The number of boxes is rounded up to a multiple of this: few shapes to compile.
@@ -310,28 +310,9 @@ def train_and_evaluate(
     Raises:
       UserError: the batch cannot be shared by the devices, or there are no objects.
     """
-    if config.batch_size % (jax.device_count() * config.accumulate):
-        raise UserError(
-            f"--batch-size={config.batch_size} cannot be shared by {jax.device_count()} devices "
-            f"in {config.accumulate} micro-batches: make it a multiple of their product"
-        )
-    train, val = dataset.split("train"), dataset.split("val")
-    workdir = runs.prepare(config, dataset)
-    batches = pipeline.train_batches(
-        train,
-        transforms,
-        config.batch_size // jax.process_count(),
-        config.seed,
-        num_threads=config.num_threads,
-        num_workers=config.num_workers,
-    )
-    tx, shape = build_optimizer(config, groups), batches.example["images"].shape[1:]
-    state = TrainState.init(model, tx, shape, seed=config.seed, ema=config.ema_decay > 0)
-    if config.init:
-        state = semantic.initialise_from(config.init, state, tx)
-    print(f"{type(model).__name__}: {num_parameters(state.params):,} parameters; run in {workdir}")
+    workdir, batches, state = semantic.begin(config, model, dataset, transforms, groups)
     step = train_step(*mask_loss(model, config), ema_decay=config.ema_decay)
-    predictor = Predictor(model, config, min_iou, val)
+    predictor = Predictor(model, config, min_iou, dataset.split("val"))
 
     def scores(state: TrainState, step: int) -> dict[str, float]:
         return evaluate(predictor, state.eval_variables(), dataset, workdir, step, threshold)

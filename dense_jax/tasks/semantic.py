@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,6 +104,42 @@ def cross_entropy_loss(
     return loss_fn, denominator_fn
 
 
+def begin(
+    config: RunConfig,
+    model: nn.Module,
+    dataset: Dataset,
+    transforms: Sequence[Transform],
+    groups: Sequence[ParamGroup],
+) -> tuple[pathlib.Path, pipeline.TrainBatches, TrainState]:
+    """Makes the run folder, the training batches and the state to start from.
+
+    Raises:
+      UserError: the batch cannot be shared by the devices, or the folder is another run's.
+    """
+    if config.batch_size % (jax.device_count() * config.accumulate):
+        raise UserError(
+            f"--batch-size={config.batch_size} cannot be shared by {jax.device_count()} devices "
+            f"in {config.accumulate} micro-batches: make it a multiple of their product"
+        )
+    source = dataset.split("train")
+    dataset.split("val")  # asked for now, and not after hours of training
+    workdir = runs.prepare(config, dataset)
+    batches = pipeline.train_batches(
+        source,
+        transforms,
+        config.batch_size // jax.process_count(),
+        config.seed,
+        num_threads=config.num_threads,
+        num_workers=config.num_workers,
+    )
+    tx, shape = build_optimizer(config, groups), batches.example["images"].shape[1:]
+    state = TrainState.init(model, tx, shape, seed=config.seed, ema=config.ema_decay > 0)
+    if config.init:
+        state = _initialise_from(config.init, state, tx)
+    print(f"{type(model).__name__}: {num_parameters(state.params):,} parameters; run in {workdir}")
+    return workdir, batches, state
+
+
 def train_and_evaluate(
     config: RunConfig,
     model: nn.Module,
@@ -133,27 +170,9 @@ def train_and_evaluate(
     Returns:
       The final state.
     """
-    if config.batch_size % (jax.device_count() * config.accumulate):
-        raise UserError(
-            f"--batch-size={config.batch_size} cannot be shared by {jax.device_count()} devices "
-            f"in {config.accumulate} micro-batches: make it a multiple of their product"
-        )
     train, val = dataset.split("train"), dataset.split("val")
-    workdir = runs.prepare(config, dataset)
-    batches = pipeline.train_batches(
-        train,
-        transforms,
-        config.batch_size // jax.process_count(),
-        config.seed,
-        num_threads=config.num_threads,
-        num_workers=config.num_workers,
-    )
+    workdir, batches, state = begin(config, model, dataset, transforms, groups)
     image_shape = batches.example["images"].shape[1:]
-    tx = build_optimizer(config, groups)
-    state = TrainState.init(model, tx, image_shape, seed=config.seed, ema=config.ema_decay > 0)
-    if config.init:
-        state = initialise_from(config.init, state, tx)
-    print(f"{type(model).__name__}: {num_parameters(state.params):,} parameters; run in {workdir}")
     loss_fn, denominator_fn = cross_entropy_loss(model, config, class_weights)
     step = train_step(loss_fn, denominator_fn, ema_decay=config.ema_decay)
     evaluator = Evaluator(
@@ -232,7 +251,7 @@ def posthoc_statistics(
     return refresh
 
 
-def initialise_from(source: str, state: TrainState, tx: Any) -> TrainState:
+def _initialise_from(source: str, state: TrainState, tx: Any) -> TrainState:
     """Copies the parameters of equal name and shape from ``run:PATH``."""
     kind, _, path = source.partition(":")
     if kind != "run" or not path:
