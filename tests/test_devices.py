@@ -1,4 +1,7 @@
-"""The FCN script's own network, loss and optimiser give one result on 1, 2 and 4 devices."""
+"""The scripts' own networks, losses and optimisers give one result on 1, 2 and 4 devices.
+
+FCN with dropout and a running average of the parameters; SegNet-Basic with batch statistics.
+"""
 
 import dataclasses
 
@@ -10,7 +13,7 @@ import pytest
 from dense_jax.tasks.semantic import cross_entropy_loss
 from dense_jax.train import schedules, step
 from dense_jax.train.state import TrainState
-from experiments import fcn
+from experiments import fcn, segnet
 
 NUM_CLASSES, SIZE = 4, 32
 
@@ -28,21 +31,18 @@ def make_batch(number):
     }
 
 
-@pytest.fixture(scope="module")
-def results():
-    """(losses, averaged and last parameters) of five steps, by number of devices."""
-    # A large rate and scores that start above zero, so that a wrong gradient or mask shows.
-    config = dataclasses.replace(
-        fcn.PRESETS["smoke"],
-        schedule="constant",
-        optimizer="sgd",
-        learning_rate=0.1,
-        score_init="normal",
-        dropout_rate=0.5,
-        accumulate=2,
-    )
-    model = fcn.build_model(config, NUM_CLASSES)
-    tx = schedules.build_optimizer(config, fcn.build_groups(config))
+# A large rate and scores that start above zero, so that a wrong gradient or mask shows.
+_COMMON = {"schedule": "constant", "optimizer": "sgd", "learning_rate": 0.1, "accumulate": 2}
+_CHANGES = {fcn: {"score_init": "normal", "dropout_rate": 0.5}, segnet: {"dropout": "enc_dec"}}
+
+
+@pytest.fixture(scope="module", params=[fcn, segnet], ids=lambda script: script.__name__)
+def results(request):
+    """(losses, state) of five steps, by number of devices."""
+    script = request.param
+    config = dataclasses.replace(script.PRESETS["smoke"], **_COMMON, **_CHANGES[script])
+    model = script.build_model(config, NUM_CLASSES)
+    tx = schedules.build_optimizer(config, script.build_groups(config))
     start = jax.device_get(TrainState.init(model, tx, (SIZE, SIZE, 3), ema=True))
     loss = cross_entropy_loss(model, config)
 
@@ -65,8 +65,8 @@ def test_dropout_and_uneven_labels_do_not_tell_the_number_of_devices(results, nu
     assert np.ptp(expected) > 1e-4
     np.testing.assert_allclose(values, expected, atol=1e-5)
     chex.assert_trees_all_close(
-        jax.device_get((state.params, state.ema_params)),
-        jax.device_get((one.params, one.ema_params)),
+        jax.device_get((state.params, state.ema_params, state.model_state)),
+        jax.device_get((one.params, one.ema_params, one.model_state)),
         atol=1e-5,
         rtol=0,
     )

@@ -27,6 +27,7 @@ from dense_jax.train.schedules import ParamGroup, build_optimizer
 from dense_jax.train.state import TrainState, load_matching, num_parameters
 from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard, train_step
 
+_STATISTICS_BATCHES = 500  # as DeconvNet's release takes
 _NUM_WARNINGS = 5  # lines of the label doctor shown before training
 
 
@@ -208,7 +209,8 @@ def posthoc_statistics(
 ) -> Callable[[TrainState], TrainState]:
     """Returns what replaces the batch statistics of a state by their average over ``source``.
 
-    One pass in training mode, each batch's own mean and variance, all batches weighing the same
+    One pass (of at most 500 batches) in training mode, each batch's own mean and variance, all
+    batches weighing the same
     (SegNet, Badrinarayanan et al., PAMI 2017, arXiv:1511.00561: the authors' release keeps no
     running averages). Training itself does not look at the result. The network has an attribute
     ``bn_momentum``.
@@ -229,7 +231,7 @@ def posthoc_statistics(
 
     def refresh(state: TrainState) -> TrainState:
         size = config.batch_size // config.accumulate
-        num_batches = max(1, len(source) // size)
+        num_batches = min(max(1, len(source) // size), _STATISTICS_BATCHES)
         batches = pipeline.train_batches(
             source,
             transforms,
