@@ -24,6 +24,7 @@ from dense_jax.infer import predictor
 from dense_jax.sweep import command as sweep
 from dense_jax.tasks import evaluation, prediction, semantic
 from dense_jax.train import cli
+from dense_jax.train.config import DatasetName
 
 
 def predict(
@@ -125,16 +126,7 @@ def evaluate(
 
 def check_data(
     *,
-    dataset: Literal[
-        "shapes",
-        "camvid",
-        "voc2012",
-        "voc2012_sbd",
-        "em_membrane",
-        "nuclei",
-        "nuclei_border",
-        "folder",
-    ],
+    dataset: DatasetName,
     data_dir: str | None = None,
     shapes: ShapesSpec | None = None,
     sheet: pathlib.Path | None = None,

@@ -6,6 +6,16 @@ from typing import Any, Literal, TypeVar
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.errors import UserError
 
+DatasetName = Literal[
+    "shapes",
+    "camvid",
+    "voc2012",
+    "voc2012_sbd",
+    "em_membrane",
+    "nuclei",
+    "nuclei_border",
+    "folder",
+]
 # Fields that a resumed run may change: they alter neither the parameters nor the data order.
 # num_steps is among them so that a finished run can be trained further; the remaining steps then
 # follow the longer schedule.
@@ -27,16 +37,7 @@ class RunConfig:
     """Data, optimisation and bookkeeping of one run; written to ``config.json`` as it is."""
 
     # Data.
-    dataset: Literal[
-        "shapes",
-        "camvid",
-        "voc2012",
-        "voc2012_sbd",
-        "em_membrane",
-        "nuclei",
-        "nuclei_border",
-        "folder",
-    ] = "shapes"
+    dataset: DatasetName = "shapes"
     """What to train on. shapes is generated and needs no files."""
     data_dir: str | None = None
     """Folder of a local copy (see docs/data.md for the layouts)."""
