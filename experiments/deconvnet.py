@@ -182,7 +182,8 @@ PRESETS = {
         num_steps=1000, eval_every=500, save_every=500,
     ),
     "demo": dataclasses.replace(
-        _SCRATCH, num_steps=2400, eval_every=800, save_every=800, eval_batch_size=16
+        _SCRATCH, width=0.1875, num_steps=2000, eval_every=1000, save_every=1000,
+        eval_batch_size=16,
     ),
     "demo_stages": dataclasses.replace(
         _SCRATCH, stages="two", proposal_source="sliding", input_size=64, resize=72,
