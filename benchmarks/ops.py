@@ -1,4 +1,4 @@
-"""Times pooling, unpooling and up-convolution, forward and backward, against torch.
+"""Times pooling, unpooling and convolutions, forward and backward, against torch.
 
     python -m benchmarks.ops [--repeats=15] [--only=pool]
 
@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from benchmarks.timing import alternate, import_torch
-from dense_jax.layers.conv import up_conv
+from dense_jax.layers.conv import conv, up_conv
 from dense_jax.ops.pool import max_pool, max_pool_with_switches, max_unpool
 
 
@@ -59,6 +59,17 @@ def cases(torch):
             [np.asarray(pooled)],
             lambda x: functional.max_unpool2d(x, indices, 2),
             [tensor(np.asarray(pooled))],
+        )
+    )
+    x, kernel = normal(4, 180, 240, 16), normal(7, 7, 1, 16)
+    rows.append(
+        (
+            "conv k7, depthwise 16",
+            1.2,
+            lambda x, w: conv(x, w, groups=16),
+            [x, kernel],
+            lambda x, w: functional.conv2d(x, w, padding=3, groups=16),
+            [tensor(x), torch.tensor(kernel).permute(3, 2, 0, 1).contiguous()],
         )
     )
     for name, shape, k, s, p, features, groups in (
