@@ -113,7 +113,7 @@ def _lax_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.A
 
 # Accelerators take the one call above and its stock gradients. On CPUs XLA is slow in three places:
 # layers that are almost fully connected (fc6: 3 to 300 times slower than the same matrix product),
-# kernel gradients on large maps (4 to 8 times), and depthwise layers (20 times and more). The tests
+# kernel gradients on large maps (4 to 8 times), and depthwise layers (4 to 40 times). The tests
 # compare all forms.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array:

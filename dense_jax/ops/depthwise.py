@@ -1,7 +1,7 @@
 """Depthwise convolution as a sum of shifted images, one for each kernel tap.
 
-XLA has no fast form of it on CPUs: 7x7 on 4 x 180 x 240 x 16 takes 0.47 s on two cores, as a sum of
-shifted images 12 ms. Kernels are [kh, kw, 1, C].
+XLA has no fast form of it on CPUs: 7x7 on 4 x 180 x 240 x 16 takes 115 ms on two cores, as a sum of
+shifted images 3 ms; both gradients take 157 and 39 ms. Kernels are [kh, kw, 1, C].
 """
 
 import jax
