@@ -6,7 +6,7 @@ nothing; that is why the functions here return sums and leave the division to th
 """
 
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,46 @@ from jax import lax
 
 LossNorm = Literal["valid", "batch", "sum", "weights"]
 ClassFrequency = Literal["pixels", "eigen"]
+
+
+class LossTerm(NamedTuple):
+    """One of the losses of a network that scores at several places or resolutions.
+
+    Attributes:
+      output: name of the scores [B, h, w, C] among the network's outputs.
+      weight: factor of this loss in the sum.
+      align_corners: which pixels the units of scores smaller than the labels stand for; see
+        `labels_at`.
+    """
+
+    output: str = "logits"
+    weight: float = 1.0
+    align_corners: bool = False
+
+
+def labels_at(labels: jax.Array, size: tuple[int, int], *, align_corners: bool) -> jax.Array:
+    """Returns the labels (or pixel weights) [..., H, W] of the pixels that h x w units stand for.
+
+    Unit i of h stands for pixel floor(i H / h), every eighth at stride 8 (Yu and Koltun,
+    arXiv:1511.07122), or with ``align_corners`` for the pixel nearest to i (H - 1) / (h - 1), which
+    is every eighth on 8 m + 1 pixels (DeepLab, arXiv:1412.7062). Labels are picked, never mixed.
+
+    Raises:
+      ValueError: there are more units than pixels.
+    """
+    for axis, (units, pixels) in enumerate(zip(size, labels.shape[-2:], strict=True), start=-2):
+        if units > pixels:
+            raise ValueError(f"Scores of {size} are larger than labels {labels.shape}.")
+        if units == pixels:
+            continue
+        index = np.arange(units)
+        if align_corners:  # rounds half up, in integers
+            steps = max(units - 1, 1)
+            index = (2 * index * (pixels - 1) + steps) // (2 * steps)
+        else:
+            index = index * pixels // units
+        labels = jnp.take(labels, index, axis=axis)
+    return labels
 
 
 def softmax_cross_entropy(

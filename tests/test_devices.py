@@ -4,12 +4,15 @@ FCN with dropout and a running average of the parameters; SegNet-Basic with batc
 """
 
 import dataclasses
+from typing import Any
 
 import chex
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from dense_jax.losses import LossTerm
 from dense_jax.tasks.semantic import cross_entropy_loss
 from dense_jax.train import schedules, step
 from dense_jax.train.state import TrainState
@@ -78,3 +81,39 @@ def test_all_devices_hold_the_same_bits(results, num_devices):
         shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
         assert len(shards) == num_devices
         assert all(np.array_equal(shards[0], shard) for shard in shards)
+
+
+class TwoOutputs(nn.Module):
+    """Scores at full size and, of one tap, at stride 3."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        del train
+        scores = nn.Dense(NUM_CLASSES)(images)
+        return {"logits": scores, "coarse": scores[:, ::3, ::3], "gap": scores.mean((1, 2))}
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_each_loss_term_has_its_own_denominator(num_devices):
+    config = dataclasses.replace(segnet.PRESETS["smoke"], **_COMMON)
+    model, batch = TwoOutputs(), make_batch(0)
+    terms = (LossTerm(), LossTerm("coarse", 0.5))
+    devices = jax.devices()[:num_devices]
+    train_step = step.train_step(*cross_entropy_loss(model, config, terms=terms), devices=devices)
+    tx = schedules.build_optimizer(config)
+    state = jax.device_get(TrainState.init(model, tx, (SIZE, SIZE, 3)))
+    outputs: Any = model.apply({"params": state.params}, batch["images"], train=True)
+    _, scalars = train_step(
+        step.replicate(state, devices), step.shard(batch, config.accumulate, devices)
+    )
+
+    def mean(scores, labels):
+        scores = np.asarray(scores, np.float64)
+        log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+        picked = np.take_along_axis(log_p, np.minimum(labels, NUM_CLASSES - 1)[..., None], -1)
+        return -picked[..., 0][labels != 255].mean()
+
+    labels = batch["labels"]
+    coarse = labels[:, np.arange(11) * 32 // 11][:, :, np.arange(11) * 32 // 11]
+    expected = mean(outputs["logits"], labels) + 0.5 * mean(outputs["coarse"], coarse)
+    np.testing.assert_allclose(float(scalars["loss"]), expected, rtol=1e-5)

@@ -129,6 +129,22 @@ def test_resolved_denominator(total, norm, divisor):
     assert losses.resolve_denominator(jnp.float32(total), norm) == divisor
 
 
+def test_labels_are_picked_where_the_units_of_smaller_scores_sit():
+    pixels = np.arange(32)
+    labels = jnp.asarray(100 * pixels[:, None] + pixels)[None, None]  # leading axes are kept
+    eighth = losses.labels_at(labels, (4, 4), align_corners=False)
+    np.testing.assert_array_equal(eighth, labels[..., ::8, ::8])
+    # DeepLab: 8 m + 1 pixels, m + 1 units; at other sizes the nearest pixel, halves up.
+    aligned = losses.labels_at(labels[..., :25, :25], (4, 4), align_corners=True)
+    np.testing.assert_array_equal(aligned, labels[..., :25:8, :25:8])
+    row = losses.labels_at(labels[..., :1, :10], (1, 3), align_corners=True)
+    np.testing.assert_array_equal(row[0, 0, 0], [0, 5, 9])  # 0, 4.5, 9
+    one = losses.labels_at(labels, (1, 32), align_corners=True)
+    np.testing.assert_array_equal(one, labels[..., :1, :])
+    with pytest.raises(ValueError, match=r"\(33, 32\) are larger"):
+        losses.labels_at(labels, (33, 32), align_corners=False)
+
+
 def test_padding_with_ignore_leaves_the_valid_mean():
     logits, labels = example()
     pad = ((0, 0), (0, 3), (0, 2))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from dense_jax.data import pipeline, prepared
 from dense_jax.data.dataset import Dataset, Source
 from dense_jax.data.transforms import Transform
 from dense_jax.errors import UserError
+from dense_jax.losses import LossTerm
 from dense_jax.tasks.evaluation import Evaluator, ExtraScores, write_evaluation
 from dense_jax.tasks.prediction import ONE_PASS, PredictFn, Variables, whole_image
 from dense_jax.train.checkpoint import read_variables
@@ -63,10 +65,21 @@ def class_weights(dataset: Dataset, definition: losses.ClassFrequency = "eigen")
 
 
 def cross_entropy_loss(
-    model: nn.Module, config: RunConfig, class_weights: np.ndarray | None = None
+    model: nn.Module,
+    config: RunConfig,
+    class_weights: np.ndarray | None = None,
+    terms: Sequence[LossTerm] = (LossTerm(),),
 ) -> tuple[LossFn, Callable[[Batch], jax.Array]]:
-    """The per-pixel softmax loss of a network's "logits", and what it is divided by."""
+    """The per-pixel softmax losses of a network's outputs, and what each is divided by [terms]."""
     weights = None if class_weights is None else np.asarray(class_weights, np.float32)
+
+    def pixels_of(batch: Batch, term: LossTerm, size: tuple[int, int]) -> dict[str, jax.Array]:
+        """Labels, and weights where there are any, of the pixels that are scored."""
+        maps = {name: batch[name] for name in ("labels", "weights") if name in batch}
+        return {
+            name: losses.labels_at(values, size, align_corners=term.align_corners)
+            for name, values in maps.items()
+        }
 
     def loss_fn(
         params: Any,
@@ -83,26 +96,48 @@ def cross_entropy_loss(
             rngs={"dropout": rng},
             mutable=list(model_state),
         )
-        logits, labels = outputs["logits"], batch["labels"]
-        pixel_loss = losses.softmax_cross_entropy(
-            logits,
-            labels,
-            class_weights=None if weights is None else jnp.asarray(weights),
-            pixel_weights=batch.get("weights"),
-        )
-        loss = jnp.sum(pixel_loss) / losses.resolve_denominator(denominator, config.loss_norm)
-        return loss, (new_state, {})
+        total = jnp.float32(0.0)
+        for term, divisor in zip(terms, denominator, strict=True):
+            logits = outputs[term.output]
+            pixels = pixels_of(batch, term, logits.shape[1:3])
+            pixel_loss = losses.softmax_cross_entropy(
+                logits,
+                pixels["labels"],
+                class_weights=None if weights is None else jnp.asarray(weights),
+                pixel_weights=pixels.get("weights"),
+            )
+            divisor = losses.resolve_denominator(divisor, config.loss_norm)
+            total += term.weight * jnp.sum(pixel_loss) / divisor
+        return total, (new_state, {})
 
     def denominator_fn(batch: Batch) -> jax.Array:
-        return losses.loss_denominator(
-            batch["labels"],
-            batch["valid"],
-            config.loss_norm,
-            class_weights=None if weights is None else jnp.asarray(weights),
-            pixel_weights=batch.get("weights"),
-        )
+        sizes = {"logits": batch["labels"].shape[-2:]}
+        if any(term.output not in sizes for term in terms):
+            sizes |= _output_sizes(model, batch["images"])
+        divisors = []
+        for term in terms:
+            pixels = pixels_of(batch, term, sizes[term.output])
+            divisors.append(
+                losses.loss_denominator(
+                    pixels["labels"],
+                    batch["valid"],
+                    config.loss_norm,
+                    class_weights=None if weights is None else jnp.asarray(weights),
+                    pixel_weights=pixels.get("weights"),
+                )
+            )
+        return jnp.stack(divisors)
 
     return loss_fn, denominator_fn
+
+
+def _output_sizes(model: nn.Module, images: jax.Array) -> dict[str, tuple[int, int]]:
+    """Height and width of each output for images [..., B, H, W, C]; nothing is computed."""
+    one_batch = jax.ShapeDtypeStruct(images.shape[-4:], images.dtype)
+    init = functools.partial(model.init_with_output, train=False)
+    outputs: Any
+    outputs, _ = jax.eval_shape(init, jax.random.key(0), one_batch)
+    return {name: output.shape[1:3] for name, output in outputs.items() if output.ndim == 4}
 
 
 def begin(
@@ -149,6 +184,7 @@ def train_and_evaluate(
     *,
     groups: Sequence[ParamGroup] = (),
     class_weights: np.ndarray | None = None,
+    loss_terms: Sequence[LossTerm] = (LossTerm(),),
     predict: PredictFn | None = None,
     test_time: str = ONE_PASS,
     posthoc_batch_stats: bool = False,
@@ -163,6 +199,7 @@ def train_and_evaluate(
       transforms: training transforms; they end in normalised images of one size.
       groups: learning rates of parts of the network; see ``build_optimizer``.
       class_weights: [C] weights of the loss, or None.
+      loss_terms: which outputs are compared with the labels; their weighted losses are added up.
       predict: how the network is used for evaluation; by default `whole_image`.
       test_time: what that is, for the protocol card.
       posthoc_batch_stats: evaluate with batch statistics averaged over the training split.
@@ -174,7 +211,7 @@ def train_and_evaluate(
     train, val = dataset.split("train"), dataset.split("val")
     workdir, batches, state = begin(config, model, dataset, transforms, groups)
     image_shape = batches.example["images"].shape[1:]
-    loss_fn, denominator_fn = cross_entropy_loss(model, config, class_weights)
+    loss_fn, denominator_fn = cross_entropy_loss(model, config, class_weights, loss_terms)
     step = train_step(loss_fn, denominator_fn, ema_decay=config.ema_decay)
     evaluator = Evaluator(
         predict or whole_image(model, config.scale),
