@@ -32,12 +32,13 @@ class Grid(NamedTuple):
     step: float = 1.0
     field: float = 1.0
 
-    def conv(self, kernel: int, stride: int = 1, padding: int = 0) -> "Grid":
+    def conv(self, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1) -> "Grid":
         """Returns the grid behind a convolution or a pooling."""
+        extent = (kernel - 1) * dilation
         return Grid(
-            first=self.first + ((kernel - 1) / 2 - padding) * self.step,
+            first=self.first + (extent / 2 - padding) * self.step,
             step=self.step * stride,
-            field=self.field + (kernel - 1) * self.step,
+            field=self.field + extent * self.step,
         )
 
     def up_conv(self, kernel: int, stride: int, padding: int = 0) -> "Grid":
@@ -70,13 +71,14 @@ class Layer(NamedTuple):
     padding: int = 0
     features: int = 0  # Of convolutions.
     groups: int = 1
+    dilation: int = 1  # Of convolutions.
 
 
 def grids(layers: tuple[Layer, ...]) -> dict[str, Grid]:
     """Returns the grid of each layer by name."""
     grid, result = Grid(), {}
     for layer in layers:
-        grid = grid.conv(layer.kernel, layer.stride, layer.padding)
+        grid = grid.conv(layer.kernel, layer.stride, layer.padding, layer.dilation)
         result[layer.name] = grid
     return result
 
@@ -130,7 +132,9 @@ class Stack(nn.Module):
                 x = LocalResponseNorm(name=name)(x)
             else:
                 features = scaled(layer.features, self.width, groups)
-                conv = Conv(features, *window, groups=layer.groups, dtype=self.dtype, name=name)
+                conv = Conv(
+                    features, *window, layer.dilation, layer.groups, dtype=self.dtype, name=name
+                )
                 x = nn.relu(conv(x))
             if name.startswith("fc"):
                 x = Dropout(self.dropout_rate, self.axis_name)(x, train=train)
