@@ -15,6 +15,7 @@ import pytest
 from jax import lax
 
 from dense_jax import losses
+from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.transforms import Normalise
 from dense_jax.errors import UserError
 from dense_jax.layers.conv import Conv
@@ -365,6 +366,26 @@ def test_config_survives_json():
     assert config_lib.from_json(RunConfig, json.loads(json.dumps(config.to_json()))) == config
     with pytest.raises(UserError, match="colour"):
         config_lib.from_json(RunConfig, {"colour": 1})
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    names: tuple[str, ...] = ("a",)
+    depth: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NestedConfig(RunConfig):
+    inner: Inner = Inner()
+
+
+def test_config_with_dataclasses_inside_survives_json():
+    config = NestedConfig(inner=Inner(("b", "c"), 2), shapes=ShapesSpec(size=(8, 9)))
+    assert config_lib.from_json(NestedConfig, json.loads(json.dumps(config.to_json()))) == config
+    # A run from before a field was there takes its default.
+    assert config_lib.from_json(NestedConfig, {"inner": {"depth": 3}}).inner == Inner(depth=3)
+    with pytest.raises(UserError, match="hue"):
+        config_lib.from_json(NestedConfig, {"inner": {"hue": 1}})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The flags that every training script shares; a script adds its paper's ablations to them."""
 
 import dataclasses
+import typing
 from typing import Any, Literal, TypeVar
 
 from dense_jax.data.datasets.shapes import ShapesSpec
@@ -136,19 +137,25 @@ def from_json(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     Raises:
       UserError: a field is not known to this version of the script.
     """
-    fields = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - fields):
+    return _rebuild(cls, values)
+
+
+def _rebuild(cls: type[Any], values: dict[str, Any]) -> Any:
+    """A dataclass from its fields as JSON values, those that are dataclasses themselves as well."""
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
         raise UserError(
             f"config.json has fields that this version of the script does not know: "
             f"{', '.join(unknown)}; use the version that wrote it"
         )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    if isinstance(values.get("shapes"), dict):
-        spec: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values["shapes"].items()
-        }
-        values["shapes"] = ShapesSpec(**spec)
-    return cls(**values)
+    fields = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, dict) and dataclasses.is_dataclass(hints[name]):
+            value = _rebuild(hints[name], value)
+        fields[name] = value
+    return cls(**fields)
 
 
 def check_resumable(old: dict[str, Any], new: dict[str, Any], workdir: str) -> None:
