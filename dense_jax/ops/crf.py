@@ -1,0 +1,186 @@
+"""Mean field inference in a fully connected CRF with two Gaussian kernels.
+
+The energy of a labelling x is sum_i -log P_i(x_i) + sum_ij [x_i != x_j] k_ij with
+
+    k_ij = w1 exp(-|p_i - p_j|^2 / (2 sxy^2) - |I_i - I_j|^2 / (2 srgb^2))
+         + w2 exp(-|p_i - p_j|^2 / (2 sg^2)),
+
+p being places in pixels and I colours, 0 to 255. Mean field repeats, for all pixels at once,
+
+    Q_i(l) = softmax_l(log P_i(l) + sum_j k_ij Q_j(l)).
+
+What k_ij is divided by (`CrfParams.norm`) and whether j = i is in the sum (`CrfParams.self_term`)
+differ between public codes, and the weights that suit one do not suit another.
+
+Reference: Kraehenbuehl, Koltun, "Efficient inference in fully connected CRFs with Gaussian edge
+potentials", NeurIPS 2011, arXiv:1210.5644; Chen et al., "DeepLab", arXiv:1606.00915, Section 3.3.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_TINY = 1e-20  # Pixels without neighbours have a sum of zero, which must not divide.
+
+
+@dataclasses.dataclass(frozen=True)
+class CrfParams:
+    """A CRF with two kernels; the weights may be traced, to differentiate or to search."""
+
+    w1: float = 4.0
+    """Weight of the bilateral kernel, over place and colour."""
+    sxy: float = 67.0
+    """Standard deviation of the bilateral kernel in pixels."""
+    srgb: float = 3.0
+    """Standard deviation of the bilateral kernel in colour, of 255."""
+    w2: float = 3.0
+    """Weight of the spatial kernel."""
+    sg: float = 3.0
+    """Standard deviation of the spatial kernel in pixels."""
+    iterations: int = 10
+    """Steps of mean field."""
+    norm: Literal["after", "symmetric", "none"] = "symmetric"
+    """Divide each kernel K by its row sums D: D^-1 K (DeepLab's code), D^-1/2 K D^-1/2
+    (pydensecrf's default) or not at all."""
+    self_term: Literal["include", "exclude"] = "include"
+    """Whether a pixel sends a message to itself: all public codes do, the paper does not."""
+
+
+class _Kernel(NamedTuple):
+    """One kernel before it is normalised."""
+
+    weight: float | jax.Array
+    filter: Callable[[jax.Array], jax.Array]  # [..., N, C] to K times it.
+    self_weight: float | jax.Array  # The diagonal of K, one number or [..., N, 1].
+
+
+def exact_mean_field(logits: jax.Array, image: jax.Array, params: CrfParams) -> jax.Array:
+    """Returns the log-probabilities of each pixel's labels, from sums over all pairs of pixels.
+
+    Memory and time grow with the square of the number of pixels: for tests and crops.
+
+    Args:
+      logits: [H, W, C], log-probabilities up to a constant per pixel.
+      image: [H, W, 3] RGB, 0 to 255.
+      params: the CRF.
+
+    Returns:
+      [H, W, C] float32 log-probabilities.
+
+    Raises:
+      ValueError: the shapes do not belong together.
+    """
+    if logits.ndim != 3 or image.shape != (*logits.shape[:2], 3):
+        raise ValueError(
+            "Expected logits [H, W, C] and image [H, W, 3], received "
+            f"{logits.shape}, {image.shape}."
+        )
+    height, width, channels = logits.shape
+    places, colours = _features(height, width, image)
+    kernels = []
+    for weight, features in (
+        (params.w1, (places / params.sxy, colours / params.srgb)),
+        (params.w2, (places / params.sg,)),
+    ):
+        matrix = _gaussian(jnp.concatenate(features, axis=-1).reshape(height * width, -1))
+        kernels.append(_Kernel(weight, lambda q, k=matrix: jnp.dot(k, q, precision="highest"), 1.0))
+    flat = logits.astype(jnp.float32).reshape(height * width, channels)
+    return _iterate(flat, jnp.ones_like(flat[:, :1]), kernels, params).reshape(logits.shape)
+
+
+def mean_field(
+    logits: jax.Array, images: jax.Array, params: CrfParams, sizes: jax.Array | None = None
+) -> jax.Array:
+    """Returns the log-probabilities of each pixel's labels, [B, H, W, C].
+
+    Args:
+      logits: [B, H, W, C], log-probabilities up to a constant per pixel.
+      images: [B, H, W, 3] RGB, 0 to 255.
+      params: the CRF.
+      sizes: int [B, 2], height and width of each image, which lies in the upper left corner; what
+        is beyond has no influence on it. None: the images fill their arrays.
+
+    Returns:
+      [B, H, W, C] float32 log-probabilities; beyond `sizes` they mean nothing.
+
+    Raises:
+      ValueError: the shapes do not belong together.
+    """
+    if logits.ndim != 4 or images.shape != (*logits.shape[:3], 3):
+        raise ValueError(
+            "Expected logits [B, H, W, C] and images [B, H, W, 3], received "
+            f"{logits.shape}, {images.shape}."
+        )
+    batch, height, width, channels = logits.shape
+    if sizes is None:
+        sizes = jnp.tile(jnp.array([[height, width]]), (batch, 1))
+    if sizes.shape != (batch, 2):
+        raise ValueError(f"Expected sizes {(batch, 2)}, received {sizes.shape}.")
+
+    def one(inputs):
+        logits, image, size = inputs
+        places, colours = _features(height, width, image)
+        is_inside = (jnp.arange(height)[:, None] < size[0]) & (jnp.arange(width) < size[1])[None]
+        kernels = []
+        for weight, features in (
+            (params.w1, (places / params.sxy, colours / params.srgb)),
+            (params.w2, (places / params.sg,)),
+        ):
+            matrix = _gaussian(jnp.concatenate(features, axis=-1).reshape(height * width, -1))
+            kernels.append(
+                _Kernel(weight, lambda q, k=matrix: jnp.dot(k, q, precision="highest"), 1.0)
+            )
+        mask = is_inside.astype(jnp.float32).reshape(height * width, 1)
+        flat = logits.astype(jnp.float32).reshape(height * width, channels)
+        return _iterate(flat, mask, kernels, params).reshape(logits.shape)
+
+    return lax.map(one, (logits, images, sizes))
+
+
+def _features(height: int, width: int, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the places [H, W, 2] in pixels and the colours [H, W, 3]."""
+    rows, columns = jnp.arange(height, dtype=jnp.float32), jnp.arange(width, dtype=jnp.float32)
+    places = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1)
+    return places, image.astype(jnp.float32)
+
+
+def _gaussian(features: jax.Array) -> jax.Array:
+    """Returns exp(-|f_i - f_j|^2 / 2) of all pairs, [N, D] to [N, N]."""
+    # Axis by axis: |a|^2 + |b|^2 - 2 a b would lose the small distances to rounding.
+    columns = jnp.moveaxis(features, -1, 0)
+    distances = sum((f[:, None] - f[None, :]) ** 2 for f in columns)
+    return jnp.exp(-distances / 2)
+
+
+def _iterate(
+    logits: jax.Array, mask: jax.Array, kernels: Sequence[_Kernel], params: CrfParams
+) -> jax.Array:
+    """Runs mean field on [..., N, C] logits, where mask [..., N, 1] is 1 and not 0."""
+    normalised = [_normalise(kernel, mask, params) for kernel in kernels]
+
+    def step(q: jax.Array, _: None) -> tuple[jax.Array, None]:
+        q = jnp.exp(q) * mask
+        messages = sum(kernel.weight * kernel.filter(q) for kernel in normalised)
+        return jax.nn.log_softmax(logits + messages), None
+
+    return lax.scan(step, jax.nn.log_softmax(logits), length=params.iterations)[0]
+
+
+def _normalise(kernel: _Kernel, mask: jax.Array, params: CrfParams) -> _Kernel:
+    """Returns the kernel without its diagonal if so wanted, and divided by its sums."""
+
+    def pairs(q: jax.Array) -> jax.Array:
+        messages = kernel.filter(q)
+        return messages - kernel.self_weight * q if params.self_term == "exclude" else messages
+
+    sums = jnp.maximum(pairs(mask), _TINY)
+    if params.norm == "after":
+        return kernel._replace(filter=lambda q: pairs(q) / sums)
+    if params.norm == "symmetric":
+        root = lax.rsqrt(sums)
+        return kernel._replace(filter=lambda q: root * pairs(root * q))
+    return kernel._replace(filter=pairs)
