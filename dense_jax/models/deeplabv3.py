@@ -1,0 +1,153 @@
+"""torchvision's segmentation networks: a ResNet with DeepLabv3's head or a small FCN head.
+
+Parameters have torchvision's names with "_" in front of numbers: `classifier.0.convs.1.0.weight`
+is "classifier_0/convs_1_0/kernel", and `backbone.layer1.0.conv1.weight` is
+"backbone/layer1_0/conv1/kernel".
+
+Reference: Chen, Papandreou, Schroff, Adam, "Rethinking atrous convolution for semantic image
+segmentation", arXiv:1706.05587, Section 3.3 and Figure 5; Long, Shelhamer, Darrell, CVPR 2015,
+arXiv:1411.4038; pytorch/vision: torchvision/models/segmentation.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dense_jax.layers.conv import Conv
+from dense_jax.layers.dropout import Dropout
+from dense_jax.layers.norm import BatchNorm
+from dense_jax.models import resnet
+from dense_jax.models.vgg import image_size, scaled
+from dense_jax.ops.resize import resize_bilinear
+
+# Uniform within 1 / sqrt(fan-in) on both sides, as torch initialises convolutions.
+_TORCH = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_RATES = (12, 24, 36)  # At output stride 8; the paper's 6, 12, 18 at 16.
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling; maps [B, H, W, C] to [B, H, W, features].
+
+    A 1x1 convolution, three dilated 3x3 ones and the mean of the whole map, each normalised, side
+    by side; then a 1x1 convolution over all of them, "project".
+
+    Attributes:
+      conv: builds a convolution without bias: (features, kernel_size, *, dilation, name).
+      norm: builds a normalisation: (*, name), which takes `train`.
+      features: channels of each branch and of the result.
+      rates: dilations of the 3x3 convolutions, in units of the map.
+
+    Reference: arXiv:1706.05587, Section 3.3.
+    """
+
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    features: int
+    rates: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H, W, features]."""
+
+        def unit(x: jax.Array, name: str, kernel_size: int = 1, rate: int = 1, first: int = 0):
+            conv = self.conv(self.features, kernel_size, dilation=rate, name=f"{name}_{first}")
+            return nn.relu(self.norm(name=f"{name}_{first + 1}")(conv(x), train=train))
+
+        branches = [unit(x, "convs_0")]
+        for i, rate in enumerate(self.rates, start=1):
+            branches.append(unit(x, f"convs_{i}", 3, rate))
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        mean = jnp.mean(x.astype(wide), (1, 2), keepdims=True).astype(x.dtype)
+        # torchvision counts the pooling as 0.
+        mean = unit(mean, f"convs_{len(branches)}", first=1)
+        branches.append(jnp.broadcast_to(mean, branches[0].shape))
+        return unit(jnp.concatenate(branches, axis=-1), "project")
+
+
+class ResNetSegmenter(nn.Module):
+    """A ResNet and a head; maps images [B, H, W, C], any H, W >= 1, to logits of their size.
+
+    Attributes:
+      num_classes: number of classes.
+      head: "deeplabv3": `ASPP`, a 3x3 convolution and scores; "fcn": a 3x3 convolution to a
+        quarter of the channels and scores.
+      trunk: builds the ResNet; `functools.partial(resnet50, stride_in="1x1")` has other settings.
+      aux: whether layer3 is scored too, by an FCN head, for a second loss (weight 0.5).
+      output_stride: of the scores, in pixels; `ASPP`'s rates are 12, 24, 36 at stride 8 and see
+        as many pixels at 16 and 32.
+      bn: "frozen" freezes the trunk's batch normalisation; the heads' always learns.
+      bn_momentum: decay of the running averages.
+      dropout_rate: in front of the scores of FCN heads and behind `ASPP`; None: 0.1 and 0.5.
+      width: channel multiplier.
+      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
+      dtype: computation dtype of convolutions; scores are enlarged in float32.
+    """
+
+    num_classes: int
+    head: Literal["deeplabv3", "fcn"] = "deeplabv3"
+    trunk: Callable[..., resnet.ResNet] = resnet.resnet50
+    aux: bool = False
+    output_stride: Literal[32, 16, 8] = 8
+    bn: Literal["train", "frozen"] = "train"
+    bn_momentum: float = 0.9
+    dropout_rate: float | None = None
+    width: float = 1.0
+    axis_name: str | None = None
+    dtype: jax.typing.DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """Returns "logits" and, with `aux`, "aux_logits", float32, and the trunk's stages.
+
+        Logits are "scores" and "aux_scores" of the output stride, enlarged bilinearly.
+        """
+        size = image_size(images)
+        outputs = self.trunk(
+            output_stride=self.output_stride,
+            bn=self.bn,
+            bn_momentum=self.bn_momentum,
+            width=self.width,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            name="backbone",
+        )(images, train=train)
+        conv = functools.partial(Conv, use_bias=False, dtype=self.dtype, kernel_init=_TORCH)
+        norm = functools.partial(BatchNorm, momentum=self.bn_momentum, axis_name=self.axis_name)
+
+        def drop(x: jax.Array, published: float) -> jax.Array:
+            rate = published if self.dropout_rate is None else self.dropout_rate
+            return Dropout(rate, self.axis_name)(x, train=train)
+
+        def hidden(x: jax.Array, features: int, name: str, number: int) -> jax.Array:
+            x = conv(features, 3, name=f"{name}_{number}")(x)
+            return nn.relu(norm(name=f"{name}_{number + 1}")(x, train=train))
+
+        def fcn(x: jax.Array, name: str) -> jax.Array:
+            return drop(hidden(x, max(1, x.shape[-1] // 4), name, 0), 0.1)
+
+        def deeplabv3(x: jax.Array, name: str) -> jax.Array:
+            features = scaled(256, self.width)
+            rates = tuple(rate * 8 // self.output_stride for rate in _RATES)
+            x = ASPP(conv, norm, features, rates, name=f"{name}_0")(x, train=train)
+            return hidden(drop(x, 0.5), features, name, 1)
+
+        def classify(x: jax.Array, name: str, prefix: str) -> None:
+            scores = conv(self.num_classes, 1, use_bias=True, name=f"{name}_4")(x)
+            outputs[f"{prefix}scores"] = scores = scores.astype(jnp.float32)
+            outputs[f"{prefix}logits"] = resize_bilinear(scores, size, align_corners=False)
+
+        head = {"deeplabv3": deeplabv3, "fcn": fcn}[self.head]
+        classify(head(outputs["layer4"], "classifier"), "classifier", "")
+        if self.aux:
+            classify(fcn(outputs["layer3"], "aux_classifier"), "aux_classifier", "aux_")
+        return outputs
+
+
+fcn_resnet50 = functools.partial(ResNetSegmenter, head="fcn", trunk=resnet.resnet50)
+fcn_resnet101 = functools.partial(ResNetSegmenter, head="fcn", trunk=resnet.resnet101)
+deeplabv3_resnet50 = functools.partial(ResNetSegmenter, trunk=resnet.resnet50)
+deeplabv3_resnet101 = functools.partial(ResNetSegmenter, trunk=resnet.resnet101)
