@@ -1,0 +1,250 @@
+"""Receptive fields: how large, how far apart and where, read off a network's own program.
+
+`analyse` traces a network on an image that is large enough for its middle to be untouched by
+padding, follows the image through the program (`reach`), and reads from the units in the middle
+what each named output sees. Nothing is known of layers; branches, dilation, fractional strides,
+crops, pooling and resizing are in the program. Where branches meet, their centres are compared: a
+crop that is one unit off is found, whatever the layers are called.
+
+`effective_field` is what a unit makes of what it could see: the size of its gradient over images.
+
+Reference: Araujo, Norris, Sim, "Computing receptive fields of convolutional neural networks",
+Distill 2019; Luo, Li, Urtasun, Zemel, "Understanding the effective receptive field in deep
+convolutional neural networks", NIPS 2016, arXiv:1701.04128.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from dense_jax.analysis import reach
+from dense_jax.analysis.reach_rules import NOTHING, Opaque, Seen
+from dense_jax.errors import UserError
+
+_FIRST_SIDE, _LAST_SIDE = 1024, 16384
+_MARGIN = 4  # An image is large enough if no field, and no window on a map, exceeds a quarter.
+_MAX_PERIOD = 128
+
+
+class Axis(NamedTuple):
+    """What the units of a map see along one axis of the image, in pixels.
+
+    Attributes:
+      size: from the first to the last pixel that a unit sees (the most, where units differ);
+        None: the whole side of the image.
+      stride: between the centres of neighbouring units.
+      first: centre of unit 0, as if there were image all around it; pixel centres are whole
+        numbers. Both are means over a period where units differ, as they do behind an
+        interpolation; nan where every unit sees the whole side.
+      is_even: whether the units repeat with a period. They do not where a map is enlarged by a
+        factor that is not a whole number.
+    """
+
+    size: int | None
+    stride: float
+    first: float
+    is_even: bool
+
+    def centre(self, unit: float) -> float:
+        """Returns the centre of a unit."""
+        return self.first + self.stride * unit
+
+
+class Field(NamedTuple):
+    """Receptive field of a map's units."""
+
+    rows: Axis
+    columns: Axis
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the units repeat with a period along both axes."""
+        return self.rows.is_even and self.columns.is_even
+
+
+class Meeting(NamedTuple):
+    """Branches that are added, compared or concatenated.
+
+    Attributes:
+      primitive: the operation.
+      scope: names of the modules around it.
+      fields: of the branches.
+      offset: pixels from the centres of the first branch to the farthest of the others, down and
+        to the right, in the middle of the image.
+    """
+
+    primitive: str
+    scope: str
+    fields: tuple[Field, ...]
+    offset: tuple[float, float]
+
+    def is_aligned(self, tolerance: float = 0.25) -> bool:
+        """Whether the centres agree within a number of pixels."""
+        return max(map(abs, self.offset)) <= tolerance
+
+
+class Analysis(NamedTuple):
+    """What `analyse` found.
+
+    Attributes:
+      side: height and width of the image that was enough.
+      fields: of the network's outputs, in their order, if they are maps; a string names an
+        operation behind which the field is not known.
+      meetings: of branches, in the order of the program.
+    """
+
+    side: int
+    fields: dict[str, Field | str]
+    meetings: list[Meeting]
+
+    def field(self, name: str) -> Field:
+        """Returns the field of one output.
+
+        Raises:
+          UserError: there is no such map, or its field is not known.
+        """
+        if name not in self.fields:
+            raise UserError(f"the network has no map {name!r}: it has {', '.join(self.fields)}")
+        found = self.fields[name]
+        if isinstance(found, str):
+            raise UserError(
+                f"what {name!r} sees is not known, for it comes from {found!r}: "
+                "ask for a map in front of that"
+            )
+        return found
+
+
+def analyse(model: nn.Module, *, channels: int = 3) -> Analysis:
+    """Returns the receptive fields of a network's maps, and where its branches meet.
+
+    Args:
+      model: a network, called as `model(images, train=False)`, that returns maps [B, h, w, ...] by
+        name. Nothing is computed or allocated; the full-size network is only traced.
+      channels: of the image.
+
+    Raises:
+      UserError: no size of image was accepted by the network, or large enough for it.
+    """
+    least = _FIRST_SIDE
+    while least <= _LAST_SIDE:
+        found, enough = _best(model, least, channels)
+        if enough <= found.side:
+            return found
+        least = max(2 * found.side, -(-enough // 32) * 32)
+    raise UserError(f"images of {_LAST_SIDE} pixels are too small for the network's fields")
+
+
+def _best(model: nn.Module, least: int, channels: int) -> tuple[Analysis, int]:
+    """Analyses at the first side from `least` on that the network accepts, or at the next.
+
+    Half-pixel enlargement is even on multiples of the stride, aligned corners are one beyond.
+    """
+    found, enough = _analyse_at(model, least, channels)
+    if all(field.is_even for field in found.fields.values() if isinstance(field, Field)):
+        return found, enough
+    other = _analyse_at(model, found.side + 1, channels)
+
+    def number_even(analysis: Analysis) -> int:
+        return sum(f.is_even for f in analysis.fields.values() if isinstance(f, Field))
+
+    return other if number_even(other[0]) > number_even(found) else (found, enough)
+
+
+def _analyse_at(model: nn.Module, least: int, channels: int) -> tuple[Analysis, int]:
+    """Returns what is found at one side, and the side that would have been enough for it."""
+    side, program, names = _program(model, least, channels)
+    images = len(program.jaxpr.invars) - 1
+    trace = reach.trace(program, images)
+    enough = math.ceil(_MARGIN * trace.widest * side)
+    fields: dict[str, Field | str] = {}
+    for name, value in zip(names, trace.outputs, strict=True):
+        if isinstance(value, Opaque):
+            fields[name] = value.primitive
+        elif isinstance(value, Seen):
+            fields[name] = field = _field(value, side, trace.is_global)
+            enough = max(enough, *(_MARGIN * (axis.size or 0) for axis in field))
+    meetings = [_meeting(join, side, trace.is_global) for join in trace.joins]
+    return Analysis(side, fields, [m for m in meetings if m is not None]), enough
+
+
+def _program(
+    model: nn.Module, least: int, channels: int
+) -> tuple[int, core.ClosedJaxpr, list[str]]:
+    """Traces a network at the first side that it accepts; its outputs' names in their order."""
+    names: list[str] = []
+
+    def run(variables: Any, images: jax.Array) -> list[jax.Array]:
+        outputs: Any = model.apply(variables, images, train=False)
+        outputs = {name: x for name, x in outputs.items() if isinstance(x, jax.Array)}
+        names[:] = outputs
+        return list(outputs.values())
+
+    problem: Exception | None = None
+    for side in range(least, least + 64):  # A network of stride 32 may take one in 32.
+        images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+        try:
+            init = functools.partial(model.init, train=False)
+            variables = jax.eval_shape(init, jax.random.key(0), images)
+            return side, jax.make_jaxpr(run)(variables, images), names
+        except ValueError as error:
+            problem = error
+    raise UserError(f"no image of {least} to {least + 63} pixels fits the network: {problem}")
+
+
+def _field(value: Seen, side: int, is_global: bool) -> Field:
+    return Field(_axis(value.rows, side, is_global), _axis(value.columns, side, is_global))
+
+
+def _line(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first and the last pixel that each unit sees, along the axis on which they vary.
+
+    That is the first axis that varies; others, as channels of a concatenation, are joined.
+    """
+    vary = [axis for axis, size in enumerate(bounds.shape) if axis > 0 and size > 1]
+    low, high = bounds.min(tuple(a for a in range(1, bounds.ndim) if a not in vary[:1]))
+    return np.atleast_1d(low), -np.atleast_1d(high)
+
+
+def _axis(bounds: np.ndarray, side: int, is_global: bool) -> Axis:
+    low, high = _line(bounds)
+    sees = low < NOTHING
+    if is_global and np.all((high - low)[sees] >= 0.9 * side):
+        return Axis(None, math.nan, math.nan, True)
+    # The middle quarter sees nothing of the edges: no field is wider than a quarter of the image.
+    middle = np.arange(3 * len(low) // 8, max(5 * len(low) // 8, 3 * len(low) // 8 + 1))
+    middle = middle[sees[middle]]
+    if not len(middle):
+        return Axis(0, math.nan, math.nan, True)
+    low, high = low[middle], high[middle]
+    size, centres = int((high - low).max()) + 1, (low + high) / 2
+    for period in range(1, min(_MAX_PERIOD, len(middle) // 2) + 1):
+        steps = np.stack([low[period:] - low[:-period], high[period:] - high[:-period]])
+        if np.all(steps == steps[0, 0]) and np.all(np.diff(middle) == 1):
+            stride = float(steps[0, 0]) / period
+            first = np.mean(centres[:period] - stride * middle[:period])
+            return Axis(size, stride, float(first), True)
+    if len(middle) == 1:
+        return Axis(size, math.nan, float(centres[0]), True)
+    stride, first = np.polyfit(middle, centres, 1)
+    return Axis(size, float(stride), float(first), False)
+
+
+def _meeting(join: reach.Join, side: int, is_global: bool) -> Meeting | None:
+    """Compares the centres of branches; None if all but one see the whole image."""
+    fields, offset = [_field(part, side, is_global) for part in join.parts], []
+    for axis in ("rows", "columns"):
+        lines = [
+            (getattr(field, axis), len(_line(getattr(part, axis))[0]))
+            for field, part in zip(fields, join.parts, strict=True)
+        ]
+        centres = [line.centre(count // 2) for line, count in lines if line.size and count > 1]
+        if len(centres) < 2:
+            return None
+        offset.append(max((c - centres[0] for c in centres[1:]), key=abs))
+    return Meeting(join.primitive, join.scope, tuple(fields), (offset[0], offset[1]))
