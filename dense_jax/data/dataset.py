@@ -48,6 +48,7 @@ class Dataset:
       fingerprint: a hash of everything the examples depend on, for the record of a run.
       description: one line for reports.
       warnings: what the label doctor found odd, a line each.
+      absent: of splits that one may ask for but that are not there, by name, why and what to do.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Dataset:
     fingerprint: str
     description: str
     warnings: tuple[str, ...] = ()
+    absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def split(self, name: str) -> Source:
         """Returns one split.
@@ -63,6 +65,8 @@ class Dataset:
         Raises:
           UserError: there is no such split, or it is empty.
         """
+        if name in self.absent:
+            raise UserError(f"dataset {self.name!r} has no split {name!r}: {self.absent[name]}")
         if name not in self.splits:
             raise UserError(
                 f"dataset {self.name!r} has no split {name!r}; it has {', '.join(self.splits)}; "

@@ -9,7 +9,9 @@ import dataclasses
 import hashlib
 import io
 import pathlib
-from collections.abc import Callable, Sequence
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import scipy.io
@@ -20,6 +22,7 @@ from dense_jax.errors import UserError
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
+_MAT_COMPRESSED = 15  # kind of a variable
 _MOST_OBJECTS = 2**16 - 1  # what 16 bits hold
 _VAL_SHARE = 0.2
 
@@ -61,7 +64,7 @@ def read_pair(pair: Pair, classes: ClassTable) -> Sample:
         not in the class table; or the two differ in size.
     """
     image_bytes, pixels = read_image(pair.image)
-    label = _to_ids(_read_label_values(pair.label), classes, pair.label)
+    label = read_label(pair.label, classes)
     check_size(label, pair.label, pixels, pair.image)
     return Sample(image_bytes, label, digest(pixels))
 
@@ -74,6 +77,7 @@ class Files:
       read: turns a pair into a sample; raises UserError for files that are wrong.
       has_instances: the samples of ``read`` have instances.
       options: what, besides files and classes, the samples depend on.
+      absent: see `dense_jax.data.dataset.Dataset`.
     """
 
     name: str
@@ -83,6 +87,7 @@ class Files:
     read: Callable[[Pair, ClassTable], Sample] = read_pair
     has_instances: bool = False
     options: tuple[int, ...] = ()
+    absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def splits(self) -> list[str]:
@@ -98,6 +103,16 @@ def read_image(path: pathlib.Path) -> tuple[bytes, np.ndarray]:
     """
     data = _read(path)
     return data, decode_image(data, path)
+
+
+def read_label(path: pathlib.Path, classes: ClassTable) -> np.ndarray:
+    """Returns the class ids of a label file, uint8 [H, W].
+
+    Raises:
+      UserError: the file is missing, empty, damaged, no label, or has a value that is not in the
+        class table.
+    """
+    return _to_ids(_read_label_values(path), classes, path)
 
 
 def check_size(
@@ -236,7 +251,12 @@ def pictures(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
 
 
-def find_folder(*candidates: pathlib.Path, holding: Sequence[str], dataset: str) -> pathlib.Path:
+def find_folder(
+    *candidates: pathlib.Path,
+    holding: Sequence[str],
+    dataset: str,
+    remedy: str = "give the folder that holds it with --data-dir",
+) -> pathlib.Path:
     """Returns the first candidate folder that holds all of the named entries.
 
     Raises:
@@ -246,8 +266,7 @@ def find_folder(*candidates: pathlib.Path, holding: Sequence[str], dataset: str)
         if all((folder / entry).exists() for entry in holding):
             return folder
     raise UserError(
-        f"{candidates[0]}: no {dataset} dataset here (looked for {', '.join(holding)});"
-        " give the folder that holds it with --data-dir"
+        f"{candidates[0]}: no {dataset} dataset here (looked for {', '.join(holding)}); {remedy}"
     )
 
 
@@ -296,10 +315,32 @@ def _read_label_values(path: pathlib.Path) -> np.ndarray:
 
 
 def _read_sbd(path: pathlib.Path) -> np.ndarray:
+    data = _read(path)
+    wrong = UserError(f"{path}: not a class file of SBD, or damaged; restore it")
     try:
-        return scipy.io.loadmat(io.BytesIO(_read(path)))["GTcls"]["Segmentation"][0, 0]
-    except (KeyError, ValueError, TypeError, IndexError, OSError):
-        raise UserError(f"{path}: not a class file of SBD; restore or remove it") from None
+        _check_mat(data)
+        values = np.asarray(scipy.io.loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0])
+    except Exception:  # SciPy parses damaged bytes until anything at all goes wrong
+        raise wrong from None
+    if values.ndim != 2 or not values.size or values.dtype != np.uint8:
+        raise wrong
+    return values
+
+
+def _check_mat(data: bytes) -> None:
+    """Raises some exception if a variable of a MATLAB file (version 5) is cut or damaged.
+
+    SciPy does not look at the checksums, and may end the process by a segmentation fault.
+    """
+    order = ">" if data[126:128] == b"MI" else "<"
+    start = 128
+    while start < len(data):
+        kind, size = struct.unpack_from(f"{order}II", data, start)
+        start += 8 + size
+        if start > len(data):
+            raise EOFError
+        if kind == _MAT_COMPRESSED:
+            zlib.decompress(data[start - size : start])
 
 
 def _to_ids(values: np.ndarray, classes: ClassTable, path: pathlib.Path) -> np.ndarray:

@@ -134,6 +134,7 @@ def open_files(files: Files) -> Dataset:
         report.fingerprint,
         files.description,
         tuple(report.warnings()),
+        files.absent,
     )
 
 

@@ -14,6 +14,12 @@ from dense_jax.data.dataset import Dataset
 from dense_jax.data.files import Files, Pair, find_folder
 from dense_jax.errors import UserError
 
+SBD_URL = (
+    "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
+    "benchmark.tgz"
+)
+_ABSENT = {"test": "its labels are not public; score val, or label the images of test by predict"}
+
 CLASSES = ClassTable(
     names=(
         "background",
@@ -48,10 +54,12 @@ def find(data_dir: pathlib.Path | None = None, *, sbd: bool = False) -> Files:
       data_dir: a folder that holds ``VOCdevkit/VOC2012``, or one of these two.
       sbd: adds to train all images of SBD that are in neither list of VOC, read from
         ``benchmark_RELEASE/dataset`` (``img``, ``cls``, ``train.txt``, ``val.txt``) in the same
-        folder. With the full data this gives the 10,582 training images of many papers.
+        folder. With the full data these are the 10,582 training images of many papers: of SBD's
+        11,355, 1,103 are in VOC's val; VOC's train has 330 that SBD has not.
 
     Raises:
-      UserError: the folder is not given, or does not hold the dataset.
+      UserError: the folder is not given or does not hold the dataset, or a list is missing or
+        empty. A missing val list stops the training too: SBD would bring val's images into train.
     """
     if data_dir is None:
         raise UserError(
@@ -69,26 +77,36 @@ def find(data_dir: pathlib.Path | None = None, *, sbd: bool = False) -> Files:
             image = voc / "JPEGImages" / f"{name}.jpg"
             pairs.append(Pair(split, name, image, voc / "SegmentationClass" / f"{name}.png"))
     if not sbd:
-        return Files("voc2012", CLASSES, pairs, "PASCAL VOC 2012 segmentation, train and val")
+        description = "PASCAL VOC 2012 segmentation, train and val"
+        return Files("voc2012", CLASSES, pairs, description, absent=_ABSENT)
+    pairs += _pairs_of_sbd(data_dir, {pair.name for pair in pairs})
+    number = sum(pair.split == "train" for pair in pairs)
+    description = f"PASCAL VOC 2012 with SBD, {number:,} of 10,582 training images"
+    return Files("voc2012_sbd", CLASSES, pairs, description, absent=_ABSENT)
+
+
+def _pairs_of_sbd(data_dir: pathlib.Path, taken: set[str]) -> list[Pair]:
+    """Returns the pairs of both lists of SBD, all of them for train, without the names taken."""
     root = find_folder(
         *(data_dir / inner for inner in ("benchmark_RELEASE/dataset", "sbd", "")),
-        holding=("img", "cls", "train.txt", "val.txt"),
+        holding=("img", "cls"),
         dataset="SBD",
+        remedy=f"unpack {SBD_URL} in the folder of VOC, or take --dataset=voc2012",
     )
-    taken = {pair.name for pair in pairs}
     names = [*_read_list(root / "train.txt"), *_read_list(root / "val.txt")]
-    pairs += [
+    return [
         Pair("train", name, root / "img" / f"{name}.jpg", root / "cls" / f"{name}.mat")
-        for name in names
+        for name in dict.fromkeys(names)
         if name not in taken
     ]
-    return Files("voc2012_sbd", CLASSES, pairs, "PASCAL VOC 2012 with the training labels of SBD")
 
 
 def _read_list(path: pathlib.Path) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"{path}: the list of images is missing; unpack the dataset again")
-    return path.read_text().split()
+    names = path.read_text().split() if path.is_file() else []
+    if not names:
+        state = "empty" if path.is_file() else "missing"
+        raise UserError(f"{path}: the list of images is {state}; unpack the dataset again")
+    return names
 
 
 def load(data_dir: pathlib.Path | None = None, *, sbd: bool = False) -> Dataset:
