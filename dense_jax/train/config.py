@@ -12,6 +12,7 @@ DatasetName = Literal[
     "camvid",
     "voc2012",
     "voc2012_sbd",
+    "cityscapes",
     "em_membrane",
     "nuclei",
     "nuclei_border",
