@@ -44,3 +44,40 @@ def bilinear() -> Initializer:
         return jnp.asarray(np.multiply.outer(taps, mixing), dtype)
 
     return init
+
+
+def identity(num_classes: int, noise: float = 0.0) -> Initializer:
+    """Returns an initialiser of kernels that pass each class's scores on.
+
+    Input channel a of A and output channel b of B belong to class floor(a C / A) and floor(b C / B)
+    of C. The centre taps between channels of one class are C / B; all other weights are zero, or
+    noise of standard deviation `noise` C / B. Layers whose channels repeat the classes then hand on
+    C / B of each score in B / C copies, and the last, of C channels, adds the copies up: together
+    they are the identity for scores that no ReLU cuts off.
+
+    Copies of a class stay alike for ever without noise, as they get the same gradients.
+
+    Reference: Yu, Koltun, ICLR 2016, arXiv:1511.07122, Equations 4 and 5. The deviation follows the
+    authors' release (fyu/dilation: network.py), which divides 0.01 by the copies.
+
+    Args:
+      num_classes: C.
+      noise: deviation of the other weights, as a share of the centre taps.
+    """
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+        height, width, *channels = shape
+        if len(channels) != 2 or any(n % num_classes for n in channels):
+            raise ValueError(
+                f"Kernels {shape} are not [kh, kw, A, B] with multiples A and B of {num_classes}."
+            )
+        if height % 2 == 0 or width % 2 == 0:
+            raise ValueError(f"A kernel of {height} x {width} has no centre.")
+        classes = [np.arange(n) * num_classes // n for n in channels]
+        taps = np.zeros(shape, bool)
+        taps[height // 2, width // 2] = classes[0][:, None] == classes[1]
+        share = num_classes / channels[1]
+        others = noise * share * jax.random.normal(key, shape, dtype) if noise else 0
+        return jnp.where(taps, jnp.asarray(share, dtype), jnp.asarray(others, dtype))
+
+    return init

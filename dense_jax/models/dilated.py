@@ -1,0 +1,374 @@
+"""Dilated front end and context module: dense prediction without losing resolution.
+
+Reference: Yu, Koltun, "Multi-scale context aggregation by dilated convolutions", ICLR 2016,
+arXiv:1511.07122: Sections 3 and 4, Table 1, Equations 4 and 5; networks of 7 and 10 context layers:
+Section 5. Names, padding and initialisation follow the authors' release (fyu/dilation: network.py,
+models/dilation*_deploy.prototxt; what its VOC model calls fc-final and ct_* is final and ctx_*
+here, as in the others).
+"""
+
+import functools
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dense_jax.layers import init
+from dense_jax.layers.conv import Conv, up_conv
+from dense_jax.layers.dropout import Dropout
+from dense_jax.models import vgg
+from dense_jax.models.vgg import Grid, Layer
+from dense_jax.ops.pool import max_pool
+
+Context = Literal["none", "basic", "large"]
+ContextPad = Literal["once_zero", "once_reflect", "per_layer"]
+ContextInit = Literal["identity", "identity_noise", "random"]
+Pools = Literal["removed", "kept_stride1", "strided"]
+Pad = Literal["valid_reflect", "same"]
+Upsample = Literal["probabilities", "scores"]
+
+_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # Channels and convolutions, VGG-16's.
+_FIRST_DENSE = 4  # Poolings from this one on do not stride.
+_NOISE = 0.01  # Of the context module's start, relative to its identity taps.
+
+
+def front_end_layers(pools: Pools = "removed") -> tuple[Layer, ...]:
+    """Returns the table of VGG-16 whose last two poolings have lost their stride (Section 4).
+
+    Whatever follows such a pooling is dilated twice as much, and so sees what it saw before:
+    with "kept_stride1" the units at every fourth place are those of "strided", the plain VGG-16.
+    "removed" takes these poolings away altogether. Nothing is padded.
+    """
+    rows, dilation = [], 1
+    for stage, (features, depth) in enumerate(_STAGES, start=1):
+        for i in range(1, depth + 1):
+            rows.append(Layer(f"conv{stage}_{i}", 3, features=features, dilation=dilation))
+        if stage < _FIRST_DENSE or pools == "strided":
+            rows.append(Layer(f"pool{stage}", 2, 2))
+            continue
+        if pools == "kept_stride1":
+            rows.append(Layer(f"pool{stage}", 2, dilation=dilation))
+        dilation *= 2
+    fc6 = Layer("fc6", 7, features=4096, dilation=dilation)
+    return (*rows, fc6, Layer("fc7", features=4096))
+
+
+def _pool_densely(x: jax.Array, dilation: int, same: bool) -> jax.Array:
+    """Maxima over 2x2 taps at stride 1; `same` keeps the size, and centres what can be centred."""
+    before, after = ((dilation + 1) // 2, dilation // 2) if same else (0, 0)
+    edges = [(0, 0, 0), (before, after, 0), (before, after, 0), (0, 0, 0)]
+    x = lax.pad(x, jnp.array(-jnp.inf, x.dtype), edges)
+    x = jnp.maximum(x[:, :-dilation], x[:, dilation:])
+    return jnp.maximum(x[:, :, :-dilation], x[:, :, dilation:])
+
+
+class FrontEnd(nn.Module):
+    """VGG-16 adapted for dense prediction; maps images [B, H, W, 3] to class scores at stride 8.
+
+    Attributes:
+      num_classes: number of classes.
+      pools: what becomes of pool4 and pool5, see `front_end_layers`; "strided" has stride 32.
+      pad: "valid_reflect" pads nothing: images bring `context` pixels of reflected surroundings on
+        each side, and there are ceil((H - 2 context) / stride) rows of scores. "same" pads images
+        with zeros at the bottom and right to a multiple of the stride, then every layer, and has
+        ceil(H / stride).
+      width: channel multiplier of the VGG layers.
+      dropout_rate: dropout behind fc6 and fc7.
+      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
+      dtype: computation dtype of the layers; scores are float32.
+    """
+
+    num_classes: int
+    pools: Pools = "removed"
+    pad: Pad = "valid_reflect"
+    width: float = 1.0
+    dropout_rate: float = 0.5
+    axis_name: str | None = None
+    dtype: jax.typing.DTypeLike | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """Where the units of an unpadded network sit on its input.
+
+        Behind `context` pixels of surroundings unit r is centred (stride - 1) / 2 pixels behind
+        pixel r * stride of the image, 3.5 at stride 8; but it is trained with the label of that
+        very pixel, and read as if it sat there. The release does so, and its weights expect it.
+        """
+        return vgg.grids(front_end_layers(self.pools))["fc7"]
+
+    @property
+    def stride(self) -> int:
+        """Pixels between units."""
+        return int(self.grid.step)
+
+    @property
+    def context(self) -> int:
+        """Pixels on each side that convolutions without padding eat up (186; 198 with pools)."""
+        return int(self.grid.field - self.grid.step) // 2
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """Returns "final", the scores [B, h, w, num_classes], and the layers by name.
+
+        Raises:
+          ValueError: images are not [B, H, W, C], or all context.
+        """
+        same, size = self.pad == "same", vgg.image_size(images)
+        if not same and min(size) <= 2 * self.context:
+            raise ValueError(
+                f"Images of {size} pixels hold no more than their context, {self.context} pixels "
+                "on each side."
+            )
+        if same:
+            edge = [(0, 0), *((0, -side % self.stride) for side in size), (0, 0)]
+            images = jnp.pad(images, edge)
+        x, outputs = images, {}
+        for layer in front_end_layers(self.pools):
+            if not layer.name.startswith("pool"):
+                conv = Conv(
+                    vgg.scaled(layer.features, self.width),
+                    layer.kernel,
+                    padding="same" if same else 0,
+                    dilation=layer.dilation,
+                    dtype=self.dtype,
+                    name=layer.name,
+                )
+                x = nn.relu(conv(x))
+            elif layer.stride == 1:
+                x = _pool_densely(x, layer.dilation, same)
+            else:
+                x = max_pool(x, layer.kernel, layer.stride, ceil=True)
+            if layer.name.startswith("fc"):
+                x = Dropout(self.dropout_rate, self.axis_name)(x, train=train)
+            outputs[layer.name] = x
+        final = Conv(
+            self.num_classes, 1, kernel_init=init.normal(0.001), dtype=self.dtype, name="final"
+        )
+        outputs["final"] = final(x).astype(jnp.float32)
+        return outputs
+
+
+class ContextModule(nn.Module):
+    """Dilated 3x3 convolutions (Table 1); maps scores [B, h, w, C] to scores of the same shape.
+
+    Attributes:
+      num_layers: 8 as in Table 1, 7 without the widest dilation (KITTI), or 10 with 32 and 64
+        (Cityscapes).
+      large: channels are multiplied by 2, 2, 4, 8, 16, 32, 32 instead of 1; the paper has no
+        larger factors, with 10 layers the doubling goes on.
+      pad: "once_zero" and "once_reflect" extend the scores once by the sum of the dilations, as
+        the VOC model does; "per_layer" pads every layer, as the others do. Outputs further from the
+        edge than that sum are the same.
+      kernel_init: "identity" hands scores on, but for negative ones, which the first ReLU cuts off;
+        "identity_noise" adds to the other weights, and is what tells the copies of "large" apart;
+        "random" (Glorot and Bengio) does not help (Section 3).
+      dtype: computation dtype; the result is float32.
+    """
+
+    num_layers: Literal[7, 8, 10] = 8
+    large: bool = False
+    pad: ContextPad = "per_layer"
+    kernel_init: ContextInit = "identity"
+    dtype: jax.typing.DTypeLike | None = None
+
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """Of the 3x3 layers."""
+        return (1, 1, *(2**i for i in range(1, self.num_layers - 3)), 1)
+
+    @property
+    def multipliers(self) -> tuple[int, ...]:
+        """Channels of the 3x3 layers over the number of classes."""
+        if not self.large:
+            return (1,) * len(self.dilations)
+        # As the dilation, but one layer ahead; the last repeats its predecessor.
+        factors = [2 * dilation for dilation in self.dilations[:-1]]
+        return (*factors, factors[-1])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the 3x3 layers, as released."""
+        inner = (f"ctx_conv{i}_1" for i in range(2, self.num_layers - 2))
+        return ("ctx_conv1_1", "ctx_conv1_2", *inner, "ctx_fc1")
+
+    @nn.compact
+    def __call__(self, scores: jax.Array) -> dict[str, jax.Array]:
+        """Returns "ctx_final", float32, and the layers by name."""
+        num_classes, outputs = scores.shape[-1], {}
+        kernel_init = {
+            "identity": init.identity(num_classes),
+            "identity_noise": init.identity(num_classes, _NOISE),
+            "random": init.xavier,
+        }[self.kernel_init]
+        conv = functools.partial(Conv, dtype=self.dtype, kernel_init=kernel_init)
+        x = scores
+        if self.pad != "per_layer":
+            edge = (sum(self.dilations),) * 2
+            mode = "reflect" if self.pad == "once_reflect" else "constant"
+            x = jnp.pad(x, ((0, 0), edge, edge, (0, 0)), mode=mode)
+        padding = "same" if self.pad == "per_layer" else 0
+        for name, dilation, factor in zip(
+            self.names, self.dilations, self.multipliers, strict=True
+        ):
+            layer = conv(factor * num_classes, 3, padding=padding, dilation=dilation, name=name)
+            x = outputs[name] = nn.relu(layer(x))
+        outputs["ctx_final"] = conv(num_classes, 1, name="ctx_final")(x).astype(jnp.float32)
+        return outputs
+
+
+class Dilated(nn.Module):
+    """Front end and context module; maps images [B, H, W, 3] to logits of every pixel.
+
+    Logits have the size of the images with `pad` "same", and are smaller by the front end's context
+    on each side with "valid_reflect".
+
+    Attributes:
+      num_classes, pools, pad, width, dropout_rate, axis_name, dtype: see `FrontEnd`.
+      context: the context module, "none" for the front end alone.
+      context_layers, context_pad, context_init: see `ContextModule`. None as `context_init` is the
+        release's: noise for "large" and none for "basic".
+      upsample: how scores become logits, see `enlarge`.
+      frozen_front: the front end is used as it is, without dropout, and gets no gradients.
+    """
+
+    num_classes: int
+    context: Context = "none"
+    context_layers: Literal[7, 8, 10] = 8
+    context_pad: ContextPad = "per_layer"
+    context_init: ContextInit | None = None
+    pools: Pools = "removed"
+    pad: Pad = "valid_reflect"
+    upsample: Upsample = "probabilities"
+    frozen_front: bool = False
+    width: float = 1.0
+    dropout_rate: float = 0.5
+    axis_name: str | None = None
+    dtype: jax.typing.DTypeLike | None = None
+
+    def front_end(self) -> FrontEnd:
+        """Returns the front end alone; its parameters are those of the whole by name."""
+        return FrontEnd(
+            self.num_classes,
+            pools=self.pools,
+            pad=self.pad,
+            width=self.width,
+            dropout_rate=self.dropout_rate,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            parent=None,
+        )
+
+    def context_module(self) -> ContextModule:
+        """Returns the context module alone, likewise."""
+        large = self.context == "large"
+        return ContextModule(
+            self.context_layers,
+            large=large,
+            pad=self.context_pad,
+            kernel_init=self.context_init or ("identity_noise" if large else "identity"),
+            dtype=self.dtype,
+            parent=None,
+        )
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """Returns "logits", "scores" at the front end's stride, float32, and layers by name.
+
+        Raises:
+          ValueError: images are not [B, H, W, C], or all context.
+        """
+        front = self.front_end().clone(parent=self)
+        nn.share_scope(self, front)
+        outputs = front(images, train=train and not self.frozen_front)
+        scores = outputs["final"]
+        if self.frozen_front:
+            scores = lax.stop_gradient(scores)
+        if self.context != "none":
+            module = self.context_module().clone(parent=self)
+            nn.share_scope(self, module)
+            outputs |= module(scores)
+            scores = outputs["ctx_final"]
+        edge = 0 if self.pad == "same" else 2 * front.context
+        height, width = (side - edge for side in vgg.image_size(images))
+        outputs["scores"] = scores
+        outputs["logits"] = enlarge(scores, (height, width), front.stride, self.upsample)
+        return outputs
+
+
+def enlarge(
+    scores: jax.Array,
+    size: tuple[int, int],
+    stride: int,
+    how: Upsample,
+    sizes: jax.Array | None = None,
+) -> jax.Array:
+    """Enlarges scores [B, h, w, C] to logits [B, *size, C].
+
+    Args:
+      scores: one unit for each `stride` pixels.
+      size: height and width of the result.
+      stride: pixels between units.
+      how: "probabilities" interpolates softmax probabilities with unit r at pixel r * stride and
+        returns their logarithms: the release's test code, which reads a neighbour of the last unit
+        even where there is none; here the last unit is repeated. "scores" is the bilinear
+        up-convolution that the release trains through for Cityscapes, of kernel 2 stride, which
+        puts unit r in the middle of its pixels.
+      sizes: [B, 2] heights and widths of images in front of padding, at most `size`: units behind
+        an image's last one are not looked at. None: all are of `size`.
+    """
+    if how == "scores":
+        if sizes is not None:
+            scores = jax.vmap(functools.partial(_clear_padding, stride=stride))(scores, sizes)
+        kernel = init.bilinear()(None, (2 * stride, 2 * stride, 1, scores.shape[-1]))
+        scores = up_conv(
+            scores, kernel, strides=stride, padding=stride // 2, groups=scores.shape[-1]
+        )
+        return scores[:, : size[0], : size[1]]
+    interpolate = functools.partial(_interpolate, size=size, stride=stride)
+    x = jax.nn.softmax(scores)
+    if sizes is None:
+        x = jax.vmap(functools.partial(interpolate, within=jnp.array(size)))(x)
+    else:
+        x = jax.vmap(interpolate)(x, within=sizes)
+    return jnp.log(jnp.maximum(x, jnp.finfo(jnp.float32).tiny))
+
+
+def _units(within: jax.Array, stride: int) -> jax.Array:
+    """Returns the number of units on so many pixels, at least one."""
+    return jnp.maximum(-(-within // stride), 1)
+
+
+def _clear_padding(x: jax.Array, within: jax.Array, stride: int) -> jax.Array:
+    """Zeroes units [h, w, C] that lie behind an image of height and width `within` [2]."""
+    rows, columns = (
+        jnp.arange(n) < count for n, count in zip(x.shape, _units(within, stride), strict=False)
+    )
+    return jnp.where(rows[:, None, None] & columns[None, :, None], x, 0)
+
+
+def _interpolate(
+    x: jax.Array, within: jax.Array, *, size: tuple[int, int], stride: int
+) -> jax.Array:
+    """Interpolates units [h, w, C], unit r at pixel r * stride, to [*size, C]."""
+
+    def weights(axis: int) -> jax.Array:
+        last = (_units(within[axis], stride) - 1).astype(jnp.float32)
+        at = jnp.minimum(jnp.arange(size[axis], dtype=jnp.float32) / stride, last)
+        units = jnp.arange(x.shape[axis], dtype=jnp.float32)
+        # The hat function: 1 - distance for the two nearest units, 0 for all others.
+        return jnp.maximum(1 - jnp.abs(at[:, None] - units[None]), 0)
+
+    x = jnp.einsum("uh,hwc->uwc", weights(0), x, precision="highest")
+    return jnp.einsum("vw,uwc->uvc", weights(1), x, precision="highest")
+
+
+front_end = functools.partial(Dilated, context="none")
+dilated_basic = functools.partial(Dilated, context="basic")
+dilated_large = functools.partial(Dilated, context="large", context_pad="once_zero")  # VOC
+dilation7 = functools.partial(Dilated, context="basic", context_layers=7)  # KITTI
+dilation8 = dilated_basic  # CamVid
+dilation10 = functools.partial(  # Cityscapes
+    Dilated, context="basic", context_layers=10, upsample="scores"
+)
