@@ -1,0 +1,323 @@
+"""DeepLab v1 and v2: dilated VGG-16 or ResNet scored at stride 8, at one or several image scales.
+
+Every layer from the third pooling on keeps the stride of 8 pixels and is dilated instead. Poolings
+are 3x3 and padded by one, so that on images of 8 m + 1 pixels unit i of every layer sits on a pixel
+(8 i at stride 8) and corners stay corners, however images and scores are resized.
+
+References:
+  v1: Chen, Papandreou, Kokkinos, Murphy, Yuille, "Semantic image segmentation with deep
+    convolutional nets and fully connected CRFs", ICLR 2015, arXiv:1412.7062, Sections 3 and 4.2.
+  v2: the same authors, "DeepLab: semantic image segmentation with deep convolutional nets, atrous
+    convolution, and fully connected CRFs", PAMI 2017, arXiv:1606.00915, Sections 3.1, 3.2 and 4.1.
+Names are those of the released networks, with fc8 for fc8_voc12 and fc1 for fc1_voc12. The CRF is
+`dense_jax.ops.crf`.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dense_jax.layers import init
+from dense_jax.layers.conv import Conv
+from dense_jax.layers.dropout import Dropout
+from dense_jax.models import resnet, vgg
+from dense_jax.models.vgg import Layer, Stack, scaled
+from dense_jax.ops.resize import resize_bilinear
+
+STRIDE = 8
+_new = init.normal(0.01)  # Layers that no pretrained network has.
+
+
+class Head(NamedTuple):
+    """What stands on the trunk: one branch for each rate, whose scores are summed.
+
+    Attributes:
+      kernel: size of the dilated convolution, fc6 of VGG-16 or the classifier of ResNets.
+      rates: its dilation in each branch.
+      features: channels of fc6 and fc7; ResNets have none.
+    """
+
+    kernel: int
+    rates: tuple[int, ...]
+    features: int = 1024
+
+
+HeadName = Literal["fc7x7", "fc4x4", "largefov", "aspp_s", "aspp_l"]
+HEADS: dict[HeadName, Head] = {
+    "fc7x7": Head(7, (4,), 4096),
+    "fc4x4": Head(4, (4,), 4096),
+    "largefov": Head(3, (12,)),
+    "aspp_s": Head(3, (2, 4, 8, 12)),
+    "aspp_l": Head(3, (6, 12, 18, 24)),
+}
+
+
+def vgg_layers() -> tuple[Layer, ...]:
+    """Returns the table of DeepLab's VGG-16 from conv1_1 to pool5, 14,714,688 parameters."""
+    rows = []
+    for row in vgg.vgg16_layers():
+        if row.name.startswith("pool"):
+            row = row._replace(kernel=3, padding=1, stride=1 if row.name in _DENSE else 2)
+        elif row.name.startswith("conv5"):
+            row = row._replace(padding=2, dilation=2)
+        rows.append(row)
+    return tuple(row for row in rows if not row.name.startswith("fc"))
+
+
+_DENSE = ("pool4", "pool5")  # These no longer stride; layers behind pool4 are dilated for it.
+# Where the multi-scale features of v1 are taken, and how far a unit is from one of stride 8.
+_TAPS = (("image", 8), ("pool1", 4), ("pool2", 2), ("pool3", 1), ("pool4", 1))
+
+
+class VGGScores(nn.Module):
+    """DeepLab on VGG-16; maps images [B, 8 m + 1, 8 n + 1, C] to scores [B, m + 1, n + 1, classes].
+
+    Attributes: see `DeepLab`.
+    """
+
+    num_classes: int
+    head: Head
+    pool5a: bool = False
+    msc_features: bool = False
+    width: float = 1.0
+    dropout_rate: float = 0.5
+    axis_name: str | None = None
+    dtype: jax.typing.DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """Returns "scores", float32, those of each branch (fc8) and the layers by name."""
+        trunk = Stack(vgg_layers(), width=self.width, dtype=self.dtype)
+        nn.share_scope(self, trunk)  # Names of the release are on one level.
+        outputs = trunk(images, train=train)
+        x = outputs["pool5"]
+        if self.pool5a:  # Zeros beyond the border count.
+            total = nn.pool(x, 0.0, lax.add, (3, 3), (1, 1), ((1, 1), (1, 1)))
+            x = outputs["pool5a"] = total / 9.0
+        taps = self._multi_scale_features({**outputs, "image": images}) if self.msc_features else []
+
+        drop = functools.partial(Dropout(self.dropout_rate, self.axis_name), train=train)
+        features, branches = scaled(self.head.features, self.width), []
+        for number, rate in enumerate(self.head.rates, start=1):
+            mark = f"_{number}" if len(self.head.rates) > 1 else ""
+            y = self._conv(x, f"fc6{mark}", features, self.head.kernel, dilation=rate)
+            outputs[f"fc6{mark}"] = y = drop(y)
+            outputs[f"fc7{mark}"] = y = drop(self._conv(y, f"fc7{mark}", features, 1))
+            y = jnp.concatenate([y, *taps], axis=-1) if taps else y
+            outputs[f"fc8{mark}"] = _classify(y, self.num_classes, f"fc8{mark}", dtype=self.dtype)
+            branches.append(outputs[f"fc8{mark}"])
+        outputs["scores"] = sum(branches[1:], start=branches[0])
+        return outputs
+
+    def _conv(self, x: jax.Array, name: str, features: int, kernel: int, **options) -> jax.Array:
+        return nn.relu(Conv(features, kernel, dtype=self.dtype, name=name, **options)(x))
+
+    def _multi_scale_features(self, layers: dict[str, jax.Array]) -> list[jax.Array]:
+        """Two small layers on the image and each of four poolings (v1, Section 4.2).
+
+        The paper does not say how maps finer than stride 8 come down to it: here by the stride of
+        the first of the two, whose units 8 i then sit on those of the coarse map.
+        """
+        features, maps = scaled(128, self.width), []
+        for layer, stride in _TAPS:
+            name, options = f"msc_{layer}", dict(kernel_init=_new)
+            y = layers[layer]
+            y = self._conv(y, f"{name}_1", features, 3, strides=stride, padding=1, **options)
+            maps.append(self._conv(y, f"{name}_2", features, 1, **options))
+        return maps
+
+
+def _classify(
+    x: jax.Array, num_classes: int, name: str, kernel: int = 1, dilation: int = 1, dtype=None
+) -> jax.Array:
+    """Scores of the classes; float32, as are all sums of scores."""
+    conv = Conv(num_classes, kernel, dilation=dilation, kernel_init=_new, dtype=dtype, name=name)
+    return conv(x).astype(jnp.float32)
+
+
+Backbone = Literal["vgg16", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d"]
+_RESIDUAL = {
+    "resnet50": resnet.resnet50,
+    "resnet101": resnet.resnet101,
+    "resnext101_32x8d": resnet.resnext101_32x8d,
+    "resnext101_64x4d": resnet.resnext101_64x4d,
+}
+# Where strides are, and how the first block of a dilated stage is dilated; the paper's is MSRA's.
+_FORMS: dict[str, dict] = {
+    "msra": {"stride_in": "1x1", "first_block_dilation": "new"},
+    "torchvision": {"stride_in": "3x3", "first_block_dilation": "previous"},
+}
+
+
+class ResNetScores(nn.Module):
+    """DeepLab on a residual network; maps as `VGGScores` does.
+
+    Each branch is a single dilated convolution to the scores (v2, Section 4.1.2).
+
+    Attributes: see `DeepLab`.
+    """
+
+    num_classes: int
+    backbone: Backbone
+    head: Head
+    form: Literal["msra", "torchvision"] = "msra"
+    bn: Literal["frozen", "train"] = "frozen"
+    bn_momentum: float = 0.9
+    width: float = 1.0
+    axis_name: str | None = None
+    dtype: jax.typing.DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """Returns "scores", float32, those of each branch (fc1) and the stages by name."""
+        trunk = _RESIDUAL[self.backbone](
+            output_stride=STRIDE,
+            bn=self.bn,
+            bn_momentum=self.bn_momentum,
+            width=self.width,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            **_FORMS[self.form],
+        )
+        nn.share_scope(self, trunk)
+        outputs = trunk(images, train=train)
+        x, branches = outputs["layer4"], []
+        for number, rate in enumerate(self.head.rates):
+            name = f"fc1_c{number}" if len(self.head.rates) > 1 else "fc1"
+            y = _classify(x, self.num_classes, name, self.head.kernel, rate, self.dtype)
+            outputs[name] = y
+            branches.append(y)
+        outputs["scores"] = sum(branches[1:], start=branches[0])
+        return outputs
+
+
+def _padded(side: int, scale: float = 1.0) -> int:
+    """Returns the side, 8 m + 1, at which an image is seen, with m rounded after scaling."""
+    return int(-(-(side - 1) // STRIDE) * scale + 0.5) * STRIDE + 1
+
+
+def max_fusion(scores: Sequence[jax.Array]) -> jax.Array:
+    """Returns the elementwise maximum of maps [B, h, w, C], resized to the finest of them.
+
+    The corners of all maps are the same point of the image (v2, Section 4.1.2).
+    """
+    size = (max(s.shape[1] for s in scores), max(s.shape[2] for s in scores))
+    resized = (
+        s if s.shape[1:3] == size else resize_bilinear(s, size, align_corners=True) for s in scores
+    )
+    return functools.reduce(jnp.maximum, resized)
+
+
+class DeepLab(nn.Module):
+    """DeepLab; maps images [B, H, W, C], any H, W >= 1, to logits [B, H, W, num_classes].
+
+    Images are padded at the bottom and right with zeros, the mean colour, to 8 m + 1 pixels. Scaled
+    images are resized, corner to corner, to the 8 m + 1 nearest to the wanted size.
+
+    Attributes:
+      num_classes: number of classes.
+      backbone: the trunk.
+      head: the branches (v1, Table 1 b; v2, Figure 7). ResNets take those of 3x3 convolutions.
+      rates: dilations of the branches in place of the head's own.
+      pool5a: whether VGG-16's trunk ends in an average pooling 3x3, as in v1's release.
+      msc_features: VGG-16's classifier also sees the image and four poolings (v1, Section 4.2).
+      scales: factors at which an image is seen; of several, the maximum of the scores counts.
+      upsample: how scores are enlarged. "half_pixel" moves them, by up to half a unit at the
+        corners: what it costs to take the usual resizing for this network's.
+      form: of ResNets: "msra" (He et al.'s release) strides in 1x1 convolutions, "torchvision" in
+        3x3; a stage that is dilated follows (see `dense_jax.models.resnet`).
+      bn: whether the batch normalisation of ResNets is trained or left as it was loaded.
+      bn_momentum: decay of its running averages.
+      width: channel multiplier of all layers but the last.
+      dropout_rate: dropout behind fc6 and fc7.
+      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
+      dtype: computation dtype of the layers; scores are summed and enlarged in float32.
+    """
+
+    num_classes: int
+    backbone: Backbone = "vgg16"
+    head: HeadName = "largefov"
+    rates: tuple[int, ...] | None = None
+    pool5a: bool = False
+    msc_features: bool = False
+    scales: tuple[float, ...] = (1.0,)
+    upsample: Literal["align_corners", "half_pixel"] = "align_corners"
+    form: Literal["msra", "torchvision"] = "msra"
+    bn: Literal["frozen", "train"] = "frozen"
+    bn_momentum: float = 0.9
+    width: float = 1.0
+    dropout_rate: float = 0.5
+    axis_name: str | None = None
+    dtype: jax.typing.DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """Returns "logits", float32, the "scores" at stride 8 and the layers by name.
+
+        With several scales, "scores_x0.5" are those of scale 0.5 before fusion, at stride 8 of the
+        smaller image; the layers are those of the largest scale.
+        """
+        size = vgg.image_size(images)
+        whole = (_padded(size[0]), _padded(size[1]))
+        edges = ((0, 0), (0, whole[0] - size[0]), (0, whole[1] - size[1]), (0, 0))
+        images = jnp.pad(images, edges)
+        net = self._network()
+        nn.share_scope(self, net)
+        outputs: dict[str, jax.Array] = {}
+        for scale in sorted(self.scales):
+            seen = (_padded(size[0], scale), _padded(size[1], scale))
+            x = images if seen == whole else resize_bilinear(images, seen, align_corners=True)
+            outputs |= net(x, train=train)
+            outputs[f"scores_x{scale:g}"] = outputs["scores"]
+        fused = max_fusion([outputs[f"scores_x{scale:g}"] for scale in self.scales])
+        aligned = self.upsample == "align_corners"
+        logits = resize_bilinear(fused, whole, align_corners=aligned)
+        return {**outputs, "scores": fused, "logits": logits[:, : size[0], : size[1]]}
+
+    def _network(self) -> nn.Module:
+        head = HEADS[self.head]
+        if self.rates is not None:
+            head = head._replace(rates=self.rates)
+        shared = dict(width=self.width, axis_name=self.axis_name, dtype=self.dtype)
+        if self.backbone == "vgg16":
+            return VGGScores(
+                self.num_classes,
+                head,
+                pool5a=self.pool5a,
+                msc_features=self.msc_features,
+                dropout_rate=self.dropout_rate,
+                **shared,
+            )
+        if head.kernel != 3 or self.pool5a or self.msc_features:
+            raise ValueError(
+                f"A ResNet takes heads of 3x3 convolutions, without pool5a and msc_features; "
+                f"received {self.head}, {self.pool5a}, {self.msc_features}."
+            )
+        return ResNetScores(
+            self.num_classes,
+            self.backbone,
+            head,
+            form=self.form,
+            bn=self.bn,
+            bn_momentum=self.bn_momentum,
+            **shared,
+        )
+
+
+# Version 1: Tables 1 and 2; version 2 without pool5a: Tables 1 to 4.
+deeplab_7x7 = functools.partial(DeepLab, head="fc7x7", pool5a=True)
+deeplab_4x4 = functools.partial(DeepLab, head="fc4x4", pool5a=True)
+deeplab_largefov = functools.partial(DeepLab, head="largefov", pool5a=True)
+deeplab_msc_largefov = functools.partial(deeplab_largefov, msc_features=True)
+deeplab_vgg_largefov = functools.partial(DeepLab, head="largefov")
+deeplab_vgg_aspp_s = functools.partial(DeepLab, head="aspp_s")
+deeplab_vgg_aspp_l = functools.partial(DeepLab, head="aspp_l")
+deeplab_resnet101_largefov = functools.partial(DeepLab, backbone="resnet101", head="largefov")
+deeplab_resnet101 = functools.partial(
+    DeepLab, backbone="resnet101", head="aspp_l", scales=(1.0, 0.75, 0.5)
+)
