@@ -61,6 +61,25 @@ def test_each_image_is_mirrored_at_its_own_edges(tile, mirror):
         np.testing.assert_array_equal(found[:height, :width], expected)
 
 
+class Coarse(nn.Module):
+    """A network that answers with the first pixel of each block of ``GRID``, at that stride."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return {"units": images[:, CONTEXT:-CONTEXT:GRID, CONTEXT:-CONTEXT:GRID]}
+
+
+@pytest.mark.parametrize("tile", [10, 15, 30])
+def test_an_output_of_another_stride(tile):
+    images, batch, sizes = padded_batch([(9, 13), (16, 5)], (16, 16))
+    options = dict(tile=tile, context=CONTEXT, grid=GRID, output="units", stride=GRID)
+    units = run(overlap_tile(Coarse(), **options), batch, sizes)
+    assert units.shape == (2, 4, 4, 1)
+    for image, found in zip(images, units, strict=True):
+        expected = image[::GRID, ::GRID]
+        np.testing.assert_array_equal(found[: len(expected), : expected.shape[1]], expected)
+
+
 def test_networks_with_padding_lose_their_edges():
     images, batch, sizes = padded_batch(SIZES, SHAPE)
     logits = run(overlap_tile(Padded(), tile=12, context=2, grid=4), batch, sizes)

@@ -43,6 +43,8 @@ def overlap_tile(
     context: int,
     grid: int,
     mirror: Mirror = "reflect",
+    output: str = "logits",
+    stride: int = 1,
 ) -> PredictFn:
     """Predicts images of any size in tiles that see ``context`` pixels of image on each side.
 
@@ -59,12 +61,16 @@ def overlap_tile(
       context: how much larger on each side it is than what is kept of the output.
       grid: stride of the network's deepest level.
       mirror: "reflect" does not repeat the pixel at the edge, "symmetric" does.
+      output: which output is predicted instead of the logits.
+      stride: pixels for each of its units, a divisor of ``grid``: of images [B, H, W, C] it has
+        ceil(H / stride) rows.
 
     Raises:
       ValueError: the tile leaves less than one grid step of output.
     """
     out = tile - 2 * context
     step = out - out % grid
+    kept = step // stride
     if step < 1:
         raise ValueError(
             f"A tile of {tile} pixels keeps {out} of them; the network needs steps of {grid}: "
@@ -87,14 +93,14 @@ def overlap_tile(
                 canvas, (zero, top, left, zero), (batch, tile, tile, canvas.shape[3])
             )
             outputs: Any = model.apply(variables, inputs, train=False)
-            logits = outputs["logits"]
-            edge = (logits.shape[1] - out) // 2
-            return logits[:, edge : edge + step, edge : edge + step]
+            units = outputs[output]
+            edge = (units.shape[1] - out // stride) // 2
+            return units[:, edge : edge + kept, edge : edge + kept]
 
         tiles = lax.map(one_tile, jnp.arange(counts[0] * counts[1]))
-        tiles = tiles.reshape(*counts, batch, step, step, -1).transpose(2, 0, 3, 1, 4, 5)
-        logits = tiles.reshape(batch, counts[0] * step, counts[1] * step, -1)
-        return logits[:, :height, :width]
+        tiles = tiles.reshape(*counts, batch, kept, kept, -1).transpose(2, 0, 3, 1, 4, 5)
+        units = tiles.reshape(batch, counts[0] * kept, counts[1] * kept, -1)
+        return units[:, : -(-height // stride), : -(-width // stride)]
 
     return predict
 
