@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import shutil
 import sys
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -21,10 +21,22 @@ from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.transforms import num_channels
 from dense_jax.errors import UserError
 from dense_jax.infer import predictor
+from dense_jax.ops.crf import CrfParams
 from dense_jax.sweep import command as sweep
-from dense_jax.tasks import evaluation, prediction, semantic
+from dense_jax.tasks import crf_search, evaluation, prediction, semantic
 from dense_jax.train import cli
 from dense_jax.train.config import DatasetName
+
+CrfFlag = Annotated[bool | None, tyro.conf.arg(constructor=bool)]  # --crf, --no-crf or neither
+CrfFlags = Annotated[CrfParams, tyro.conf.arg(name="crf", help="The CRF of --crf.")]
+
+
+def _crf_choice(crf: bool | None, params: CrfParams) -> prediction.CrfChoice:
+    if crf:
+        return params
+    if params != CrfParams():
+        raise UserError("--crf.* are the parameters of a CRF that is not in use: give --crf too")
+    return "run" if crf is None else "none"
 
 
 def predict(
@@ -35,6 +47,8 @@ def predict(
     checkpoint: Literal["last", "best"] = "last",
     overlays: bool = True,
     probabilities: bool = False,
+    crf: CrfFlag = None,
+    crf_params: CrfFlags = CrfParams(),  # noqa: B008  (frozen)
 ) -> None:
     """Label a folder of images: palette PNGs of class ids, overlays, optionally probabilities.
 
@@ -45,9 +59,12 @@ def predict(
       checkpoint: which parameters to use.
       overlays: also write the images tinted by their labels.
       probabilities: also write the class probabilities (.npz, float16 [H, W, C]).
+      crf: refine by this fully connected CRF, or by none; by default as the run's script does.
+      crf_params: its parameters.
     """
+    choice = _crf_choice(crf, crf_params)
     opened = runs.load(run, checkpoint)
-    predict_fn, _ = prediction.predict_of(opened)
+    predict_fn, _ = prediction.predict_of(opened, choice)
     summary = predictor.predict_folder(
         functools.partial(jax.jit(predict_fn), jax.device_put(opened.variables)),
         opened.classes,
@@ -73,6 +90,8 @@ def evaluate(
     ensemble: tuple[pathlib.Path, ...] = (),
     combine: prediction.Combine = "mean_prob",
     output: pathlib.Path | None = None,
+    crf: CrfFlag = None,
+    crf_params: CrfFlags = CrfParams(),  # noqa: B008  (frozen)
 ) -> None:
     """Score a run, or several runs as one, on a split of its dataset and write a report.
 
@@ -87,23 +106,19 @@ def evaluate(
       checkpoint: which parameters to use.
       absent: a class without pixels is left out of the mean (FCN), or counts as zero (SegNet).
       bf_match: how boundary pixels are matched; assignment is one to one and slow.
-      output: folder to write; by default RUN/evaluate-SPLIT-CHECKPOINT, or RUN/ensemble-... .
+      output: folder to write; by default RUN/evaluate-SPLIT-CHECKPOINT, or RUN/ensemble-..., with
+        -crf or -no-crf behind it.
+      crf: refine by this fully connected CRF, or by none; by default as the run's script does.
+      crf_params: its parameters; crf-search finds them.
     """
+    choice = _crf_choice(crf, crf_params)
     opened = runs.load(run, checkpoint)
     others = [runs.load(folder, checkpoint) for folder in ensemble]
-    config = opened.config
-    if data_dir is not None:
-        config = dataclasses.replace(config, data_dir=data_dir)
-    dataset = semantic.load_dataset(config)
-    if dataset.classes.names != opened.classes.names:
-        raise UserError(
-            f"{run} labels {', '.join(opened.classes.names)} but the dataset has "
-            f"{', '.join(dataset.classes.names)}: give the --data-dir of the same classes"
-        )
-    predict_fn, card = prediction.predict_of(opened)
+    config, dataset = opened.config, semantic.dataset_of(opened, data_dir)
+    predict_fn, card = prediction.predict_of(opened, choice)
     variables: Any = opened.variables
     if others:
-        predict_fn, card = prediction.ensemble_of([opened, *others], combine)
+        predict_fn, card = prediction.ensemble_of([opened, *others], combine, choice)
         variables = tuple(member.variables for member in (opened, *others))
     evaluator = evaluation.Evaluator(
         predict_fn,
@@ -113,7 +128,8 @@ def evaluate(
         normalisation=config.normalisation,
     )
     kind = f"ensemble-{combine}" if others else "evaluate"
-    output = output or run / f"{kind}-{split}-{checkpoint}"
+    suffix = {None: "", True: "-crf", False: "-no-crf"}[crf]
+    output = output or run / f"{kind}-{split}-{checkpoint}{suffix}"
     output.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "metrics.jsonl"):  # the report shows them
         if (run / name).exists():
@@ -202,6 +218,7 @@ def main() -> None:
         "predict": predict,
         "evaluate": evaluate,
         "check-data": check_data,
+        "crf-search": crf_search.run,
         "summary": summary,
         "sweep": sweep.run,
     }

@@ -34,6 +34,7 @@ _TITLES = {
 }
 _HEADLINE = ("mean_iou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "boundary_f1")
 _KINDS = {
+    "crf": "Image, label, prediction before the CRF, and after: where it helped most",
     "cells": "Image, true objects, predicted objects",
     "weights": "Training image, its objects, carved where they touch, and weights of its pixels",
 }

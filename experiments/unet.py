@@ -245,7 +245,7 @@ def test_time(config: Config) -> str:
         return prediction.ONE_PASS
     tiles = f"tiles of {config.tile} pixels" if config.padding == "valid" else "one pass"
     views = {"none": "no flips", "rot7": "7 turned and mirrored views", "d4": "all 8 views"}
-    return f"{tiles}, {views[config.tta]}, no scales, no CRF"
+    return f"{tiles}, {views[config.tta]}, no scales"
 
 
 def extra_scores(

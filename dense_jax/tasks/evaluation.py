@@ -17,6 +17,7 @@ from dense_jax import losses, runs, viz
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset, Example, Source
 from dense_jax.errors import UserError
+from dense_jax.infer.crf import WithCrf
 from dense_jax.metrics import boundary
 from dense_jax.metrics import semantic as metrics
 from dense_jax.tasks.prediction import PredictFn, Variables, eval_batches
@@ -38,7 +39,19 @@ def extra_scores_of(run: runs.Run, predict: PredictFn, source: Source) -> dict[s
 
 @dataclasses.dataclass
 class Evaluation:
-    """Counts and pictures of one pass over a split."""
+    """Counts and pictures of one pass over a split.
+
+    Attributes:
+      confusion: [C, C], row = label.
+      loss: the mean over scored pixels.
+      num_images: how many were scored.
+      shapes: the padded sizes that were computed.
+      best: (mean IoU, index, prediction) of the best images, and `worst` of the worst.
+      boundary_f1: None if it was not asked for.
+      before_crf: the confusion without the CRF, where the prediction ends in one.
+      sharpened: (gain in mean IoU, index, predictions before and after it [2, H, W]) of the images
+        that it helped most.
+    """
 
     confusion: np.ndarray
     loss: float
@@ -47,6 +60,8 @@ class Evaluation:
     best: list[tuple[float, int, np.ndarray]]
     worst: list[tuple[float, int, np.ndarray]]
     boundary_f1: float | None = None
+    before_crf: np.ndarray | None = None
+    sharpened: list[tuple[float, int, np.ndarray]] = dataclasses.field(default_factory=list)
 
 
 class Evaluator:
@@ -64,32 +79,45 @@ class Evaluator:
         self._classes = classes
         self._batches = eval_batches(source, batch_size, normalisation)
 
+        count = jax.vmap(
+            functools.partial(metrics.confusion_counts, num_classes=classes.num_classes)
+        )
+
         def counts(variables: Variables, batch: Batch) -> tuple[Any, Any]:
-            logits = predict(variables, batch["images"], batch["size"])
+            inputs = variables, batch["images"], batch["size"]
+            sums, per_image = {}, {}
+            if isinstance(predict, WithCrf):
+                before, logits = predict.before_and_after(*inputs)
+                unrefined = jnp.argmax(before, axis=-1).astype(jnp.uint8)
+                confusion = count(batch["labels"], unrefined)
+                sums["before_crf"] = jnp.sum(confusion, axis=0)
+                per_image = {"confusion_before_crf": confusion, "before_crf": unrefined}
+            else:
+                logits = predict(*inputs)
             predictions = jnp.argmax(logits, axis=-1).astype(jnp.uint8)
-            confusion = jax.vmap(
-                functools.partial(metrics.confusion_counts, num_classes=classes.num_classes)
-            )(batch["labels"], predictions)
+            confusion = count(batch["labels"], predictions)
             loss = jnp.sum(losses.softmax_cross_entropy(logits, batch["labels"]))
-            sums = {
+            sums |= {
                 "confusion": jnp.sum(confusion, axis=0),
                 "loss": loss,
                 "num_images": jnp.sum(batch["valid"], dtype=jnp.int32),
             }
-            return sums, {"confusion": confusion, "predictions": predictions}
+            return sums, per_image | {"confusion": confusion, "predictions": predictions}
 
         self._step = eval_step(counts)
 
     def __call__(self, variables: Any, boundary_match: BoundaryMatch = "none") -> Evaluation:
         """Evaluates ``variables``; boundary F1 is computed on the host and takes longer."""
-        confusion, loss, num_images = None, 0.0, 0
+        confusion, before_crf, loss, num_images = None, None, 0.0, 0
         shapes: set[tuple[int, int]] = set()
-        best, worst, boundaries = Top(), Top(), []
+        best, worst, sharpened, boundaries = Top(), Top(), Top(), []
         variables = replicate(variables)  # once, and not with every batch
         for batch in self._batches:
             arrays = {k: batch[k] for k in ("images", "labels", "valid", "size")}
             sums, per_image = jax.device_get(self._step(variables, shard(arrays)))
             confusion = metrics.add(confusion, sums["confusion"])
+            if "before_crf" in sums:
+                before_crf = metrics.add(before_crf, sums["before_crf"])
             loss += float(sums["loss"])
             num_images += int(sums["num_images"])
             shapes.add(batch["images"].shape[1:3])
@@ -103,6 +131,10 @@ class Evaluator:
                 if not np.isnan(score):
                     best.offer(score, int(index), prediction)
                     worst.offer(-score, int(index), prediction)
+                    if "before_crf" in flat:
+                        without = metrics.summarise(flat["confusion_before_crf"][i])["mean_iou"]
+                        pair = np.stack([flat["before_crf"][i, :height, :width], prediction])
+                        sharpened.offer(score - without, int(index), pair)
                 if boundary_match != "none":
                     labels = batch["labels"][i, :height, :width]
                     boundaries.append(
@@ -121,6 +153,8 @@ class Evaluator:
             best=best.items(),
             worst=[(-score, index, image) for score, index, image in worst.items()],
             boundary_f1=float(np.mean(finite)) if finite else None,
+            before_crf=before_crf,
+            sharpened=sharpened.items(),
         )
 
 
@@ -173,6 +207,9 @@ def write_evaluation(
     scores = {k: v for k, v in summary.items() if isinstance(v, float)} | {"loss": evaluation.loss}
     if evaluation.boundary_f1 is not None:
         scores["boundary_f1"] = evaluation.boundary_f1
+    if evaluation.before_crf is not None:
+        without = metrics.summarise(evaluation.before_crf, absent=absent)
+        extra = {"mean_iou_before_crf": without["mean_iou"], **extra}
     protocol = {
         "dataset": dataset.name,
         "description": dataset.description,
@@ -209,6 +246,11 @@ def write_evaluation(
                     "triplet": str(path.relative_to(workdir)),
                 }
             )
+    for rank, (_, index, pair) in enumerate(evaluation.sharpened, 1):
+        example, palette = source[index], classes.palette()
+        maps = [viz.colourise(labels, palette) for labels in (example["label"], *pair)]
+        sheet = viz.contact_sheet([example["image"], *maps], columns=4)
+        Image.fromarray(sheet).save(pictures / f"crf_{split}_{rank}.png")
     record = {
         "protocol": protocol,
         "scores": scores | extra,

@@ -1,5 +1,6 @@
 """How a network is used on images: one pass, what a run's script says, or several runs as one."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from dense_jax.data.dataset import Source
 from dense_jax.data.transforms import Normalise
 from dense_jax.errors import UserError
 from dense_jax.infer import ensemble
+from dense_jax.infer.crf import WithCrf, with_crf, without_crf
+from dense_jax.ops.crf import CrfParams
 from dense_jax.ops.resize import resize_bilinear
 from dense_jax.train.config import RunConfig
 from dense_jax.train.step import Batch, eval_step, replicate, shard
@@ -24,8 +27,10 @@ Variables = dict[str, Any]
 # network, or a tuple of those of several.
 PredictFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
 Combine = Literal["mean_prob", "product_score"]
+# As the run's script does, none, or this one instead of the script's.
+CrfChoice = Literal["run", "none"] | CrfParams
 
-ONE_PASS = "none: one pass, no flips, no scales, no CRF"
+ONE_PASS = "none: one pass, no flips, no scales"
 
 
 def whole_image(
@@ -56,21 +61,42 @@ def whole_image(
     return predict
 
 
-def predict_of(run: runs.Run) -> tuple[PredictFn, dict[str, Any]]:
+def predict_of(run: runs.Run, crf: CrfChoice = "run") -> tuple[PredictFn, dict[str, Any]]:
     """How a run predicts, and its lines on the protocol card.
 
     A script that does more than one pass over whole images defines ``build_predict(config, model)``
-    and ``test_time(config)``, which says in words what that is.
+    and ``test_time(config)``, which says in words what that is but for a CRF.
     """
-    card = {"seen_at_scale": run.config.scale, "test_time_options": ONE_PASS}
-    if not hasattr(run.script, "build_predict"):
-        return whole_image(run.model, run.config.scale), card
-    card["test_time_options"] = run.script.test_time(run.config)
-    return run.script.build_predict(run.config, run.model), card
+    predict, words = whole_image(run.model, run.config.scale), ONE_PASS
+    if hasattr(run.script, "build_predict"):
+        predict = run.script.build_predict(run.config, run.model)
+        words = run.script.test_time(run.config)
+    predict = _choose(predict, crf, run.config.normalisation)
+    return predict, {
+        "seen_at_scale": run.config.scale,
+        "test_time_options": words,
+        "crf": crf_card(predict),
+    }
 
 
-def ensemble_of(members: Sequence[runs.Run], combine: Combine) -> tuple[PredictFn, dict[str, Any]]:
+def crf_card(predict: PredictFn) -> dict[str, Any] | str:
+    """The parameters of the CRF that a prediction ends in, for the protocol card."""
+    return dataclasses.asdict(predict.params) if isinstance(predict, WithCrf) else "none"
+
+
+def _choose(predict: PredictFn, crf: CrfChoice, normalisation: str) -> PredictFn:
+    if isinstance(crf, CrfParams):
+        return with_crf(predict, crf, normalisation)
+    return without_crf(predict) if crf == "none" else predict
+
+
+def ensemble_of(
+    members: Sequence[runs.Run], combine: Combine, crf: CrfChoice = "run"
+) -> tuple[PredictFn, dict[str, Any]]:
     """How several runs predict together, given the variables of each, and the protocol card.
+
+    With "run" each member predicts as its script does; a CRF that is given instead refines what
+    they decide together (DeconvNet, arXiv:1505.04366, Section 5.2).
 
     Raises:
       UserError: they do not see images in one normalisation, or do not label the same classes.
@@ -87,17 +113,26 @@ def ensemble_of(members: Sequence[runs.Run], combine: Combine) -> tuple[PredictF
             )
     if combine == "product_score" and len(members) != 2:
         raise UserError("--combine=product_score joins two runs: give one --ensemble folder")
-    ways = [predict_of(member) for member in members]
+    ways = [predict_of(member, "run" if crf == "run" else "none") for member in members]
 
-    def predict(variables: tuple[Variables, ...], images: jax.Array, sizes: jax.Array) -> jax.Array:
+    def together(
+        variables: tuple[Variables, ...], images: jax.Array, sizes: jax.Array
+    ) -> jax.Array:
         logits = [way(v, images, sizes) for (way, _), v in zip(ways, variables, strict=True)]
         if combine == "product_score":
             return ensemble.product_scores(*logits)
         return ensemble.mean_probabilities(logits)
 
+    predict = _choose(together, crf, first.config.normalisation)
     names = " and ".join(str(member.workdir) for member in members)
     each = "; ".join(str(card["test_time_options"]) for _, card in ways)
-    card = {"ensemble": f"{combine} of {names}", "test_time_options": f"of each member: {each}"}
+    card = {
+        "ensemble": f"{combine} of {names}",
+        "test_time_options": f"of each member: {each}",
+        "crf": crf_card(predict),
+    }
+    if any(isinstance(way, WithCrf) for way, _ in ways):
+        card["crf_of_each_member"] = "; ".join(str(card["crf"]) for _, card in ways)
     return predict, card
 
 

@@ -21,7 +21,7 @@ from dense_jax.data.transforms import Transform
 from dense_jax.errors import UserError
 from dense_jax.losses import LossTerm
 from dense_jax.tasks.evaluation import Evaluator, ExtraScores, write_evaluation
-from dense_jax.tasks.prediction import ONE_PASS, PredictFn, Variables, whole_image
+from dense_jax.tasks.prediction import ONE_PASS, PredictFn, Variables, crf_card, whole_image
 from dense_jax.train.checkpoint import read_variables
 from dense_jax.train.config import RunConfig
 from dense_jax.train.loop import fit
@@ -45,6 +45,22 @@ def load_dataset(config: RunConfig) -> Dataset:
         print(f"check-data: {line}")
     if (more := len(dataset.warnings) - _NUM_WARNINGS) > 0:
         print(f"check-data: and {more} more; python -m dense_jax check-data lists them")
+    return dataset
+
+
+def dataset_of(run: runs.Run, data_dir: str | None = None) -> Dataset:
+    """Opens the dataset of a run; ``data_dir`` is where it lies now, if it has moved.
+
+    Raises:
+      UserError: it cannot be opened, or has other classes than the run labels.
+    """
+    config = run.config if data_dir is None else dataclasses.replace(run.config, data_dir=data_dir)
+    dataset = load_dataset(config)
+    if dataset.classes.names != run.classes.names:
+        raise UserError(
+            f"{run.workdir} labels {', '.join(run.classes.names)} but the dataset has "
+            f"{', '.join(dataset.classes.names)}: give the --data-dir of the same classes"
+        )
     return dataset
 
 
@@ -201,7 +217,7 @@ def train_and_evaluate(
       class_weights: [C] weights of the loss, or None.
       loss_terms: which outputs are compared with the labels; their weighted losses are added up.
       predict: how the network is used for evaluation; by default `whole_image`.
-      test_time: what that is, for the protocol card.
+      test_time: what that is but for a CRF, for the protocol card.
       posthoc_batch_stats: evaluate with batch statistics averaged over the training split.
       extra_scores: computes further scores of the last evaluation.
 
@@ -213,8 +229,9 @@ def train_and_evaluate(
     image_shape = batches.example["images"].shape[1:]
     loss_fn, denominator_fn = cross_entropy_loss(model, config, class_weights, loss_terms)
     step = train_step(loss_fn, denominator_fn, ema_decay=config.ema_decay)
+    predict = predict or whole_image(model, config.scale)
     evaluator = Evaluator(
-        predict or whole_image(model, config.scale),
+        predict,
         val,
         dataset.classes,
         batch_size=config.eval_batch_size,
@@ -224,6 +241,7 @@ def train_and_evaluate(
         "input_shape": list(image_shape),  # of training
         "seen_at_scale": config.scale,
         "test_time_options": test_time,
+        "crf": crf_card(predict),
     }
 
     def evaluate(state: TrainState, step: int) -> dict[str, float]:

@@ -1,0 +1,354 @@
+"""Finds the parameters of a CRF behind a run, from coarse to fine, on a part of a split.
+
+The network labels the images once; each setting then costs mean field alone. Round one scores both
+ends and the middle of every range, each further round the neighbours of the best setting at half
+the distance. Every score is written when it is known, and a search that is started again goes on.
+
+Reference: Chen et al., ICLR 2015, arXiv:1412.7062, Section 5.1, and PAMI 2017, arXiv:1606.00915,
+Section 4.1, whose ranges are the defaults: w2 = sg = 3 and the others from coarse to fine on 100
+images.
+"""
+
+import csv
+import dataclasses
+import itertools
+import json
+import pathlib
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from dense_jax import runs
+from dense_jax.data import pipeline
+from dense_jax.data.dataset import Example, Source
+from dense_jax.errors import UserError
+from dense_jax.infer.crf import refine, with_crf
+from dense_jax.metrics import semantic as metrics
+from dense_jax.ops.crf import CrfParams
+from dense_jax.tasks import prediction, semantic
+from dense_jax.train.step import Batch, eval_step, replicate, shard
+
+AXES = ("w1", "sxy", "srgb", "w2", "sg")
+Range = tuple[float, float]
+Point = tuple[float, ...]  # one value for each of AXES
+Scores = dict[str, float]
+
+_SCORES = ("mean_iou", "pixel_accuracy", "seconds")
+
+
+def run(
+    *,
+    run: pathlib.Path,
+    split: str = "val",
+    num_images: int = 100,
+    w1: Range | None = (3.0, 6.0),
+    sxy: Range | None = (30.0, 100.0),
+    srgb: Range | None = (3.0, 6.0),
+    w2: Range | None = None,
+    sg: Range | None = None,
+    rounds: int = 3,
+    crf_params: Annotated[
+        CrfParams, tyro.conf.arg(name="crf", help="What has no range: values that are kept.")
+    ] = CrfParams(),  # noqa: B008  (frozen)
+    data_dir: str | None = None,
+    checkpoint: Literal["last", "best"] = "last",
+    output: pathlib.Path | None = None,
+) -> None:
+    """Search for the parameters of a fully connected CRF that suit a run, from coarse to fine.
+
+    Prints the best setting and the command that uses it. The same command again goes on where it
+    stopped, or with other ranges and rounds leaves out what it knows.
+
+    Args:
+      run: folder of a training run.
+      split: where to search; not the split that is reported in the end.
+      num_images: images of it, evenly spread.
+      w1: least and greatest weight of the bilateral kernel; None keeps --crf.w1.
+      sxy: its deviation in pixels.
+      srgb: its deviation in colour.
+      w2: weight of the spatial kernel.
+      sg: its deviation in pixels.
+      rounds: each but the first halves the distance between settings.
+      crf_params: the other parameters.
+      data_dir: where the dataset lies now; by default where it lay in training.
+      checkpoint: which parameters of the network to use.
+      output: folder of the table; by default RUN/crf-search-SPLIT-CHECKPOINT.
+    """
+    ranges = _ranges({"w1": w1, "sxy": sxy, "srgb": srgb, "w2": w2, "sg": sg}, crf_params)
+    for name, value in (("num-images", num_images), ("rounds", rounds)):
+        if value < 1:
+            raise UserError(f"--{name}={value}: give at least 1")
+    opened = runs.load(run, checkpoint)
+    dataset = semantic.dataset_of(opened, data_dir)
+    source, config = Spread(dataset.split(split), num_images), opened.config
+    predict, _ = prediction.predict_of(opened, "none")
+    lowest = at(crf_params, [low for low, _ in ranges])
+    with_crf(predict, lowest, config.normalisation)  # refuses what no CRF can have
+    output = output or run / f"crf-search-{split}-{checkpoint}"
+    fixed = {k: v for k, v in dataclasses.asdict(crf_params).items() if k not in AXES}
+    table = Table(
+        output,
+        {
+            "run": str(run),
+            "step": opened.step,
+            "fingerprint": dataset.fingerprint,
+            "split": split,
+            "num_images": len(source),
+            **fixed,
+        },
+    )
+    batches = prediction.eval_batches(source, config.eval_batch_size, config.normalisation)
+    with Unaries(output / "logits", batches, predict, opened.variables) as unaries:
+        start = unaries.scores()
+        print(f"mean IoU {start['mean_iou']:.4f} without CRF on {len(source)} {split} images")
+        if np.isnan(start["mean_iou"]):
+            raise UserError(f"split {split!r} has no labels to score with: give another --split")
+
+        def score(point: Point) -> Scores:
+            began = time.perf_counter()
+            found = unaries.scores(crf_params, point, config.normalisation)
+            return {**found, "seconds": time.perf_counter() - began}
+
+        best = search(score, ranges, rounds, table)
+    print(_advice(at(crf_params, best), ranges, table.rows[best], start, run, split, checkpoint))
+
+
+def at(params: CrfParams, point: Sequence[Any]) -> CrfParams:
+    """The CRF with the values of a setting, which may be traced."""
+    values: dict[str, Any] = dict(zip(AXES, point, strict=True))
+    return dataclasses.replace(params, **values)
+
+
+def search(
+    score: Callable[[Point], Scores], ranges: Sequence[Range], rounds: int, table: "Table"
+) -> Point:
+    """Returns the setting of the highest mean IoU that coarse-to-fine search meets.
+
+    Args:
+      score: of a setting; called once for each that `table` does not hold.
+      ranges: least and greatest value of each of `AXES`; equal where it is not searched.
+      rounds: how often the distance between settings is halved, plus one.
+      table: what was scored before; each score is added to it.
+    """
+    best: Point = tuple((low + high) / 2 for low, high in ranges)
+    seen: dict[Point, float] = {}
+    for number in range(rounds):
+        points = list(neighbours(best, ranges, 0.5 ** (number + 1)))
+        for place, point in enumerate(points, 1):
+            if point not in table.rows:
+                table.add(point, score(point))
+            seen[point] = table.rows[point]["mean_iou"]
+            setting = " ".join(f"{k}={v:g}" for k, v in zip(AXES, point, strict=True))
+            print(
+                f"round {number + 1} of {rounds}, {place} of {len(points)}: {setting}: "
+                f"mean IoU {seen[point]:.4f}",
+                flush=True,
+            )
+        best = max(seen, key=lambda point: seen[point])  # the first of equals
+    return best
+
+
+def neighbours(centre: Point, ranges: Sequence[Range], share: float) -> Iterator[Point]:
+    """Yields a setting, and those one step (a share of the range) from it along some axes."""
+    axes = []
+    for middle, (low, high) in zip(centre, ranges, strict=True):
+        step = share * (high - low)
+        axes.append(sorted({x for x in (middle - step, middle, middle + step) if low <= x <= high}))
+    yield from itertools.product(*axes)
+
+
+class Table:
+    """``table.csv`` in a folder: the scores of each setting, each row written at once.
+
+    Attributes:
+      rows: the scores by setting.
+    """
+
+    def __init__(self, folder: pathlib.Path, facts: Mapping[str, Any]) -> None:
+        """Opens or begins a table.
+
+        Args:
+          folder: made if it is not there.
+          facts: what else decides the scores, as plain JSON values.
+
+        Raises:
+          UserError: the folder holds a search of another kind.
+        """
+        self.rows: dict[Point, Scores] = {}
+        self._path, record = folder / "table.csv", folder / "search.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        if record.exists():
+            old = json.loads(record.read_text())
+            if changed := [key for key, value in facts.items() if old.get(key) != value]:
+                key = changed[0]
+                raise UserError(
+                    f"{folder} holds another search ({key} was {old.get(key)!r} and is now "
+                    f"{facts[key]!r}): give another --output"
+                )
+        runs.write_json(record, dict(facts))
+        if self._path.exists():
+            with self._path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if None not in row.values():  # a last line cut short
+                        point = tuple(float(row[name]) for name in AXES)
+                        self.rows[point] = {name: float(row[name]) for name in _SCORES}
+        self._write()
+
+    def add(self, point: Point, scores: Scores) -> None:
+        """Writes a row."""
+        self.rows[point] = scores
+        self._write()
+
+    def _write(self) -> None:
+        partial = self._path.with_suffix(".tmp")
+        with partial.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*AXES, *_SCORES])
+            for point, scores in self.rows.items():
+                writer.writerow([*point, *(scores[name] for name in _SCORES)])
+        partial.replace(self._path)
+
+
+class Unaries:
+    """The logits of a split's images, kept on disk while they are looked at again and again."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        batches: pipeline.EvalBatches,
+        predict: prediction.PredictFn,
+        variables: Any,
+    ) -> None:
+        self._folder, self._batches = folder, batches
+        self._predict, self._variables = predict, variables
+        self._steps: dict[Any, Any] = {}
+
+    def __enter__(self) -> "Unaries":
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a search that was killed
+        self._folder.mkdir(parents=True)
+
+        def logits_of(variables: Any, batch: Batch) -> tuple[Any, Any]:
+            return {}, self._predict(variables, batch["images"], batch["size"])
+
+        step, variables = eval_step(logits_of), replicate(self._variables)
+        for number, batch in enumerate(self._batches):
+            arrays = shard({key: batch[key] for key in ("images", "size")})
+            logits = np.asarray(step(variables, arrays)[1])
+            np.save(self._folder / f"{number}.npy", logits.reshape(-1, *logits.shape[2:]))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def scores(
+        self,
+        params: CrfParams | None = None,
+        point: Point = (),
+        normalisation: str = "none",
+    ) -> Scores:
+        """Mean IoU and pixel accuracy after a CRF, or without one.
+
+        Args:
+          params: the CRF, or None.
+          point: the values of `AXES`; nothing is compiled anew for others.
+          normalisation: of the images.
+        """
+        key = params, normalisation
+        if key not in self._steps:
+            self._steps[key] = _counts_step(params, normalisation)
+        values = tuple(np.float32(value) for value in point)
+        confusion = None
+        for number, batch in enumerate(self._batches):
+            arrays = {name: batch[name] for name in ("images", "labels", "size")}
+            arrays["logits"] = np.load(self._folder / f"{number}.npy")
+            counts, _ = self._steps[key](values, shard(arrays))
+            confusion = metrics.add(confusion, jax.device_get(counts))
+        if confusion is None:
+            raise UserError("the split to search on has no images")
+        summary = metrics.summarise(confusion)
+        return {name: summary[name] for name in ("mean_iou", "pixel_accuracy")}
+
+
+def _counts_step(params: CrfParams | None, normalisation: str) -> Any:
+    """(values of `AXES`, batch with logits) -> confusion [C, C], over all devices."""
+
+    def counts(values: tuple[jax.Array, ...], batch: Batch) -> tuple[Any, Any]:
+        logits = batch["logits"]
+        if params is not None:
+            crf = at(params, values)
+            logits = refine(logits, batch["images"], batch["size"], crf, normalisation)
+        predictions = jnp.argmax(logits, axis=-1)
+        return metrics.confusion_counts(batch["labels"], predictions, logits.shape[-1]), {}
+
+    return eval_step(counts)
+
+
+class Spread:
+    """Evenly spread examples of a split, or all of them if there are no more."""
+
+    def __init__(self, source: Source, num: int) -> None:
+        self._source = source
+        self._index = np.linspace(0, len(source) - 1, min(num, len(source))).round().astype(int)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Example:
+        """Returns one example."""
+        return self._source[int(self._index[index])]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Returns the height and width of an image."""
+        return self._source.size(int(self._index[index]))
+
+
+def _ranges(given: Mapping[str, Range | None], params: CrfParams) -> list[Range]:
+    ranges = []
+    for name in AXES:
+        kept = getattr(params, name)
+        low, high = given[name] or (kept, kept)
+        if not low <= high:
+            raise UserError(f"--{name} {low:g} {high:g}: give the lesser value first")
+        ranges.append((low, high))
+    return ranges
+
+
+def _advice(
+    params: CrfParams,
+    ranges: Sequence[Range],
+    best: Scores,
+    start: Scores,
+    run: pathlib.Path,
+    split: str,
+    checkpoint: str,
+) -> str:
+    """What was found, and how to use it."""
+    defaults = CrfParams()
+    flags = [
+        f"--crf.{name.replace('_', '-')}={value}"
+        for name, value in dataclasses.asdict(params).items()
+        if name in AXES or value != getattr(defaults, name)
+    ]
+    edges = [
+        f"{name}={value:g} is at the end of its range: try a wider one"
+        for name, (low, high) in zip(AXES, ranges, strict=True)
+        if low < high and (value := getattr(params, name)) in (low, high)
+    ]
+    where = shlex.quote(str(run))
+    return "\n".join(
+        [
+            f"best: mean IoU {best['mean_iou']:.4f} (without CRF {start['mean_iou']:.4f}), pixel "
+            f"accuracy {best['pixel_accuracy']:.4f} (without {start['pixel_accuracy']:.4f})",
+            *edges,
+            f"python -m dense_jax evaluate --run {where} --split {split} "
+            f"--checkpoint {checkpoint} --crf {' '.join(flags)}",
+            f"a script that has --post takes: --post=crf {' '.join(flags)}",
+        ]
+    )

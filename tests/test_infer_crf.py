@@ -1,0 +1,313 @@
+"""The CRF behind predictions: in evaluation, prediction and ensembles, and the search for it."""
+
+import dataclasses
+import functools
+import json
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from PIL import Image
+
+from dense_jax import __main__ as commands
+from dense_jax import runs, viz
+from dense_jax.data import dataset as datasets
+from dense_jax.data.datasets import shapes
+from dense_jax.data.transforms import NORMALISATIONS, Normalise
+from dense_jax.errors import UserError
+from dense_jax.infer import crf as infer_crf
+from dense_jax.infer.crf import WithCrf, with_crf, without_crf
+from dense_jax.ops import crf as ops_crf
+from dense_jax.ops.crf import CrfParams
+from dense_jax.tasks import crf_search, prediction
+from experiments import fcn
+
+SIDE = 24
+CONFIG = dataclasses.replace(
+    fcn.PRESETS["smoke"],
+    shapes=shapes.ShapesSpec(
+        size=(SIDE, SIDE), num_train=2, num_val=5, num_test=1, radius=(0.25, 0.4), noise=0.02
+    ),
+)
+PARAMS = CrfParams(w1=4.0, sxy=8.0, srgb=20.0, w2=1.0, sg=1.0, iterations=5)
+NOISE = np.random.default_rng(0).normal(0, 2.2, (64, 64, 6)).astype(np.float32)
+
+
+class Noisy(nn.Module):
+    """Scores by how near a colour is to that of a class, under noise that only places decide."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        del train
+        rgb = infer_crf.pixel_values(images, "torchvision")[..., None, :]
+        colours = np.array(shapes.CLASSES.colours, np.float32).reshape(1, 1, 1, 6, 3)
+        distance = jnp.sum((rgb - colours) ** 2, axis=-1)
+        noise = NOISE[None, : images.shape[1], : images.shape[2]]
+        return {"logits": -distance / 3000 + noise + self.param("bias", lambda _: jnp.zeros(()))}
+
+
+VARIABLES = {"params": {"bias": np.float32(0)}}
+noisy = prediction.whole_image(Noisy())
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run folder of the noisy network, which `runs.load` opens without a checkpoint."""
+    workdir = tmp_path / "run"
+    config = dataclasses.replace(CONFIG, workdir=str(workdir))
+    options = dataclasses.asdict(config.shapes)
+    dataset = datasets.load("shapes", **options)
+    runs.prepare(config, dataset)
+    script: Any = types.SimpleNamespace()
+    opened = runs.Run(workdir, config, Noisy(), VARIABLES, 2, dataset.classes, script)
+    monkeypatch.setattr(runs, "load", lambda *_: opened)
+    return opened
+
+
+def batch_of(normalisation, sizes, side=SIDE, seed=0):
+    """Padded batch: (normalised images, sizes, integer pixels)."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (len(sizes), side, side, 3), np.uint8)
+    images = []
+    for image, (height, width) in zip(pixels, sizes, strict=True):
+        normal = Normalise(normalisation)({"image": image})["image"].astype(np.float32)
+        normal[height:], normal[:, width:] = 0, 0
+        images.append(normal)
+    return jnp.asarray(np.stack(images)), jnp.array(sizes, jnp.int32), pixels
+
+
+@pytest.mark.parametrize("name", sorted(set(NORMALISATIONS) - {"grey", "grey_image"}))
+def test_pixels_come_back_as_the_integers_they_were(name):
+    images, _, pixels = batch_of(name, [(SIDE, SIDE)] * 2)
+    np.testing.assert_array_equal(infer_crf.pixel_values(images, name), pixels)
+
+
+def test_grey_comes_back_in_three_channels():
+    images, _, pixels = batch_of("grey", [(SIDE, SIDE)])
+    found = infer_crf.pixel_values(images, "grey")
+    luma = np.rint(pixels @ np.array([0.299, 0.587, 0.114]))
+    assert found.shape == pixels.shape
+    np.testing.assert_allclose(found, np.broadcast_to(luma[..., None], found.shape), atol=1)
+    with pytest.raises(UserError, match="--normalisation=grey_image"):
+        with_crf(noisy, PARAMS, "grey_image")
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"sxy": 0.0}, r"--crf\.sxy=0"),
+        ({"srgb": -1.0}, r"--crf\.srgb=-1"),
+        ({"sg": float("nan")}, r"--crf\.sg=nan"),
+        ({"iterations": -1}, r"--crf\.iterations=-1"),
+    ],
+)
+def test_impossible_parameters_name_themselves(values, match):
+    with pytest.raises(UserError, match=match):
+        with_crf(noisy, CrfParams(**values), "torchvision")
+
+
+def test_padding_and_neighbours_in_the_batch_change_nothing():
+    images, sizes, pixels = batch_of("torchvision", [(17, 20), (SIDE, 9), (0, 0)])
+    predict = jax.jit(with_crf(noisy, PARAMS, "torchvision"))
+    found = predict(VARIABLES, images, sizes)
+    logits = noisy(VARIABLES, images, sizes)
+    for i, (height, width) in enumerate(np.asarray(sizes[:2])):
+        alone = ops_crf.mean_field(
+            logits[i : i + 1, :height, :width],
+            jnp.asarray(pixels[i : i + 1, :height, :width], jnp.float32),
+            PARAMS,
+        )
+        # The probabilities of the picture itself, with nothing around it.
+        np.testing.assert_allclose(
+            np.exp(found[i, :height, :width]), np.exp(alone[0]), atol=1e-3, rtol=0
+        )
+        np.testing.assert_allclose(np.exp(found[i]).sum(-1), 1, rtol=1e-5)
+    # A CRF without weights, or without iterations, is the softmax.
+    for off in (CrfParams(w1=0.0, w2=0.0), CrfParams(iterations=0)):
+        plain = with_crf(noisy, off, "torchvision")
+        np.testing.assert_allclose(
+            plain(VARIABLES, images, sizes)[:2], jax.nn.log_softmax(logits)[:2], atol=1e-5
+        )
+
+
+def test_a_crf_takes_the_place_of_another():
+    first = with_crf(noisy, PARAMS, "torchvision")
+    second = with_crf(first, CrfParams(), "torchvision")
+    assert second == WithCrf(noisy, CrfParams(), "torchvision")
+    assert without_crf(second) is without_crf(noisy) is noisy
+
+
+def own_crf(run):
+    """The run of a script that ends in a CRF itself."""
+    script: Any = types.SimpleNamespace(
+        build_predict=lambda config, model: with_crf(noisy, PARAMS, config.normalisation),
+        test_time=lambda config: "one pass",
+    )
+    return dataclasses.replace(run, script=script)
+
+
+def test_the_command_decides_or_leaves_it_to_the_run(run):
+    def found(opened, choice):
+        predict, card = prediction.predict_of(opened, choice)
+        params = predict.params if isinstance(predict, WithCrf) else None
+        assert card["crf"] == (dataclasses.asdict(params) if params else "none")
+        return params
+
+    other = CrfParams(w1=1.0)
+    assert [found(run, choice) for choice in ("run", "none", other)] == [None, None, other]
+    own = own_crf(run)
+    assert [found(own, choice) for choice in ("run", "none", other)] == [PARAMS, None, other]
+
+
+def test_an_ensemble_is_refined_as_a_whole(run):
+    images, sizes, _ = batch_of("torchvision", [(SIDE, SIDE)])
+    members = [own_crf(run), run]
+    variables = (VARIABLES, VARIABLES)
+    each, card = prediction.ensemble_of(members, "mean_prob")
+    assert card["crf"] == "none"
+    assert card["crf_of_each_member"].endswith("; none")
+    mean = np.log((np.exp(with_crf(noisy, PARAMS, "torchvision")(VARIABLES, images, sizes))
+                   + jax.nn.softmax(noisy(VARIABLES, images, sizes))) / 2)  # fmt: skip
+    np.testing.assert_allclose(each(variables, images, sizes), mean, atol=1e-4)
+    whole, card = prediction.ensemble_of(members, "mean_prob", PARAMS)
+    assert card["crf"] == dataclasses.asdict(PARAMS)
+    alone = with_crf(noisy, PARAMS, "torchvision")(VARIABLES, images, sizes)
+    np.testing.assert_allclose(whole(variables, images, sizes), alone, atol=1e-3)
+
+
+def test_evaluate_scores_before_and_after(run):
+    commands.evaluate(run=run.workdir, bf_match="none")
+    plain = json.loads((run.workdir / "evaluate-val-last" / "evaluation.json").read_text())
+    assert plain["protocol"]["crf"] == "none"
+    assert "mean_iou_before_crf" not in plain["scores"]
+    commands.evaluate(run=run.workdir, bf_match="none", crf=True, crf_params=PARAMS)
+    folder = run.workdir / "evaluate-val-last-crf"
+    refined = json.loads((folder / "evaluation.json").read_text())
+    assert refined["protocol"]["crf"] == dataclasses.asdict(PARAMS)
+    assert refined["scores"]["mean_iou_before_crf"] == plain["scores"]["mean_iou"]
+    assert refined["scores"]["mean_iou"] > plain["scores"]["mean_iou"] + 0.05
+    page = (folder / "report.html").read_text()
+    assert "sxy 8.0, srgb 20.0" in page
+    assert "prediction before the CRF, and after" in page
+    assert len(list((folder / "pictures").glob("crf_val_*.png"))) == 4
+    with pytest.raises(UserError, match="give --crf too"):
+        commands.evaluate(run=run.workdir, crf_params=PARAMS)
+
+
+def test_predict_refines_and_leaves_sizes_alone(run, tmp_path):
+    source = datasets.load("shapes", **dataclasses.asdict(CONFIG.shapes)).split("val")
+    image = source[0]["image"][:20, :17]
+    Image.fromarray(image).save(tmp_path / "a.png")
+    out = functools.partial(commands.predict, run=run.workdir, input=tmp_path / "a.png")
+    out(output=tmp_path / "plain", overlays=False)
+    out(output=tmp_path / "crf", overlays=False, crf=True, crf_params=PARAMS)
+    plain, refined = (
+        viz.load_label_png(tmp_path / name / "labels" / "a.png") for name in ("plain", "crf")
+    )
+    truth = source[0]["label"][:20, :17]
+    assert refined.shape == truth.shape
+    assert np.sum(refined == truth) > np.sum(plain == truth)
+
+
+RANGES = [(0.0, 8.0), (10.0, 90.0), (1.0, 1.0), (3.0, 3.0), (2.0, 2.0)]
+TOP = (5.0, 30.0, 1.0, 3.0, 2.0)
+
+
+def hill(point):
+    """A score with one top."""
+    far = sum(((x - t) / t) ** 2 for x, t in zip(point, TOP, strict=True))
+    return {"mean_iou": 1 / (1 + far), "pixel_accuracy": 0.5, "seconds": 0.1}
+
+
+def test_search_goes_from_coarse_to_fine(tmp_path):
+    table = crf_search.Table(tmp_path, {"run": "a"})
+    assert list(crf_search.neighbours((4.0, 50.0, 1.0, 3.0, 2.0), RANGES, 0.5)) == [
+        (w1, sxy, 1.0, 3.0, 2.0) for w1 in (0.0, 4.0, 8.0) for sxy in (10.0, 50.0, 90.0)
+    ]
+    assert crf_search.search(hill, RANGES, 3, table) == TOP
+    # The best of round one, w1=4 and sxy=10, is known in round two and at the end of a range.
+    assert len(table.rows) == 9 + (3 * 2 - 1) + (3 * 3 - 1)
+
+
+def test_search_goes_on_where_it_was_killed(tmp_path):
+    def killed(point):
+        calls.append(point)
+        if len(calls) > 11:
+            raise KeyboardInterrupt
+        return hill(point)
+
+    calls: list[crf_search.Point] = []
+    facts = {"run": "a", "split": "val"}
+    with pytest.raises(KeyboardInterrupt):
+        crf_search.search(killed, RANGES, 3, crf_search.Table(tmp_path, facts))
+    with (tmp_path / "table.csv").open("a") as file:
+        file.write("1.0,2.0")  # of another program's hand
+    before = len(calls) - 1
+    again: list[crf_search.Point] = []
+
+    def counted(point):
+        again.append(point)
+        return hill(point)
+
+    best = crf_search.search(counted, RANGES, 3, crf_search.Table(tmp_path, facts))
+    assert best == TOP
+    assert not set(again) & set(calls[:before])
+    assert before + len(again) == 22
+    with pytest.raises(UserError, match="split was 'val' and is now 'test'"):
+        crf_search.Table(tmp_path, {"run": "a", "split": "test"})
+
+
+def test_search_spreads_its_images():
+    source = datasets.load("shapes", size=(8, 8), num_train=1, num_val=10, num_test=1).split("val")
+    spread = crf_search.Spread(source, 4)
+    assert [spread[i]["name"] for i in range(len(spread))] == [
+        source[i]["name"] for i in (0, 3, 6, 9)
+    ]
+    assert len(crf_search.Spread(source, 99)) == 10
+    assert spread.size(3) == (8, 8)
+
+
+def test_search_command_finds_what_evaluate_confirms(run, capsys):
+    search = functools.partial(
+        crf_search.run, run=run.workdir, w1=(1.0, 5.0), sxy=None, srgb=None, rounds=2,
+        crf_params=PARAMS,
+    )  # fmt: skip
+    search()
+    printed = capsys.readouterr().out
+    (command,) = [line for line in printed.splitlines() if line.startswith("python -m")]
+    assert "--crf.w1=" in command
+    assert "--crf.iterations=5" in command
+    assert "--crf.norm" not in command
+    w1 = float(command.partition("--crf.w1=")[2].split()[0])
+    folder = run.workdir / "crf-search-val-last"
+    assert {p.name for p in folder.iterdir()} == {"table.csv", "search.json"}
+    rows = (folder / "table.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3 + 1  # the best of the first three is at an end
+    assert "w1=5 is at the end of its range" in printed
+    commands.evaluate(
+        run=run.workdir, crf=True, crf_params=dataclasses.replace(PARAMS, w1=w1), bf_match="none"
+    )
+    record = json.loads((run.workdir / "evaluate-val-last-crf" / "evaluation.json").read_text())
+    scores = record["scores"]
+    assert f"best: mean IoU {scores['mean_iou']:.4f} " in printed
+    assert f"(without CRF {scores['mean_iou_before_crf']:.4f})" in printed
+    search()  # Nothing is scored again.
+    assert (folder / "table.csv").read_text().splitlines() == rows
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ({"w1": (5.0, 1.0)}, "--w1 5 1: give the lesser value first"),
+        ({"sxy": (0.0, 9.0)}, r"--crf\.sxy=0"),
+        ({"num_images": 0}, "--num-images=0"),
+        ({"rounds": 0}, "--rounds=0"),
+    ],
+)
+def test_search_refuses_impossible_ranges(run, flags, match):
+    with pytest.raises(UserError, match=match):
+        crf_search.run(run=run.workdir, **flags)
