@@ -13,8 +13,8 @@ and --proposal-source=none labels them in one pass.
 
 The ensemble with an FCN-8s run, scored by one command (--combine=product_score is the release's):
     python -m dense_jax evaluate --run RUN --ensemble runs/fcn-camvid --combine mean_prob
-A dense CRF, which the paper's last step is, would wrap what `build_predict` returns: its logits are
-the CRF's unary scores, whichever way they were aggregated.
+The fully connected CRF, which the paper's last step is, refines the aggregated scores: --post=crf
+here, or --crf in `evaluate` and `predict`, where it refines what an ensemble decides together.
 
 Results: docs/results.md has every run with its command, device and the paper's figure.
 
@@ -40,8 +40,10 @@ from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.transforms import Resize, Transform, num_channels, to_uint8, whole_images
 from dense_jax.errors import UserError
 from dense_jax.infer import proposals
+from dense_jax.infer.crf import WithCrf, with_crf
 from dense_jax.metrics import semantic as metrics
 from dense_jax.models.deconvnet import DeconvNet
+from dense_jax.ops.crf import CrfParams
 from dense_jax.tasks import prediction, semantic
 from dense_jax.train import cli
 from dense_jax.train.config import RunConfig
@@ -105,6 +107,10 @@ class Config(RunConfig):
     """How scores of overlapping boxes are joined (Section 5.1)."""
     max_init: Literal["zero", "neg_inf"] = "zero"
     """What --aggregate=max starts from; no score falls below zero in the release."""
+    post: Literal["none", "crf"] = "none"
+    """Refine the scores by a fully connected CRF (Section 5.2; Table 1: 69.6 and 70.5)."""
+    crf: CrfParams = dataclasses.field(default_factory=CrfParams)
+    """Of --post=crf; the paper presets have the release's."""
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no network or batch can have."""
@@ -148,6 +154,7 @@ _RELEASE = Config(
     schedule="step",
     step_at=(0.25, 0.5, 0.75),
     bias_lr=2.0,
+    crf=CrfParams(w1=5.0, sxy=20.0),
     num_steps=40_000,
     eval_batch_size=4,
     eval_every=10_000,
@@ -274,6 +281,11 @@ def _score_boxes(config: Config, model: nn.Module) -> Any:
 
 def build_predict(config: Config, model: nn.Module) -> prediction.PredictFn:
     """How the network labels images of which nothing else is known."""
+    predict = _without_crf(config, model)
+    return with_crf(predict, config.crf, config.normalisation) if config.post == "crf" else predict
+
+
+def _without_crf(config: Config, model: nn.Module) -> prediction.PredictFn:
     if config.proposal_source == "none":
         return prediction.whole_image(model, config.scale)
     score, whole = _score_boxes(config, model), config.proposal_source == "whole"
@@ -287,14 +299,14 @@ def build_predict(config: Config, model: nn.Module) -> prediction.PredictFn:
 
 
 def test_time(config: Config) -> str:
-    """What `build_predict` does, for the protocol of a run."""
+    """What `build_predict` does but for the CRF, for the protocol of a run."""
     if config.proposal_source == "none":
         return prediction.ONE_PASS
     if config.proposal_source == "whole":
-        return f"the image as one box of {config.input_size}x{config.input_size}, no CRF"
+        return f"the image as one box of {config.input_size}x{config.input_size}"
     return (
         f"sliding windows, the largest {config.num_proposals}, shorter side at least "
-        f"{config.min_box} pixels, joined by {config.aggregate} from {config.max_init}, no CRF"
+        f"{config.min_box} pixels, joined by {config.aggregate} from {config.max_init}"
     )
 
 
@@ -306,7 +318,6 @@ def extra_scores(
     Raises:
       UserError: the file of proposals lacks an image.
     """
-    del predict
     if config.proposal_source not in ("file", "gt"):
         return {}
     num_classes = len(variables["params"]["seg-score"]["bias"])
@@ -318,6 +329,7 @@ def extra_scores(
         normalisation=config.normalisation,
         num=config.num_proposals,
         min_side=config.min_box,
+        crf=predict.params if isinstance(predict, WithCrf) else None,
     )
     confusion = np.zeros((num_classes, num_classes), np.int64)
     for index, labels in enumerate(predictions):

@@ -12,9 +12,11 @@ import pytest
 from dense_jax.data import crops
 from dense_jax.errors import UserError
 from dense_jax.infer import ensemble
+from dense_jax.infer.crf import WithCrf, with_crf
 from dense_jax.layers import init
 from dense_jax.layers.conv import conv, up_conv
 from dense_jax.models import deconvnet
+from dense_jax.ops.crf import CrfParams
 from dense_jax.ops.pool import max_pool, max_pool_with_switches, max_unpool
 from dense_jax.tasks import prediction, semantic
 from experiments import deconvnet as script
@@ -404,7 +406,7 @@ def test_inference_flags_reach_the_aggregation(monkeypatch, flags, num, num_vali
     predict({}, jnp.zeros((2, 32, 32, 3)), sizes)
 
 
-def test_scores_with_boxes_known_for_a_dataset(labelled, tmp_path):
+def test_scores_with_boxes_known_for_a_dataset(labelled, tmp_path, monkeypatch):
     variables, source = labelled
     other = semantic.load_dataset(SMOKE).split("test")
     gt, unused = changed(proposal_source="gt", min_box=8), prediction.whole_image(thin())
@@ -421,6 +423,31 @@ def test_scores_with_boxes_known_for_a_dataset(labelled, tmp_path):
     with pytest.raises(UserError, match="no boxes for image"):
         script.extra_scores(from_file, unused, variables, other)
     assert script.extra_scores(SMOKE, unused, variables, source) == {}
+    # Their scores are refined where those of sliding windows are.
+    seen = []
+
+    def refine(scores, images, sizes, crf, normalisation):
+        seen.append((scores.shape, images.shape, sizes.shape, crf, normalisation))
+        return jnp.zeros_like(scores).at[..., 3].set(1.0)
+
+    monkeypatch.setattr(script.proposals, "refine", refine)
+    refined = with_crf(unused, CrfParams(w1=1.0), SMOKE.normalisation)
+    changed_score = script.extra_scores(gt, refined, variables, source)
+    assert changed_score != score
+    shapes = (1, 32, 32, 6), (1, 32, 32, 3), (1, 2)
+    assert seen == [(*shapes, refined.params, SMOKE.normalisation)]
+
+
+def test_the_crf_refines_what_boxes_decide_together():
+    model = script.build_model(SMOKE, 6)
+    assert not isinstance(script.build_predict(SMOKE, model), WithCrf)
+    for source in ("sliding", "whole", "none"):
+        config = changed(proposal_source=source, post="crf", crf=CrfParams(w1=2.0))
+        predict = script.build_predict(config, model)
+        assert isinstance(predict, WithCrf)
+        assert (predict.params, predict.normalisation) == (config.crf, config.normalisation)
+    release = script.PRESETS["paper"].crf
+    assert (release.w1, release.sxy, release.srgb, release.w2, release.sg) == (5, 20, 3, 3, 3)
 
 
 def test_protocol_names_what_was_done():

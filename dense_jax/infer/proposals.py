@@ -18,6 +18,8 @@ from jax import lax
 from dense_jax.data import crops, pipeline
 from dense_jax.data.dataset import Source
 from dense_jax.data.transforms import Normalise, window
+from dense_jax.infer.crf import refine
+from dense_jax.ops.crf import CrfParams
 
 Aggregate = Literal["max", "sum", "mean"]
 MaxInit = Literal["zero", "neg_inf"]
@@ -166,6 +168,7 @@ def label_images(
     normalisation: str,
     num: int,
     min_side: int,
+    crf: CrfParams | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the labels [H, W] of every image from boxes of its own.
 
@@ -177,8 +180,18 @@ def label_images(
       normalisation: a name in `dense_jax.data.transforms.NORMALISATIONS`.
       num: how many boxes an image has at most; smaller ones than `min_side` do not count.
       min_side: least shorter side of a box, in pixels.
+      crf: refines the scores, unless it is None.
     """
-    label = jax.jit(lambda *inputs: jnp.argmax(score(*inputs)[0], axis=-1))
+
+    @jax.jit
+    def label(
+        variables: Any, images: jax.Array, boxes: jax.Array, valid: jax.Array, sizes: jax.Array
+    ) -> jax.Array:
+        scores = score(variables, images, boxes, valid)
+        if crf is not None:
+            scores = refine(scores, images, sizes, crf, normalisation)
+        return jnp.argmax(scores[0], axis=-1)
+
     sizes, normalise = [source.size(i) for i in range(len(source))], Normalise(normalisation)
     shape_of = pipeline.padded_shapes(sizes, multiple=32, max_shapes=4)
     for index, (height, width) in enumerate(sizes):
@@ -188,5 +201,6 @@ def label_images(
         filled[0, : len(found)] = found
         valid = np.arange(num)[None] < len(found)
         example = window(normalise(source[index]), 0, 0, shape_of[height, width])
-        labels = label(variables, example["image"][None], filled, valid)
+        image, size = example["image"][None], np.array([[height, width]], np.int32)
+        labels = label(variables, image, filled, valid, size)
         yield np.asarray(labels)[:height, :width]
