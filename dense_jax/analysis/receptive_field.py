@@ -6,7 +6,7 @@ what each named output sees. Nothing is known of layers; branches, dilation, fra
 crops, pooling and resizing are in the program. Where branches meet, their centres are compared: a
 crop that is one unit off is found, whatever the layers are called.
 
-`effective_field` is what a unit makes of what it could see: the size of its gradient over images.
+`effective_field` is what a unit makes of what it could see: its gradient, averaged over images.
 
 Reference: Araujo, Norris, Sim, "Computing receptive fields of convolutional neural networks",
 Distill 2019; Luo, Li, Urtasun, Zemel, "Understanding the effective receptive field in deep
@@ -21,11 +21,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from dense_jax.analysis import reach
-from dense_jax.analysis.reach_rules import NOTHING, Opaque, Seen
+from dense_jax.analysis.reach_rules import NOTHING, Free, Opaque, Seen
 from dense_jax.errors import UserError
+from dense_jax.layers import init
 
 _FIRST_SIDE, _LAST_SIDE = 1024, 16384
 _MARGIN = 4  # An image is large enough if no field, and no window on a map, exceeds a quarter.
@@ -52,7 +52,7 @@ class Axis(NamedTuple):
     is_even: bool
 
     def centre(self, unit: float) -> float:
-        """Returns the centre of a unit."""
+        """Returns the centre of a unit, in pixels."""
         return self.first + self.stride * unit
 
 
@@ -66,6 +66,25 @@ class Field(NamedTuple):
     def is_even(self) -> bool:
         """Whether the units repeat with a period along both axes."""
         return self.rows.is_even and self.columns.is_even
+
+
+class Box(NamedTuple):
+    """The pixels from (top, left) to (bottom, right), both inside."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    @property
+    def height(self) -> int:
+        """Number of rows."""
+        return self.bottom - self.top + 1
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return self.right - self.left + 1
 
 
 class Meeting(NamedTuple):
@@ -136,7 +155,7 @@ def analyse(model: nn.Module, *, channels: int = 3) -> Analysis:
         found, enough = _best(model, least, channels)
         if enough <= found.side:
             return found
-        least = max(2 * found.side, -(-enough // 32) * 32)
+        least = max(2 * found.side, 32 * math.ceil(enough / 25))  # More: fields were cut off.
     raise UserError(f"images of {_LAST_SIDE} pixels are too small for the network's fields")
 
 
@@ -158,9 +177,8 @@ def _best(model: nn.Module, least: int, channels: int) -> tuple[Analysis, int]:
 
 def _analyse_at(model: nn.Module, least: int, channels: int) -> tuple[Analysis, int]:
     """Returns what is found at one side, and the side that would have been enough for it."""
-    side, program, names = _program(model, least, channels)
-    images = len(program.jaxpr.invars) - 1
-    trace = reach.trace(program, images)
+    side, variables = _fit(model, least, channels)
+    names, trace = _trace(model, variables, (side, side), channels)
     enough = math.ceil(_MARGIN * trace.widest * side)
     fields: dict[str, Field | str] = {}
     for name, value in zip(names, trace.outputs, strict=True):
@@ -173,10 +191,37 @@ def _analyse_at(model: nn.Module, least: int, channels: int) -> tuple[Analysis, 
     return Analysis(side, fields, [m for m in meetings if m is not None]), enough
 
 
-def _program(
-    model: nn.Module, least: int, channels: int
-) -> tuple[int, core.ClosedJaxpr, list[str]]:
-    """Traces a network at the first side that it accepts; its outputs' names in their order."""
+def fitting_side(model: nn.Module, least: int, channels: int = 3) -> int:
+    """Returns the smallest side, `least` pixels or up to 63 more, of images that a network takes.
+
+    Raises:
+      UserError: there is none.
+    """
+    return _fit(model, least, channels)[0]
+
+
+def _fit(model: nn.Module, least: int, channels: int) -> tuple[int, Any]:
+    """Returns the side, and the network's variables as shapes."""
+    problem: Exception | None = None
+    for side in range(least, least + 64):
+        try:
+            return side, _shapes(model, (side, side), channels)[1]
+        except ValueError as error:
+            problem = error
+    raise UserError(f"no image of {least} to {least + 63} pixels fits the network: {problem}")
+
+
+def _shapes(model: nn.Module, size: tuple[int, int], channels: int) -> tuple[Any, Any]:
+    """Returns a network's outputs and variables as shapes."""
+    images = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
+    run = functools.partial(model.init_with_output, train=False)
+    return jax.eval_shape(run, jax.random.key(0), images)
+
+
+def _trace(
+    model: nn.Module, variables: Any, size: tuple[int, int], channels: int
+) -> tuple[list[str], reach.Trace]:
+    """Follows the image through a network; returns its outputs' names in their order too."""
     names: list[str] = []
 
     def run(variables: Any, images: jax.Array) -> list[jax.Array]:
@@ -185,16 +230,9 @@ def _program(
         names[:] = outputs
         return list(outputs.values())
 
-    problem: Exception | None = None
-    for side in range(least, least + 64):  # A network of stride 32 may take one in 32.
-        images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-        try:
-            init = functools.partial(model.init, train=False)
-            variables = jax.eval_shape(init, jax.random.key(0), images)
-            return side, jax.make_jaxpr(run)(variables, images), names
-        except ValueError as error:
-            problem = error
-    raise UserError(f"no image of {least} to {least + 63} pixels fits the network: {problem}")
+    images = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
+    program = jax.make_jaxpr(run)(variables, images)
+    return names, reach.trace(program, len(program.jaxpr.invars) - 1)
 
 
 def _field(value: Seen, side: int, is_global: bool) -> Field:
@@ -248,3 +286,131 @@ def _meeting(join: reach.Join, side: int, is_global: bool) -> Meeting | None:
             return None
         offset.append(max((c - centres[0] for c in centres[1:]), key=abs))
     return Meeting(join.primitive, join.scope, tuple(fields), (offset[0], offset[1]))
+
+
+def box(
+    model: nn.Module,
+    size: tuple[int, int],
+    unit: tuple[int, int] | None = None,
+    *,
+    output: str = "logits",
+    channels: int = 3,
+) -> Box:
+    """Returns the pixels of an image that one unit sees.
+
+    Args:
+      model: the network.
+      size: height and width of the image.
+      unit: (row, column) in the map; by default the one in the middle.
+      output: name of the map.
+      channels: of the image.
+
+    Raises:
+      UserError: there is no such map, its field is not known, or the unit sees nothing.
+    """
+    names, trace = _trace(model, _shapes(model, size, channels)[1], size, channels)
+    known = {n: v for n, v in zip(names, trace.outputs, strict=True) if not isinstance(v, Free)}
+    if output not in known:
+        raise UserError(f"the network has no map {output!r}: it has {', '.join(known)}")
+    value = known[output]
+    if isinstance(value, Opaque):
+        raise UserError(f"what {output!r} sees is not known: it comes from {value.primitive!r}")
+    assert isinstance(value, Seen)
+    ends = []
+    for bounds, place in zip(value, unit or (None, None), strict=True):
+        low, high = _line(bounds)
+        place = len(low) // 2 if place is None else min(place, len(low) - 1)
+        ends.append((int(low[place]), int(high[place])))
+    (top, bottom), (left, right) = ends
+    if top == NOTHING or left == NOTHING:
+        raise UserError(f"unit {unit} of {output!r} sees nothing of an image of {size} pixels")
+    return Box(top, left, bottom, right)
+
+
+def random_variables(model: nn.Module, size: tuple[int, int], channels: int = 3, seed: int = 0):
+    """Returns a network's variables at its start, with He's kernels where kernels start at zero."""
+    images = jnp.zeros((1, *size, channels))
+    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(seed), images)
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return tree.unflatten(
+        init.he(key, x.shape, x.dtype) if x.ndim > 1 and not np.any(x) else x
+        for key, x in zip(keys, leaves, strict=True)
+    )
+
+
+def effective_field(
+    model: nn.Module,
+    variables: Any,
+    images: np.ndarray,
+    unit: tuple[int, int] | None = None,
+    *,
+    output: str = "logits",
+    seed: int = 0,
+) -> np.ndarray:
+    """Returns how strongly one unit answers to each pixel: its mean absolute gradient.
+
+    Of a unit's channels a sum with random signs is taken, a fresh one for each image, so that no
+    channel hides another. (Luo et al. set the gradient of one channel to 1.)
+
+    Args:
+      model: the network.
+      variables: its parameters and statistics.
+      images: [N, H, W, C], as the network takes them.
+      unit: (row, column) in the map; by default the one in the middle.
+      output: name of the map, [B, h, w, C'].
+      seed: of the signs.
+
+    Returns:
+      float64 [H, W], at least 0; the sum over colours, the mean over images.
+    """
+    _, *places, channels = _shapes(model, images.shape[1:3], images.shape[3])[0][output].shape
+    row, column = unit or tuple(place // 2 for place in places)
+    rng = np.random.default_rng(seed)
+
+    @jax.jit
+    def gradient(variables: Any, image: jax.Array, signs: jax.Array) -> jax.Array:
+        def answer(image: jax.Array) -> jax.Array:
+            outputs: Any = model.apply(variables, image[None], train=False)
+            return jnp.sum(outputs[output][0, row, column] * signs)
+
+        return jnp.sum(jnp.abs(jax.grad(answer)(image)), axis=-1)
+
+    total = np.zeros(images.shape[1:3])
+    for image in images:
+        signs = rng.choice(np.array([-1, 1], np.float32), channels)
+        total += np.asarray(gradient(variables, jnp.asarray(image), jnp.asarray(signs)))
+    return total / len(images)
+
+
+class Spread(NamedTuple):
+    """Size of an effective field, in pixels.
+
+    Attributes:
+      centre: mean (row, column), each pixel weighted by its value.
+      deviation: standard deviation of (rows, columns). Two to each side hold 95.45 % of a Gaussian.
+      side: of the square with as many pixels as have more than 4.55 % of the largest value
+        (sqrt of their number; 1 - 95.45 % of the centre's value in Luo et al., Section 3).
+    """
+
+    centre: tuple[float, float]
+    deviation: tuple[float, float]
+    side: float
+
+
+def spread(field: np.ndarray) -> Spread:
+    """Measures an effective field [H, W].
+
+    Raises:
+      ValueError: it is zero everywhere, as behind a layer that starts at zero or is dead.
+    """
+    if not field.sum() > 0:
+        raise ValueError("no gradient reaches the image")
+    centre, deviation = [], []
+    for axis in (1, 0):
+        share = field.sum(axis) / field.sum()
+        pixels = np.arange(len(share))
+        centre.append(float(share @ pixels))
+        deviation.append(float(np.sqrt(share @ (pixels - centre[-1]) ** 2)))
+    side = float(np.sqrt(np.sum(field > 0.0455 * field.max())))
+    return Spread((centre[0], centre[1]), (deviation[0], deviation[1]), side)
