@@ -102,9 +102,16 @@ NEEDED = {
     ("fcn", "backbone"): {"stride": 32, "pad_mode": "100"},
     ("deconvnet", "proposal_source", "file"): {"proposals": "boxes.json"},
     ("unet", "padding", "valid"): {"tile": 188, "depth": 4},
+    ("dilated", "front_pad", "valid_reflect"): {"crop": (404, 404)},
+    ("deeplab", "head", "deeplabv3"): {"backbone": "resnet50"},
+    ("deeplab", "head", "fcn"): {"backbone": "resnet50"},
+    ("deeplab", "aux", "on"): {"head": "fcn", "backbone": "resnet50"},
 }
 # Side of the image and of the logits, where these are not of one size.
-SIDES = {("unet", "padding", "valid"): (188, 4)}
+SIDES = {
+    ("unet", "padding", "valid"): (188, 4),
+    ("dilated", "front_pad", "valid_reflect"): (404, 32),
+}
 ELSEWHERE = {("hypercolumns", "mode", "box")}  # its outputs are masks: tests/test_box_masks.py
 FLAGS = [
     flag
