@@ -295,7 +295,7 @@ def test_resnet_of_the_paper_strides_in_1x1_convolutions():
     images = noise(1, 33, 33, 3)
     model = thin_resnet(rates=(1,))
     variables = contract.random_variables(model, images.shape)
-    outputs = [apply(model.clone(form=form), variables, images) for form in ("msra", "torchvision")]
+    outputs = [apply(model.clone(stride_in=k), variables, images) for k in ("1x1", "3x3")]
     np.testing.assert_allclose(outputs[0]["layer1"], outputs[1]["layer1"], rtol=1e-6)
     for layer in ("layer2", "layer3", "layer4"):
         assert outputs[0][layer].shape == outputs[1][layer].shape

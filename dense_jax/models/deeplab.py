@@ -26,6 +26,7 @@ from dense_jax.layers import init
 from dense_jax.layers.conv import Conv
 from dense_jax.layers.dropout import Dropout
 from dense_jax.models import resnet, vgg
+from dense_jax.models.resnet import FirstBlockDilation, StrideIn
 from dense_jax.models.vgg import Layer, Stack, scaled
 from dense_jax.ops.resize import resize_bilinear
 
@@ -141,17 +142,15 @@ def _classify(
 
 
 Backbone = Literal["vgg16", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d"]
-_RESIDUAL = {
+RESIDUAL = {
     "resnet50": resnet.resnet50,
     "resnet101": resnet.resnet101,
     "resnext101_32x8d": resnet.resnext101_32x8d,
     "resnext101_64x4d": resnet.resnext101_64x4d,
 }
-# Where strides are, and how the first block of a dilated stage is dilated; the paper's is MSRA's.
-_FORMS: dict[str, dict] = {
-    "msra": {"stride_in": "1x1", "first_block_dilation": "new"},
-    "torchvision": {"stride_in": "3x3", "first_block_dilation": "previous"},
-}
+SCALES = (1.0, 0.75, 0.5)  # of multi-scale inputs (v2, Section 4.1.2).
+# Dilation of the first block of a stage that would stride here; others see other pixels.
+_FIRST_BLOCK: dict[StrideIn, FirstBlockDilation] = {"1x1": "new", "3x3": "previous"}
 
 
 class ResNetScores(nn.Module):
@@ -165,7 +164,7 @@ class ResNetScores(nn.Module):
     num_classes: int
     backbone: Backbone
     head: Head
-    form: Literal["msra", "torchvision"] = "msra"
+    stride_in: StrideIn = "1x1"
     bn: Literal["frozen", "train"] = "frozen"
     bn_momentum: float = 0.9
     width: float = 1.0
@@ -175,14 +174,15 @@ class ResNetScores(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
         """Returns "scores", float32, those of each branch (fc1) and the stages by name."""
-        trunk = _RESIDUAL[self.backbone](
+        trunk = RESIDUAL[self.backbone](
             output_stride=STRIDE,
+            stride_in=self.stride_in,
+            first_block_dilation=_FIRST_BLOCK[self.stride_in],
             bn=self.bn,
             bn_momentum=self.bn_momentum,
             width=self.width,
             axis_name=self.axis_name,
             dtype=self.dtype,
-            **_FORMS[self.form],
         )
         nn.share_scope(self, trunk)
         outputs = trunk(images, train=train)
@@ -229,8 +229,8 @@ class DeepLab(nn.Module):
       scales: factors at which an image is seen; of several, the maximum of the scores counts.
       upsample: how scores are enlarged. "half_pixel" moves them, by up to half a unit at the
         corners: what it costs to take the usual resizing for this network's.
-      form: of ResNets: "msra" (He et al.'s release) strides in 1x1 convolutions, "torchvision" in
-        3x3; a stage that is dilated follows (see `dense_jax.models.resnet`).
+      stride_in: which convolutions of ResNets stride, "1x1" (He et al.'s release, as in the paper)
+        or "3x3" (torchvision); dilation follows (see `dense_jax.models.resnet`).
       bn: whether the batch normalisation of ResNets is trained or left as it was loaded.
       bn_momentum: decay of its running averages.
       width: channel multiplier of all layers but the last.
@@ -247,7 +247,7 @@ class DeepLab(nn.Module):
     msc_features: bool = False
     scales: tuple[float, ...] = (1.0,)
     upsample: Literal["align_corners", "half_pixel"] = "align_corners"
-    form: Literal["msra", "torchvision"] = "msra"
+    stride_in: StrideIn = "1x1"
     bn: Literal["frozen", "train"] = "frozen"
     bn_momentum: float = 0.9
     width: float = 1.0
@@ -302,7 +302,7 @@ class DeepLab(nn.Module):
             self.num_classes,
             self.backbone,
             head,
-            form=self.form,
+            stride_in=self.stride_in,
             bn=self.bn,
             bn_momentum=self.bn_momentum,
             **shared,
@@ -318,6 +318,4 @@ deeplab_vgg_largefov = functools.partial(DeepLab, head="largefov")
 deeplab_vgg_aspp_s = functools.partial(DeepLab, head="aspp_s")
 deeplab_vgg_aspp_l = functools.partial(DeepLab, head="aspp_l")
 deeplab_resnet101_largefov = functools.partial(DeepLab, backbone="resnet101", head="largefov")
-deeplab_resnet101 = functools.partial(
-    DeepLab, backbone="resnet101", head="aspp_l", scales=(1.0, 0.75, 0.5)
-)
+deeplab_resnet101 = functools.partial(DeepLab, backbone="resnet101", head="aspp_l", scales=SCALES)
