@@ -5,8 +5,8 @@
 
 Both sides hold the same weights, and their logits and gradients are compared before any timing.
 They take turns in one process on two threads, torch with channels last. A step is a forward pass
-with dropout and with the batch's statistics, mean softmax cross entropy over the labelled pixels,
-a backward pass and SGD with momentum.
+with dropout and with the batch's statistics, mean softmax cross entropy over the labelled pixels
+(of the coarser grid that a network learns at, if it does), a backward pass and SGD with momentum.
 """
 
 import sys
@@ -21,10 +21,21 @@ import numpy as np
 import optax
 import tyro
 
-from benchmarks import timing, twins
+from benchmarks import dilation_twins, timing, twins
 from dense_jax import losses
 from dense_jax.data.classes import IGNORE_LABEL
-from dense_jax.models import deconvnet, fcn, hypercolumns, segnet, unet, vgg
+from dense_jax.models import (
+    deconvnet,
+    deeplab,
+    deeplabv3,
+    dilated,
+    fcn,
+    hypercolumns,
+    resnet,
+    segnet,
+    unet,
+    vgg,
+)
 
 NUM_CLASSES = 21
 LEARNING_RATE = 1e-4
@@ -33,10 +44,15 @@ _RATE = 0.5  # Of dropout, where a network has it.
 
 
 class Model(NamedTuple):
-    """How to build a network of ours, given (width, size of the images), and its twin."""
+    """How to build a network of ours, given (width, size of the images), and its twin.
+
+    Attributes:
+      trained: the output that the loss is taken of, and that the twin returns in training.
+    """
 
     build: Callable[[float, int], nn.Module]
     twin: twins.Twin
+    trained: str = "logits"
 
 
 class Side(NamedTuple):
@@ -53,8 +69,8 @@ class Side(NamedTuple):
     step: Callable[[], None]
 
 
-def _fcn(build: Callable[..., nn.Module], twin: twins.Twin) -> Model:
-    return Model(lambda width, size: build(num_classes=NUM_CLASSES, width=width), twin)
+def _by_width(build: Callable[..., nn.Module], twin: twins.Twin, trained: str = "logits") -> Model:
+    return Model(lambda width, size: build(num_classes=NUM_CLASSES, width=width), twin, trained)
 
 
 def _unet(build: Callable[..., nn.Module], padding: int) -> Model:
@@ -65,17 +81,58 @@ def _unet(build: Callable[..., nn.Module], padding: int) -> Model:
 
 
 _VGG = vgg.vgg16_layers(first_padding=100)
+_RESNET50, _RESNET101 = (3, 4, 6, 3), (3, 4, 23, 3)
 MODELS = {
-    "fcn32s": _fcn(fcn.fcn32s, twins.fcn(_VGG, (), (64, 32, 19))),
-    "fcn16s": _fcn(fcn.fcn16s, twins.fcn(_VGG, (("pool4", 5),), (32, 16, 27))),
-    "fcn8s": _fcn(fcn.fcn8s, twins.fcn(_VGG, (("pool4", 5), ("pool3", 9)), (16, 8, 31))),
-    "fcn_alexnet": _fcn(fcn.fcn_alexnet, twins.fcn(fcn.ALEXNET_LAYERS, (), (63, 32, 18))),
-    "hypercolumns": _fcn(hypercolumns.Hypercolumns, twins.hypercolumns),
-    "segnet": _fcn(segnet.SegNet, twins.segnet),
-    "segnet_basic": _fcn(segnet.SegNetBasic, twins.segnet_basic),
+    "fcn32s": _by_width(fcn.fcn32s, twins.fcn(_VGG, (), (64, 32, 19))),
+    "fcn16s": _by_width(fcn.fcn16s, twins.fcn(_VGG, (("pool4", 5),), (32, 16, 27))),
+    "fcn8s": _by_width(fcn.fcn8s, twins.fcn(_VGG, (("pool4", 5), ("pool3", 9)), (16, 8, 31))),
+    "fcn_alexnet": _by_width(fcn.fcn_alexnet, twins.fcn(fcn.ALEXNET_LAYERS, (), (63, 32, 18))),
+    "hypercolumns": _by_width(hypercolumns.Hypercolumns, twins.hypercolumns),
+    "segnet": _by_width(segnet.SegNet, twins.segnet),
+    "segnet_basic": _by_width(segnet.SegNetBasic, twins.segnet_basic),
     "deconvnet": Model(
         lambda width, size: deconvnet.DeconvNet(NUM_CLASSES, input_size=size, width=width),
         twins.deconvnet,
+    ),
+    # Dilated networks without "same" take images with 186 pixels of surroundings on each side.
+    "front_end": _by_width(dilated.front_end, dilation_twins.dilated(), "scores"),
+    "dilated_basic": _by_width(
+        dilated.dilated_basic, dilation_twins.dilated(context=True), "scores"
+    ),
+    "dilated_large": _by_width(
+        dilated.dilated_large, dilation_twins.dilated(context=True, pad_once=True), "scores"
+    ),
+    "dilated_basic_same": _by_width(
+        partial(dilated.dilated_basic, pad="same"),
+        dilation_twins.dilated(context=True, same=True),
+        "scores",
+    ),
+    "deeplab_largefov": _by_width(
+        deeplab.deeplab_vgg_largefov, dilation_twins.deeplab_vgg((12,)), "scores"
+    ),
+    "deeplab_aspp": _by_width(
+        deeplab.deeplab_vgg_aspp_l, dilation_twins.deeplab_vgg((6, 12, 18, 24)), "scores"
+    ),
+    "deeplab_resnet101": _by_width(
+        partial(deeplab.deeplab_resnet101, scales=(1.0,)),
+        dilation_twins.deeplab_resnet(_RESNET101, (6, 12, 18, 24)),
+        "scores",
+    ),
+    "deeplab_resnet101_msc": _by_width(
+        deeplab.deeplab_resnet101,
+        dilation_twins.deeplab_resnet(_RESNET101, (6, 12, 18, 24), (1.0, 0.75, 0.5)),
+        "scores",
+    ),
+    "deeplabv3_resnet50": _by_width(
+        deeplabv3.deeplabv3_resnet50, dilation_twins.segmenter("deeplabv3", _RESNET50)
+    ),
+    "fcn_resnet50": _by_width(deeplabv3.fcn_resnet50, dilation_twins.segmenter("fcn", _RESNET50)),
+    "deeplabv3_resnet101": _by_width(
+        deeplabv3.deeplabv3_resnet101, dilation_twins.segmenter("deeplabv3", _RESNET101)
+    ),
+    "fcn_resnext101_32x8d": _by_width(
+        partial(deeplabv3.ResNetSegmenter, head="fcn", trunk=resnet.resnext101_32x8d),
+        dilation_twins.segmenter("fcn", _RESNET101, groups=32),
     ),
     "unet": _unet(unet.unet, padding=0),
     "unet_same": _unet(unet.unet_same, padding=1),
@@ -101,9 +158,13 @@ def random_variables(model: nn.Module, images: np.ndarray) -> dict[str, Any]:
 
 
 def build_ours(
-    model: nn.Module, variables: dict[str, Any], images: np.ndarray, labels: np.ndarray
+    model: nn.Module,
+    variables: dict[str, Any],
+    images: np.ndarray,
+    labels: np.ndarray,
+    trained: str = "logits",
 ) -> Side:
-    """Returns our functions; the first call of each compiles."""
+    """Returns our functions; the first call of each compiles. For `trained` see `Model`."""
     optimizer = optax.sgd(LEARNING_RATE, MOMENTUM)
     without = model.clone(dropout_rate=0.0) if hasattr(model, "dropout_rate") else model
 
@@ -116,7 +177,7 @@ def build_ours(
             rngs={"dropout": jax.random.key(0)},
             mutable=list(stats),
         )
-        loss = losses.softmax_cross_entropy(outputs["logits"], labels)
+        loss = losses.softmax_cross_entropy(outputs[trained], labels)
         return jnp.sum(loss) / jnp.sum(labels != IGNORE_LABEL), stats
 
     @partial(jax.jit, donate_argnums=(0, 1, 2))
@@ -173,7 +234,10 @@ def build_theirs(
         backward(0.0)
         for path, tensor in kept.items():  # only steps move the running statistics
             weights.stats[path].copy_(tensor)
-        return {path: tensor.grad.numpy().copy() for path, tensor in weights.params.items()}
+        return {
+            path: (torch.zeros_like(tensor) if tensor.grad is None else tensor.grad).numpy().copy()
+            for path, tensor in weights.params.items()  # frozen parameters have no gradient
+        }
 
     def step() -> None:
         backward(_RATE)
@@ -194,6 +258,7 @@ def gradients_differ(
     variables: dict[str, Any],
     images: np.ndarray,
     labels: np.ndarray,
+    trained: str = "logits",
 ) -> float:
     """The norm of the difference of all gradients over their norm, in float64.
 
@@ -203,7 +268,7 @@ def gradients_differ(
     with jax.enable_x64(True):
         variables = jax.tree.map(lambda array: array.astype(np.float64), variables)
         images = images.astype(np.float64)
-        ours = build_ours(model, variables, images, labels).gradients()
+        ours = build_ours(model, variables, images, labels, trained).gradients()
         theirs = build_theirs(twin, variables, images, labels).gradients()
     if ours.keys() != theirs.keys():
         raise ValueError(f"Parameters of one side only: {ours.keys() ^ theirs.keys()}.")
@@ -234,16 +299,16 @@ def main(
     timing.import_torch(threads=2)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, size, size, 3), np.float32)
-    network = MODELS[model].build(width, size)
+    build, twin, trained = MODELS[model]
+    network = build(width, size)
     try:
         variables = random_variables(network, images)
     except ValueError as error:
         sys.exit(f"error: --size {size}: {error}")
     outputs: Any = jax.eval_shape(partial(network.apply, train=False), variables, images)
-    labels = rng.integers(NUM_CLASSES, size=outputs["logits"].shape[:3], dtype=np.int32)
+    labels = rng.integers(NUM_CLASSES, size=outputs[trained].shape[:3], dtype=np.int32)
     labels[:, : labels.shape[1] // 8] = IGNORE_LABEL
-    twin = MODELS[model].twin
-    ours = build_ours(network, variables, images, labels)
+    ours = build_ours(network, variables, images, labels, trained)
     theirs = build_theirs(twin, variables, images, labels)
 
     difference = logits_differ(ours, theirs)
@@ -251,7 +316,7 @@ def main(
         sys.exit(f"error: logits differ by {difference:.1e} of the largest: not the same network")
     told = f"logits differ by {difference:.1e}"
     if gradients:  # of two images at most, to save memory
-        difference = gradients_differ(network, twin, variables, images[:2], labels[:2])
+        difference = gradients_differ(network, twin, variables, images[:2], labels[:2], trained)
         if not difference < 1e-5:
             sys.exit(f"error: gradients differ by {difference:.1e}: not the same network")
         told += f", gradients by {difference:.1e}"

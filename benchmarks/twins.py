@@ -1,7 +1,9 @@
 """Our networks written in torch, from our parameters, to be compared and timed against.
 
 A twin is a function (weights, images, training, dropout rate) -> logits; images and logits are
-torch tensors [B, C, H, W]. Batch normalisation takes the statistics of the batch in training.
+torch tensors [B, C, H, W]. In training it returns what the loss is taken of, for some networks the
+scores of a coarser grid, and batch normalisation takes the statistics of the batch. Dilated and
+residual networks are in `benchmarks.dilation_twins`.
 """
 
 import itertools
@@ -42,12 +44,20 @@ class Weights:
                 tensor = tensor.contiguous(memory_format=torch.channels_last)
             self.params[path] = tensor.requires_grad_()
 
-    def conv(self, name: str, x: Any, stride: int = 1, padding: int = 0, groups: int = 1) -> Any:
+    def conv(
+        self,
+        name: str,
+        x: Any,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        dilation: int = 1,
+    ) -> Any:
         """Convolves with the kernel and, where there is one, the bias of a layer."""
         from torch.nn import functional
 
         kernel, bias = self.params[f"{name}/kernel"], self.params.get(f"{name}/bias")
-        return functional.conv2d(x, kernel, bias, stride, padding, 1, groups)
+        return functional.conv2d(x, kernel, bias, stride, padding, dilation, groups)
 
     def up_conv(self, name: str, x: Any, stride: int) -> Any:
         """Convolves with fractional stride."""
@@ -56,13 +66,22 @@ class Weights:
         kernel, bias = self.params[f"{name}/kernel"], self.params.get(f"{name}/bias")
         return functional.conv_transpose2d(x, kernel, bias, stride)
 
-    def norm(self, name: str, x: Any, training: bool) -> Any:
-        """Normalises over the batch."""
+    def norm(
+        self,
+        name: str,
+        x: Any,
+        training: bool,
+        epsilon: float = _EPSILON,
+        frozen: bool = False,
+    ) -> Any:
+        """Normalises over the batch; frozen: by the running statistics, and learns nothing."""
         from torch.nn import functional
 
         mean, var = self.stats[f"{name}/mean"], self.stats[f"{name}/var"]
         scale, bias = self.params[f"{name}/scale"], self.params[f"{name}/bias"]
-        return functional.batch_norm(x, mean, var, scale, bias, training, 0.1, _EPSILON)
+        if frozen:
+            training, scale, bias = False, scale.detach(), bias.detach()
+        return functional.batch_norm(x, mean, var, scale, bias, training, 0.1, epsilon)
 
 
 def flat(tree: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -107,7 +126,7 @@ def fcn(
         return x[:, :, offset : offset + size[0], offset : offset + size[1]]
 
     def forward(weights: Weights, images: Any, training: bool, dropout_rate: float) -> Any:
-        outputs = _stack(layers, weights, images, training, dropout_rate, ceil=True)
+        outputs = stack(layers, weights, images, training, dropout_rate, ceil=True)
         x = weights.conv("score_fr", outputs["fc7"])
         for name, offset in skips:
             x = bilinear(x, 4, 2)
@@ -117,7 +136,7 @@ def fcn(
     return forward
 
 
-def _stack(
+def stack(
     layers: tuple[vgg.Layer, ...],
     weights: Weights,
     x: Any,
@@ -130,13 +149,13 @@ def _stack(
     from torch.nn import functional
 
     outputs = {}
-    for name, kernel, stride, padding, _, groups in layers:
+    for name, kernel, stride, padding, _, groups, dilation in layers:
         if name.startswith("pool"):
-            x = functional.max_pool2d(x, kernel, stride, ceil_mode=ceil)
+            x = functional.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil)
         elif name.startswith("norm"):
             x = functional.local_response_norm(x, 5, 1e-4, 0.75, 1.0)
         else:
-            x = functional.relu(weights.conv(name, x, stride, padding, groups))
+            x = functional.relu(weights.conv(name, x, stride, padding, groups, dilation))
         if name.startswith("fc"):
             x = functional.dropout(x, dropout_rate, training)
         outputs[name] = x
@@ -148,7 +167,7 @@ def hypercolumns(weights: Weights, images: Any, training: bool, dropout_rate: fl
     from torch.nn import functional
 
     table = vgg.vgg16_layers(1, 3)
-    outputs = _stack(table, weights, images, training, dropout_rate, ceil=False)
+    outputs = stack(table, weights, images, training, dropout_rate, ceil=False)
     total = 0
     for name in ("pool2", "conv4_3", "fc7"):
         scores = weights.conv(f"score_{name}", outputs[name])

@@ -8,7 +8,17 @@ from benchmarks import train_step
 pytestmark = pytest.mark.parity
 
 
-@pytest.mark.parametrize("name", ["segnet_basic", "unet_same", "hypercolumns"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "segnet_basic",
+        "unet_same",
+        "hypercolumns",
+        "dilated_basic_same",
+        "deeplab_largefov",
+        "fcn_resnet50",
+    ],
+)
 def test_a_twin_gives_our_logits(name):
     pytest.importorskip("torch")
     rng = np.random.default_rng(0)
