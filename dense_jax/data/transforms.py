@@ -31,7 +31,10 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "torchvision": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "torchvision_vgg16_features": ((123.0, 117.0, 104.0), (1.0, 1.0, 1.0)),
     "caffe": ((122.679, 116.669, 104.007), (1.0, 1.0, 1.0)),  # FCN, DeconvNet, DeepLab
-    "dilation_voc": ((116.52, 111.36, 102.93), (1.0, 1.0, 1.0)),  # fyu/dilation, VOC model
+    "dilation_voc": ((116.52, 111.36, 102.93), (1.0, 1.0, 1.0)),  # fyu/dilation's four models
+    "dilation_camvid": ((105.412, 108.778, 110.703), (1.0, 1.0, 1.0)),
+    "dilation_kitti": ((91.347, 95.551, 96.194), (1.0, 1.0, 1.0)),
+    "dilation_cityscapes": ((73.16, 82.91, 72.39), (1.0, 1.0, 1.0)),
     "fast_rcnn": ((122.7717, 115.946, 102.9801), (1.0, 1.0, 1.0)),
     "grey": ((127.5,), (64.0,)),  # about unit deviation for pictures of middling contrast
     "grey_image": ((127.5,), (64.0,)),  # only for pictures: each image has its own mean and scale

@@ -47,9 +47,20 @@ class RunConfig:
     """Difficulty of the generated images; only read when --dataset=shapes."""
     scale: float = 1.0
     """The network sees images at this multiple of their size; scores are taken at full size."""
-    normalisation: Literal["torchvision", "caffe", "none", "grey", "grey_image"] = "torchvision"
-    """What images are brought to: mean 0 and deviation 1, Caffe's 0-255 minus the mean, or one grey
-    channel of fixed scale (grey) or of mean 0 and deviation 1 in each image (grey_image)."""
+    normalisation: Literal[
+        "torchvision",
+        "caffe",
+        "none",
+        "grey",
+        "grey_image",
+        "dilation_voc",
+        "dilation_camvid",
+        "dilation_kitti",
+        "dilation_cityscapes",
+    ] = "torchvision"
+    """What images are brought to: mean 0 and deviation 1, 0-255 minus the mean of ImageNet (caffe)
+    or of a dataset (dilation_*), or one grey channel of fixed scale (grey) or of mean 0 and
+    deviation 1 in each image (grey_image)."""
     num_workers: int = 0
     """Worker processes of the input pipeline; 0 uses threads of this process."""
     num_threads: int = 2
