@@ -29,7 +29,10 @@ _TINY = 1e-20  # Pixels without neighbours have a sum of zero, which must not di
 
 @dataclasses.dataclass(frozen=True)
 class CrfParams:
-    """A CRF with two kernels; the weights may be traced, to differentiate or to search."""
+    """A CRF with two kernels; the weights may be traced, to differentiate or to search.
+
+    They may also be matrices [C, C], which messages of C labels are multiplied by from the right.
+    """
 
     w1: float = 4.0
     """Weight of the bilateral kernel, over place and colour."""
@@ -164,10 +167,17 @@ def _iterate(
 
     def step(q: jax.Array, _: None) -> tuple[jax.Array, None]:
         q = jnp.exp(q) * mask
-        messages = sum(kernel.weight * kernel.filter(q) for kernel in normalised)
+        messages = sum(_weigh(kernel.filter(q), kernel.weight) for kernel in normalised)
         return jax.nn.log_softmax(logits + messages), None
 
     return lax.scan(step, jax.nn.log_softmax(logits), length=params.iterations)[0]
+
+
+def _weigh(messages: jax.Array, weight: float | jax.Array) -> jax.Array:
+    """Multiplies messages [..., N, C] by a number, or by a matrix [C, C] from the right."""
+    if jnp.ndim(weight) == 2:
+        return jnp.dot(messages, weight, precision="highest")
+    return weight * messages
 
 
 def _normalise(kernel: _Kernel, mask: jax.Array, params: CrfParams) -> _Kernel:
