@@ -37,7 +37,8 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [..., C] to [..., C]."""
         shape = (x.shape[-1],)
-        dtype = jnp.promote_types(x.dtype, jnp.float32)  # 8-bit mantissas make no variance.
+        # 8-bit mantissas make no variance.
+        dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
         scale = self.param("scale", self.scale_init, shape).astype(dtype)
         bias = self.param("bias", init.zero, shape).astype(dtype)
         running = (

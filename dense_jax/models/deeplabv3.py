@@ -60,8 +60,7 @@ class ASPP(nn.Module):
         branches = [unit(x, "convs_0")]
         for i, rate in enumerate(self.rates, start=1):
             branches.append(unit(x, f"convs_{i}", 3, rate))
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        mean = jnp.mean(x.astype(wide), (1, 2), keepdims=True).astype(x.dtype)
+        mean = jnp.mean(x, (1, 2), keepdims=True)  # of narrow values too a float32 sum
         # torchvision counts the pooling as 0.
         mean = unit(mean, f"convs_{len(branches)}", first=1)
         branches.append(jnp.broadcast_to(mean, branches[0].shape))

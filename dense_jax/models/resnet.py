@@ -174,7 +174,7 @@ class ResNet(nn.Module):
                 )(x, train=train)
             outputs[f"layer{stage}"] = x
         if self.num_classes is not None:
-            pooled = jnp.mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), (1, 2))
+            pooled = jnp.mean(x.astype(jnp.float32), (1, 2))
             outputs["fc"] = nn.Dense(self.num_classes, name="fc")(pooled)
         return outputs
 
