@@ -22,10 +22,11 @@ import jax
 
 from dense_jax.data.dataset import Source
 from dense_jax.data.datasets.shapes import ShapesSpec
-from dense_jax.data.transforms import RandomCrop, Transform, whole_images
+from dense_jax.data.transforms import NORMALISATIONS, RandomCrop, Transform, whole_images
 from dense_jax.errors import UserError
 from dense_jax.infer.crf import with_crf
 from dense_jax.infer.tiles import overlap_tile
+from dense_jax.layers.crf_rnn import WithCrfRnn
 from dense_jax.losses import LossTerm
 from dense_jax.models.dilated import Context, ContextPad, Dilated, Pad, Pools, enlarge
 from dense_jax.ops.crf import CrfParams
@@ -103,10 +104,11 @@ class Config(RunConfig):
     # Prediction.
     tile: int = 900
     """Side of the tiles that the front end predicts in, with --front-pad=valid_reflect."""
-    post: Literal["none", "crf"] = "none"
-    """Refine with a dense CRF (Table 3, second row)."""
+    post: Literal["none", "crf", "crf_rnn"] = "none"
+    """Refine with a dense CRF, or with one that the last stage trains with the network (Table 3,
+    second and third rows)."""
     crf: CrfParams = dataclasses.field(default_factory=CrfParams)
-    """The CRF; the paper does not give its parameters."""
+    """The CRF, or where training it starts; the paper does not give its parameters."""
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no network or batch can have."""
@@ -118,7 +120,7 @@ class Config(RunConfig):
         modes = [stage.train_mode for stage in (self.first, self.second)] + [self.train_mode]
         if "context" in modes and self.context == "none":
             raise UserError("--train-mode=context trains nothing: give --context=basic or large")
-        front = build_model(self, 1).front_end()
+        front = build_network(self, 1).front_end()
         if self.front_pad == "valid_reflect":
             if self.crop is None or self.scale != 1:
                 raise UserError(
@@ -132,8 +134,16 @@ class Config(RunConfig):
                 _check_sides(self, crop, f"--crop {crop[0]} {crop[1]}")
 
 
-def build_model(config: Config, num_classes: int) -> Dilated:
-    """The network of a configuration."""
+def build_model(config: Config, num_classes: int) -> Dilated | WithCrfRnn:
+    """The network of a configuration, with a CRF behind it that is trained too if so wanted."""
+    network = build_network(config, num_classes)
+    if config.post != "crf_rnn":
+        return network
+    return WithCrfRnn(network, *NORMALISATIONS[config.normalisation], params=config.crf)
+
+
+def build_network(config: Config, num_classes: int) -> Dilated:
+    """Front end and context module."""
     return Dilated(
         num_classes,
         context="none" if config.train_mode == "front" else config.context,
@@ -154,7 +164,7 @@ def build_model(config: Config, num_classes: int) -> Dilated:
 def context_of(config: Config) -> int:
     """Pixels of reflected surroundings on each side of training images."""
     valid = config.front_pad == "valid_reflect"
-    return build_model(config, 1).front_end().context if valid else 0
+    return build_network(config, 1).front_end().context if valid else 0
 
 
 def _check_sides(config: Config, sides: tuple[int, int], what: str) -> None:
@@ -163,7 +173,7 @@ def _check_sides(config: Config, sides: tuple[int, int], what: str) -> None:
     Raises:
       UserError: a side is no whole number of strides and, where it is reflected, context.
     """
-    edge, stride = 2 * context_of(config), build_model(config, 1).front_end().stride
+    edge, stride = 2 * context_of(config), build_network(config, 1).front_end().stride
     if any(side <= edge or (side - edge) % stride for side in sides):
         raise UserError(
             f"{what}: scores at stride {stride} need sides of {edge} + {stride} m: give such a "
@@ -255,8 +265,10 @@ PRESETS = {
 
 
 def build_groups(config: Config) -> tuple[ParamGroup, ...]:
-    """Frozen parts: all but the context module with ``--train-mode=context``."""
-    return (ParamGroup(r"^(?!ctx_)", lr=0.0),) if config.train_mode == "context" else ()
+    """Frozen parts: the front end with ``--train-mode=context``; a CRF's weights do not decay."""
+    frozen = (ParamGroup(r"^(?!ctx_|crf_rnn/)", lr=0.0),) if config.train_mode == "context" else ()
+    crf = (ParamGroup(r"^crf_rnn/", decay=0.0),) if config.post == "crf_rnn" else ()
+    return (*frozen, *crf)
 
 
 def build_transforms(config: Config) -> list[Transform]:
@@ -269,17 +281,20 @@ def build_transforms(config: Config) -> list[Transform]:
     return transforms
 
 
-def build_predict(config: Config, model: Dilated) -> prediction.PredictFn:
+def build_predict(config: Config, model: Dilated | WithCrfRnn) -> prediction.PredictFn:
     """One pass, or the front end in tiles and the context module on all of them together."""
-    predict = prediction.whole_image(model, config.scale)
+    learned = model if isinstance(model, WithCrfRnn) else None
+    network: Any = learned.network if learned else model
     if config.front_pad == "valid_reflect":
-        predict = _tiled(config, model)
+        predict = _tiled(config, network, learned)
+    else:  # a learned CRF sees images at the scale that it was trained at
+        predict = prediction.whole_image(model, config.scale, sized=learned is not None)
     if config.post == "crf":
         predict = with_crf(predict, config.crf, config.normalisation)
     return predict
 
 
-def _tiled(config: Config, model: Dilated) -> prediction.PredictFn:
+def _tiled(config: Config, model: Dilated, learned: WithCrfRnn | None) -> prediction.PredictFn:
     front = model.front_end()
     front_scores = overlap_tile(
         front,
@@ -296,16 +311,24 @@ def _tiled(config: Config, model: Dilated) -> prediction.PredictFn:
             outputs: Any = model.context_module().apply(variables, scores)
             scores = outputs["ctx_final"]
         size = (images.shape[1], images.shape[2])
-        return enlarge(scores, size, front.stride, model.upsample, sizes)
+        logits = enlarge(scores, size, front.stride, model.upsample, sizes)
+        return learned.refine(variables, logits, images, sizes) if learned else logits
 
     return predict
 
 
 def test_time(config: Config) -> str:
     """What `build_predict` does, for the protocol card."""
-    if config.front_pad == "same":
-        return prediction.ONE_PASS
-    return f"tiles of {config.tile} pixels with reflected surroundings, no flips, no scales"
+    words = prediction.ONE_PASS
+    if config.front_pad == "valid_reflect":
+        words = f"tiles of {config.tile} pixels with reflected surroundings, no flips, no scales"
+    learned = f", then CRF-RNN, {config.crf.iterations} iterations"
+    return words + learned if config.post == "crf_rnn" else words
+
+
+def loss_output(config: Config) -> str:
+    """The output that is compared with the labels; a CRF has one value for each pixel."""
+    return "logits" if config.upsample_loss == "on" or config.post == "crf_rnn" else "scores"
 
 
 def stages(config: Config) -> Iterator[Config]:
@@ -320,7 +343,7 @@ def stages(config: Config) -> Iterator[Config]:
     for stage in before:
         workdir = f"{config.workdir}/{stage.train_mode}"
         given: dict[str, Any] = dataclasses.asdict(stage)
-        changes = last | {k: v for k, v in given.items() if v is not None}
+        changes = last | {"post": "none"} | {k: v for k, v in given.items() if v is not None}
         yield dataclasses.replace(config, **changes, workdir=workdir, init=init)
         init, workdir = f"run:{workdir}", f"{config.workdir}/{config.train_mode}"
     if config.train_mode == "context" and init is None:
@@ -333,7 +356,7 @@ def stages(config: Config) -> Iterator[Config]:
 
 def check_images(config: Config, source: Source) -> None:
     """Refuses whole images that do not fit the loss, before anything is built."""
-    if config.crop is None and config.upsample_loss == "off":
+    if config.crop is None and loss_output(config) == "scores":
         height, width = (max(1, round(side * config.scale)) for side in source.size(0))
         _check_sides(config, (height, width), f"images of {height}x{width} are seen whole")
 
@@ -352,7 +375,7 @@ def main(config: Config) -> TrainState:
             groups=build_groups(stage),
             predict=build_predict(stage, model),
             test_time=test_time(stage),
-            loss_terms=[LossTerm("logits" if stage.upsample_loss == "on" else "scores")],
+            loss_terms=[LossTerm(loss_output(stage))],
         )
         if int(state.step) < stage.num_steps:  # stopped by a signal: go on from here next time
             break

@@ -138,10 +138,9 @@ def test_a_network_is_refined_and_its_parameters_keep_their_names():
     np.testing.assert_array_equal(outputs["unary"], unary)
     wanted = crf.mean_field(unary, jnp.asarray(pixels[:, 1:-1, 1:-1]), PARAMS)
     np.testing.assert_allclose(outputs["logits"], wanted, atol=1e-2)
-    refined: Any = model.crf_rnn().apply(
-        {"params": variables["params"]["crf_rnn"]},
-        unary, jnp.asarray(pixels[:, 1:-1, 1:-1]), train=False,
-    )  # fmt: skip
+    # The network's logits may come from elsewhere, for images of their size.
+    sizes = jnp.array([[6, 7]] * 2)
+    refined = model.refine(variables, unary, images[:, 1:-1, 1:-1], sizes)
     np.testing.assert_allclose(refined, outputs["logits"], atol=1e-2)
 
     def loss(params):

@@ -1,6 +1,7 @@
 """The script of the dilated networks: its stages, its flags, and how it predicts."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ from dense_jax.data.datasets import shapes
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.errors import UserError
 from dense_jax.infer.crf import WithCrf
+from dense_jax.layers.crf_rnn import WithCrfRnn
 from dense_jax.losses import labels_at
+from dense_jax.ops.crf import CrfParams
 from dense_jax.tasks import prediction
 from dense_jax.train.state import num_parameters
 from experiments import dilated as script
@@ -179,3 +182,47 @@ def test_what_predicting_says_of_itself():
     assert "tiles of 404 pixels" in script.test_time(valid_config(tile=404))
     config = thin_config(post="crf")
     assert isinstance(script.build_predict(config, script.build_model(config, 3)), WithCrf)
+
+
+def test_a_learned_crf_stands_behind_the_last_stage():
+    config = thin_config(
+        post="crf_rnn", crf=CrfParams(iterations=2, sxy=8.0), workdir="run",
+        first=script.Stage("front"), second=script.Stage("context"),
+    )  # fmt: skip
+    stages = list(script.stages(config))
+    assert [stage.post for stage in stages] == ["none", "none", "crf_rnn"]
+    assert [script.loss_output(stage) for stage in stages] == ["scores", "scores", "logits"]
+    assert "CRF-RNN, 2 iterations" in script.test_time(config)
+    frozen, kept = script.build_groups(thin_config(train_mode="context", post="crf_rnn"))
+    paths = ("conv1_1/kernel", "ctx_final/kernel", "crf_rnn/compatibility")
+    assert [bool(re.search(frozen.pattern, path)) for path in paths] == [True, False, False]
+    assert [bool(re.search(kept.pattern, path)) for path in paths] == [False, False, True]
+    assert (frozen.lr, kept.lr, kept.decay) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("front_pad", ["same", "valid_reflect"])
+def test_a_learned_crf_that_learned_nothing_is_the_crf(front_pad):
+    _, batch, sizes = padded_images([(21, 40), (40, 17)])
+    changes = {"crop": (404, 404), "tile": 388} if front_pad == "valid_reflect" else {}
+    crf = CrfParams(w1=2.0, sxy=8.0, srgb=20.0, w2=1.0, sg=1.0, iterations=2)
+    config = thin_config(front_pad=front_pad, context="none", crf=crf, post="crf", **changes)
+    plain = script.build_model(config, 3).clone(axis_name=None)
+    side = 40 if front_pad == "same" else 404
+    params = contract.random_variables(plain, (1, side, side, 3))["params"]
+    wanted = jax.jit(script.build_predict(config, plain))({"params": params}, batch, sizes)
+    config = dataclasses.replace(config, post="crf_rnn")
+    learned = script.build_model(config, 3)
+    assert isinstance(learned, WithCrfRnn)
+    learned = learned.clone(network=plain)
+    start = {
+        "bilateral_weights": np.full(3, 2, np.float32),
+        "spatial_weights": np.ones(3, np.float32),
+        "compatibility": np.eye(3, dtype=np.float32),
+    }
+    variables = {"params": {**params, "crf_rnn": start}}
+    predict = script.build_predict(config, learned)
+    found = jax.jit(predict)(variables, batch, sizes)
+    for i, (height, width) in enumerate(sizes):
+        np.testing.assert_allclose(
+            np.exp(found[i, :height, :width]), np.exp(wanted[i, :height, :width]), atol=2e-3
+        )

@@ -73,25 +73,39 @@ class WithCrfRnn(nn.Module):
 
     Attributes:
       network: outputs "logits", of the size of the images or smaller, cut out of their middle.
-      mean: of the images' normalisation, RGB from 0 to 255.
-      std: likewise.
+      mean: of the images' normalisation, three numbers, RGB from 0 to 255.
+      std: their deviations, likewise.
       params, train_iterations: see `CrfRnn`.
     """
 
     network: nn.Module
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     params: CrfParams = CrfParams()
     train_iterations: int = 5
 
-    def crf_rnn(self) -> CrfRnn:
-        """Returns the CRF alone; its parameters are "crf_rnn" of the whole."""
+    def refine(
+        self, variables: Any, logits: jax.Array, images: jax.Array, sizes: jax.Array
+    ) -> jax.Array:
+        """Returns what the CRF makes of logits that the network gave in another way, as in tiles.
+
+        Args:
+          variables: of the whole.
+          logits: [B, H, W, C].
+          images: normalised RGB [B, H, W, 3].
+          sizes: int [B, 2], heights and widths in front of padding.
+        """
+        own, colours = {"params": variables["params"]["crf_rnn"]}, self._colours(images)
+        refined: Any = self._crf_rnn().apply(own, logits, colours, sizes, train=False)
+        return refined
+
+    def _crf_rnn(self) -> CrfRnn:
         return CrfRnn(self.params, self.train_iterations, name="crf_rnn", parent=None)
 
-    def colours(self, images: jax.Array) -> jax.Array:
-        """Undoes the normalisation."""
+    def _colours(self, images: jax.Array) -> jax.Array:
+        """Undoes the normalisation; integers come out as the integers that they were."""
         mean, std = (np.array(x, np.float32).reshape(1, 1, 1, 3) for x in (self.mean, self.std))
-        return images.astype(jnp.float32) * std + mean
+        return jnp.clip(jnp.round(images.astype(jnp.float32) * std + mean), 0, 255)
 
     @nn.compact
     def __call__(
@@ -111,8 +125,8 @@ class WithCrfRnn(nn.Module):
         unary = outputs["logits"]
         height, width = unary.shape[1:3]
         top, left = ((a - b) // 2 for a, b in zip(images.shape[1:3], (height, width), strict=True))
-        seen = self.colours(images)[:, top : top + height, left : left + width]
+        seen = self._colours(images)[:, top : top + height, left : left + width]
         if sizes is not None:
             sizes = jnp.round(sizes).astype(jnp.int32)
-        refined = self.crf_rnn().clone(parent=self)(unary, seen, sizes, train=train)
+        refined = self._crf_rnn().clone(parent=self)(unary, seen, sizes, train=train)
         return outputs | {"unary": unary, "logits": refined}
