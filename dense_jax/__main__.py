@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import importlib
 import pathlib
-import shlex
 import shutil
 import sys
 from typing import Annotated, Any, Literal
@@ -23,7 +21,8 @@ from dense_jax.errors import UserError
 from dense_jax.infer import predictor
 from dense_jax.ops.crf import CrfParams
 from dense_jax.sweep import command as sweep
-from dense_jax.tasks import crf_search, evaluation, prediction, semantic
+from dense_jax.tasks import crf_search, evaluation, prediction, receptive_field, semantic
+from dense_jax.tasks.networks import network
 from dense_jax.train import cli
 from dense_jax.train.config import DatasetName
 
@@ -190,26 +189,9 @@ def summary(
     """
     if min(size) < 1:
         raise UserError(f"--size {size[0]} {size[1]}: give at least 1 1")
-    if run is not None:
-        opened = runs.load(run)
-        config, model = opened.config, opened.model
-    else:
-        try:
-            module = importlib.import_module(script)
-        except ImportError as error:
-            raise UserError(f"--script={script} cannot be imported: {error}") from error
-        if not hasattr(module, "PRESETS"):
-            raise UserError(f"--script={script} has no PRESETS: give a module of experiments/")
-        if preset not in module.PRESETS:
-            raise UserError(f"--preset={preset}: {script} has {', '.join(module.PRESETS)}")
-        presets = {name: (name, value) for name, value in module.PRESETS.items()}
-        try:
-            words = shlex.split(flags)
-        except ValueError as error:
-            raise UserError(f"--flags={flags}: {error}; close it") from error
-        config = tyro.extras.overridable_config_cli(presets, args=[preset, *words])
-        model = module.build_model(config, num_classes)
-    print(cost.format_table(cost.summarise(model, (1, *size, num_channels(config.normalisation)))))
+    chosen = network(run, script, preset, flags, num_classes)
+    shape = (1, *size, num_channels(chosen.config.normalisation))
+    print(cost.format_table(cost.summarise(chosen.model, shape)))
 
 
 def main() -> None:
@@ -219,6 +201,7 @@ def main() -> None:
         "evaluate": evaluate,
         "check-data": check_data,
         "crf-search": crf_search.run,
+        "receptive-field": receptive_field.run,
         "summary": summary,
         "sweep": sweep.run,
     }

@@ -16,7 +16,7 @@ ALLOWED = {
     "data": {"data", "viz"},
     "train": {"data", "train"},
     "viz": set(),
-    "analysis": {"ops", "layers", "analysis"},
+    "analysis": {"ops", "layers", "analysis", "viz"},
     "infer": {"data", "infer", "ops", "viz"},
     "report": {"data", "viz"},
     "runs": {"data", "train"},

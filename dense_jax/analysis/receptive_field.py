@@ -329,14 +329,18 @@ def box(
 
 def random_variables(model: nn.Module, size: tuple[int, int], channels: int = 3, seed: int = 0):
     """Returns a network's variables at its start, with He's kernels where kernels start at zero."""
-    images = jnp.zeros((1, *size, channels))
-    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(seed), images)
+    variables = _start(model, (1, *size, channels), jax.random.key(seed))
     leaves, tree = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     return tree.unflatten(
         init.he(key, x.shape, x.dtype) if x.ndim > 1 and not np.any(x) else x
         for key, x in zip(keys, leaves, strict=True)
     )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(model: nn.Module, shape: tuple[int, ...], key: jax.Array) -> Any:
+    return model.init(key, jnp.zeros(shape), train=False)
 
 
 def effective_field(
@@ -348,10 +352,10 @@ def effective_field(
     output: str = "logits",
     seed: int = 0,
 ) -> np.ndarray:
-    """Returns how strongly one unit answers to each pixel: its mean absolute gradient.
+    """Returns how strongly one unit answers to each pixel: the root mean square of its gradient.
 
-    Of a unit's channels a sum with random signs is taken, a fresh one for each image, so that no
-    channel hides another. (Luo et al. set the gradient of one channel to 1.)
+    Of a unit's channels a sum with random signs is taken, fresh ones for each image, so that none
+    hides another: the mean of the squares is then that over all channels.
 
     Args:
       model: the network.
@@ -362,33 +366,45 @@ def effective_field(
       seed: of the signs.
 
     Returns:
-      float64 [H, W], at least 0; the sum over colours, the mean over images.
+      float64 [H, W], at least 0; squares are summed over colours, averaged over images.
     """
     _, *places, channels = _shapes(model, images.shape[1:3], images.shape[3])[0][output].shape
     row, column = unit or tuple(place // 2 for place in places)
     rng = np.random.default_rng(seed)
 
-    @jax.jit
-    def gradient(variables: Any, image: jax.Array, signs: jax.Array) -> jax.Array:
-        def answer(image: jax.Array) -> jax.Array:
-            outputs: Any = model.apply(variables, image[None], train=False)
-            return jnp.sum(outputs[output][0, row, column] * signs)
-
-        return jnp.sum(jnp.abs(jax.grad(answer)(image)), axis=-1)
-
     total = np.zeros(images.shape[1:3])
     for image in images:
         signs = rng.choice(np.array([-1, 1], np.float32), channels)
-        total += np.asarray(gradient(variables, jnp.asarray(image), jnp.asarray(signs)))
-    return total / len(images)
+        total += np.asarray(_squares(model, output, (row, column), variables, image, signs))
+    return np.sqrt(total / len(images))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _squares(
+    model: nn.Module,
+    output: str,
+    unit: tuple[int, int],
+    variables: Any,
+    image: jax.Array,
+    signs: jax.Array,
+) -> jax.Array:
+    """Returns the squared gradient of one unit's signed sum, [H, W]."""
+
+    def answer(image: jax.Array) -> jax.Array:
+        outputs: Any = model.apply(variables, image[None], train=False)
+        return jnp.sum(outputs[output][0, *unit] * signs)
+
+    return jnp.sum(jnp.square(jax.grad(answer)(image)), axis=-1)
 
 
 class Spread(NamedTuple):
     """Size of an effective field, in pixels.
 
     Attributes:
-      centre: mean (row, column), each pixel weighted by its value.
-      deviation: standard deviation of (rows, columns). Two to each side hold 95.45 % of a Gaussian.
+      centre: mean (row, column); each pixel weighs as the square of its value.
+      deviation: standard deviation of (rows, columns) with these weights; two to each side hold
+        95.45 % of a Gaussian. Random weights spread squares as an even kernel spreads values: n
+        layers of k x k taps give the variance n (k^2 - 1) / 12 (Luo et al., Section 2).
       side: of the square with as many pixels as have more than 4.55 % of the largest value
         (sqrt of their number; 1 - 95.45 % of the centre's value in Luo et al., Section 3).
     """
@@ -406,9 +422,9 @@ def spread(field: np.ndarray) -> Spread:
     """
     if not field.sum() > 0:
         raise ValueError("no gradient reaches the image")
-    centre, deviation = [], []
+    centre, deviation, energy = [], [], np.square(field / field.max())
     for axis in (1, 0):
-        share = field.sum(axis) / field.sum()
+        share = energy.sum(axis) / energy.sum()
         pixels = np.arange(len(share))
         centre.append(float(share @ pixels))
         deviation.append(float(np.sqrt(share @ (pixels - centre[-1]) ** 2)))
