@@ -105,7 +105,10 @@ def run(
         },
     )
     batches = prediction.eval_batches(source, config.eval_batch_size, config.normalisation)
-    with Unaries(output / "logits", batches, predict, opened.variables) as unaries:
+    unaries = Unaries(
+        output / "logits", batches, predict, opened.variables, crf_params, config.normalisation
+    )
+    with unaries:
         start = unaries.scores()
         print(f"mean IoU {start['mean_iou']:.4f} without CRF on {len(source)} {split} images")
         if np.isnan(start["mean_iou"]):
@@ -113,7 +116,7 @@ def run(
 
         def score(point: Point) -> Scores:
             began = time.perf_counter()
-            found = unaries.scores(crf_params, point, config.normalisation)
+            found = unaries.scores(point)
             return {**found, "seconds": time.perf_counter() - began}
 
         best = search(score, ranges, rounds, table)
@@ -225,10 +228,23 @@ class Unaries:
         batches: pipeline.EvalBatches,
         predict: prediction.PredictFn,
         variables: Any,
+        params: CrfParams,
+        normalisation: str,
     ) -> None:
+        """Nothing is computed before it is entered.
+
+        Args:
+          folder: of the logits, made anew and removed again.
+          batches: the images.
+          predict: the network.
+          variables: of the network.
+          params: what a setting leaves as it is.
+          normalisation: of the images.
+        """
         self._folder, self._batches = folder, batches
         self._predict, self._variables = predict, variables
-        self._steps: dict[Any, Any] = {}
+        self._params, self._normalisation = params, normalisation
+        self._steps: dict[float | None, Any] = {}
 
     def __enter__(self) -> "Unaries":
         shutil.rmtree(self._folder, ignore_errors=True)  # of a search that was killed
@@ -247,47 +263,38 @@ class Unaries:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def scores(
-        self,
-        params: CrfParams | None = None,
-        point: Point = (),
-        normalisation: str = "none",
-    ) -> Scores:
-        """Mean IoU and pixel accuracy after a CRF, or without one.
+    def scores(self, point: Point | None = None) -> Scores:
+        """Mean IoU and pixel accuracy with the CRF of a setting, or without one.
 
-        Args:
-          params: the CRF, or None.
-          point: the values of `AXES`; nothing is compiled anew for others.
-          normalisation: of the images.
+        Only another sg, whose filter is cut off somewhere, is compiled anew.
         """
-        key = params, normalisation
-        if key not in self._steps:
-            self._steps[key] = _counts_step(params, normalisation)
-        values = tuple(np.float32(value) for value in point)
+        *values, sg = point or (None,)
+        if sg not in self._steps:
+            self._steps[sg] = self._counts_step(sg)
+        numbers = tuple(np.float32(value) for value in values)
         confusion = None
         for number, batch in enumerate(self._batches):
             arrays = {name: batch[name] for name in ("images", "labels", "size")}
             arrays["logits"] = np.load(self._folder / f"{number}.npy")
-            counts, _ = self._steps[key](values, shard(arrays))
+            counts, _ = self._steps[sg](numbers, shard(arrays))
             confusion = metrics.add(confusion, jax.device_get(counts))
         if confusion is None:
             raise UserError("the split to search on has no images")
         summary = metrics.summarise(confusion)
         return {name: summary[name] for name in ("mean_iou", "pixel_accuracy")}
 
+    def _counts_step(self, sg: float | None) -> Any:
+        """(values of `AXES` but sg, batch with logits) -> confusion [C, C], over all devices."""
 
-def _counts_step(params: CrfParams | None, normalisation: str) -> Any:
-    """(values of `AXES`, batch with logits) -> confusion [C, C], over all devices."""
+        def counts(values: tuple[jax.Array, ...], batch: Batch) -> tuple[Any, Any]:
+            logits = batch["logits"]
+            if sg is not None:
+                crf = at(self._params, (*values, sg))
+                logits = refine(logits, batch["images"], batch["size"], crf, self._normalisation)
+            predictions = jnp.argmax(logits, axis=-1)
+            return metrics.confusion_counts(batch["labels"], predictions, logits.shape[-1]), {}
 
-    def counts(values: tuple[jax.Array, ...], batch: Batch) -> tuple[Any, Any]:
-        logits = batch["logits"]
-        if params is not None:
-            crf = at(params, values)
-            logits = refine(logits, batch["images"], batch["size"], crf, normalisation)
-        predictions = jnp.argmax(logits, axis=-1)
-        return metrics.confusion_counts(batch["labels"], predictions, logits.shape[-1]), {}
-
-    return eval_step(counts)
+        return eval_step(counts)
 
 
 class Spread:
