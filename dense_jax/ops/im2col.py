@@ -144,8 +144,15 @@ def _accumulator(rows: int, columns: int, dtype: jax.typing.DTypeLike) -> jax.Ar
     return jnp.zeros((rows, columns), jnp.float32 if is_short else dtype)
 
 
-def kernel_gradient(x: jax.Array, grad: jax.Array, w: Windows) -> jax.Array:
-    """Returns the gradient [kh, kw, C, C_out] of a convolution; a block of rows at a time."""
+def kernel_gradient(x: jax.Array, grad: jax.Array, w: Windows, groups: int = 1) -> jax.Array:
+    """Returns the gradient [kh, kw, C / groups, C_out] of a convolution; some rows at a time."""
+    if groups > 1:
+
+        def split(values: jax.Array) -> jax.Array:
+            return jnp.moveaxis(values.reshape(*values.shape[:3], groups, -1), 3, 0)
+
+        parts = lax.map(lambda part: kernel_gradient(part[0], part[1], w), (split(x), split(grad)))
+        return jnp.moveaxis(parts, 0, 3).reshape(*parts.shape[1:4], grad.shape[3])
     blocks = _Blocks.of(grad, x, w, _BLOCK)
 
     def add_block(i: jax.Array, total: jax.Array) -> jax.Array:
