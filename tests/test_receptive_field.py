@@ -18,7 +18,17 @@ from dense_jax.analysis.reach_rules import Seen
 from dense_jax.errors import UserError
 from dense_jax.layers import init
 from dense_jax.layers.conv import Conv, UpConv
-from dense_jax.models import deconvnet, fcn, hypercolumns, resnet, segnet, unet, vgg
+from dense_jax.models import (
+    deconvnet,
+    deeplab,
+    dilated,
+    fcn,
+    hypercolumns,
+    resnet,
+    segnet,
+    unet,
+    vgg,
+)
 from dense_jax.ops.pool import max_pool
 from dense_jax.ops.resize import resize_bilinear, resize_nearest
 from dense_jax.tasks import receptive_field as command
@@ -58,6 +68,13 @@ def test_vgg_poolings(number):
         (unet.unet, {"num_classes": 2}, "d4c", 140, 16, 69.5),
         (unet.unet, {"num_classes": 2}, "logits", 204, 1, 92),
         (segnet.SegNetBasic, {"num_classes": 11}, "pool4", 106, 16, 7.5),
+        (dilated.front_end, {"num_classes": 21}, "final", 380, 8, 189.5),
+        (dilated.dilated_large, {"num_classes": 21}, "scores", 908, 8, 189.5),
+        (dilated.dilation7, {"num_classes": 19}, "scores", 652, 8, 189.5),
+        (dilated.dilation10, {"num_classes": 19}, "scores", 2444, 8, 189.5),
+        (deeplab.deeplab_vgg_largefov, {"num_classes": 21}, "pool5", 227, 8, 0),
+        (deeplab.deeplab_largefov, {"num_classes": 21}, "scores", 435, 8, 0),
+        (deeplab.deeplab_vgg_aspp_l, {"num_classes": 21}, "scores", 611, 8, 0),
         (resnet.resnet50, {}, "layer4", 427, 32, 0),
         (resnet.resnet50, {"output_stride": 16}, "layer4", 427, 16, 0),
         (resnet.resnet50, {"output_stride": 8}, "layer4", 427, 8, 0),

@@ -8,7 +8,8 @@ indices, interpolation matrices: computed, but only when asked for) or free (par
 No layer is known by name: a program is understood if it is made of the operations below, and what
 is not understood says which operation it was.
 
-What counts is what a gradient passes: comparisons, indices and switches pass nothing on.
+What counts is what a gradient passes: comparisons, indices and switches pass nothing on. Where
+training stops a gradient (`stop_gradient`), the value goes on all the same.
 
 Rows and columns are followed apart from each other, and along an axis on which bounds do not vary
 one copy is kept, so that an image of thousands of pixels costs as much as one of its rows. The
@@ -73,7 +74,7 @@ def trace(program: core.ClosedJaxpr, image: int) -> Trace:
     return Trace(outputs, walk.joins, walk.notes.widest, walk.notes.is_global)
 
 
-_FLAT = frozenset({"ceil", "floor", "round", "sign", "stop_gradient"})  # Their gradient is zero.
+_FLAT = frozenset({"ceil", "floor", "round", "sign"})  # Their gradient is zero.
 _JOINS = frozenset({"add", "add_any", "sub", "max", "min", "concatenate"})
 _CALLS = {  # Primitives that call a program, and the parameter that holds it.
     "checkpoint": "jaxpr",

@@ -155,7 +155,7 @@ def analyse(model: nn.Module, *, channels: int = 3) -> Analysis:
         found, enough = _best(model, least, channels)
         if enough <= found.side:
             return found
-        least = max(2 * found.side, 32 * math.ceil(enough / 25))  # More: fields were cut off.
+        least = 32 * math.ceil(enough / 25)  # More, as in a small image fields are cut off.
     raise UserError(f"images of {_LAST_SIDE} pixels are too small for the network's fields")
 
 
@@ -266,7 +266,7 @@ def _axis(bounds: np.ndarray, side: int, is_global: bool) -> Axis:
         if np.all(steps == steps[0, 0]) and np.all(np.diff(middle) == 1):
             stride = float(steps[0, 0]) / period
             first = np.mean(centres[:period] - stride * middle[:period])
-            return Axis(size, stride, float(first), True)
+            return Axis(size, stride, round(float(first), 6) + 0.0, True)  # Never minus zero.
     if len(middle) == 1:
         return Axis(size, math.nan, float(centres[0]), True)
     stride, first = np.polyfit(middle, centres, 1)

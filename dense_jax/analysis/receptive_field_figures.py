@@ -27,8 +27,8 @@ def panel(
 ) -> np.ndarray:
     """Draws an effective field over an image, uint8 [h, width, 3].
 
-    The brighter, the larger the field's value. White: all that the unit sees. Green, dashed: two
-    standard deviations around the mean, as of `spread`.
+    The brighter, the larger the field's value (its root, or tails would be black). White: all that
+    the unit sees. Green, dashed: two standard deviations around the mean, as of `spread`.
 
     Args:
       image: uint8 [H, W, 3].
@@ -39,7 +39,7 @@ def panel(
       words: written under the title; by default both sizes.
     """
     found = receptive_field.spread(field)
-    share = field / field.max()
+    share = np.sqrt(field / field.max())
     grey = 0.35 * (image @ np.array([0.299, 0.587, 0.114]))[..., None]
     blended = grey * (1 - share[..., None]) + viz.heat(share, 1.0) * share[..., None]
     scale, gap = width / image.shape[1], 44
@@ -112,7 +112,7 @@ def growth(
             for i, images in enumerate(noise)
         ]
         box = receptive_field.box(model, (size, size), output="out")
-        rates = " ".join(map(str, sorted(set(dilations)) if len(dilations) > 8 else dilations))
+        rates = " ".join(map(str, dilations if len(set(dilations)) > 1 else dilations[:1]))
         title = f"{len(dilations)} layers, dilation {rates}"
         panels.append(panel(black, np.mean(fields, axis=0), box, title, width=300))
     return viz.contact_sheet(panels, columns=len(panels), gap=12)
