@@ -70,13 +70,11 @@ def test_vgg_poolings(number):
         (segnet.SegNetBasic, {"num_classes": 11}, "pool4", 106, 16, 7.5),
         (dilated.front_end, {"num_classes": 21}, "final", 380, 8, 189.5),
         (dilated.dilated_large, {"num_classes": 21}, "scores", 908, 8, 189.5),
-        (dilated.dilation7, {"num_classes": 19}, "scores", 652, 8, 189.5),
         (dilated.dilation10, {"num_classes": 19}, "scores", 2444, 8, 189.5),
         (deeplab.deeplab_vgg_largefov, {"num_classes": 21}, "pool5", 227, 8, 0),
         (deeplab.deeplab_largefov, {"num_classes": 21}, "scores", 435, 8, 0),
         (deeplab.deeplab_vgg_aspp_l, {"num_classes": 21}, "scores", 611, 8, 0),
         (resnet.resnet50, {}, "layer4", 427, 32, 0),
-        (resnet.resnet50, {"output_stride": 16}, "layer4", 427, 16, 0),
         (resnet.resnet50, {"output_stride": 8}, "layer4", 427, 8, 0),
         (resnet.resnet101, {}, "layer4", 971, 32, 0),
         (resnet.resnet50, {"stride_in": "1x1"}, "layer4", 483, 32, 0),
@@ -213,7 +211,7 @@ def positive(model, size, channels=1):
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.lists(LAYER, min_size=1, max_size=4))
 def test_every_unit_of_a_random_network_against_brute_force(layers):
     model = Chain(tuple(layers))
