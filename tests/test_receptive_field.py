@@ -70,6 +70,7 @@ def test_vgg_poolings(number):
         (segnet.SegNetBasic, {"num_classes": 11}, "pool4", 106, 16, 7.5),
         (dilated.front_end, {"num_classes": 21}, "final", 380, 8, 189.5),
         (dilated.dilated_large, {"num_classes": 21}, "scores", 908, 8, 189.5),
+        (dilated.dilation7, {"num_classes": 19}, "scores", 652, 8, 189.5),
         (dilated.dilation10, {"num_classes": 19}, "scores", 2444, 8, 189.5),
         (deeplab.deeplab_vgg_largefov, {"num_classes": 21}, "pool5", 227, 8, 0),
         (deeplab.deeplab_largefov, {"num_classes": 21}, "scores", 435, 8, 0),
