@@ -17,12 +17,16 @@ potentials", NeurIPS 2011, arXiv:1210.5644; Chen et al., "DeepLab", arXiv:1606.0
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from dense_jax.ops import permutohedral
 
 _TINY = 1e-20  # Pixels without neighbours have a sum of zero, which must not divide.
 
@@ -124,24 +128,46 @@ def mean_field(
     if sizes.shape != (batch, 2):
         raise ValueError(f"Expected sizes {(batch, 2)}, received {sizes.shape}.")
 
-    def one(inputs):
+    def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         logits, image, size = inputs
-        places, colours = _features(height, width, image)
         is_inside = (jnp.arange(height)[:, None] < size[0]) & (jnp.arange(width) < size[1])[None]
-        kernels = []
-        for weight, features in (
-            (params.w1, (places / params.sxy, colours / params.srgb)),
-            (params.w2, (places / params.sg,)),
-        ):
-            matrix = _gaussian(jnp.concatenate(features, axis=-1).reshape(height * width, -1))
-            kernels.append(
-                _Kernel(weight, lambda q, k=matrix: jnp.dot(k, q, precision="highest"), 1.0)
-            )
-        mask = is_inside.astype(jnp.float32).reshape(height * width, 1)
-        flat = logits.astype(jnp.float32).reshape(height * width, channels)
-        return _iterate(flat, mask, kernels, params).reshape(logits.shape)
+        is_inside = is_inside.reshape(height * width, 1)
+        places, colours = _features(height, width, image)
+        features = jnp.concatenate([places / params.sxy, colours / params.srgb], axis=-1)
+        features = features.reshape(height * width, -1)
+        # What is beyond is put onto the first pixel: corners of its own would carry others' values.
+        features = jnp.where(is_inside, features, features[:1])
+        spatial = _Kernel(params.w2, lambda q: _blur(q, (height, width), params.sg), 1.0)
+
+        def run(filter_: permutohedral.Filter) -> jax.Array:
+            own = permutohedral.self_weights(features)
+            kernels = [_Kernel(params.w1, filter_, own), spatial]
+            flat = logits.astype(jnp.float32).reshape(height * width, channels)
+            return _iterate(flat, is_inside.astype(jnp.float32), kernels, params)
+
+        return permutohedral.with_filter(features, run).reshape(logits.shape)
 
     return lax.map(one, (logits, images, sizes))
+
+
+def _blur(values: jax.Array, size: tuple[int, int], sigma: float) -> jax.Array:
+    """Sums over all pixels, times exp(-|p_i - p_j|^2 / (2 sigma^2)); [H W, C] to [H W, C].
+
+    Left out is what is farther than 4 sigma along an axis.
+    """
+    (height, width), channels = size, values.shape[1]
+    radius = math.ceil(4 * sigma)
+    taps = [math.exp(-((i / sigma) ** 2) / 2) for i in range(-radius, radius + 1)]
+    # As a matrix of rows, for XLA makes the best code where what it runs along is long. The
+    # barriers keep it from testing for the padding at every tap.
+    length = width * channels
+    values = values.reshape(height, length)
+    padded = lax.optimization_barrier(jnp.pad(values, ((0, 0), (radius * channels,) * 2)))
+    along = (tap * padded[:, i * channels :][:, :length] for i, tap in enumerate(taps))
+    values = functools.reduce(jnp.add, along)
+    padded = lax.optimization_barrier(jnp.pad(values, ((radius, radius), (0, 0))))
+    across = (tap * padded[i : i + height] for i, tap in enumerate(taps))
+    return functools.reduce(jnp.add, across).reshape(height * width, channels)
 
 
 def _features(height: int, width: int, image: jax.Array) -> tuple[jax.Array, jax.Array]:
