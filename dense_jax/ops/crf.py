@@ -133,21 +133,34 @@ def mean_field(
         is_inside = (jnp.arange(height)[:, None] < size[0]) & (jnp.arange(width) < size[1])[None]
         is_inside = is_inside.reshape(height * width, 1)
         places, colours = _features(height, width, image)
-        features = jnp.concatenate([places / params.sxy, colours / params.srgb], axis=-1)
+        # Places last: the lattice keeps together in memory what is close in the last features.
+        features = jnp.concatenate([colours / params.srgb, places / params.sxy], axis=-1)
         features = features.reshape(height * width, -1)
         # What is beyond is put onto the first pixel: corners of its own would carry others' values.
         features = jnp.where(is_inside, features, features[:1])
-        spatial = _Kernel(params.w2, lambda q: _blur(q, (height, width), params.sg), 1.0)
+        blur = functools.partial(_blur, size=(height, width), sigma=params.sg)
+        spatial = _Kernel(params.w2, functools.partial(_apart, blur), 1.0)
 
         def run(filter_: permutohedral.Filter) -> jax.Array:
             own = permutohedral.self_weights(features)
-            kernels = [_Kernel(params.w1, filter_, own), spatial]
+            kernels = [_Kernel(params.w1, functools.partial(_apart, filter_), own), spatial]
             flat = logits.astype(jnp.float32).reshape(height * width, channels)
             return _iterate(flat, is_inside.astype(jnp.float32), kernels, params)
 
         return permutohedral.with_filter(features, run).reshape(logits.shape)
 
     return lax.map(one, (logits, images, sizes))
+
+
+def _apart(function: Callable[[jax.Array], jax.Array], values: jax.Array) -> jax.Array:
+    """Returns function(values), with values and result stored.
+
+    XLA on CPUs would merge the filters with what is around them, barriers or not, and so work out
+    exponentials once for each tap, and each filter three times for one softmax. It leaves branches
+    alone; this one asks whether the values are numbers, for otherwise the result is none either.
+    """
+    is_number = values[0, 0] == values[0, 0]
+    return lax.cond(is_number, function, lambda v: jnp.full_like(v, jnp.nan), values)
 
 
 def _blur(values: jax.Array, size: tuple[int, int], sigma: float) -> jax.Array:
@@ -191,12 +204,12 @@ def _iterate(
     """Runs mean field on [..., N, C] logits, where mask [..., N, 1] is 1 and not 0."""
     normalised = [_normalise(kernel, mask, params) for kernel in kernels]
 
-    def step(q: jax.Array, _: None) -> tuple[jax.Array, None]:
-        q = jnp.exp(q) * mask
-        messages = sum(_weigh(kernel.filter(q), kernel.weight) for kernel in normalised)
-        return jax.nn.log_softmax(logits + messages), None
+    def step(scores: jax.Array, _: None) -> tuple[jax.Array, None]:
+        q = jax.nn.softmax(scores) * mask
+        messages = (_weigh(kernel.filter(q), kernel.weight) for kernel in normalised)
+        return functools.reduce(jnp.add, messages, logits), None
 
-    return lax.scan(step, jax.nn.log_softmax(logits), length=params.iterations)[0]
+    return jax.nn.log_softmax(lax.scan(step, logits, length=params.iterations)[0])
 
 
 def _weigh(messages: jax.Array, weight: float | jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ Eurographics 2010.
 import functools
 import itertools
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -28,7 +29,6 @@ from scipy import sparse
 _FAN = 8  # What a node of the splat's tree adds up.
 _SHARES = (16, 8, 4, 2, 1)  # A capacity for corners each, as a fraction of the worst case.
 _FEW = 1 << 16  # Up to so many corners one capacity is enough: compiling takes longer than padding.
-_MASK = (1 << 64) - 1
 T = TypeVar("T")
 Filter = Callable[[jax.Array], jax.Array]
 
@@ -42,7 +42,7 @@ class Simplices(NamedTuple):
 
 
 class Lattice(NamedTuple):
-    """The corners in use, numbered from 1 as points meet them; 0 is one that is always zero.
+    """The corners in use, numbered from 1; 0 is one that is always zero.
 
     Arrays have the size of the worst case, E = N D corners, and mean something up to what is used.
     """
@@ -176,35 +176,39 @@ def _build(simplices: Simplices) -> Lattice:
 def _build_on_host(simplices: Simplices) -> Lattice:
     origin, path, weights = (np.asarray(a) for a in simplices)
     count, sides = path.shape
-    entries = count * sides
-    # Corners are told apart by a linear hash of their coordinates in 64 bits, so that one step
-    # along the lattice adds a constant. Of n corners two meet with probability n^2 / 2^65.
-    hashes = np.random.default_rng(0).integers(_MASK, size=sides + 1, dtype=np.uint64)
-    hashes, scramble = hashes[:sides], hashes[sides]
-    steps = np.sum(hashes) - np.uint64(sides) * hashes
-    places = origin.astype(np.int64).view(np.uint64) @ hashes
-    code = path @ (sides ** np.arange(sides))
+    dims, entries = sides - 1, count * sides
+    # Coordinates sum to 0 at step 0, so all but the first tell corners apart. They are the digits
+    # of one number, to which a step along the lattice adds a constant. The last is the highest: it
+    # is of the last feature alone, so that in the order of these numbers neighbours lie close in
+    # memory, slab after slab. A walk stays within D of its origin, and a neighbour too.
+    spans = origin.max(axis=0).astype(np.int64) - origin.min(axis=0) + 4 * sides
+    digits = np.concatenate([[0, 1], np.cumprod(spans[1:-1], dtype=np.int64)])
+    if np.prod(spans[1:].astype(float)) * sides**dims > 2.0**62:
+        raise ValueError(f"The points span too many deviations: {spans} steps of the lattice.")
+    steps = np.sum(digits) - sides * digits
+    places = (origin - origin.min(axis=0)).astype(np.int64) @ digits
     # Points that share a simplex are many, and share its corners.
-    _, first, inverse = _unique(places + scramble * code.astype(np.uint64))
-    keys = np.empty((len(first), sides), np.uint64)
+    code = path[:, :dims] @ sides ** np.arange(dims)
+    _, first, inverse = _unique(places * sides**dims + code)
+    keys = np.empty((len(first), sides), np.int64)
     keys[:, 0] = places[first]
     keys[:, 1:] = steps[path[first, :-1]]
-    keys, first, numbers = _unique(np.cumsum(keys, axis=1, dtype=np.uint64).ravel())
+    keys, _, numbers = _unique(np.cumsum(keys, axis=1).ravel())
     total = len(keys)
-    # Numbered in the order of their points, neighbours lie close together in memory.
-    by_point = np.empty(total, np.int32)
-    by_point[np.argsort(first)] = np.arange(1, total + 1, dtype=np.int32)
-    corners = by_point[numbers].reshape(-1, sides)[inverse]
+    corners = (numbers + 1).reshape(-1, sides)[inverse]
 
     neighbours = np.zeros((sides, 2, entries + 1), np.int32)
-    for (ahead, behind), step in zip(neighbours, steps, strict=True):
+
+    def link(ends: np.ndarray, step: np.int64) -> None:
         wanted = keys + step
         found = np.searchsorted(keys, wanted)
         found[found == total] = 0
-        is_there = keys[found] == wanted
-        here, there = by_point[is_there], by_point[found[is_there]]
-        ahead[here], behind[there] = there, here
+        here = np.flatnonzero(keys[found] == wanted)
+        there = found[here] + 1
+        ends[0, here + 1], ends[1, there] = there, here + 1
 
+    with futures.ThreadPoolExecutor() as pool:
+        list(pool.map(link, neighbours, steps))
     matrix = sparse.csr_matrix(
         (weights.ravel(), corners.ravel(), np.arange(0, entries + 1, sides, dtype=np.int32)),
         shape=(count, total + 1),
