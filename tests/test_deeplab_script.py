@@ -1,6 +1,7 @@
 """What experiments/deeplab.py makes of its flags; every value of each is in test_experiments."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def rates(config):
     optimizer = build_optimizer(config, deeplab.build_groups(config))
     grads = jax.tree.map(lambda _: np.float32(1), params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    flat = traverse_util.flatten_dict(updates, sep="/")
+    flat: dict[str, Any] = traverse_util.flatten_dict(updates, sep="/")
     return {name: -float(update) for name, update in flat.items()}
 
 

@@ -35,7 +35,12 @@ def make_batch(number):
 
 
 # A large rate and scores that start above zero, so that a wrong gradient or mask shows.
-_COMMON = {"schedule": "constant", "optimizer": "sgd", "learning_rate": 0.1, "accumulate": 2}
+_COMMON: dict[str, Any] = {
+    "schedule": "constant",
+    "optimizer": "sgd",
+    "learning_rate": 0.1,
+    "accumulate": 2,
+}
 _CHANGES = {fcn: {"score_init": "normal", "dropout_rate": 0.5}, segnet: {"dropout": "enc_dec"}}
 
 

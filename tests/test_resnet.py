@@ -278,7 +278,8 @@ def test_frozen_normalisation_trains_kernels_alone():
     expected = run(model, variables, images)["layer4"]
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_equal(state["batch_stats"], variables["batch_stats"])
-    for path, grad in traverse_util.flatten_dict(grads).items():
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(grads)
+    for path, grad in flat.items():
         assert np.any(grad) == (path[-1] == "kernel"), path
 
 

@@ -1,6 +1,7 @@
 """Our parameters under torchvision's names and in torch's layout, by one rule."""
 
 import re
+from typing import Any
 
 from flax import traverse_util
 
@@ -19,7 +20,7 @@ def torch_name(path):
     return ".".join([*(re.sub(r"_(\d)", r".\1", name) for name in modules), _KINDS[kind]])
 
 
-def torch_leaves(variables):
+def torch_leaves(variables) -> dict[str, Any]:
     """{torchvision's name: leaf}; the leaves may be shapes only."""
     trees = [traverse_util.flatten_dict(variables[name]) for name in ("params", "batch_stats")]
     return {torch_name(path): leaf for tree in trees for path, leaf in tree.items()}
