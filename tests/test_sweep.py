@@ -245,6 +245,20 @@ def test_nothing_finished_is_still_a_table(tmp_path):
     assert r"x|y\textasciitilde{} & --" in (tmp_path / "table.tex").read_text()
 
 
+def test_the_score_without_crf_is_shown_where_there_is_one(tmp_path):
+    refined = tables.Result(
+        0, {"mean_iou": 0.5, "mean_iou_before_crf": 0.475}, {}, 1.0, 1.0, tmp_path
+    )
+    rows = [tables.Row({"post": "none"}, ["c"], [], []), tables.Row({"post": "crf"}, ["c"], [], [])]
+    tables.write(tmp_path, "t", [], rows[:1])
+    assert "CRF" not in (tmp_path / "table.md").read_text()
+    rows[1].results.append(refined)
+    tables.write(tmp_path, "t", [], rows)
+    written = (tmp_path / "table.md").read_text()
+    assert "| Mean IoU without CRF % |" in written
+    assert "| 47.5 |" in written
+
+
 def test_other_rules_are_scored_by_evaluate(tmp_path, ran, monkeypatch):
     scoring = results.Scoring("test", "zero", "distance")
     (item,) = planned(tmp_path, vary=("stride=8",))

@@ -18,7 +18,9 @@ _SHARES = {  # scores in [0, 1], shown in percent
     "mean_accuracy": "Class average",
     "pixel_accuracy": "Global accuracy",
     "boundary_f1": "Boundary F1",
+    "mean_iou_before_crf": "Mean IoU without CRF",
 }
+_WITH_CRF = ("mean_iou_before_crf",)  # shown where a run has it
 _CSV_ONLY = ("frequency_weighted_iou", "loss")
 _DOT, _BAND, _GREY = "#1d4e89", "#93b4d8", "#6b7280"
 
@@ -113,9 +115,10 @@ _CLASS_NOTE = "Per class: IoU in percent of the first row, then differences to i
 
 def _main_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     extra = [name for name in _score_names(rows) if name not in (*_SHARES, *_CSV_ONLY)]
+    shares = _shares(rows)
     heads = [
         *rows[0].settings,
-        *(f"{title} %" for title in _SHARES.values()),
+        *(f"{_SHARES[name]} %" for name in shares),
         *(name.replace("_", " ") for name in extra),
         *("Parameters", "GFLOPs", "Time", "Images/s", "Runs"),
     ]
@@ -125,7 +128,7 @@ def _main_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         rate, _ = mean_and_spread([r.images_per_second for r in row.results])
         return [
             *row.settings.values(),
-            *(_score(row.scores(name), "{:.1f}", 100) for name in _SHARES),
+            *(_score(row.scores(name), "{:.1f}", 100) for name in shares),
             *(_score(row.scores(name), "{:.4g}") for name in extra),
             _NONE if row.parameters is None else f"{row.parameters:,}",
             _NONE if row.flops is None else f"{row.flops / 1e9:,.3g}",
@@ -169,6 +172,11 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def _shares(rows: Sequence[Row]) -> list[str]:
+    found = _score_names(rows)
+    return [name for name in _SHARES if name not in _WITH_CRF or name in found]
+
+
 def _score_names(rows: Sequence[Row]) -> list[str]:
     return _names(r.scores for row in rows for r in row.results)
 
@@ -180,7 +188,7 @@ def _names(mappings: Iterable[Iterable[str]]) -> list[str]:
 
 def _csv(rows: Sequence[Row]) -> str:
     """Raw numbers: fractions, seconds; empty where there is none."""
-    names = _names([_SHARES, _score_names(rows)])
+    names = _names([_shares(rows), _score_names(rows)])
     classes = _names(r.iou for row in rows for r in row.results)
     first = {name: mean_and_spread(rows[0].iou(name))[0] for name in classes}
     table = [
@@ -279,7 +287,7 @@ def _latex_text(text: str) -> str:
 
 def _plot(rows: Sequence[Row]) -> str:
     """An SVG with a panel for each score: runs as dots, their mean, a band of ± one deviation."""
-    names = [name for name in _names([_SHARES, _score_names(rows)]) if name not in _CSV_ONLY]
+    names = [name for name in _names([_shares(rows), _score_names(rows)]) if name not in _CSV_ONLY]
     names = [name for name in names if any(row.scores(name) for row in rows)]
     left = 16 + 6.4 * max(len(row.label) for row in rows)
     wide, high, across = 190, 22 * len(rows) + 62, 4
