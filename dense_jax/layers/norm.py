@@ -1,73 +1,43 @@
 """Normalisation layers."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dense_jax.layers import init
 
+class BatchNorm(nn.BatchNorm):
+    """Flax's batch normalisation of [..., C], computed in float32 or wider and able to be frozen.
 
-class BatchNorm(nn.Module):
-    """Batch normalisation of [..., C], channel by channel; parameters "scale" and "bias" [C].
-
-    y = scale (x - mean) / sqrt(var + epsilon) + bias, computed in float32 or wider and returned in
-    the dtype of x. In training mean and variance are those of the batch, over all devices, and
-    their running averages are kept as "mean" and "var" in "batch_stats"; otherwise these are used.
-    The variance is the biased one, also in the running average, where torch takes the unbiased.
+    The result has the dtype of x. The running variance is that of the biased one, where torch's is
+    of the unbiased; momentum is the decay of the averages, 1 - torch's.
 
     Attributes:
-      frozen: always use the running averages and leave them, scale and bias as they are: no
-        gradient reaches these parameters.
-      momentum: decay of the running averages; 0.9 here is 0.1 in torch.
-      epsilon: added to the variance.
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
-      scale_init: initialiser of the scale.
+      frozen: use the running averages in training too and leave them, scale and bias as they are:
+        no gradient reaches these parameters.
 
     Reference: Ioffe, Szegedy, ICML 2015, arXiv:1502.03167, Algorithms 1 and 2.
     """
 
     frozen: bool = False
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-    axis_name: str | None = None
-    scale_init: init.Initializer = jax.nn.initializers.ones
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __post_init__(self) -> None:
+        """Lets nothing else ask for the statistics of a batch."""
+        self.use_running_average = self.frozen or self.use_running_average
+        super().__post_init__()
+
+    def param(self, *args: Any, **kwargs: Any) -> Any:
+        """The parameter, which no gradient reaches where it is frozen."""
+        value = super().param(*args, **kwargs)
+        return lax.stop_gradient(value) if self.frozen else value
+
+    def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
         """Maps [..., C] to [..., C]."""
-        shape = (x.shape[-1],)
         # 8-bit mantissas make no variance.
-        dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-        scale = self.param("scale", self.scale_init, shape).astype(dtype)
-        bias = self.param("bias", init.zero, shape).astype(dtype)
-        running = (
-            self.variable("batch_stats", "mean", jnp.zeros, shape),
-            self.variable("batch_stats", "var", jnp.ones, shape),
-        )
-        if self.frozen:
-            scale, bias = lax.stop_gradient((scale, bias))
-        y = x.astype(dtype)
-        if train and not self.frozen and not self.is_initializing():
-            statistics = _statistics(y, self.axis_name)
-            for average, new in zip(running, statistics, strict=True):
-                new = new.astype(average.value.dtype)
-                average.value = self.momentum * average.value + (1 - self.momentum) * new
-        else:
-            statistics = tuple(average.value.astype(dtype) for average in running)
-        mean, var = statistics
-        channels = (1,) * (x.ndim - 1) + shape
-        factor = (scale * lax.rsqrt(var + self.epsilon)).reshape(channels)
-        y = (y - mean.reshape(channels)) * factor + bias.reshape(channels)
-        return y.astype(x.dtype)
-
-
-def _statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and biased variance of each channel over all devices."""
-    axes = tuple(range(x.ndim - 1))
-    moments = jnp.stack([jnp.mean(x, axes), jnp.mean(x * x, axes)])
-    mean, square = moments if axis_name is None else lax.pmean(moments, axis_name)
-    return mean, jnp.maximum(square - mean * mean, 0)  # rounding may leave less than nothing
+        wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+        return super().__call__(wide, **options).astype(x.dtype)
 
 
 class LocalResponseNorm(nn.Module):

@@ -19,6 +19,7 @@ from jax import lax
 
 from dense_jax.layers import init
 from dense_jax.layers.conv import Conv, up_conv
+from dense_jax.layers.norm import BatchNorm
 from dense_jax.models import vgg
 from dense_jax.ops.pool import max_pool_with_switches, max_unpool
 from dense_jax.ops.resize import resize_bilinear
@@ -112,7 +113,7 @@ class DeconvNet(nn.Module):
 
         def finish(name: str, norm_name: str, x: jax.Array) -> jax.Array:
             if self.bn:
-                norm = nn.BatchNorm(
+                norm = BatchNorm(
                     use_running_average=not train,
                     momentum=self.bn_momentum,
                     epsilon=1e-9,  # this and the bias as in the release
@@ -120,8 +121,7 @@ class DeconvNet(nn.Module):
                     axis_name=self.axis_name,
                     name=norm_name,
                 )
-                # In float32: half precision has no use for variances of a few units.
-                x = norm(x if self.dtype is None else x.astype(jnp.float32)).astype(x.dtype)
+                x = norm(x)
             outputs[name] = nn.relu(x)
             return outputs[name]
 

@@ -37,7 +37,7 @@ class ASPP(nn.Module):
 
     Attributes:
       conv: builds a convolution without bias: (features, kernel_size, *, dilation, name).
-      norm: builds a normalisation: (*, name), which takes `train`.
+      norm: builds a normalisation: (*, name).
       features: channels of each branch and of the result.
       rates: dilations of the 3x3 convolutions, in units of the map.
 
@@ -50,12 +50,12 @@ class ASPP(nn.Module):
     rates: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, C] to [B, H, W, features]."""
 
         def unit(x: jax.Array, name: str, kernel_size: int = 1, rate: int = 1, first: int = 0):
             conv = self.conv(self.features, kernel_size, dilation=rate, name=f"{name}_{first}")
-            return nn.relu(self.norm(name=f"{name}_{first + 1}")(conv(x), train=train))
+            return nn.relu(self.norm(name=f"{name}_{first + 1}")(conv(x)))
 
         branches = [unit(x, "convs_0")]
         for i, rate in enumerate(self.rates, start=1):
@@ -115,7 +115,12 @@ class ResNetSegmenter(nn.Module):
             name="backbone",
         )(images, train=train)
         conv = functools.partial(Conv, use_bias=False, dtype=self.dtype, kernel_init=_TORCH)
-        norm = functools.partial(BatchNorm, momentum=self.bn_momentum, axis_name=self.axis_name)
+        norm = functools.partial(
+            BatchNorm,
+            use_running_average=not train,
+            momentum=self.bn_momentum,
+            axis_name=self.axis_name,
+        )
 
         def drop(x: jax.Array, published: float) -> jax.Array:
             rate = published if self.dropout_rate is None else self.dropout_rate
@@ -123,7 +128,7 @@ class ResNetSegmenter(nn.Module):
 
         def hidden(x: jax.Array, features: int, name: str, number: int) -> jax.Array:
             x = conv(features, 3, name=f"{name}_{number}")(x)
-            return nn.relu(norm(name=f"{name}_{number + 1}")(x, train=train))
+            return nn.relu(norm(name=f"{name}_{number + 1}")(x))
 
         def fcn(x: jax.Array, name: str) -> jax.Array:
             return drop(hidden(x, max(1, x.shape[-1] // 4), name, 0), 0.1)
@@ -131,7 +136,7 @@ class ResNetSegmenter(nn.Module):
         def deeplabv3(x: jax.Array, name: str) -> jax.Array:
             features = scaled(256, self.width)
             rates = tuple(rate * 8 // self.output_stride for rate in _RATES)
-            x = ASPP(conv, norm, features, rates, name=f"{name}_0")(x, train=train)
+            x = ASPP(conv, norm, features, rates, name=f"{name}_0")(x)
             return hidden(drop(x, 0.5), features, name, 1)
 
         def classify(x: jax.Array, name: str, prefix: str) -> None:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from dense_jax.layers import init
 from dense_jax.layers.conv import Conv
 from dense_jax.layers.dropout import Dropout
+from dense_jax.layers.norm import BatchNorm
 from dense_jax.models import vgg
 from dense_jax.models.fcn import ALEXNET_LAYERS
 from dense_jax.models.vgg import Grid, Stack
@@ -80,13 +81,12 @@ class TapScaling(nn.Module):
             square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
             return x * jax.lax.rsqrt(square + 1e-6).astype(x.dtype)
         if self.kind == "bn":
-            return nn.BatchNorm(
+            return BatchNorm(
                 use_running_average=not train,
                 momentum=self.momentum,
                 use_bias=False,
                 use_scale=False,
                 axis_name=self.axis_name,
-                dtype=x.dtype,
                 name="norm",
             )(x)
         return x

@@ -45,7 +45,7 @@ class Bottleneck(nn.Module):
 
     Attributes:
       conv: builds a convolution without bias: (features, kernel_size, *, strides, ..., name).
-      norm: builds a normalisation that takes `train`.
+      norm: builds a normalisation: (*, scale_init, name).
       inner: channels of the 3x3 convolution.
       features: channels of the result.
       stride: s, of the convolution that `stride_in` names and of the shortcut.
@@ -68,16 +68,16 @@ class Bottleneck(nn.Module):
     last_scale_init: init.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, features], rounded up."""
         conv, norm = self.conv, self.norm
         first, middle = (self.stride, 1) if self.stride_in == "1x1" else (1, self.stride)
         shortcut = x
         if self.has_downsample:
             shortcut = conv(self.features, 1, strides=self.stride, name="downsample_0")(x)
-            shortcut = norm(name="downsample_1")(shortcut, train=train)
+            shortcut = norm(name="downsample_1")(shortcut)
         y = conv(self.inner, 1, strides=first, name="conv1")(x)
-        y = nn.relu(norm(name="bn1")(y, train=train))
+        y = nn.relu(norm(name="bn1")(y))
         y = conv(
             self.inner,
             3,
@@ -86,9 +86,9 @@ class Bottleneck(nn.Module):
             groups=self.groups,
             name="conv2",
         )(y)
-        y = nn.relu(norm(name="bn2")(y, train=train))
+        y = nn.relu(norm(name="bn2")(y))
         y = conv(self.features, 1, name="conv3")(y)
-        y = norm(scale_init=self.last_scale_init, name="bn3")(y, train=train)
+        y = norm(scale_init=self.last_scale_init, name="bn3")(y)
         return nn.relu(y + shortcut)
 
 
@@ -145,13 +145,14 @@ class ResNet(nn.Module):
         conv = functools.partial(Conv, use_bias=False, dtype=self.dtype, kernel_init=_HE_FAN_OUT)
         norm = functools.partial(
             BatchNorm,
+            use_running_average=not train,
             frozen=self.bn == "frozen",
             momentum=self.bn_momentum,
             epsilon=self.bn_epsilon,
             axis_name=self.axis_name,
         )
         x = conv(scaled(64, self.width), 7, strides=2, name="conv1")(images)
-        outputs = {"conv1": nn.relu(norm(name="bn1")(x, train=train))}
+        outputs = {"conv1": nn.relu(norm(name="bn1")(x))}
         x = outputs["pool1"] = max_pool(outputs["conv1"], 3, 2, 1, ceil=self.pool_ceil)
         last_scale_init = init.zero if self.zero_init_residual else jax.nn.initializers.ones
         for stage, (planes, depth, geometry) in enumerate(
@@ -171,7 +172,7 @@ class ResNet(nn.Module):
                     has_downsample=i == 0,
                     last_scale_init=last_scale_init,
                     name=f"layer{stage}_{i}",
-                )(x, train=train)
+                )(x)
             outputs[f"layer{stage}"] = x
         if self.num_classes is not None:
             pooled = jnp.mean(x.astype(jnp.float32), (1, 2))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from dense_jax.layers import init
 from dense_jax.layers.conv import Conv, UpConv
 from dense_jax.layers.dropout import Dropout
-from dense_jax.layers.norm import LocalResponseNorm
+from dense_jax.layers.norm import BatchNorm, LocalResponseNorm
 from dense_jax.models.vgg import image_size, scaled
 from dense_jax.ops.pool import max_pool_with_switches, max_unpool
 from dense_jax.ops.resize import resize_bilinear
@@ -111,7 +111,7 @@ class _EncoderDecoder(nn.Module):
             dtype=self.dtype,
             name=name,
         )
-        norm = nn.BatchNorm(
+        norm = BatchNorm(
             use_running_average=not train,
             momentum=self.bn_momentum,
             epsilon=1e-9,
@@ -119,9 +119,7 @@ class _EncoderDecoder(nn.Module):
             axis_name=self.axis_name,
             name=f"{name}_bn",
         )
-        x = conv(x)
-        # In float32, as variances of 8-bit mantissas are worthless.
-        x = norm(x if self.dtype is None else x.astype(jnp.float32)).astype(x.dtype)
+        x = norm(conv(x))
         return nn.relu(x) if relu else x
 
     def _drop(self, x: jax.Array, stage: int, train: bool) -> jax.Array:

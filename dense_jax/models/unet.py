@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from dense_jax.layers import init
 from dense_jax.layers.conv import Conv, UpConv
 from dense_jax.layers.dropout import Dropout
+from dense_jax.layers.norm import BatchNorm
 from dense_jax.models.vgg import image_size
 from dense_jax.ops.pool import max_pool
 from dense_jax.ops.resize import resize_bilinear, resize_nearest
@@ -173,12 +174,10 @@ class UNet(nn.Module):
 
     def _norm(self, x: jax.Array, name: str, train: bool) -> jax.Array:
         if self.norm == "batch":
-            return nn.BatchNorm(
+            return BatchNorm(
                 use_running_average=not train,
                 momentum=self.bn_momentum,
-                epsilon=1e-5,
                 axis_name=self.axis_name,
-                dtype=self.dtype,
                 name=name,
             )(x)
         if self.norm == "group":
