@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from dense_jax.layers.conv import conv
-from dense_jax.ops import im2col
+from dense_jax.ops import im2col, taps
 from dense_jax.ops.im2col import Windows
 
 # image (H, W), C, C_out, kernel, strides, dilation, padding, groups
@@ -21,6 +21,10 @@ SETTINGS = [
     ((6, 6), 4, 4, (1, 1), (1, 1), (1, 1), ((0, 0), (0, 0)), 1),
     ((6, 6), 4, 4, (1, 1), (2, 2), (1, 1), ((0, 0), (0, 0)), 1),
     ((2, 2), 3, 64, (7, 7), (1, 1), (1, 1), ((3, 3), (3, 3)), 1),  # almost fully connected
+    ((5, 6), 3, 4, (3, 3), (1, 1), (4, 5), ((4, 4), (5, 5)), 1),  # mostly padding
+    ((5, 6), 3, 4, (3, 3), (1, 1), (9, 9), ((9, 9), (9, 9)), 1),  # only the centre reads
+    ((5, 6), 3, 4, (3, 4), (2, 3), (3, 2), ((5, 1), (2, 7)), 1),
+    ((5, 6), 3, 4, (3, 3), (3, 2), (7, 1), ((11, 9), (-2, 0)), 1),  # rows without any
     ((40, 40), 2, 3, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 1),  # several blocks of rows
     ((70, 33), 2, 3, (3, 3), (2, 1), (1, 1), ((1, 1), (1, 1)), 1),  # the last block is not full
     ((6, 7), 4, 6, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), 2),
@@ -91,10 +95,33 @@ def test_matrix_forms_equal_one_call_to_lax(setting):
         actual = im2col.input_gradient(grad, kernel, size, w)
         np.testing.assert_allclose(actual, x_grad, atol=1e-11)
         np.testing.assert_allclose(im2col.kernel_gradient(x, grad, w), kernel_grad, atol=1e-10)
+        np.testing.assert_allclose(taps.convolve(x, kernel, w), expected, atol=1e-12)
+        actual = taps.input_gradient(grad, kernel, size, w)
+        np.testing.assert_allclose(actual, x_grad, atol=1e-11)
+        np.testing.assert_allclose(taps.kernel_gradient(x, grad, w), kernel_grad, atol=1e-10)
         # The transpose takes `grad` for its input, and `x` for the gradient of its output.
         actual, swapped = im2col.transposed_gradients(grad, kernel.swapaxes(2, 3), x, w)
         np.testing.assert_allclose(actual, expected, atol=1e-12)
         np.testing.assert_allclose(swapped.swapaxes(2, 3), kernel_grad, atol=1e-10)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_share_of_reads_inside_the_image_is_what_counting_gives(setting):
+    size, _, _, kernel_size, strides, dilation, padding, _ = setting
+    w = Windows(kernel_size, strides, dilation, padding)
+    with jax.enable_x64(True):
+        image, kernel = jnp.ones((1, *size, 1)), jnp.ones((*kernel_size, 1, 1))
+        inside = np.mean(np.asarray(stock(image, kernel, w))) / np.prod(kernel_size)
+    assert taps.share_inside(size, w) == pytest.approx(inside)
+
+
+@pytest.mark.parametrize(("dilation", "form"), [(1, "convolution"), (6, "dot_general")])
+def test_dilated_windows_that_mostly_read_padding_are_products_on_a_cpu(dilation, form):
+    x, kernel = arrays((17, 17), 2, 3, (3, 3), 1, np.float32)
+    traced = jax.jit(functools.partial(conv, dilation=dilation)).trace(x, kernel)
+    program = traced.lower(lowering_platforms=("cpu",)).as_text()
+    used = {f for f in ("convolution", "dot_general") if f"stablehlo.{f}" in program}
+    assert used == {form}
 
 
 def test_columns_of_a_hand_worked_image():

@@ -31,13 +31,14 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from dense_jax.layers import init
-from dense_jax.ops import depthwise, im2col
+from dense_jax.ops import depthwise, im2col, taps
 from dense_jax.ops.im2col import Windows
 
 Pair = tuple[int, int]
 Padding = int | Pair | tuple[Pair, Pair] | Literal["same"]
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_MOSTLY_INSIDE = 0.85  # Share of reads above which products of single taps do not pay.
 _WHOLE = ((0, 0, 0), (0, 0, 0))  # Leaves two axes as they are.
 
 
@@ -111,15 +112,18 @@ def _lax_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.A
     )
 
 
-# Accelerators take the one call above and its stock gradients. On CPUs XLA is slow in three places:
+# Accelerators take the one call above and its stock gradients. On CPUs XLA is slow in four places:
 # layers that are almost fully connected (fc6: 3 to 300 times slower than the same matrix product),
-# kernel gradients (on large maps 4 to 8 times, with 32 groups hundreds of times), and depthwise
-# layers (4 to 40 times). The tests compare all forms.
+# kernel gradients (on large maps 4 to 8 times, with 32 groups hundreds of times), depthwise layers
+# (4 to 40 times), and dilated ones that mostly read padding (4 to 100 times). The tests compare all
+# forms.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array:
     def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
         if _is_depthwise(x, kernel, w, groups):
             return depthwise.convolve(x, kernel, w)
+        if _reads_padding(x, w, groups):
+            return taps.convolve(x, kernel, w)
         if _is_almost_full(x, kernel, w, groups):
             return im2col.convolve(x, kernel, w)
         return _lax_conv(x, kernel, w, groups)
@@ -137,6 +141,13 @@ def _is_almost_full(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) ->
     few = len(x) * counts[0] * counts[1] <= kernel.shape[3]
     some = min(len(x), *counts) > 0
     return groups == 1 and some and (few or w.kernel_size == w.strides == (1, 1))
+
+
+def _reads_padding(x: jax.Array, w: Windows, groups: int) -> bool:
+    """Whether enough of what the windows read is padding that it pays to leave it out."""
+    size = (x.shape[1], x.shape[2])
+    some = min(len(x), *size, *w.counts(size)) > 0
+    return groups == 1 and some and taps.share_inside(size, w) < _MOSTLY_INSIDE
 
 
 def _is_depthwise(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> bool:
@@ -157,6 +168,9 @@ def _conv_bwd(w, groups, residuals, grad):
         if _is_depthwise(x, kernel, w, groups):
             x_grad = depthwise.input_gradient(grad, kernel, (x.shape[1], x.shape[2]), w)
             return x_grad, depthwise.kernel_gradient(x, grad, w)
+        if _reads_padding(x, w, groups):
+            x_grad = taps.input_gradient(grad, kernel, (x.shape[1], x.shape[2]), w)
+            return x_grad, taps.kernel_gradient(x, grad, w)
         x_grad, kernel_grad = stock(x, kernel, grad)
         if _is_almost_full(x, kernel, w, groups):
             x_grad = im2col.input_gradient(grad, kernel, (x.shape[1], x.shape[2]), w)
