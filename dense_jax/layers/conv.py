@@ -143,6 +143,11 @@ def _is_almost_full(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) ->
     return groups == 1 and some and (few or w.kernel_size == w.strides == (1, 1))
 
 
+def _is_deep(x: jax.Array, kernel: jax.Array, groups: int) -> bool:
+    """Whether a map is small and its features many, so that windows are soon copied."""
+    return groups == 1 and x.size <= 2**20 and min(kernel.shape[2:]) >= 256
+
+
 def _reads_padding(x: jax.Array, w: Windows, groups: int) -> bool:
     """Whether enough of what the windows read is padding that it pays to leave it out."""
     size = (x.shape[1], x.shape[2])
@@ -172,9 +177,14 @@ def _conv_bwd(w, groups, residuals, grad):
             x_grad = taps.input_gradient(grad, kernel, (x.shape[1], x.shape[2]), w)
             return x_grad, taps.kernel_gradient(x, grad, w)
         x_grad, kernel_grad = stock(x, kernel, grad)
-        if _is_almost_full(x, kernel, w, groups):
+        if grad.size == 0:
+            return x_grad, kernel_grad
+        is_deep = _is_deep(x, kernel, groups)
+        if is_deep or _is_almost_full(x, kernel, w, groups):
             x_grad = im2col.input_gradient(grad, kernel, (x.shape[1], x.shape[2]), w)
-        if grad.size > 0:
+        if is_deep or (groups == 1 and w.kernel_size == (1, 1)):
+            kernel_grad = taps.kernel_gradient(x, grad, w)
+        else:
             kernel_grad = im2col.kernel_gradient(x, grad, w, groups)
         return x_grad, kernel_grad  # what was replaced is never computed
 
