@@ -36,7 +36,6 @@ from flax import linen as nn
 
 from dense_jax.data import crops
 from dense_jax.data.dataset import Dataset, Source
-from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.transforms import Resize, Transform, num_channels, to_uint8, whole_images
 from dense_jax.errors import UserError
 from dense_jax.infer import proposals
@@ -46,7 +45,7 @@ from dense_jax.models.deconvnet import DeconvNet
 from dense_jax.ops.crf import CrfParams
 from dense_jax.tasks import prediction, semantic
 from dense_jax.train import cli
-from dense_jax.train.config import RunConfig
+from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.state import TrainState
 from dense_jax.train.step import AXIS
@@ -168,12 +167,8 @@ _SCRATCH = Config(
     proposal_source="none",
     decoder_init="he",
     bn_stats="running",
-    optimizer="adamw",
+    **FROM_SCRATCH,
     learning_rate=4e-3,
-    weight_decay=1e-2,
-    schedule="cosine",
-    warmup_steps=50,
-    ema_decay=0.99,
     width=0.125,
     input_size=32,
     resize=36,
@@ -197,10 +192,8 @@ PRESETS = {
         stage1_steps=400, num_steps=800, eval_every=400, save_every=400, eval_batch_size=16,
     ),
     "smoke": dataclasses.replace(
-        _SCRATCH, shapes=ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2),
-        stages="stage2_only", proposal_source="sliding", num_proposals=5,
-        width=1 / 32, warmup_steps=0, num_steps=2, log_every=1, eval_every=2,
-        save_every=1,
+        _SCRATCH, **SMOKE, stages="stage2_only", proposal_source="sliding", num_proposals=5,
+        width=1 / 32,
     ),
 }  # fmt: skip
 

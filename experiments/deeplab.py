@@ -23,7 +23,6 @@ from typing import Literal
 
 from flax import linen as nn
 
-from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.transforms import Normalise, RandomCrop, RandomFlip, RandomScale, Transform
 from dense_jax.errors import UserError
 from dense_jax.infer.crf import with_crf
@@ -35,7 +34,7 @@ from dense_jax.models.deeplabv3 import ResNetSegmenter
 from dense_jax.ops.crf import CrfParams
 from dense_jax.tasks import prediction, semantic
 from dense_jax.train import cli
-from dense_jax.train.config import RunConfig
+from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.state import TrainState
 from dense_jax.train.step import AXIS
@@ -160,12 +159,8 @@ _V1 = dataclasses.replace(
 )
 # Without pretrained weights: inputs of unit scale, one rate, and a fast start.
 _SCRATCH = Config(
-    optimizer="adamw",
+    **FROM_SCRATCH,
     learning_rate=1e-3,
-    weight_decay=1e-2,
-    schedule="cosine",
-    warmup_steps=50,
-    ema_decay=0.99,
     head="aspp_s",
     bn="train",
     head_lr=1.0,
@@ -195,9 +190,7 @@ PRESETS = {
         eval_every=500, save_every=500, eval_batch_size=16,
     ),
     "smoke": dataclasses.replace(
-        _SCRATCH, shapes=ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2),
-        crop=(33, 33), width=1 / 32, warmup_steps=0, num_steps=2, log_every=1,
-        eval_every=2, save_every=1,
+        _SCRATCH, **SMOKE, crop=(33, 33), width=1 / 32,
     ),
 }  # fmt: skip
 

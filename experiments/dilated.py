@@ -21,7 +21,6 @@ from typing import Any, Literal
 import jax
 
 from dense_jax.data.dataset import Source
-from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.transforms import NORMALISATIONS, RandomCrop, Transform, whole_images
 from dense_jax.errors import UserError
 from dense_jax.infer.crf import with_crf
@@ -32,7 +31,7 @@ from dense_jax.models.dilated import Context, ContextPad, Dilated, Pad, Pools, e
 from dense_jax.ops.crf import CrfParams
 from dense_jax.tasks import prediction, semantic
 from dense_jax.train import cli
-from dense_jax.train.config import RunConfig
+from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.state import TrainState
 from dense_jax.train.step import AXIS
@@ -216,12 +215,8 @@ _SCRATCH = Config(
     context_init="identity_noise",
     front_pad="same",
     upsample_loss="on",
-    optimizer="adamw",
+    **FROM_SCRATCH,
     learning_rate=1e-3,
-    weight_decay=1e-2,
-    schedule="cosine",
-    warmup_steps=50,
-    ema_decay=0.99,
     dropout_rate=0.1,
     width=0.25,
 )
@@ -254,13 +249,11 @@ PRESETS = {
     ),
     # Small batches: fifteen layers without normalisation or skips learn by the number of steps.
     "demo": dataclasses.replace(
-        _SCRATCH, width=0.125, dropout_rate=0.0, batch_size=4, num_steps=6000, eval_every=2000,
+        _SCRATCH, width=0.125, dropout_rate=0.0, batch_size=4, num_steps=4000, eval_every=2000,
         save_every=2000, eval_batch_size=16,
     ),
     "smoke": dataclasses.replace(
-        _SCRATCH, shapes=ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2),
-        width=1 / 32, warmup_steps=0, num_steps=2, log_every=1, eval_every=2, save_every=1,
-        upsample_loss="off",
+        _SCRATCH, **SMOKE, width=1 / 32, upsample_loss="off",
     ),
 }  # fmt: skip
 

@@ -18,13 +18,12 @@ from typing import Literal
 
 from flax import linen as nn
 
-from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.transforms import RandomPixelKeep, RandomTranslate, Transform, whole_images
 from dense_jax.errors import UserError
 from dense_jax.models.fcn import FCN, FCNAlexNet
 from dense_jax.tasks import semantic
 from dense_jax.train import cli
-from dense_jax.train.config import RunConfig
+from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.state import TrainState
 from dense_jax.train.step import AXIS
@@ -104,12 +103,8 @@ _RELEASE = Config(
 # Without pretrained weights: aligned layers, inputs of unit scale, and a fast start.
 _SCRATCH = Config(
     pad_mode="same",
-    optimizer="adamw",
+    **FROM_SCRATCH,
     learning_rate=1e-3,
-    weight_decay=1e-2,
-    schedule="cosine",
-    warmup_steps=50,
-    ema_decay=0.99,
     dropout_rate=0.1,
     width=0.25,
 )
@@ -136,8 +131,7 @@ PRESETS = {
         eval_batch_size=16,
     ),
     "smoke": dataclasses.replace(
-        _SCRATCH, shapes=ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2),
-        width=1 / 32, warmup_steps=0, num_steps=2, log_every=1, eval_every=2, save_every=1,
+        _SCRATCH, **SMOKE, width=1 / 32,
     ),
 }  # fmt: skip
 

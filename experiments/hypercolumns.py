@@ -24,7 +24,6 @@ from typing import Literal
 from flax import linen as nn
 
 from dense_jax.data.boxes import SampleBoxes
-from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.transforms import Transform, whole_images
 from dense_jax.errors import UserError
 from dense_jax.models.hypercolumns import (
@@ -38,7 +37,7 @@ from dense_jax.models.hypercolumns import (
 )
 from dense_jax.tasks import box_masks, prediction, semantic
 from dense_jax.train import cli
-from dense_jax.train.config import RunConfig
+from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.state import TrainState
 from dense_jax.train.step import AXIS
@@ -112,12 +111,8 @@ class Config(RunConfig):
 
 # Without pretrained weights: inputs of unit scale, and a fast start.
 _SCRATCH = Config(
-    optimizer="adamw",
+    **FROM_SCRATCH,
     learning_rate=2e-3,
-    weight_decay=1e-2,
-    schedule="cosine",
-    warmup_steps=50,
-    ema_decay=0.99,
     dropout_rate=0.1,
     width=0.125,
 )
@@ -134,7 +129,6 @@ _RELEASE = Config(
     bias_lr=2.0,
     num_steps=10_000,
 )
-_SMALL = ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2)
 
 PRESETS = {
     "paper": dataclasses.replace(_RELEASE, crop=(500, 500), augment="mirror", eval_batch_size=4),
@@ -155,12 +149,10 @@ PRESETS = {
         eval_every=500, save_every=500,
     ),
     "smoke": dataclasses.replace(
-        _SCRATCH, shapes=_SMALL, width=1 / 32, grid=2, taps="pool2_conv4", warmup_steps=0,
-        num_steps=2, log_every=1, eval_every=2, save_every=1,
+        _SCRATCH, **SMOKE, width=1 / 32, grid=2, taps="pool2_conv4",
     ),
     "smoke_box": dataclasses.replace(
-        _SCRATCH, mode="box", shapes=_SMALL, width=1 / 32, grid=2, heatmap=10, warmup_steps=0,
-        num_steps=2, log_every=1, eval_every=2, save_every=1,
+        _SCRATCH, **SMOKE, mode="box", width=1 / 32, grid=2, heatmap=10,
     ),
 }  # fmt: skip
 

@@ -27,14 +27,13 @@ from flax import linen as nn
 
 from dense_jax import losses
 from dense_jax.data.dataset import Dataset, Source
-from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.transforms import Transform, whole_images
 from dense_jax.errors import UserError
 from dense_jax.infer.monte_carlo import MonteCarlo
 from dense_jax.models.segnet import CAMVID_WEIGHTS, Decoder, SegNet, SegNetBasic
 from dense_jax.tasks import prediction, semantic, uncertainty
 from dense_jax.train import cli
-from dense_jax.train.config import RunConfig
+from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.state import TrainState
 from dense_jax.train.step import AXIS
@@ -130,12 +129,8 @@ _FULL = dataclasses.replace(
 )
 # For few steps from scratch: inputs of unit scale and a fast start.
 _SCRATCH = Config(
-    optimizer="adamw",
+    **FROM_SCRATCH,
     learning_rate=1e-2,
-    weight_decay=1e-2,
-    schedule="cosine",
-    warmup_steps=50,
-    ema_decay=0.99,
 )
 
 PRESETS = {
@@ -154,9 +149,7 @@ PRESETS = {
         eval_batch_size=16,
     ),
     "smoke": dataclasses.replace(
-        _SCRATCH, shapes=ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2),
-        width=1 / 32, dropout="bayes", mc_samples=2, warmup_steps=0, num_steps=2, log_every=1,
-        eval_every=2, save_every=1,
+        _SCRATCH, **SMOKE, width=1 / 32, dropout="bayes", mc_samples=2,
     ),
 }  # fmt: skip
 

@@ -21,7 +21,6 @@ from typing import Literal
 from dense_jax import report
 from dense_jax.data.border import BorderWeights, SeparateTouching
 from dense_jax.data.dataset import Source
-from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.transforms import (
     ElasticDeformation,
     GreyJitter,
@@ -37,7 +36,7 @@ from dense_jax.infer.tiles import average_views, overlap_tile
 from dense_jax.models.unet import UNet, Up
 from dense_jax.tasks import cells, prediction, semantic
 from dense_jax.train import cli
-from dense_jax.train.config import RunConfig
+from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.state import TrainState
 from dense_jax.train.step import AXIS
 
@@ -171,12 +170,8 @@ _FAST = Config(
     norm="batch",
     width=16,
     dropout_rate=0.1,
-    optimizer="adamw",
+    **FROM_SCRATCH,
     learning_rate=2e-3,
-    weight_decay=1e-2,
-    schedule="cosine",
-    warmup_steps=50,
-    ema_decay=0.99,
 )
 
 PRESETS = {
@@ -196,9 +191,8 @@ PRESETS = {
         _FAST, width=8, num_steps=1000, eval_every=500, save_every=500, eval_batch_size=16,
     ),
     "smoke": dataclasses.replace(
-        _FAST, shapes=ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2), depth=3,
-        width=2, loss_weight="border", ridge=1, elastic="on", augment="dihedral", warmup_steps=0,
-        num_steps=2, log_every=1, eval_every=2, save_every=1,
+        _FAST, **SMOKE, depth=3, width=2, loss_weight="border", ridge=1, elastic="on",
+        augment="dihedral",
     ),
 }  # fmt: skip
 

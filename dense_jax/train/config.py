@@ -193,3 +193,23 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+# What presets have in common. Networks that learn from nothing, in minutes; the learning rate is
+# each network's own:
+FROM_SCRATCH: dict[str, Any] = dict(
+    optimizer="adamw",
+    weight_decay=1e-2,
+    schedule="cosine",
+    warmup_steps=50,
+    ema_decay=0.99,
+)
+# Two steps on tiny images, which show that everything runs:
+SMOKE: dict[str, Any] = dict(
+    shapes=ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2),
+    warmup_steps=0,
+    num_steps=2,
+    log_every=1,
+    eval_every=2,
+    save_every=1,
+)
