@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dense_jax.errors import UserError
-from dense_jax.weights import caffe_file
+from dense_jax.weights import caffe_file, files
 
 KERNEL = np.arange(2 * 3 * 2 * 2, dtype=np.float32).reshape(2, 3, 2, 2) / 8 - 1
 BIAS = np.array([0.5, -0.25], np.float32)
@@ -124,6 +124,8 @@ def test_layers_and_blobs(tmp_path):
     np.testing.assert_array_equal(tensors["conv1_1.1"], BIAS)
     types = {"conv1_1": "Convolution", "relu1_1": "ReLU", "bn": "BatchNorm", "scale": "Scale"}
     assert info == {"net": "tiny", "layers": json.dumps(types)}
+    file = files.read(tmp_path / "x.caffemodel")
+    assert (file.format, list(file.tensors), file.info) == ("caffe", list(tensors), info)
 
 
 def test_old_layers(tmp_path):
@@ -276,7 +278,7 @@ def test_files_of_protobuf(tmp_path):
 
 
 DAMAGED = {
-    "empty": (b"", "empty"),
+    "empty": (b"", "cannot mmap an empty file"),
     "text": (b"not a network", "wire type"),
     "zeros": (bytes(1000), "field 0"),
     "no weights": (layer("relu", "ReLU"), "1 layers and no weights"),
@@ -287,7 +289,7 @@ DAMAGED = {
     "group": (varint(100 << 3 | 3), "wire type 3"),
     "layer is a number": (field(100, 7), "wire type 0, not 2"),
     "name is a number": (field(100, field(1, 7)), "wire type 0, not 2"),
-    "name is no text": (field(100, field(1, b"\xff\xfe")), "no text"),
+    "name is no text": (field(100, field(1, b"\xff\xfe")), "can't decode byte 0xff"),
     "type is text": (old_layer("a", "Convolution"), "wire type 2, not 0"),
     "values are numbers": (layer("a", "X", shape(1) + field(5, 3)), "wire type 0, not 5"),
     "num is text": (layer("a", "X", field(1, "3")), "wire type 2, not 0"),
@@ -297,6 +299,7 @@ DAMAGED = {
     "shape too large": (layer("a", "X", shape(2**40) + packed([1.0])), "holds 1 values"),
     "negative": (layer("a", "X", shape(-1, -1) + packed([1.0])), "holds 1 values"),
     "no values": (layer("a", "X", shape(2, 3)), "2x3 holds 0 values"),
+    "empty values": (layer("a", "X", shape(2, 3) + packed([])), "2x3 holds 0 values"),
     "empty shape": (layer("a", "X", shape(0, 2**63)), "holds 0 values"),
     "no shape": (layer("a", "X", packed([1.0, 2.0])), "one number holds 2 values"),
     "33 axes": (layer("a", "X", shape(*[1] * 33) + packed([1.0])), "holds 1 values"),
@@ -312,10 +315,8 @@ def test_damage_is_named(tmp_path, case):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"none.caffemodel: cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"none.caffemodel cannot be read \(.*No such file"):
         caffe_file.read_tensors(tmp_path / "none.caffemodel")
-    with pytest.raises(UserError, match="directory"):
-        caffe_file.read_tensors(tmp_path)
 
 
 def test_every_cut_is_noticed(tmp_path):

@@ -12,13 +12,13 @@ messages NetParameter, LayerParameter, V1LayerParameter, BlobProto, BlobShape.
 import json
 import math
 import mmap
-import os
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from dense_jax.errors import UserError
+from dense_jax.weights.tensors import damaged, map_file, view
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
@@ -33,10 +33,6 @@ _MOST_AXES = 32  # Caffe's own limit
 
 # The types of V1LayerParameter.LayerType that have weights, as they are called today.
 _V1_TYPES = {4: "Convolution", 14: "InnerProduct", 39: "Deconvolution"}
-
-
-class _DamagedError(Exception):
-    """Says what is wrong with the bytes."""
 
 
 class _Field(NamedTuple):
@@ -64,7 +60,7 @@ class _Layer(NamedTuple):
 _LAYER_FIELDS = {_NET_LAYER: _Layer(1, 2, 7), _NET_LAYERS: _Layer(4, 5, 6)}
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
+def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
     """Reads the blobs of a network.
 
     Args:
@@ -78,17 +74,13 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[Mapping[str, np.ndarray]
       without blobs too, to its type; ``net``, its name.
 
     Raises:
-      UserError: the file is missing, truncated, damaged, or no caffemodel of this kind.
+      UserError: the file is truncated, damaged, without weights, or no caffemodel of these kinds.
     """
+    data = map_file(path)
     try:
-        data = _map(path)
         return _read_net(data)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give another file") from None
-    except _DamagedError as error:
-        raise UserError(
-            f"{path}: not a caffemodel or damaged ({error}); download or copy it again"
-        ) from None
+    except ValueError as error:
+        raise damaged(path, error) from error
 
 
 def batch_norm_statistics(
@@ -111,13 +103,6 @@ def batch_norm_statistics(
     return mean * inverse, variance * inverse
 
 
-def _map(path: str | os.PathLike[str]) -> mmap.mmap:
-    with open(path, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            raise _DamagedError("it is empty")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 def _read_net(data: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     tensors: dict[str, np.ndarray] = {}
     types: dict[str, str] = {}
@@ -128,11 +113,11 @@ def _read_net(data: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         elif numbers := _LAYER_FIELDS.get(field.number):
             name, kind, blobs = _read_layer(data, field, numbers)
             if f"{name}.0" in tensors and blobs:
-                raise _DamagedError(f"two layers are named {name!r}")
+                raise ValueError(f"two layers are named {name!r}")
             types[name] = kind
             tensors |= {f"{name}.{i}": blob for i, blob in enumerate(blobs)}
     if not tensors:
-        raise _DamagedError(f"{len(types)} layers and no weights")
+        raise ValueError(f"{len(types)} layers and no weights")
     return tensors, info | {"layers": json.dumps(types)}
 
 
@@ -149,7 +134,7 @@ def _read_layer(
         elif field.number == numbers.blobs:
             blobs.append(_read_blob(data, field))
         elif layer.number == _NET_LAYERS and field.number == _V0_LAYER:
-            raise _DamagedError("layers of the form of 2013; convert with upgrade_net_proto_binary")
+            raise ValueError("layers of the form of 2013; convert with upgrade_net_proto_binary")
     return name, kind, blobs
 
 
@@ -174,7 +159,7 @@ def _read_blob(data: mmap.mmap, blob: _Field) -> np.ndarray:
     values = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if len(shape) > _MOST_AXES or math.prod(shape) != len(values) or not len(values):
         shown = "x".join(map(str, shape[:_MOST_AXES])) or "one number"
-        raise _DamagedError(f"a blob of {shown} holds {len(values)} values")
+        raise ValueError(f"a blob of {shown} holds {len(values)} values")
     return values.reshape(shape)
 
 
@@ -195,24 +180,21 @@ def _values(data: mmap.mmap, field: _Field, dtype: np.dtype) -> np.ndarray:
     size = field.end - field.start
     if field.wire == _BYTES:
         if size % dtype.itemsize:
-            raise _DamagedError(f"{size} bytes at byte {field.start} are not whole numbers")
-        return np.frombuffer(data, dtype, size // dtype.itemsize, field.start)
+            raise ValueError(f"{size} bytes at byte {field.start} are not whole numbers")
+        return view(data, field.start, dtype, [size // dtype.itemsize])
     _expect(field, _FIXED32 if dtype.itemsize == 4 else _FIXED64)
     row = np.dtype([("tag", "u1"), ("value", dtype)])
-    return np.frombuffer(data, row, (size + 1) // row.itemsize, field.start - 1)["value"]
+    return view(data, field.start - 1, row, [(size + 1) // row.itemsize])["value"]
 
 
 def _text(data: mmap.mmap, field: _Field) -> str:
     _expect(field, _BYTES)
-    try:
-        return data[field.start : field.end].decode()
-    except UnicodeDecodeError:
-        raise _DamagedError(f"no text at byte {field.start}") from None
+    return data[field.start : field.end].decode()
 
 
 def _expect(field: _Field, wire: int) -> None:
     if field.wire != wire:
-        raise _DamagedError(
+        raise ValueError(
             f"field {field.number} at byte {field.start} has wire type {field.wire}, not {wire}"
         )
 
@@ -236,11 +218,11 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[_Field]:
         elif wire in _FIXED_SIZES:
             stop = at + _FIXED_SIZES[wire]
         else:
-            raise _DamagedError(f"wire type {wire} at byte {start}")
+            raise ValueError(f"wire type {wire} at byte {start}")
         if not number:
-            raise _DamagedError(f"field 0 at byte {start}")
+            raise ValueError(f"field 0 at byte {start}")
         if stop > end:
-            raise _DamagedError(
+            raise ValueError(
                 f"{stop - at} bytes announced at byte {start}, but {end - at} are left"
             )
         if wire in _FIXED_SIZES and at == start + 1:
@@ -273,4 +255,4 @@ def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at
-    raise _DamagedError(f"a number that does not end at byte {at}")
+    raise ValueError(f"a number that does not end at byte {at}")
