@@ -10,12 +10,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 ALLOWED = {
     "ops": {"ops"},
     "layers": {"ops", "layers"},
-    "models": {"ops", "layers", "models"},
+    "models": {"ops", "layers", "models", "weights"},  # of weights only the rules
     "losses": {"ops"},
     "metrics": {"ops", "metrics"},
     "data": {"data", "viz"},
     "train": {"data", "train"},
     "viz": set(),
+    "weights": {"weights"},
     "analysis": {"ops", "layers", "analysis", "viz"},
     "infer": {"data", "infer", "ops", "viz"},
     "report": {"data", "viz"},
@@ -59,6 +60,12 @@ def test_imports_point_one_way(path):
         allowed = ALLOWED[part(path)] | {"errors"}
         ours = {name.split(".")[1] for name in names if name.startswith("dense_jax.")}
         assert ours <= allowed, f"{part(path)} may not import {ours - allowed}"
+
+
+def test_models_read_no_files():
+    users = [p for p in FILES if p.is_relative_to(ROOT / "dense_jax" / "models")]
+    names = {name for p in users for name in imports(p) if name.startswith("dense_jax.weights")}
+    assert names == {"dense_jax.weights.rules"}
 
 
 def test_init_files_are_empty():

@@ -23,6 +23,7 @@ from dense_jax.layers.norm import BatchNorm
 from dense_jax.models import vgg
 from dense_jax.ops.pool import max_pool_with_switches, max_unpool
 from dense_jax.ops.resize import resize_bilinear
+from dense_jax.weights import rules
 
 # Channels of the convolutions of stages 1 to 5, on the way down and on the way up.
 _ENCODER = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -164,3 +165,10 @@ class DeconvNet(nn.Module):
 
 
 deconvnet_fc1024 = functools.partial(DeconvNet, fc_width=1024)  # As re-run for the SegNet paper.
+# The encoder.
+TORCHVISION = rules.Release(
+    "torchvision's vgg16_bn",
+    vgg.torchvision_rules("bn{}"),
+    trunk=("*/conv?_?/*", "*/bn?_?/*"),
+    normalisation="torchvision",
+)

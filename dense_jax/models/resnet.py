@@ -28,6 +28,7 @@ from dense_jax.layers.conv import Conv
 from dense_jax.layers.norm import BatchNorm
 from dense_jax.models.vgg import image_size, scaled
 from dense_jax.ops.pool import max_pool
+from dense_jax.weights import rules
 
 StrideIn = Literal["3x3", "1x1"]
 FirstBlockDilation = Literal["previous", "new"]
@@ -207,3 +208,24 @@ resnet50 = functools.partial(ResNet, depths=(3, 4, 6, 3))
 resnet101 = functools.partial(ResNet, depths=(3, 4, 23, 3))
 resnext101_32x8d = functools.partial(ResNet, depths=(3, 4, 23, 3), groups=32, group_width=8)
 resnext101_64x4d = functools.partial(ResNet, depths=(3, 4, 23, 3), groups=64, group_width=4)
+
+
+def torchvision_rules(source: str = "", target: str = "") -> tuple[rules.Rule, ...]:
+    """Returns rules for all but "fc", with such prefixes as "backbone." there, "backbone/" here."""
+    block, ours = f"{source}layer{{s}}.{{b}}", f"{target}layer{{s}}_{{b}}"
+    return (
+        *rules.conv(f"{source}conv1", f"{target}conv1"),
+        *rules.batch_norm(f"{source}bn1", f"{target}bn1"),
+        *rules.conv(f"{block}.conv{{i}}", f"{ours}/conv{{i}}"),
+        *rules.batch_norm(f"{block}.bn{{i}}", f"{ours}/bn{{i}}"),
+        *rules.conv(f"{block}.downsample.0", f"{ours}/downsample_0"),
+        *rules.batch_norm(f"{block}.downsample.1", f"{ours}/downsample_1"),
+    )
+
+
+TORCHVISION = rules.Release(
+    "torchvision's ResNet",
+    (*torchvision_rules(), *rules.dense("fc", "fc")),
+    trunk=("*/conv1/*", "*/bn1/*", "*/layer?_*"),
+    normalisation="torchvision",
+)

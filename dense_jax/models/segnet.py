@@ -18,9 +18,10 @@ from dense_jax.layers import init
 from dense_jax.layers.conv import Conv, UpConv
 from dense_jax.layers.dropout import Dropout
 from dense_jax.layers.norm import BatchNorm, LocalResponseNorm
-from dense_jax.models.vgg import image_size, scaled
+from dense_jax.models.vgg import image_size, scaled, torchvision_rules
 from dense_jax.ops.pool import max_pool_with_switches, max_unpool
 from dense_jax.ops.resize import resize_bilinear
+from dense_jax.weights import rules
 
 Decoder = Literal[
     "indices",
@@ -269,3 +270,12 @@ def _interpolate(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> j
 def _cut(x: jax.Array, like: jax.Array) -> jax.Array:
     """Leaves out the row and column that pooling rounded up."""
     return x[:, : like.shape[1], : like.shape[2]]
+
+
+# The encoder of `SegNet`.
+TORCHVISION = rules.Release(
+    "torchvision's vgg16_bn",
+    torchvision_rules("conv{}_bn"),
+    trunk=("*/conv?_?/*", "*/conv?_?_bn/*"),
+    normalisation="torchvision",
+)

@@ -17,6 +17,7 @@ from dense_jax.layers.conv import Conv
 from dense_jax.layers.dropout import Dropout
 from dense_jax.layers.norm import LocalResponseNorm
 from dense_jax.ops.pool import max_pool
+from dense_jax.weights import rules
 
 
 class Grid(NamedTuple):
@@ -176,3 +177,33 @@ def vgg16(
     layers = vgg16_layers(first_padding, 0 if caffe else 3)
     end = [layer.name for layer in layers].index(last) + 1
     return Stack(layers[:end], ceil=caffe, **options)
+
+
+def torchvision_rules(norm: str | None = None) -> tuple[rules.Rule, ...]:
+    """Returns rules for torchvision's vgg16, which numbers layers, ReLUs and poolings through.
+
+    Its classifier reads a map of 7x7 units, channels first, as fc6 does by a 7x7 kernel.
+
+    Args:
+      norm: name here of the normalisation behind "conv{}", for vgg16_bn.
+    """
+    table, number = [], 0
+    for layer in vgg16_layers():
+        if layer.name.startswith("conv"):
+            table += rules.conv(f"features.{number}", layer.name)
+            if norm:
+                name = norm.format(layer.name.removeprefix("conv"))
+                table += rules.batch_norm(f"features.{number + 1}", name)
+            number += 3 if norm else 2
+        elif layer.name.startswith("pool"):
+            number += 1
+    table += rules.conv("classifier.0", "fc6", "dense_chw")
+    table += rules.conv("classifier.3", "fc7", "dense_chw")
+    # Scores of ImageNet's classes, which no network here has.
+    table += [rules.Rule(f"classifier.6.{kind}", None) for kind in ("weight", "bias")]
+    return tuple(table)
+
+
+TORCHVISION = rules.Release(
+    "torchvision's vgg16", torchvision_rules(), ("*/conv?_?/*",), "torchvision"
+)
