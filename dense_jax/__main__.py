@@ -21,7 +21,14 @@ from dense_jax.errors import UserError
 from dense_jax.infer import predictor
 from dense_jax.ops.crf import CrfParams
 from dense_jax.sweep import command as sweep
-from dense_jax.tasks import crf_search, evaluation, prediction, receptive_field, semantic
+from dense_jax.tasks import (
+    crf_search,
+    evaluation,
+    import_weights,
+    prediction,
+    receptive_field,
+    semantic,
+)
 from dense_jax.tasks.networks import network
 from dense_jax.train import cli
 from dense_jax.train.config import DatasetName
@@ -201,6 +208,7 @@ def main() -> None:
         "evaluate": evaluate,
         "check-data": check_data,
         "crf-search": crf_search.run,
+        "import-weights": import_weights.run,
         "receptive-field": receptive_field.run,
         "summary": summary,
         "sweep": sweep.run,

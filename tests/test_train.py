@@ -275,7 +275,7 @@ def test_last_and_best_are_kept(config):
 def test_a_run_that_starts_from_another_averages_from_there(config):
     trained: Any = fit(config)
     fresh = make_state(dataclasses.replace(config, seed=1))
-    state = semantic._initialise_from(f"run:{config.workdir}", fresh, fresh.tx)
+    state = semantic._initialise_from(f"run:{config.workdir}", fresh, fresh.tx, "caffe")
     chex.assert_trees_all_equal(state.params, trained.ema_params)
     chex.assert_trees_all_equal(state.ema_params, state.params)
     make_step(config)(step.replicate(state), step.shard(make_batch(0), 1))  # owns its arrays

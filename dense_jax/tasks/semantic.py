@@ -20,9 +20,9 @@ from dense_jax.data.dataset import Dataset, Source
 from dense_jax.data.transforms import Transform
 from dense_jax.errors import UserError
 from dense_jax.losses import LossTerm
+from dense_jax.tasks import import_weights
 from dense_jax.tasks.evaluation import Evaluator, ExtraScores, write_evaluation
 from dense_jax.tasks.prediction import ONE_PASS, PredictFn, Variables, crf_card, whole_image
-from dense_jax.train.checkpoint import read_variables
 from dense_jax.train.config import RunConfig
 from dense_jax.train.loop import fit
 from dense_jax.train.schedules import ParamGroup, build_optimizer
@@ -187,7 +187,7 @@ def begin(
     tx, shape = build_optimizer(config, groups), batches.example["images"].shape[1:]
     state = TrainState.init(model, tx, shape, seed=config.seed, ema=config.ema_decay > 0)
     if config.init:
-        state = _initialise_from(config.init, state, tx)
+        state = _initialise_from(config.init, state, tx, config.normalisation)
     print(f"{type(model).__name__}: {num_parameters(state.params):,} parameters; run in {workdir}")
     return workdir, batches, state
 
@@ -308,13 +308,18 @@ def posthoc_statistics(
     return refresh
 
 
-def _initialise_from(source: str, state: TrainState, tx: Any) -> TrainState:
-    """Copies the parameters of equal name and shape from ``run:PATH``."""
-    kind, _, path = source.partition(":")
-    if kind != "run" or not path:
-        raise UserError(f"--init={source}: give run:PATH with the folder of another run")
-    variables, step = read_variables(path)
-    print(f"init: {path} at step {step}")
-    params = load_matching(dict(state.params), variables["params"])
+def _initialise_from(source: str, state: TrainState, tx: Any, normalisation: str) -> TrainState:
+    """Copies parameters and batch statistics of equal name and shape from ``--init``."""
+    ours = {"params": dict(state.params), **state.model_state}
+    theirs, expected = import_weights.initial(source, ours)
+    if expected not in (None, normalisation):
+        print(
+            f"init: warning: these weights expect --normalisation={expected}, and this run has "
+            f"--normalisation={normalisation}"
+        )
+    variables = load_matching(ours, theirs)
+    params = variables.pop("params")
     ema = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
-    return state.replace(params=params, ema_params=ema, opt_state=tx.init(params))
+    return state.replace(
+        params=params, model_state=variables, ema_params=ema, opt_state=tx.init(params)
+    )

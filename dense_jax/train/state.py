@@ -100,5 +100,6 @@ def load_matching(
     ):
         if names:
             say(f"init: {title}: {', '.join(names)}")
-    copied = {k: jnp.asarray(old[k], new[k].dtype) if k in matched else new[k] for k in new}
+    # Copies: a training step overwrites its arrays, and these may be views of a file.
+    copied = {k: jnp.array(old[k], new[k].dtype) if k in matched else new[k] for k in new}
     return traverse_util.unflatten_dict(copied, sep="/")

@@ -1,0 +1,178 @@
+"""Brings published weights into a folder that training starts from.
+
+The file's names decide whose weights they are, and the network's names which of them it takes: any
+network here that stands on a trunk of these names can start from them.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+from typing import Annotated, Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import tyro
+
+from dense_jax import runs
+from dense_jax.errors import UserError
+from dense_jax.models import deconvnet, deeplabv3, resnet, segnet, vgg
+from dense_jax.train.checkpoint import Checkpoints, has_checkpoint, read_variables
+from dense_jax.weights import files, rules
+from dense_jax.weights.rules import Release
+
+RELEASES: tuple[Release, ...] = (
+    vgg.TORCHVISION,
+    segnet.TORCHVISION,
+    deconvnet.TORCHVISION,
+    resnet.TORCHVISION,
+    *deeplabv3.TORCHVISION,
+)
+RECORD = "weights.json"  # beside the checkpoints: where they come from
+
+_IMAGENET, _VOC = 1000, 21  # classes of torchvision's weights
+
+ModelName = Literal[
+    "vgg16",
+    "segnet",
+    "deconvnet",
+    "resnet50",
+    "resnet101",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "fcn_resnet50",
+    "fcn_resnet101",
+    "deeplabv3_resnet50",
+    "deeplabv3_resnet101",
+]
+
+
+def build(name: ModelName, num_classes: int | None = None, aux: bool = False) -> nn.Module:
+    """Returns a network by name.
+
+    Args:
+      name: VGG-16 ends in fc7 and has the names of FCN, DeepLab and the dilated front end; segnet
+        and deconvnet take vgg16_bn.
+      num_classes: by default as published.
+      aux: whether torchvision's segmentation networks have their second classifier.
+    """
+    of_pixels = num_classes or _VOC
+    if name == "vgg16":
+        return vgg.vgg16(padding="same")
+    if name in ("segnet", "deconvnet"):
+        return {"segnet": segnet.SegNet, "deconvnet": deconvnet.DeconvNet}[name](of_pixels)
+    if name.startswith("res"):
+        return getattr(resnet, name)(num_classes=num_classes or _IMAGENET)
+    return getattr(deeplabv3, name)(of_pixels, aux=aux)
+
+
+def template_of(model: nn.Module, num_channels: int = 3) -> Any:
+    """Returns the shapes of a network's variables; nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, 32, 32, num_channels), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    return jax.eval_shape(init, jax.random.key(0), images)
+
+
+def run(
+    *,
+    model: ModelName,
+    source: Annotated[pathlib.Path, tyro.conf.arg(name="from")],
+    out: pathlib.Path | None = None,
+    dry_run: bool = False,
+    new_head: bool = False,
+    ignore: tuple[str, ...] = (),
+    num_classes: int | None = None,
+) -> None:
+    """Bring published weights into a folder that training starts from (--init=run:OUT).
+
+    Prints what becomes of every tensor of the file and every parameter of the network; whatever is
+    not explained is an error, and then nothing is written.
+
+    Args:
+      model: network to fill. vgg16 has the names of FCN, DeepLab and the dilated front end;
+        resnet* those of DeepLab v2; segnet and deconvnet take vgg16_bn into their encoders;
+        fcn_resnet* and deeplabv3_resnet* also take a ResNet alone, with --new-head.
+      source: file of the weights: .safetensors, .npz, .pth, ...
+      out: folder to write; not needed with --dry-run.
+      dry_run: print, and write nothing.
+      new_head: what stands on the trunk may be missing from the file or be of another kind there.
+      ignore: names of tensors to leave in the file, or patterns such as "fc.*".
+      num_classes: classes of the network; by default as published, 1000 or 21.
+    """
+    if out is None and not dry_run:
+        raise UserError("give a folder to write with --out, or --dry-run")
+    if out is not None and has_checkpoint(out):
+        raise UserError(f"--out={out} holds a run already: give another folder")
+    if num_classes is not None and num_classes < 1:
+        raise UserError(f"--num-classes={num_classes}: give at least 1")
+    file = files.read(source)
+    tensors = rules.outline(file.tensors)
+    aux = any(name.startswith("aux_classifier.") for name in tensors)
+    template = template_of(build(model, num_classes, aux))
+    release = rules.choose(RELEASES, template, tensors)
+    required = release.trunk if new_head else ("*",)
+    options: dict[str, Any] = dict(required=required, ignore=ignore)
+    account = rules.match(template, tensors, release.rules, **options)
+    print(account)
+    account.check(str(source))
+    print(f"{release.name}; images are to come with --normalisation={release.normalisation}")
+    if dry_run or out is None:
+        return
+    variables, _ = rules.load(template, file.tensors, release.rules, **options)
+    record = {
+        "model": model,
+        "from": str(source.absolute()),
+        "format": file.format,
+        "release": release.name,
+        "normalisation": release.normalisation,
+        "account": account.summary(),
+        **runs.provenance(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    runs.write_json(out / RECORD, record)
+    with Checkpoints(out) as checkpoints:
+        params = variables.pop("params")
+        checkpoints.save(0, {"params": params, "model_state": variables}, None)
+    print(f"start a run from it with --init=run:{out}")
+
+
+def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
+    """Returns the variables that ``--init`` names, and the normalisation they expect, if known.
+
+    Args:
+      source: run:PATH, the folder of a run or of imported weights, or file:PATH, a file of
+        published weights whose head need not fit.
+      template: the variables of the network to start.
+
+    Raises:
+      UserError: there are none, or the file's trunk is of another network.
+    """
+    kind, _, path = source.partition(":")
+    if kind == "run" and path:
+        variables, step = read_variables(path)
+        print(f"init: {path} at step {step}")
+        return variables, _normalisation_of(pathlib.Path(path))
+    if kind == "file" and path:
+        tensors = files.read(path).tensors
+        release = rules.choose(RELEASES, template, rules.outline(tensors))
+        variables, account = rules.load(
+            template, tensors, release.rules, required=release.trunk, path=path
+        )
+        print(f"init: {path} ({release.name}): {account.summary()}")
+        return variables, release.normalisation
+    raise UserError(
+        f"--init={source}: give run:PATH with the folder of another run, or file:PATH with a file "
+        "of weights"
+    )
+
+
+def _normalisation_of(folder: pathlib.Path) -> str | None:
+    """What the network in a folder was fed with, as far as the folder tells."""
+    for name in (RECORD, "config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # not there, or damaged
+            record = json.loads((folder / name).read_text())
+            found = record.get("config", record).get("normalisation")
+            if isinstance(found, str):
+                return found
+    return None

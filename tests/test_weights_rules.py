@@ -1,0 +1,386 @@
+"""Rules, their account, and torchvision's tables at full size."""
+
+import functools
+import json
+import pathlib
+import re
+from collections import Counter
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+from dense_jax.errors import UserError
+from dense_jax.models import deconvnet, deeplab, deeplabv3, dilated, fcn, resnet, segnet, vgg
+from dense_jax.tasks import import_weights, semantic
+from dense_jax.train.state import TrainState
+from dense_jax.weights import rules
+from dense_jax.weights.rules import Rule
+from tests import contract
+from tests.torchvision_names import num_keys, torch_leaves, torch_name, torch_shapes
+
+# Where torchvision's vgg16 and vgg16_bn have their convolutions, counting ReLUs and poolings too.
+VGG = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+VGG_BN = (0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40)
+CONVS = [f"{s}_{i}" for s, depth in enumerate((2, 2, 3, 3, 3), 1) for i in range(1, depth + 1)]
+WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+HEADS = {"classifier.0": (4096, 25088), "classifier.3": (4096, 4096), "classifier.6": (1000, 4096)}
+
+
+def vgg_shapes(numbers, norm):
+    """{torchvision's name: shape} of vgg16 or vgg16_bn."""
+    shapes, before = {}, 3
+    for number, width in zip(numbers, WIDTHS, strict=True):
+        shapes |= {f"features.{number}.weight": (width, before, 3, 3)}
+        shapes |= {f"features.{number}.bias": (width,)}
+        for kind in ("weight", "bias", "running_mean", "running_var") if norm else ():
+            shapes[f"features.{number + 1}.{kind}"] = (width,)
+        before = width
+    for name, shape in HEADS.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
+
+
+def state_dict(shapes):
+    """A state dict of these shapes that needs no memory."""
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    counts = [name.replace("running_mean", "num_batches_tracked") for name in tensors]
+    return tensors | {k: np.array(1) for k in counts if k.endswith("num_batches_tracked")}
+
+
+def statuses(account):
+    return {row.source or row.target: row.status for row in account.rows}
+
+
+TORCHVISION = {
+    "resnet50": 320,
+    "resnet101": 626,
+    "resnext101_32x8d": 626,
+    "resnext101_64x4d": 626,
+    "fcn_resnet50": 334,
+    "fcn_resnet101": 640,
+    "deeplabv3_resnet50": 370,
+    "deeplabv3_resnet101": 676,
+}
+
+
+@functools.cache
+def template_of(name) -> Any:
+    return import_weights.template_of(import_weights.build(name, aux=True))
+
+
+@pytest.mark.parametrize(("name", "number"), TORCHVISION.items(), ids=TORCHVISION)
+def test_a_state_dict_of_torchvision_is_explained_and_made_again(name, number):
+    template = template_of(name)
+    tensors = state_dict(torch_shapes(template))
+    assert len(tensors) == number == num_keys(torch_leaves(template))
+    release = rules.choose(import_weights.RELEASES, template, tensors)
+    tree, account = rules.load(template, tensors, release.rules)
+    chex.assert_trees_all_equal_shapes_and_dtypes(tree, template)
+    for row in account.rows:
+        counted = row.source.endswith("num_batches_tracked")
+        assert row.status == ("ignored" if counted else "loaded")
+        if not counted:  # by another rule, that of the tests
+            assert torch_name(tuple(row.target.split("/")[1:])) == row.source
+            assert (row.note == "permuted") == (len(row.source_shape or ()) > 1)
+    back = rules.unload(tree, release.rules)
+    assert {k: v.shape for k, v in back.items()} == torch_shapes(template)
+
+
+# Network, the numbers, and how many tensors or parameters are loaded, new and ignored.
+VGGS = {
+    "vgg16": (vgg.vgg16(padding="same"), VGG, {"loaded": 30, "ignored": 2}),
+    "fcn8s": (fcn.fcn8s(21), VGG, {"loaded": 30, "new": 6, "ignored": 2}),
+    "dilated": (
+        dilated.dilated_basic(21, pad="same"),
+        VGG,
+        {"loaded": 30, "new": 18, "ignored": 2},
+    ),
+    # Its fc6 and fc7 are of other shapes.
+    "deeplab": (deeplab.deeplab_largefov(21), VGG, {"loaded": 26, "new": 6, "ignored": 2}),
+    "segnet": (segnet.SegNet(12), VGG_BN, {"loaded": 78, "new": 74, "ignored": 19}),
+    "deconvnet": (deconvnet.DeconvNet(21), VGG_BN, {"loaded": 82, "new": 94, "ignored": 15}),
+}
+
+
+@pytest.mark.parametrize(("model", "numbers", "counts"), VGGS.values(), ids=VGGS)
+def test_vgg_fills_the_networks_that_stand_on_it(model, numbers, counts):
+    template = import_weights.template_of(model)
+    tensors = state_dict(vgg_shapes(numbers, norm=numbers is VGG_BN))
+    assert len(tensors) == (97 if numbers is VGG_BN else 32)
+    release = rules.choose(import_weights.RELEASES, template, tensors)
+    tree, account = rules.load(template, tensors, release.rules, required=release.trunk)
+    assert Counter(row.status for row in account.rows) == counts
+    targets = {row.source: row.target for row in account.rows}
+    for number, name in zip(numbers, CONVS, strict=True):
+        assert targets[f"features.{number}.weight"] == f"params/conv{name}/kernel"
+        if numbers is VGG_BN:
+            norm = f"bn{name}" if "bn1_1" in template["params"] else f"conv{name}_bn"
+            assert targets[f"features.{number + 1}.weight"] == f"params/{norm}/scale"
+            assert targets[f"features.{number + 1}.running_var"] == f"batch_stats/{norm}/var"
+    back = rules.unload(tree, release.rules)
+    assert all(values.shape == tensors[name].shape for name, values in back.items())
+
+
+# How a file's kernel, its axes named, meets a patch [h, w, i].
+LAYOUTS = {
+    "conv": ("oihw,hwi->o", (2, 3)),
+    "conv_ohwi": ("ohwi,hwi->o", (1, 2)),
+    "up_conv": ("iohw,hwi->o", (2, 3)),
+    "up_conv_hwoi": ("hwoi,hwi->o", (0, 1)),
+    "dense": ("oi,i->o", ()),
+}
+SIZES = {"h": 3, "w": 2, "i": 4, "o": 5}
+
+
+@pytest.mark.parametrize(("layout", "equation", "axes"), [(k, *v) for k, v in LAYOUTS.items()])
+def test_layouts_say_which_axis_is_which(layout, equation, axes):
+    theirs, patch = (
+        np.random.default_rng(i).standard_normal([SIZES[axis] for axis in axes_of])
+        for i, axes_of in enumerate(equation.split("->")[0].split(","))
+    )
+    ours, back = both_ways(theirs, layout, (*patch.shape, 5))
+    want = np.einsum(equation, theirs, patch)
+    axis_names = "hwi" if axes else "i"
+    np.testing.assert_allclose(np.einsum(f"{axis_names}o,{axis_names}->o", ours, patch), want)
+    np.testing.assert_array_equal(back, theirs)
+    if axes:  # true convolution, then images in BGR
+        flipped, back = both_ways(theirs, f"{layout}+flip", ours.shape)
+        np.testing.assert_array_equal(flipped, ours[::-1, ::-1])
+        np.testing.assert_array_equal(back, theirs)
+        turned, _ = both_ways(theirs, f"{layout}+bgr", ours.shape)
+        got = np.einsum("hwio,hwi->o", turned, patch[:, :, ::-1])
+        np.testing.assert_allclose(got, want)
+
+
+def both_ways(theirs, layout, shape):
+    """The kernel of this shape here, and the file's made of it again."""
+    table = [Rule("a", "params/a", layout)]
+    template = {"params": {"a": jax.ShapeDtypeStruct(shape, theirs.dtype)}}
+    tree, _ = rules.load(template, {"a": theirs}, table)
+    return tree["params"]["a"], rules.unload(tree, table)["a"]
+
+
+def test_a_dense_layer_on_a_map_flattened_channels_first_is_a_kernel():
+    patch = np.random.default_rng(0).standard_normal((3, 2, 4))
+    theirs = np.random.default_rng(1).standard_normal((5, 24))
+    ours, back = both_ways(theirs, "dense_chw", (3, 2, 4, 5))
+    want = theirs @ patch.transpose(2, 0, 1).ravel()
+    np.testing.assert_allclose(np.einsum("hwio,hwi->o", ours, patch), want)
+    np.testing.assert_array_equal(back, theirs)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"), [("depthwise", (3, 2, 4, 1)), ("depthwise_1hwc", (1, 3, 2, 4))]
+)
+def test_depthwise_kernels_keep_one_filter_a_channel(layout, shape):
+    theirs = np.arange(24.0).reshape(shape)
+    ours, back = both_ways(theirs, layout, (3, 2, 1, 4))
+    np.testing.assert_array_equal(ours[:, :, 0], theirs.reshape(3, 2, 4))
+    np.testing.assert_array_equal(back, theirs)
+
+
+TABLE = (
+    *rules.conv("conv{i}", "conv{i}"),
+    *rules.batch_norm("bn{i}", "bn{i}"),
+    *rules.dense("fc", "score"),
+)
+
+
+def small(**changes) -> tuple[Any, dict[str, np.ndarray]]:
+    """A template, and tensors that fit but for these changes (None removes one)."""
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
+    template = {
+        "params": {
+            "conv1": {"kernel": f32((3, 3, 2, 4))},
+            "bn1": {"scale": f32((4,)), "bias": f32((4,))},
+            "score": {"kernel": f32((4, 5)), "bias": f32((5,))},
+        },
+        "batch_stats": {"bn1": {"mean": f32((4,)), "var": f32((4,))}},
+    }
+    names = {"conv1.weight": (4, 2, 3, 3), "fc.weight": (5, 4), "fc.bias": (5,)}
+    names |= {f"bn1.{kind}": (4,) for kind in ("weight", "bias", "running_mean", "running_var")}
+    tensors = {name: np.full(shape, 0.5, np.float32) for name, shape in names.items()}
+    tensors |= {"bn1.num_batches_tracked": np.array(7)}
+    tensors |= {name.replace("_", "."): value for name, value in changes.items()}
+    return template, {name: value for name, value in tensors.items() if value is not None}
+
+
+ZEROS = np.zeros((4, 2, 3, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fc_bias": None}, "1 missing: params/score/bias"),
+        ({"extra": ZEROS}, "1 unexpected: extra"),
+        ({"conv2_weight": ZEROS}, "1 unexpected: conv2.weight (no params/conv2/kernel here)"),
+        ({"conv1_weight": ZEROS[:3]}, "1 misfit: conv1.weight ((3, 2, 3, 3) does not make"),
+        ({"conv1_weight": ZEROS[0]}, "1 misfit: conv1.weight ((2, 3, 3) does not make"),
+        ({"conv1_weight": ZEROS.astype(int)}, "1 misfit: conv1.weight (of dtype int64)"),
+        ({f"x{i}": ZEROS for i in range(5)}, "5 unexpected: x0, x1, x2 and 2 more"),
+    ],
+)
+def test_what_is_not_explained_is_refused(changes, message):
+    template, tensors = small(**changes)
+    with pytest.raises(UserError, match=r"net\.pth does not fit") as caught:
+        rules.load(template, tensors, TABLE, path="net.pth")
+    assert message in str(caught.value)
+    assert "--new-head" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_stands_on_the_trunk_may_differ():
+    template, tensors = small(fc_weight=np.ones((9, 4), np.float32), fc_bias=None, extra=ZEROS)
+    trunk = ("*/conv?/*", "*/bn?/*")
+    tree, account = rules.load(template, tensors, TABLE, required=trunk, ignore=["ex*"])
+    assert "score" not in tree["params"]
+    assert Counter(row.status for row in account.rows) == {"loaded": 5, "new": 2, "ignored": 2}
+    assert statuses(account)["fc.weight"] == statuses(account)["params/score/bias"] == "new"
+    with pytest.raises(UserError, match="2 missing"):
+        rules.load(*small(conv1_weight=None, bn1_bias=None), TABLE, required=trunk)
+
+
+def test_narrow_and_wide_numbers_are_cast_and_said():
+    template, tensors = small(conv1_weight=ZEROS.astype(np.float16))
+    tensors["bn1.bias"] = np.full(4, 0.25, jax.numpy.bfloat16)
+    tree, account = rules.load(template, tensors, TABLE)
+    assert tree["params"]["conv1"]["kernel"].dtype == np.float32
+    np.testing.assert_array_equal(tree["params"]["bn1"]["bias"], np.full(4, 0.25, np.float32))
+    notes = {row.source: row.note for row in account.rows}
+    assert notes["conv1.weight"] == "permuted, cast from float16"
+    assert notes["bn1.bias"] == "cast from bfloat16"
+    assert account.summary() == "7 loaded (2 permuted, 2 cast), 1 ignored"
+
+
+def test_loading_copies_nothing_that_only_changes_its_layout():
+    template, tensors = small()
+    tree, _ = rules.load(template, tensors, TABLE)
+    assert np.shares_memory(tree["params"]["conv1"]["kernel"], tensors["conv1.weight"])
+
+
+def test_one_tensor_is_one_parameter():
+    template, tensors = small()
+    twice = (*TABLE, Rule("old_fc.bias", "params/score/bias"))
+    with pytest.raises(UserError, match=r"fc.bias and old_fc.bias are both params/score/bias"):
+        rules.match(template, {**tensors, "old_fc.bias": tensors["fc.bias"]}, twice)
+    with pytest.raises(ValueError, match=r"Two rules speak of fc\.bias"):
+        rules.match(template, tensors, (*TABLE, Rule("fc.bias", "params/bn1/bias")))
+    with pytest.raises(ValueError, match=r"Two rules speak of params/score/bias"):
+        rules.unload({"params": {"score": {"bias": np.ones(5)}}}, twice)
+    with pytest.raises(UserError, match="params/other has no name"):
+        rules.unload({"params": {"other": np.ones(5)}}, TABLE)
+
+
+def test_a_field_met_twice_is_one_number():
+    rule = Rule("conv_{n}.conv_{n}_W", "params/conv{n}/kernel")
+    template = {"params": {"conv3": {"kernel": np.zeros(2, np.float32)}}}
+    ones = np.ones(2, np.float32)
+    assert rules.load(template, {"conv_3.conv_3_W": ones}, [rule])[0]["params"]
+    with pytest.raises(UserError, match=r"conv_3\.conv_4_W"):
+        rules.load(template, {"conv_3.conv_4_W": ones}, [rule])
+
+
+def test_the_account_is_an_aligned_table():
+    template, tensors = small(extra=ZEROS)
+    lines = str(rules.match(template, tensors, TABLE)).splitlines()
+    row = "loaded      conv1.weight             4x2x3x3  params/conv1/kernel   3x3x2x4  permuted"
+    assert row in lines
+    assert lines[-1] == "7 loaded (2 permuted), 1 ignored, 1 unexpected"
+    column = lines[0].index("parameter here")
+    assert all(line[column - 1 : column].strip() == "" for line in lines[:-1])
+
+
+def thin(name, num_classes=None, aux=False):
+    """In place of `import_weights.build`."""
+    shape = dict(depths=(1, 1, 1, 1), width=1 / 16)
+    if name.startswith("res"):
+        return resnet.ResNet(num_classes=num_classes or 5, **shape)
+    trunk = functools.partial(resnet.ResNet, depths=shape["depths"])
+    return deeplabv3.ResNetSegmenter(num_classes or 4, "fcn", trunk=trunk, aux=aux, width=1 / 16)
+
+
+@pytest.fixture
+def resnet_file(tmp_path, monkeypatch) -> tuple[pathlib.Path, Any]:
+    """A file of a thin ResNet under torchvision's names, and its variables."""
+    monkeypatch.setattr(import_weights, "build", thin)
+    variables = contract.random_variables(thin("resnet50"), (1, 32, 32, 3))
+    tensors: Any = rules.unload(variables, resnet.TORCHVISION.rules)
+    path = tmp_path / "resnet.npz"
+    np.savez(path, **tensors, **{"bn1.num_batches_tracked": 3})
+    return path, variables
+
+
+def start(template_model, source, normalisation="torchvision"):
+    shapes = import_weights.template_of(template_model)
+    zeros = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape), shapes)
+    params, tx = zeros.pop("params"), optax.sgd(0.1)
+    state = TrainState.create(
+        apply_fn=template_model.apply,
+        params=params,
+        tx=tx,
+        model_state=zeros,
+        ema_params=None,
+        seed=jax.numpy.uint32(0),
+    )
+    return semantic._initialise_from(source, state, tx, normalisation)
+
+
+def test_imported_weights_start_a_run(resnet_file, tmp_path, capsys):
+    path, variables = resnet_file
+    out = tmp_path / "out"
+    import_weights.run(model="resnet50", source=path, out=out)
+    said = capsys.readouterr().out
+    assert "permuted" in said
+    assert "--normalisation=torchvision" in said
+    record = json.loads((out / "weights.json").read_text())
+    assert (record["model"], record["normalisation"]) == ("resnet50", "torchvision")
+    state = start(thin("resnet50"), f"run:{out}")
+    chex.assert_trees_all_equal(state.params, variables["params"])
+    chex.assert_trees_all_equal(state.model_state["batch_stats"], variables["batch_stats"])
+    assert "warning" not in capsys.readouterr().out
+    start(thin("resnet50"), f"run:{out}", "caffe")
+    assert "expect --normalisation=torchvision, and this run has" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds a run already"):
+        import_weights.run(model="resnet50", source=path, out=out)
+
+
+def test_a_file_starts_a_run_whose_head_is_another(resnet_file, capsys):
+    path, variables = resnet_file
+    state = start(thin("fcn_resnet50"), f"file:{path}", "caffe")
+    said = capsys.readouterr().out
+    assert "as a trunk" in said
+    assert re.search("new here: .*params/classifier_0/kernel", said)
+    assert "expect --normalisation=torchvision" in said
+    ours, theirs = state.params["backbone"], variables["params"]
+    chex.assert_trees_all_equal(ours, {name: theirs[name] for name in ours})
+    ours = state.model_state["batch_stats"]["backbone"]
+    chex.assert_trees_all_equal(ours, {name: variables["batch_stats"][name] for name in ours})
+    with pytest.raises(UserError, match=r"resnet\.npz does not fit.*85 misfit: bn1\.running"):
+        start(thin("resnet50").clone(width=1 / 8), f"file:{path}")
+    for wrong in ("file:", "hub:x", "x"):
+        with pytest.raises(UserError, match="give run:PATH"):
+            start(thin("resnet50"), wrong)
+
+
+def test_a_dry_run_writes_nothing(resnet_file, tmp_path, capsys):
+    path, _ = resnet_file
+    options: Any = dict(model="fcn_resnet50", source=path, out=tmp_path / "out", dry_run=True)
+    with pytest.raises(UserError, match=r"7 missing: .*2 unexpected: fc\.bias"):
+        import_weights.run(**options)
+    assert "missing" in capsys.readouterr().out  # the table, all the same
+    import_weights.run(**options, new_head=True)
+    assert not (tmp_path / "out").exists()
+    import_weights.run(model="resnet50", source=path, dry_run=True, num_classes=9, new_head=True)
+    assert "(5, 128) does not make (128, 9)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--out"):
+        import_weights.run(model="resnet50", source=path)
+
+
+def test_a_file_of_other_names_is_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.ones(3))
+    with pytest.raises(UserError, match=r"no tensor of the file \(a\) is known"):
+        start(thin("resnet50"), f"file:{tmp_path / 'x.npz'}")
