@@ -14,6 +14,9 @@ import numpy as np
 
 from dense_jax.errors import UserError
 
+_MOST_AXES = 32
+_LARGEST = 2**48  # of any size, in values or bytes: far above files, far below int64
+
 
 class Lazy(Mapping[str, np.ndarray]):
     """Names to arrays, where each is made when it is asked for, and not kept.
@@ -76,10 +79,10 @@ def view(
       ValueError: the array does not lie in the file, or repeats values so often that a copy of it
         would be larger than the file.
     """
-    if not all(type(n) is int and n >= 0 for n in (start, *shape, *(strides or ()))):
-        raise ValueError("a size that is no whole number")
-    if len(shape) > 32 or (strides is not None and len(strides) != len(shape)):
-        raise ValueError("a shape and steps that do not fit")
+    if len(shape) > _MOST_AXES or (strides is not None and len(strides) != len(shape)):
+        raise ValueError("a shape of too many axes, or with other steps")
+    if not all(type(n) is int and 0 <= n < _LARGEST for n in (start, *shape, *(strides or ()))):
+        raise ValueError("a size that is no whole number of 0 or more")
     num_bytes = math.prod(shape) * dtype.itemsize
     if start + num_bytes > len(data) and (strides is None or num_bytes > len(data)):
         raise ValueError(f"an array of {num_bytes} bytes in a file of {len(data)}")

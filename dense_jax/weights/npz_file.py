@@ -1,0 +1,91 @@
+"""Reads NumPy's .npz files: a zip file of arrays, with anything that could run refused.
+
+`numpy.savez` stores the arrays as they are, and these are mapped; those that
+`numpy.savez_compressed` packed are unpacked one at a time, when asked for.
+
+Reference: NumPy Enhancement Proposal 1, "A simple file format for NumPy arrays".
+"""
+
+import functools
+import io
+import math
+import mmap
+import pathlib
+import tokenize
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from dense_jax.errors import UserError
+from dense_jax.weights import zips
+from dense_jax.weights.tensors import Lazy, damaged, map_file, view
+
+_SUFFIX = ".npy"
+_MOST_HEADER_BYTES = 1 << 16
+_NUMBERS = (
+    "biufc"  # kinds of dtypes; the rest are text, dates, records, and objects, which run code
+)
+
+
+def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
+    """Returns the arrays of an .npz file by name; the headers are read, the arrays are not.
+
+    Raises:
+      UserError: the file is damaged, or holds something else than arrays of numbers.
+    """
+    data = map_file(path)
+    found = zips.members(path, data)
+    others = [name for name in found if not name.endswith(_SUFFIX)]
+    if others:
+        raise UserError(f"{path} holds {others[0]!r}, which is no array: give an .npz of arrays")
+    makers = {
+        name.removesuffix(_SUFFIX): functools.partial(_read, path, data, name, member)
+        for name, member in found.items()
+    }
+    return Lazy(makers), {}
+
+
+def _read(path: pathlib.Path, data: mmap.mmap, name: str, member: zips.Member) -> np.ndarray:
+    try:
+        content = io.BytesIO(_head(data, member))
+        shape, is_fortran, dtype = _header(content)
+        if dtype.kind not in _NUMBERS:
+            raise UserError(
+                f"{path}: {name!r} holds {dtype}, no numbers: save it as float32 or integers"
+            )
+        start = content.tell()
+        num_bytes = member.size - start
+        if dtype.itemsize * math.prod(shape) != num_bytes:
+            raise ValueError(f"the shape {shape} does not fill {num_bytes} bytes")
+        if member.is_packed:
+            order = "F" if is_fortran else "C"
+            return np.ndarray(shape, dtype, member.unpack(data), start, order=order)
+        array = view(data, member.start + start, dtype, shape[::-1] if is_fortran else shape)
+        return array.T if is_fortran else array
+    except (ValueError, TypeError, OverflowError) as error:
+        raise damaged(path, f"{name!r}: {error}") from error
+
+
+def _head(data: mmap.mmap, member: zips.Member) -> bytes:
+    """Returns the first bytes of a member, unpacked: as many as a header may have."""
+    start, size = member.start, min(member.packed, _MOST_HEADER_BYTES)
+    head = data[start : start + size]
+    if not member.is_packed:
+        return head
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(head, _MOST_HEADER_BYTES)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+
+
+def _header(content: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(content)
+    try:
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(content)
+        if version == (2, 0):
+            return np.lib.format.read_array_header_2_0(content)
+    except (SyntaxError, tokenize.TokenError, KeyError, RecursionError, MemoryError) as error:
+        raise ValueError("a header that is no description of an array") from error
+    raise ValueError(f"version {version} of the array format")

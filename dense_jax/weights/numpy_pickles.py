@@ -1,0 +1,78 @@
+"""Stand-ins for NumPy's arrays, scalars and dtypes in pickles; of numbers only.
+
+Arrays of objects would hold addresses taken from the file, so kinds are checked before use.
+
+Reference: numpy/numpy:numpy/_core/src/multiarray/methods.c, `array_reduce`, and descriptor.c,
+`arraydescr_reduce`; numpy/_core/multiarray.py, `scalar` and `_reconstruct`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dense_jax.weights.pickles import Built
+
+_NUMBER = re.compile(r"[biufc]\d{1,2}")
+
+
+class NumpyArray(Built):
+    """An array; `array` is set once the pickle has filled it."""
+
+    array: np.ndarray | None = None
+
+    def set_state(self, state: Any) -> None:
+        """Takes (version, shape, dtype, is in Fortran's order, bytes)."""
+        _, shape, dtype, is_fortran, content = state
+        content, made = _bytes(content), _dtype(dtype)
+        if made.itemsize * np.prod(shape, dtype=object) != len(content):
+            raise ValueError("an array whose shape does not fill its bytes")
+        self.array = np.ndarray(shape, made, content, order="F" if is_fortran else "C")
+
+
+class _Dtype(Built):
+    """A dtype; its order of bytes comes with its state."""
+
+    def __init__(self, code: str, *_: Any):
+        if not _NUMBER.fullmatch(code):
+            raise ValueError(f"values of NumPy's kind {code!r}, no numbers")
+        self.code, self.order = code, "="
+
+    def set_state(self, state: Any) -> None:
+        self.order = state[1]
+
+
+def _dtype(stand_in: Any) -> np.dtype:
+    if type(stand_in) is not _Dtype or stand_in.order not in ("<", ">", "=", "|"):
+        raise ValueError("an array without a dtype")
+    return np.dtype(stand_in.order + stand_in.code)
+
+
+def _bytes(content: Any) -> bytes:
+    return content.encode("latin-1") if type(content) is str else bytes(memoryview(content))
+
+
+def _reconstruct(*_: Any) -> NumpyArray:
+    return NumpyArray()
+
+
+def _scalar(dtype: Any, content: Any) -> Any:
+    return np.frombuffer(_bytes(content), _dtype(dtype), 1)[0].item()
+
+
+def _encode(text: Any, *_: Any) -> bytes:
+    """Stands for `_codecs.encode`, by which old pickles hold bytes as text."""
+    return _bytes(text)
+
+
+NUMPY: dict[str, Callable[..., Any] | None] = {
+    "_codecs.encode": _encode,
+    "numpy.dtype": _Dtype,
+    "numpy.ndarray": None,
+    **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), _scalar),
+    **dict.fromkeys(
+        ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+        _reconstruct,
+    ),
+}

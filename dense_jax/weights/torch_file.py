@@ -1,0 +1,265 @@
+"""Reads what `torch.save` writes, in its form of today and that of before version 1.6.
+
+Both are a pickle that describes the tensors, and their numbers outside it. Today's form is a zip
+file, ``archive/data.pkl`` and ``archive/data/0``, ..., members stored as they are; the older form
+is four pickles (a magic number, a version, the machine, the object), a fifth with the names of the
+storages, and these one after another, each behind its length. Numbers are mapped in both.
+
+The pickles are followed, not run (`dense_jax.weights.pickles`): they can make tensors, NumPy's
+arrays, and plain values and containers.
+
+Reference: pytorch/pytorch:torch/serialization.py, functions `_save` and `_legacy_save`;
+torch/_utils.py; torch/_tensor.py, `__setstate__`, for the parameters of 2017.
+"""
+
+import collections
+import dataclasses
+import mmap
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dense_jax.errors import UserError
+from dense_jax.weights import zips
+from dense_jax.weights.numpy_pickles import NUMPY, NumpyArray
+from dense_jax.weights.pickles import Built, Name, RefusedError, Stream, follow, put
+from dense_jax.weights.tensors import damaged, map_file, view
+
+_PICKLE = "data.pkl"
+_MAGIC = 0x1950A86A20F9469CFC6C
+_VERSION = 1001
+_COUNT_BYTES = 8
+# One of these at the top holds the weights of a checkpoint; optimisers and such lie beside it.
+_CONTAINERS = ("state_dict", "model", "model_state", "net")
+# What a hostile file may cost: containers in containers, all they hold, letters of a name.
+_DEEPEST, _MOST_ENTRIES, _LONGEST_NAME = 32, 2**20, 1000
+
+_PLAIN = (str, int, float, bool)
+
+_STORAGES = {
+    f"torch.{kind}Storage": np.dtype(dtype)
+    for kind, dtype in {
+        "Float": "<f4",
+        "Double": "<f8",
+        "Half": "<f2",
+        "BFloat16": ml_dtypes.bfloat16,
+        "Long": "<i8",
+        "Int": "<i4",
+        "Short": "<i2",
+        "Char": "i1",
+        "Byte": "u1",
+        "Bool": "?",
+        "ComplexFloat": "<c8",
+        "ComplexDouble": "<c16",
+    }.items()
+}
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    """Values that tensors share; the offset, in values, is that of a view on the storage."""
+
+    key: str
+    dtype: np.dtype
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A tensor as its pickle describes it; offset and strides are in values."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+_Places = Mapping[str, tuple[int, int]]  # key of a storage: first byte, number of bytes
+
+
+class _Parameter(Built):
+    """A parameter as of 2017, filled with (tensor, gradient, hooks, ...)."""
+
+    data: Any = None
+
+    def set_state(self, state: Any) -> None:
+        self.data = state[0]
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
+    """Stands for `_rebuild_tensor` and `_rebuild_tensor_v2`."""
+    if type(storage) is not _Storage or type(shape) is not tuple or type(strides) is not tuple:
+        raise ValueError("a tensor without a storage, a shape or strides")
+    if len(rest) > 2 and rest[2]:
+        raise ValueError("a tensor that is a conjugate or has other marks")
+    return _Tensor(storage, offset, shape, strides)
+
+
+def _first(value: Any, *_: Any) -> Any:
+    """Stands for what wraps a value."""
+    return value
+
+
+def _ordered_dict(items: Any = ()) -> dict[str | int, Any]:
+    made: dict[str | int, Any] = {}
+    for key, value in items:
+        put(made, key, value)
+    return made
+
+
+_ADMITTED: dict[str, Callable[..., Any] | None] = {
+    **NUMPY,
+    **dict.fromkeys(_STORAGES),
+    **dict.fromkeys(f"torch.{name}" for name in (*_FLOATS, *_INTEGERS)),
+    "collections.OrderedDict": _ordered_dict,
+    "collections.Counter": _first,  # in the state of schedules
+    "torch.Size": tuple,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _first,
+    "torch.nn.parameter.Parameter": _Parameter,
+}
+
+
+def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
+    """Returns the tensors of a PyTorch file by name, mapped, and what lies beside them.
+
+    Raises:
+      UserError: the file is damaged, or names something else than tensors and plain values.
+    """
+    data = map_file(path)
+    try:
+        content, places = _read_zip(path, data) if data[:2] == b"PK" else _read_old(data)
+        tensors = {
+            name: leaf if isinstance(leaf, np.ndarray) else _array(data, leaf, places)
+            for name, leaf in _leaves(content)
+        }
+        return _unwrap(content, tensors)
+    except RefusedError as error:
+        raise UserError(
+            f"{path}: refused to load {error}, as loading it could run a program: "
+            "save the state_dict() alone and give that"
+        ) from error
+    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+        raise damaged(path, error) from error
+
+
+def _read_zip(path: pathlib.Path, data: mmap.mmap) -> tuple[Any, _Places]:
+    found = zips.members(path, data)
+    (name,) = (name for name in found if name.endswith(_PICKLE))
+    root = name.removesuffix(_PICKLE)
+    order = found.get(f"{root}byteorder")
+    if order and order.unpack(data) != b"little":
+        raise ValueError("numbers whose first byte is the highest")
+    content = follow(Stream(found[name].unpack(data)), _ADMITTED, _storage)
+    places = {
+        name.removeprefix(f"{root}data/"): (member.start, member.size)
+        for name, member in found.items()
+        if not member.is_packed
+    }
+    return content, places
+
+
+def _read_old(data: mmap.mmap) -> tuple[Any, _Places]:
+    stream = Stream(data)
+    if follow(stream, {}) != _MAGIC or follow(stream, {}) != _VERSION:
+        raise ValueError("no version of PyTorch's form that is known")
+    if follow(stream, {})["little_endian"] is not True:
+        raise ValueError("numbers whose first byte is the highest")
+    dtypes: dict[str, np.dtype] = {}
+
+    def persistent(description: Any) -> _Storage:
+        storage = _storage(description)
+        dtypes[storage.key] = storage.dtype
+        return storage
+
+    content = follow(stream, _ADMITTED, persistent)
+    keys, start, places = follow(stream, {}), stream.position, {}
+    for key in keys:
+        count = int.from_bytes(data[start : start + _COUNT_BYTES], "little", signed=True)
+        num_bytes = count * dtypes[key].itemsize
+        start += _COUNT_BYTES
+        if not 0 <= num_bytes <= len(data) - start:
+            raise ValueError(f"storage {key!r} is cut off")
+        places[key] = start, num_bytes
+        start += num_bytes
+    return content, places
+
+
+def _storage(description: Any) -> _Storage:
+    """Stands for ("storage", kind, key, device, size) and, in old files, a view or None."""
+    kind, name, key, _, _, *rest = description
+    if kind != "storage" or type(name) is not Name or type(key) is not str:
+        raise ValueError("an object stored elsewhere that is no storage")
+    offset = rest[0][1] if rest and rest[0] else 0  # (key of the view, offset, size)
+    return _Storage(key, _STORAGES[name.text], offset)
+
+
+def _array(data: mmap.mmap, tensor: _Tensor, places: _Places) -> np.ndarray:
+    storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
+    if storage.key not in places:
+        raise ValueError(f"storage {storage.key!r} is missing or packed")
+    start, num_bytes = places[storage.key]
+    itemsize = storage.dtype.itemsize
+    first = storage.offset + tensor.offset
+    reach = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 1
+    if first < 0 or (0 not in shape and (first + reach) * itemsize > num_bytes):
+        raise ValueError(f"a tensor that reaches beyond its storage {storage.key!r}")
+    return view(data, start + first * itemsize, storage.dtype, shape, strides)
+
+
+def _leaves(content: Any) -> Iterator[tuple[str, np.ndarray | _Tensor]]:
+    """Yields names and tensors; refuses two of one name."""
+    names: set[str] = set()
+    for number, (name, value) in enumerate(_walk(content, "", 0)):
+        if number == _MOST_ENTRIES or len(name) > _LONGEST_NAME:
+            raise ValueError("too many entries, or names too long")
+        if isinstance(value, np.ndarray | _Tensor):
+            if name in names:
+                raise ValueError(f"two tensors are called {name!r}")
+            names.add(name)
+            yield name, value
+
+
+def _walk(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, _Parameter):
+        value = value.data
+    if isinstance(value, NumpyArray):
+        value = value.array
+    yield name, value
+    entries = value.items() if type(value) is dict else ()
+    if type(value) in (list, tuple):
+        entries = enumerate(value)
+    for key, entry in entries:
+        if depth == _DEEPEST:
+            raise ValueError("containers in containers without end")
+        yield from _walk(entry, f"{name}.{key}" if name else str(key), depth + 1)
+
+
+def _unwrap(
+    content: Any, tensors: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Takes the weights out of a checkpoint, and says so."""
+    top = content if type(content) is dict else {}
+    info = {str(key): str(value) for key, value in top.items() if type(value) in _PLAIN}
+    outer = [
+        key
+        for key in _CONTAINERS
+        if type(top.get(key)) is dict and any(name.startswith(f"{key}.") for name in tensors)
+    ]
+    if len(outer) != 1:
+        return tensors, info
+    prefix = f"{outer[0]}."
+    kept = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+    others = collections.Counter(
+        name.split(".")[0] for name in tensors if not name.startswith(prefix)
+    )
+    info["container"] = outer[0]
+    if others:
+        info["left out"] = ", ".join(f"{key} ({count})" for key, count in others.items())
+    return kept, info
