@@ -1,7 +1,7 @@
 """Reads Caffe's .caffemodel files, a protobuf message, without protobuf and without copying.
 
 A message is a row of fields, each a number and wire type followed by a value, so four wire types
-and the numbers of nine fields are all that weights need; other fields are stepped over. Arrays of
+and the numbers of a few fields are all that weights need; other fields are stepped over. Arrays of
 floats lie in the file as they are in memory and are mapped. Blobs keep Caffe's own layout: kernels
 of convolutions are [out, in / groups, kh, kw], of inner products [out, in].
 
@@ -23,7 +23,7 @@ from dense_jax.weights.tensors import damaged, map_file, view
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 
-# Field numbers. A network has `layer` or, in files of before 2015, `layers`.
+# Field numbers. A network has `layer` or, in older files, `layers`.
 _NET_NAME, _NET_LAYERS, _NET_LAYER = 1, 2, 100
 _V0_LAYER = 1
 _BLOB_NUM, _BLOB_WIDTH, _BLOB_SHAPE = 1, 4, 7
@@ -134,7 +134,7 @@ def _read_layer(
         elif field.number == numbers.blobs:
             blobs.append(_read_blob(data, field))
         elif layer.number == _NET_LAYERS and field.number == _V0_LAYER:
-            raise ValueError("layers of the form of 2013; convert with upgrade_net_proto_binary")
+            raise ValueError("layers of 2013, which Caffe's upgrade_net_proto_binary converts")
     return name, kind, blobs
 
 

@@ -1,0 +1,192 @@
+"""Reads Keras weights from HDF5 files, through h5py and without Keras.
+
+Covered are files of weights and of whole models of Keras 1 and 2, and the oldest form with numbered
+layers. They hold a group for each layer with its arrays, and their order in attributes. Numbers and
+names are all that is read: nothing is unpickled, code of Lambda layers stays text, and no link
+leads out of the file.
+
+Kernels stay as stored: [kh, kw, in, out] of Conv2D and [kh, kw, out, in] of Conv2DTranspose in
+Keras 2; [out, in, kh, kw] in Keras 1 with the order "th". Kernels that were trained with Theano are
+for true convolution, and a file of weights alone does not say so.
+
+References: tensorflow/tensorflow:tensorflow/python/keras/saving/hdf5_format.py for Keras 2,
+keras-team/keras:keras/models.py before version 1.0 for the numbered form.
+"""
+
+import functools
+import itertools
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from dense_jax.errors import UserError
+from dense_jax.weights.tensors import Lazy, damaged
+
+try:
+    import h5py
+except ImportError as error:
+    raise UserError(
+        "weights of Keras (HDF5) need the package h5py: pip install 'dense_jax[keras]'"
+    ) from error
+
+_MODEL_WEIGHTS, _NUM_LAYERS = "model_weights", "nb_layers"
+_FILTERS = {
+    h5py.h5z.FILTER_DEFLATE,
+    h5py.h5z.FILTER_SHUFFLE,
+    h5py.h5z.FILTER_FLETCHER32,
+    h5py.h5z.FILTER_LZF,
+}
+_MOST_EXPANSION = 64  # of compressed numbers; more is a few bytes that ask for all memory
+
+
+def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
+    """Reads the names of the weights; their values when they are asked for.
+
+    Args:
+      path: an HDF5 file.
+
+    Returns:
+      Arrays by ``LAYER.WEIGHT`` in the order of the layers. The weight's name begins without the
+      layer's, which Keras repeats, and ends without ``:0``: "conv2d_1/kernel:0" of layer "conv2d_1"
+      is "conv2d_1.kernel", "convolution2d_1_W" is "convolution2d_1.W", and a weight of a model
+      within a model is "vgg16.block1_conv1.kernel".
+      And what else the file says: ``layers``, a JSON object from the name of each layer to its
+      class, which is empty in a file of weights alone; ``keras_version`` and ``backend``.
+
+    Raises:
+      UserError: the file is damaged, of another kind, or keeps its values elsewhere.
+    """
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            size = path.stat().st_size
+            is_model = file.get(_MODEL_WEIGHTS, getlink=True) is not None
+            top = _member(file, _MODEL_WEIGHTS) if is_model else file
+            layers = list(_layers(top, size))
+            places = {}
+            for layer, weights in layers:
+                for weight in weights:
+                    name, place = _tensor_name(layer, weight), f"{top.name}/{layer}/{weight}"
+                    if name in places:
+                        raise ValueError(f"two arrays are named {name!r}")
+                    _check(_member(file, place), size)
+                    places[name] = place
+            return Lazy(
+                {name: functools.partial(_read, path, place) for name, place in places.items()}
+            ), _info(file, top, [layer for layer, _ in layers], size)
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes make the HDF5 library fail in any way
+        raise _complaint(path, error) from error
+
+
+def _read(path: pathlib.Path, place: str) -> np.ndarray:
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            values = _member(file, place)[()]
+    except Exception as error:
+        raise _complaint(path, error) from error
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+
+def _complaint(path: pathlib.Path, error: Exception) -> UserError:
+    return damaged(path, " ".join(str(error).split()))
+
+
+def _layers(top: h5py.Group, size: int) -> Iterator[tuple[str, list[str]]]:
+    """Yields the name of each layer and the names of its weights."""
+    if _NUM_LAYERS in top.attrs:
+        for layer in (f"layer_{i}" for i in range(top.attrs[_NUM_LAYERS])):
+            yield layer, [f"param_{i}" for i in range(len(_member(top, layer)))]
+        return
+    layers = _texts(top, "layer_names", size)
+    if layers is None:
+        raise UserError(
+            f"{top.file.filename} has no layer_names: of a Keras 3 model give what "
+            "model.save('NAME.h5') writes, and of another program its own format"
+        )
+    for layer in layers:
+        yield layer, _texts(_member(top, layer), "weight_names", size) or []
+
+
+def _tensor_name(layer: str, weight: str) -> str:
+    name = re.sub(r":\d+$", "", weight).removeprefix(f"{layer}/")
+    if "/" not in name:  # otherwise it may be "conv_1/kernel" of another scope than layer "conv"
+        name = name.removeprefix(f"{layer}_")
+    return f"{layer}.{name}".replace("/", ".")
+
+
+def _info(file: h5py.File, top: h5py.Group, layers: list[str], size: int) -> dict[str, str]:
+    config = json.loads((_texts(file, "model_config", size) or ["{}"])[0])
+    classes = _classes(config)
+    info = {"layers": json.dumps({layer: classes.get(layer, "") for layer in layers})}
+    for name in ("keras_version", "backend"):
+        if texts := _texts(top, name, size):
+            info[name] = texts[0]
+    return info
+
+
+def _classes(config: Any) -> dict[str, str]:
+    """Returns the class of each layer of a model, by name."""
+    try:
+        inner = config["config"]
+        layers = inner["layers"] if isinstance(inner, dict) else inner
+        return {layer["config"]["name"]: str(layer["class_name"]) for layer in layers}
+    except (KeyError, TypeError):  # an unknown form; the weights do not depend on it
+        return {}
+
+
+def _member(group: h5py.Group, path: str) -> Any:
+    """Returns a group or dataset of the file itself."""
+    for part in filter(None, path.split("/")):
+        link = group.get(part, getlink=True)
+        if link is None:
+            raise ValueError(f"{path} is missing")
+        if not isinstance(link, h5py.HardLink):
+            raise ValueError(f"{path} is a link to another place, which is not followed")
+        group = group[part]
+    return group
+
+
+def _texts(group: h5py.Group, name: str, size: int) -> list[str] | None:
+    """Returns a list of names, which may be spread over attributes name0, name1, ...
+
+    An attribute may not hold more than 64 KB.
+    """
+    parts = (f"{name}{i}" for i in itertools.count())
+    names = (
+        [name]
+        if name in group.attrs
+        else list(itertools.takewhile(group.attrs.__contains__, parts))
+    )
+    texts = []
+    for part in names:
+        attribute = group.attrs.get_id(part)
+        if math.prod(attribute.shape or ()) * attribute.dtype.itemsize > size:
+            raise ValueError(f"{part} is larger than the file")
+        for text in np.ravel(group.attrs[part]):
+            if not isinstance(text, str | bytes):
+                raise ValueError(f"{part} is no text")
+            texts.append(text.decode() if isinstance(text, bytes) else str(text))
+    return texts if names else None
+
+
+def _check(data: h5py.Dataset, size: int) -> None:
+    """Refuses values that are no numbers, not in the file or far more than it holds."""
+    if not isinstance(data, h5py.Dataset) or data.shape is None or data.dtype.kind not in "biuf":
+        raise ValueError(f"{data.name} holds no numbers")
+    creation = data.id.get_create_plist()
+    if data.is_virtual or creation.get_external_count():
+        raise ValueError(f"{data.name} has its values in another file, which is not followed")
+    filters = {creation.get_filter(i)[0] for i in range(creation.get_nfilters())}
+    if not filters <= _FILTERS:
+        raise ValueError(f"{data.name} is compressed by a filter that is not known here")
+    stored = data.id.get_storage_size()
+    most = _MOST_EXPANSION * stored if data.chunks else stored
+    needed = max(math.prod(data.shape), math.prod(data.chunks or ())) * data.dtype.itemsize
+    if stored > size or needed > most:
+        raise ValueError(f"{data.name} of {needed} bytes, of which the file holds {stored}")
