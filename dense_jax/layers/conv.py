@@ -122,7 +122,7 @@ def _conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array
     def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
         if _is_depthwise(x, kernel, w, groups):
             return depthwise.convolve(x, kernel, w)
-        if _reads_padding(x, w, groups):
+        if _reads_padding(x, kernel, w, groups):
             return taps.convolve(x, kernel, w)
         if _is_almost_full(x, kernel, w, groups):
             return im2col.convolve(x, kernel, w)
@@ -152,11 +152,12 @@ def _is_deep(x: jax.Array, kernel: jax.Array, groups: int) -> bool:
     return groups == 1 and x.size <= 2**20 and min(kernel.shape[2:]) >= 256
 
 
-def _reads_padding(x: jax.Array, w: Windows, groups: int) -> bool:
+def _reads_padding(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> bool:
     """Whether enough of what the windows read is padding that it pays to leave it out."""
     size = (x.shape[1], x.shape[2])
-    some = min(len(x), *size, *w.counts(size)) > 0
-    return groups == 1 and some and taps.share_inside(size, w) < _MOSTLY_INSIDE
+    rows, columns = w.counts(size)
+    least = min(len(x) * max(0, rows) * columns, *kernel.shape[2:])  # side of a tap's product
+    return groups == 1 and least >= 128 and taps.share_inside(size, w) < _MOSTLY_INSIDE
 
 
 def _is_depthwise(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> bool:
@@ -177,7 +178,7 @@ def _conv_bwd(w, groups, residuals, grad):
         if _is_depthwise(x, kernel, w, groups):
             x_grad = depthwise.input_gradient(grad, kernel, (x.shape[1], x.shape[2]), w)
             return x_grad, depthwise.kernel_gradient(x, grad, w)
-        if _reads_padding(x, w, groups):
+        if _reads_padding(x, kernel, w, groups):
             x_grad = taps.input_gradient(grad, kernel, (x.shape[1], x.shape[2]), w)
             return x_grad, taps.kernel_gradient(x, grad, w)
         x_grad, kernel_grad = stock(x, kernel, grad)
