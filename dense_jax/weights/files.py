@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dense_jax.errors import UserError
-from dense_jax.weights.tensors import Lazy
+from dense_jax.weights.tensors import Lazy, damaged
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
@@ -101,4 +101,4 @@ def _has_pickle(path: pathlib.Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is damaged ({error}): download or save it again") from error
+        raise damaged(path, error) from error

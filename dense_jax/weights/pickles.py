@@ -123,6 +123,8 @@ class _Machine:
                 stack.append(argument)
             case "MARK":
                 self.marks.append(len(stack))
+            case "POP":
+                stack.pop()
             case "EMPTY_LIST":
                 stack.append([])
             case "EMPTY_DICT":
@@ -153,7 +155,8 @@ class _Machine:
                 module, attribute = self.pop_to(len(stack) - 2)
                 stack.append(self.name(f"{module}.{attribute}"))
             case "INST":
-                raise RefusedError(argument.replace(" ", "."))
+                self.name(argument.replace(" ", "."))
+                raise ValueError("an instance of an old kind of class")
             case "REDUCE" | "NEWOBJ":
                 name, arguments = self.pop_to(len(stack) - 2)
                 stack.append(self.call(name, arguments))
@@ -189,7 +192,7 @@ class _Machine:
 
     def name(self, text: str) -> Name:
         if text not in self.admitted:
-            raise RefusedError(text)
+            raise RefusedError(text if text.isprintable() else repr(text))
         return Name(text)
 
     def call(self, name: Any, arguments: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 
 from dense_jax.errors import UserError
 
+_LONGEST_REASON = 200
 _MOST_AXES = 32
 _LARGEST = 2**48  # of any size, in values or bytes: far above files, far below int64
 
@@ -43,7 +44,8 @@ class Lazy(Mapping[str, np.ndarray]):
 
 def damaged(path: pathlib.Path, reason: object) -> UserError:
     """Returns the error for a file that does not hold what its format promises."""
-    return UserError(f"{path} is damaged ({reason}): download or save it again")
+    line = " ".join(str(reason).split())[:_LONGEST_REASON]
+    return UserError(f"{path} is damaged ({line}): download or save it again")
 
 
 def map_file(path: pathlib.Path) -> mmap.mmap:

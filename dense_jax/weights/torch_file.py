@@ -35,7 +35,7 @@ _COUNT_BYTES = 8
 # One of these at the top holds the weights of a checkpoint; optimisers and such lie beside it.
 _CONTAINERS = ("state_dict", "model", "model_state", "net")
 # What a hostile file may cost: containers in containers, all they hold, letters of a name.
-_DEEPEST, _MOST_ENTRIES, _LONGEST_NAME = 32, 2**20, 1000
+_DEEPEST, _MOST_ENTRIES, _LONGEST_NAME = 32, 2**18, 1000
 
 _PLAIN = (str, int, float, bool)
 
@@ -56,8 +56,8 @@ _STORAGES = {
         "ComplexDouble": "<c16",
     }.items()
 }
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
-_INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _ordered_dict(items: Any = ()) -> dict[str | int, Any]:
 _ADMITTED: dict[str, Callable[..., Any] | None] = {
     **NUMPY,
     **dict.fromkeys(_STORAGES),
-    **dict.fromkeys(f"torch.{name}" for name in (*_FLOATS, *_INTEGERS)),
+    **dict.fromkeys(f"torch.{name}" for name in (*FLOATS, *INTEGERS)),
     "collections.OrderedDict": _ordered_dict,
     "collections.Counter": _first,  # in the state of schedules
     "torch.Size": tuple,
@@ -151,12 +151,14 @@ def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str
 
 def _read_zip(path: pathlib.Path, data: mmap.mmap) -> tuple[Any, _Places]:
     found = zips.members(path, data)
-    (name,) = (name for name in found if name.endswith(_PICKLE))
-    root = name.removesuffix(_PICKLE)
+    pickles = [name for name in found if name.endswith(_PICKLE)]
+    if len(pickles) != 1:
+        raise ValueError(f"{len(pickles)} members called {_PICKLE}")
+    root = pickles[0].removesuffix(_PICKLE)
     order = found.get(f"{root}byteorder")
     if order and order.unpack(data) != b"little":
         raise ValueError("numbers whose first byte is the highest")
-    content = follow(Stream(found[name].unpack(data)), _ADMITTED, _storage)
+    content = follow(Stream(found[pickles[0]].unpack(data)), _ADMITTED, _storage)
     places = {
         name.removeprefix(f"{root}data/"): (member.start, member.size)
         for name, member in found.items()
@@ -181,6 +183,8 @@ def _read_old(data: mmap.mmap) -> tuple[Any, _Places]:
     content = follow(stream, _ADMITTED, persistent)
     keys, start, places = follow(stream, {}), stream.position, {}
     for key in keys:
+        if key not in dtypes:
+            raise ValueError(f"storage {key!r} belongs to no tensor")
         count = int.from_bytes(data[start : start + _COUNT_BYTES], "little", signed=True)
         num_bytes = count * dtypes[key].itemsize
         start += _COUNT_BYTES
