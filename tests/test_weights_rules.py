@@ -344,7 +344,7 @@ def test_imported_weights_start_a_run(resnet_file, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
     start(thin("resnet50"), f"run:{out}", "caffe")
     assert "expect --normalisation=torchvision, and this run has" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds weights already"):
         import_weights.run(model="resnet50", source=path, out=out)
 
 
@@ -352,7 +352,7 @@ def test_a_file_starts_a_run_whose_head_is_another(resnet_file, capsys):
     path, variables = resnet_file
     state = start(thin("fcn_resnet50"), f"file:{path}", "caffe")
     said = capsys.readouterr().out
-    assert "as a trunk" in said
+    assert "torchvision's ResNet" in said
     assert re.search("new here: .*params/classifier_0/kernel", said)
     assert "expect --normalisation=torchvision" in said
     ours, theirs = state.params["backbone"], variables["params"]
@@ -382,5 +382,5 @@ def test_a_dry_run_writes_nothing(resnet_file, tmp_path, capsys):
 
 def test_a_file_of_other_names_is_refused(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.ones(3))
-    with pytest.raises(UserError, match=r"no tensor of the file \(a\) is known"):
+    with pytest.raises(UserError, match=r"no parameter for the tensors of the file \(a, "):
         start(thin("resnet50"), f"file:{tmp_path / 'x.npz'}")

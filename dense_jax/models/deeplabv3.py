@@ -195,7 +195,7 @@ TORCHVISION = (
         (*_BACKBONE_RULES, *_unit("classifier", "classifier"), *_SCORE_RULES),
     ),
     _TORCHVISION(
-        "torchvision's ResNet, as a trunk",
+        "torchvision's ResNet",
         (*resnet.torchvision_rules(target="backbone/"), *rules.dense("fc", "fc")),
     ),
 )

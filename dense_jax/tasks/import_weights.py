@@ -13,12 +13,14 @@ from typing import Annotated, Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
+from flax import traverse_util
 
 from dense_jax import runs
 from dense_jax.errors import UserError
 from dense_jax.models import deconvnet, deeplabv3, resnet, segnet, vgg
-from dense_jax.train.checkpoint import Checkpoints, has_checkpoint, read_variables
+from dense_jax.train.checkpoint import has_checkpoint, read_variables
 from dense_jax.weights import files, rules
 from dense_jax.weights.rules import Release
 
@@ -29,7 +31,8 @@ RELEASES: tuple[Release, ...] = (
     resnet.TORCHVISION,
     *deeplabv3.TORCHVISION,
 )
-RECORD = "weights.json"  # beside the checkpoints: where they come from
+# A folder of imported weights: the parameters by their paths here, and where they come from.
+WEIGHTS, RECORD = "weights.npz", "weights.json"
 
 _IMAGENET, _VOC = 1000, 21  # classes of torchvision's weights
 
@@ -102,8 +105,8 @@ def run(
     """
     if out is None and not dry_run:
         raise UserError("give a folder to write with --out, or --dry-run")
-    if out is not None and has_checkpoint(out):
-        raise UserError(f"--out={out} holds a run already: give another folder")
+    if out is not None and (has_checkpoint(out) or (out / RECORD).exists()):
+        raise UserError(f"--out={out} holds weights already: give another folder")
     if num_classes is not None and num_classes < 1:
         raise UserError(f"--num-classes={num_classes}: give at least 1")
     file = files.read(source)
@@ -130,10 +133,12 @@ def run(
         **runs.provenance(),
     }
     out.mkdir(parents=True, exist_ok=True)
+    leaves: Any = traverse_util.flatten_dict(variables, sep="/")
+    partial = (out / WEIGHTS).with_suffix(".tmp")
+    with partial.open("wb") as stream:
+        np.savez(stream, **leaves)  # goes through views piece by piece, without copies of them
+    partial.replace(out / WEIGHTS)
     runs.write_json(out / RECORD, record)
-    with Checkpoints(out) as checkpoints:
-        params = variables.pop("params")
-        checkpoints.save(0, {"params": params, "model_state": variables}, None)
     print(f"start a run from it with --init=run:{out}")
 
 
@@ -150,9 +155,15 @@ def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
     """
     kind, _, path = source.partition(":")
     if kind == "run" and path:
-        variables, step = read_variables(path)
-        print(f"init: {path} at step {step}")
-        return variables, _normalisation_of(pathlib.Path(path))
+        folder = pathlib.Path(path)
+        if (folder / RECORD).exists():
+            leaves = dict(files.read(folder / WEIGHTS).tensors)
+            variables = traverse_util.unflatten_dict(leaves, sep="/")
+            print(f"init: {path}, imported")
+        else:
+            variables, step = read_variables(path)
+            print(f"init: {path} at step {step}")
+        return variables, _normalisation_of(folder)
     if kind == "file" and path:
         tensors = files.read(path).tensors
         release = rules.choose(RELEASES, template, rules.outline(tensors))

@@ -269,21 +269,22 @@ def unload(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
 
 
 def choose(releases: Sequence[Release], template: Any, tensors: Mapping[str, Any]) -> Release:
-    """Returns the release whose rules load most of a file's tensors into a network.
+    """Returns the release that finds most of a file's tensors in a network by name.
 
     Raises:
-      UserError: none loads any.
+      UserError: none finds any.
     """
 
-    def num_loaded(release: Release) -> int:
-        account = match(template, tensors, release.rules, required=release.trunk)
-        return sum(row.status == "loaded" for row in account.rows)
+    def num_pairs(release: Release) -> int:
+        rows = match(template, tensors, release.rules).rows
+        return sum(bool(row.source and row.target) for row in rows)
 
-    best = max(releases, key=num_loaded)
-    if not num_loaded(best):
+    best = max(releases, key=num_pairs)
+    if not num_pairs(best):
+        known = ", ".join(dict.fromkeys(release.name for release in releases))
         raise UserError(
-            f"no tensor of the file ({', '.join(list(tensors)[:3]) or 'it has none'}) is known by "
-            f"name for this network: known are {', '.join(r.name for r in releases)}"
+            f"this network has no parameter for the tensors of the file "
+            f"({', '.join(list(tensors)[:3])}, ...): names are known of {known}"
         )
     return best
 
