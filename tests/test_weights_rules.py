@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from dense_jax.errors import UserError
-from dense_jax.models import deconvnet, deeplab, deeplabv3, dilated, fcn, resnet, segnet, vgg
+from dense_jax.models import deeplab, deeplabv3, dilated, fcn, resnet
 from dense_jax.tasks import import_weights, semantic
 from dense_jax.train.state import TrainState
 from dense_jax.weights import rules
@@ -92,7 +92,7 @@ def test_a_state_dict_of_torchvision_is_explained_and_made_again(name, number):
 
 # Network, the numbers, and how many tensors or parameters are loaded, new and ignored.
 VGGS = {
-    "vgg16": (vgg.vgg16(padding="same"), VGG, {"loaded": 30, "ignored": 2}),
+    "vgg16": (import_weights.build("vgg16"), VGG, {"loaded": 30, "ignored": 2}),
     "fcn8s": (fcn.fcn8s(21), VGG, {"loaded": 30, "new": 6, "ignored": 2}),
     "dilated": (
         dilated.dilated_basic(21, pad="same"),
@@ -101,8 +101,16 @@ VGGS = {
     ),
     # Its fc6 and fc7 are of other shapes.
     "deeplab": (deeplab.deeplab_largefov(21), VGG, {"loaded": 26, "new": 6, "ignored": 2}),
-    "segnet": (segnet.SegNet(12), VGG_BN, {"loaded": 78, "new": 74, "ignored": 19}),
-    "deconvnet": (deconvnet.DeconvNet(21), VGG_BN, {"loaded": 82, "new": 94, "ignored": 15}),
+    "segnet": (
+        import_weights.build("segnet", 12),
+        VGG_BN,
+        {"loaded": 78, "new": 74, "ignored": 19},
+    ),
+    "deconvnet": (
+        import_weights.build("deconvnet"),
+        VGG_BN,
+        {"loaded": 82, "new": 94, "ignored": 15},
+    ),
 }
 
 
@@ -273,6 +281,11 @@ def test_one_tensor_is_one_parameter():
         rules.unload({"params": {"score": {"bias": np.ones(5)}}}, twice)
     with pytest.raises(UserError, match="params/other has no name"):
         rules.unload({"params": {"other": np.ones(5)}}, TABLE)
+
+
+def test_a_name_that_would_garble_the_table_is_refused():
+    with pytest.raises(UserError, match=r"named 'a\\nb'"):
+        rules.outline({"a\nb": np.zeros(3)})
 
 
 def test_a_field_met_twice_is_one_number():

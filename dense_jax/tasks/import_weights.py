@@ -101,7 +101,7 @@ def run(
       dry_run: print, and write nothing.
       new_head: what stands on the trunk may be missing from the file or be of another kind there.
       ignore: names of tensors to leave in the file, or patterns such as "fc.*".
-      num_classes: classes of the network; by default as published, 1000 or 21.
+      num_classes: classes of the network; by default as published, 1000 or 21. vgg16 has none.
     """
     if out is None and not dry_run:
         raise UserError("give a folder to write with --out, or --dry-run")

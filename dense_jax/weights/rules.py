@@ -141,7 +141,13 @@ def outline(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns arrays of the same names, shapes and dtypes that take no memory.
 
     For `match` and `choose`: some files have to read a tensor each time its shape is asked for.
+
+    Raises:
+      UserError: a name holds line breaks or other signs that would garble what is printed of it.
     """
+    for name in tensors:
+        if not name.isprintable():
+            raise UserError(f"the file has a tensor named {name!r:.80}: give another file")
     return {
         name: np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)
         for name, tensor in tensors.items()
