@@ -176,9 +176,34 @@ def test_only_what_is_asked_for_is_read(path):
     tracemalloc.start()
     tensors, _ = keras_file.read_tensors(path)
     np.testing.assert_array_equal(tensors["a.small"], BIAS)
+    assert tensors["a.large"].shape == (75 * 2**20,)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20
+    assert not tensors["a.large"].flags.owndata
+    assert not tensors["a.large"].flags.writeable
+
+
+def test_values_that_are_not_simply_mapped(path):
+    """Behind other bytes, within the header, of a kind that NumPy lacks."""
+    with h5py.File(path, "w", userblock_size=512):
+        pass
+    write(path, {"a": {"plain": BIAS}})
+    with h5py.File(path, "a") as file:
+        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        creation.set_layout(h5py.h5d.COMPACT)
+        kind = h5py.h5t.IEEE_F32LE.copy()
+        kind.set_fields(31, 22, 9, 0, 22)  # an exponent of 9 bits; the bias stays 127
+        for name, place, numbers in (
+            (b"compact", creation, h5py.h5t.IEEE_F32LE),
+            (b"odd", None, kind),
+        ):
+            space = h5py.h5s.create_simple((4,))
+            h5py.h5d.create(file["a"].id, name, numbers, space, place).write(space, space, BIAS)
+        file["a"].attrs["weight_names"] = [b"plain", b"compact", b"odd"]
+    tensors, _ = keras_file.read_tensors(path)
+    for name in ("plain", "compact", "odd"):
+        np.testing.assert_array_equal(tensors[f"a.{name}"], BIAS)
 
 
 def _linked(path, link):
@@ -317,11 +342,11 @@ def test_changed_bytes_do_no_harm(small, changes):
 @pytest.fixture(scope="module")
 def weights_root():
     """The folder of real weights."""
-    data = os.environ.get("DENSE_JAX_DATA", "")
-    root = pathlib.Path(os.environ.get("DENSE_JAX_WEIGHTS") or pathlib.Path(data) / "../weights")
-    if not (data or "DENSE_JAX_WEIGHTS" in os.environ) or not root.is_dir():
+    data = os.environ.get("DENSE_JAX_DATA")
+    root = os.environ.get("DENSE_JAX_WEIGHTS") or (data and f"{data}/../weights")
+    if not root or not pathlib.Path(root).is_dir():
         pytest.skip("set DENSE_JAX_WEIGHTS to a folder with retina_unet_drive/ to run this")
-    return root
+    return pathlib.Path(root)
 
 
 def test_a_real_file_of_keras_1(weights_root):

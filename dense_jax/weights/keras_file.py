@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import math
+import mmap
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from dense_jax.errors import UserError
-from dense_jax.weights.tensors import Lazy, damaged
+from dense_jax.weights.tensors import Lazy, damaged, map_file, view
 
 try:
     import h5py
@@ -45,16 +46,16 @@ _MOST_EXPANSION = 64  # of compressed numbers; more is a few bytes that ask for 
 
 
 def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
-    """Reads the names of the weights; their values when they are asked for.
+    """Maps the weights; reads when they are asked for those that are compressed.
 
     Args:
       path: an HDF5 file.
 
     Returns:
-      Arrays by ``LAYER.WEIGHT`` in the order of the layers. The weight's name begins without the
-      layer's, which Keras repeats, and ends without ``:0``: "conv2d_1/kernel:0" of layer "conv2d_1"
-      is "conv2d_1.kernel", "convolution2d_1_W" is "convolution2d_1.W", and a weight of a model
-      within a model is "vgg16.block1_conv1.kernel".
+      Arrays by ``LAYER.WEIGHT`` in the order of the layers, mapped ones read-only. A weight's name
+      begins without the layer's, which Keras repeats, and ends without ``:0``: "conv2d_1/kernel:0"
+      of layer "conv2d_1" is "conv2d_1.kernel", "convolution2d_1_W" is "convolution2d_1.W", and a
+      weight of a model within a model is "vgg16.block1_conv1.kernel".
       And what else the file says: ``layers``, a JSON object from the name of each layer to its
       class, which is empty in a file of weights alone; ``keras_version`` and ``backend``.
 
@@ -67,34 +68,38 @@ def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str
             is_model = file.get(_MODEL_WEIGHTS, getlink=True) is not None
             top = _member(file, _MODEL_WEIGHTS) if is_model else file
             layers = list(_layers(top, size))
-            places = {}
-            for layer, weights in layers:
-                for weight in weights:
-                    name, place = _tensor_name(layer, weight), f"{top.name}/{layer}/{weight}"
-                    if name in places:
-                        raise ValueError(f"two arrays are named {name!r}")
-                    _check(_member(file, place), size)
-                    places[name] = place
-            return Lazy(
-                {name: functools.partial(_read, path, place) for name, place in places.items()}
-            ), _info(file, top, [layer for layer, _ in layers], size)
+            makers, mapped = {}, map_file(path)
+            for layer, weight in [(layer, weight) for layer, all_ in layers for weight in all_]:
+                name, place = _tensor_name(layer, weight), f"{top.name}/{layer}/{weight}"
+                if name in makers:
+                    raise ValueError(f"two arrays are named {name!r}")
+                data = _member(file, place)
+                _check(data, size)
+                makers[name] = functools.partial(_read, path, place, _mapped(data, mapped))
+            return Lazy(makers), _info(file, top, [layer for layer, _ in layers], size)
     except UserError:
         raise
     except Exception as error:  # damaged bytes make the HDF5 library fail in any way
-        raise _complaint(path, error) from error
+        raise damaged(path, error) from error
 
 
-def _read(path: pathlib.Path, place: str) -> np.ndarray:
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            values = _member(file, place)[()]
-    except Exception as error:
-        raise _complaint(path, error) from error
+def _mapped(data: h5py.Dataset, file: mmap.mmap) -> np.ndarray | None:
+    """Returns a view of the values if they lie in one piece and as NumPy has them."""
+    start = data.id.get_offset()
+    if start is None or not data.id.get_type().equal(h5py.h5t.py_create(data.dtype)):
+        return None
+    return view(file, start, data.dtype, data.shape)
+
+
+def _read(path: pathlib.Path, place: str, values: np.ndarray | None) -> np.ndarray:
+    """Returns the values as given, or else of the dataset at `place`."""
+    if values is None:
+        try:
+            with h5py.File(path, "r", locking=False) as file:
+                values = np.asarray(_member(file, place)[()])
+        except Exception as error:
+            raise damaged(path, error) from error
     return values.astype(values.dtype.newbyteorder("="), copy=False)
-
-
-def _complaint(path: pathlib.Path, error: Exception) -> UserError:
-    return damaged(path, " ".join(str(error).split()))
 
 
 def _layers(top: h5py.Group, size: int) -> Iterator[tuple[str, list[str]]]:
@@ -187,6 +192,7 @@ def _check(data: h5py.Dataset, size: int) -> None:
         raise ValueError(f"{data.name} is compressed by a filter that is not known here")
     stored = data.id.get_storage_size()
     most = _MOST_EXPANSION * stored if data.chunks else stored
-    needed = max(math.prod(data.shape), math.prod(data.chunks or ())) * data.dtype.itemsize
+    values = max(math.prod(data.shape), math.prod(data.chunks or ()))
+    needed = values * data.id.get_type().get_size()
     if stored > size or needed > most:
         raise ValueError(f"{data.name} of {needed} bytes, of which the file holds {stored}")
