@@ -17,11 +17,20 @@ import pytest
 
 from dense_jax.errors import UserError
 from dense_jax.weights import files, torch_file
+from tests.torch_files import (
+    KERNEL,
+    STORAGES,
+    WHOLE,
+    integer,
+    items,
+    name,
+    old_form,
+    row,
+    tensor,
+    text,
+    zip_form,
+)
 
-MAGIC = 0x1950A86A20F9469CFC6C
-KERNEL = np.arange(2 * 3 * 2 * 2, dtype=np.float32).reshape(2, 3, 2, 2) / 8 - 1
-# Storages of a file of PyTorch, by key.
-STORAGES = {"7": KERNEL.ravel(), "8": np.array([5, -6, 7])}
 KINDS = ["?", "u1", "i1", "<i2", "<u2", "<i4", "<i8", "<f2", "<f4", "<f8", ml_dtypes.bfloat16]
 
 
@@ -37,67 +46,6 @@ def refused(path):
 def same(actual, expected):
     assert actual.dtype == expected.dtype
     np.testing.assert_array_equal(actual, expected)
-
-
-# Steps of a pickle, as bytes.
-
-
-def text(value):
-    value = value.encode()
-    return b"X" + len(value).to_bytes(4, "little") + value
-
-
-def integer(value):
-    return b"J" + value.to_bytes(4, "little", signed=True)
-
-
-def row(*items):
-    return b"(" + b"".join(items) + b"t"
-
-
-def integers(values):
-    return row(*map(integer, values))
-
-
-def items(**values):
-    return b"}(" + b"".join(text(name) + value for name, value in values.items()) + b"u"
-
-
-def name(module, attribute):
-    return f"c{module}\n{attribute}\n".encode()
-
-
-def storage(key, kind, *view):
-    where = (text("storage"), name("torch", f"{kind}Storage"), text(key), text("cuda:0"))
-    return row(*where, integer(9), *view) + b"Q"
-
-
-def tensor(key, offset, shape, strides, kind="Float", view=()):
-    what = (storage(key, kind, *view), integer(offset), integers(shape), integers(strides))
-    hooks = name("collections", "OrderedDict") + b")R"
-    return name("torch._utils", "_rebuild_tensor_v2") + row(*what, b"\x89", hooks) + b"R"
-
-
-WHOLE = tensor("7", 0, (2, 3, 2, 2), (12, 4, 2, 1))
-
-
-def zip_form(content, storages=STORAGES, **members):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("net/data.pkl", b"\x80\x02" + content + b".")
-        for key, values in storages.items():
-            archive.writestr(f"net/data/{key}", values.tobytes())
-        for member, value in members.items():
-            archive.writestr(f"net/{member}", value)
-    return file.getvalue()
-
-
-def old_form(content, storages=STORAGES, little_endian=True):
-    head = [pickle.dumps(value, 2) for value in (MAGIC, 1001, {"little_endian": little_endian})]
-    storages = {key: values for key, values in storages.items() if text(key) in content}
-    body = [b"\x80\x02" + content + b".", pickle.dumps(list(storages), 2)]
-    raw = [values.size.to_bytes(8, "little") + values.tobytes() for values in storages.values()]
-    return b"".join(head + body + raw)
 
 
 both_forms = pytest.mark.parametrize("form", [zip_form, old_form])
@@ -305,6 +253,20 @@ def test_torch_itself(path, is_zip):
     assert "refused to load torch.nn.modules.container.Sequential" in refused(path)
 
 
+def test_a_real_file_of_the_old_form():
+    data = os.environ.get("DENSE_JAX_DATA")
+    root = os.environ.get("DENSE_JAX_WEIGHTS") or (data and f"{data}/../weights")
+    path = pathlib.Path(root or "", "resnet20_cifar10/resnet20-12fca82f.th")
+    if not path.exists():
+        pytest.skip("set DENSE_JAX_WEIGHTS to a folder with resnet20_cifar10/ to run this")
+    file = files.read(path)
+    assert dict(file.info).pop("best_prec1")[:5] == "91.78"
+    assert (file.info["container"], file.info["prefix"]) == ("state_dict", "module.")
+    assert sum("running" not in key for key in file.tensors) == 59
+    assert sum(v.size for key, v in file.tensors.items() if "running" not in key) == 269_722
+    assert all(v.min() > 0 for key, v in file.tensors.items() if "running_var" in key)
+
+
 class Runs:
     """An object whose pickle runs a command."""
 
@@ -404,6 +366,11 @@ def test_damaged_torch_forms(path):
 )
 def test_no_weight_file(path, content):
     refused(write(path, content))
+
+
+def test_names_that_would_write_to_the_terminal(path):
+    bad = safetensors({"a\x1b[2J": entry()}, 8)
+    assert "cannot be printed" in refused(write(path, bad))
 
 
 def test_no_file_at_all(tmp_path):

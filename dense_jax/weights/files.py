@@ -61,6 +61,8 @@ def read(path: str | os.PathLike[str]) -> WeightFile:
     tensors, info = reader.read_tensors(path)
     if not tensors:
         raise UserError(f"{path} holds no arrays: give a file of weights")
+    if not all(name.isprintable() for name in tensors):
+        raise damaged(path, "a name that cannot be printed")
     if all(name.startswith(_PREFIX) for name in tensors):
         tensors = Lazy(
             {

@@ -250,7 +250,9 @@ def _unwrap(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Takes the weights out of a checkpoint, and says so."""
     top = content if type(content) is dict else {}
-    info = {str(key): str(value) for key, value in top.items() if type(value) in _PLAIN}
+    info = {
+        str(key): str(value)[:_LONGEST_NAME] for key, value in top.items() if type(value) in _PLAIN
+    }
     outer = [
         key
         for key in _CONTAINERS
