@@ -301,6 +301,18 @@ def test_wrong_attributes(path):
     assert "model.save('NAME.h5')" in refused(path)
 
 
+def test_a_heap_that_does_not_end(path):
+    with h5py.File(write(path, {"a": {"w": BIAS}}), "a") as file:
+        file.attrs["keras_version"] = "2.3.1"  # 5 bytes in a heap of 4096, the rest unused
+    assert keras_file.read_tensors(path)[1]["keras_version"] == "2.3.1"
+    content = path.read_bytes()
+    unused = content.index(b"GCOL") + 16 + 16 + 8
+    header = bytes(8) + (4096 - (16 + 16 + 8)).to_bytes(8, "little")
+    assert content[unused:].startswith(header)
+    path.write_bytes(content[:unused] + bytes(16) + content[unused + 16 :])
+    assert "a heap at byte" in refused(path)
+
+
 def test_without_h5py(path, monkeypatch):
     write(path, {"a": {"w": BIAS}})
     monkeypatch.setitem(sys.modules, "h5py", None)

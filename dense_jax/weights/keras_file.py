@@ -20,6 +20,7 @@ import math
 import mmap
 import pathlib
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,6 +43,7 @@ _FILTERS = {
     h5py.h5z.FILTER_FLETCHER32,
     h5py.h5z.FILTER_LZF,
 }
+_HEAP, _HEAP_HEADER = b"GCOL\1\0\0\0", 16
 _MOST_EXPANSION = 64  # of compressed numbers; more is a few bytes that ask for all memory
 
 
@@ -64,11 +66,14 @@ def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
-            size = path.stat().st_size
+            size, mapped = path.stat().st_size, map_file(path)
+            if file.id.get_create_plist().get_sizes() != (8, 8):
+                raise ValueError("addresses or sizes that are not of 64 bits")
+            _check_heaps(mapped)
             is_model = file.get(_MODEL_WEIGHTS, getlink=True) is not None
             top = _member(file, _MODEL_WEIGHTS) if is_model else file
             layers = list(_layers(top, size))
-            makers, mapped = {}, map_file(path)
+            makers = {}
             for layer, weight in [(layer, weight) for layer, all_ in layers for weight in all_]:
                 name, place = _tensor_name(layer, weight), f"{top.name}/{layer}/{weight}"
                 if name in makers:
@@ -81,6 +86,23 @@ def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str
         raise
     except Exception as error:  # damaged bytes make the HDF5 library fail in any way
         raise damaged(path, error) from error
+
+
+def _check_heaps(file: mmap.mmap) -> None:
+    """Refuses a heap of texts with an unused piece of no bytes, on which HDF5 2.0.0 never ends.
+
+    Reference: HDF5 File Format Specification Version 3.0, Section III.E.
+    """
+    at = file.find(_HEAP)
+    while at >= 0:
+        end = min(at + int.from_bytes(file[at + 8 : at + 16], "little"), len(file))
+        piece = at + _HEAP_HEADER
+        while piece + _HEAP_HEADER <= end:
+            index, size = struct.unpack_from("<H6xQ", file, piece)
+            if not index and not size:
+                raise ValueError(f"a heap at byte {at} that does not end")
+            piece += size if not index else _HEAP_HEADER + -(-size // 8) * 8
+        at = file.find(_HEAP, at + 1)
 
 
 def _mapped(data: h5py.Dataset, file: mmap.mmap) -> np.ndarray | None:
