@@ -189,7 +189,8 @@ def test_torch_view_of_a_storage(path):
 @both_forms
 def test_torch_checkpoint(path, form):
     norm = items(weight=tensor("8", 0, (3,), (1,), "Long"))
-    old = name("torch.nn.parameter", "Parameter") + b")\x81" + row(WHOLE, b"N", b"N") + b"b"
+    state = row(WHOLE, b"N", name("collections", "OrderedDict") + b")R", b"\x88", b"\x89")
+    old = name("torch.nn.parameter", "Parameter") + b")\x81" + state + b"b"  # as of 2017
     weights = name("collections", "OrderedDict") + b")R(" + text("module.conv") + old
     weights += text("module.norm.weight") + norm.removeprefix(b"}(" + text("weight"))[:-1] + b"u"
     weights += items(_metadata=b"}") + b"b"
@@ -328,6 +329,8 @@ def deep(pairs):
         (name("torch", "float32") + b")R", "called"),
         (name("torch", "Size") + b"}b", "a state"),
         (name("numpy", "dtype") + row(text("O8")) + b"R", "no numbers"),
+        (name("torch.nn.parameter", "Parameter") + b")R", "no values"),
+        (name("numpy.core.multiarray", "_reconstruct") + b")R", "no values"),
         (b"t", "damaged"),
         (b"\x85", "operands"),
         (b"h\x05", "damaged"),

@@ -6,6 +6,7 @@ Reference: numpy/numpy:numpy/_core/src/multiarray/methods.c, `array_reduce`, and
 `arraydescr_reduce`; numpy/_core/multiarray.py, `scalar` and `_reconstruct`.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -18,17 +19,17 @@ _NUMBER = re.compile(r"[biufc]\d{1,2}")
 
 
 class NumpyArray(Built):
-    """An array; `array` is set once the pickle has filled it."""
+    """An array; `content` is set once the pickle has filled it."""
 
-    array: np.ndarray | None = None
+    content: np.ndarray | None = None
 
     def set_state(self, state: Any) -> None:
         """Takes (version, shape, dtype, is in Fortran's order, bytes)."""
         _, shape, dtype, is_fortran, content = state
-        content, made = _bytes(content), _dtype(dtype)
-        if made.itemsize * np.prod(shape, dtype=object) != len(content):
+        raw, made = _bytes(content), _dtype(dtype)
+        if made.itemsize * math.prod(shape) != len(raw):
             raise ValueError("an array whose shape does not fill its bytes")
-        self.array = np.ndarray(shape, made, content, order="F" if is_fortran else "C")
+        self.content = np.ndarray(shape, made, raw, order="F" if is_fortran else "C")
 
 
 class _Dtype(Built):

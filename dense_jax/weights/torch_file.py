@@ -85,10 +85,10 @@ _Places = Mapping[str, tuple[int, int]]  # key of a storage: first byte, number 
 class _Parameter(Built):
     """A parameter as of 2017, filled with (tensor, gradient, hooks, ...)."""
 
-    data: Any = None
+    content: Any = None
 
     def set_state(self, state: Any) -> None:
-        self.data = state[0]
+        self.content = state[0]
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
@@ -231,10 +231,10 @@ def _leaves(content: Any) -> Iterator[tuple[str, np.ndarray | _Tensor]]:
 
 
 def _walk(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, _Parameter):
-        value = value.data
-    if isinstance(value, NumpyArray):
-        value = value.array
+    if isinstance(value, _Parameter | NumpyArray):
+        value = value.content
+        if not isinstance(value, _Tensor | np.ndarray):
+            raise ValueError(f"{name!r} has no values")
     yield name, value
     entries = value.items() if type(value) is dict else ()
     if type(value) in (list, tuple):
