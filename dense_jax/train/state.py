@@ -98,8 +98,8 @@ def load_matching(
         ("of another shape, kept as initialised", reshaped),
         ("unused from the other run", sorted(set(old) - set(new))),
     ):
-        if names:
-            say(f"init: {title}: {', '.join(names)}")
+        if names:  # Parameters without saying that they are.
+            say(f"init: {title}: {', '.join(name.removeprefix('params/') for name in names)}")
     # Copies: a training step overwrites its arrays, and these may be views of a file.
     copied = {k: jnp.array(old[k], new[k].dtype) if k in matched else new[k] for k in new}
     return traverse_util.unflatten_dict(copied, sep="/")
