@@ -290,6 +290,12 @@ def test_wrong_attributes(path):
         file["a"].attrs["weight_names"] = [1, 2]
     assert "weight_names is no text" in refused(path)
     with h5py.File(path, "a") as file:
+        lists = np.empty(1, object)
+        lists[0] = np.arange(3, dtype=np.uint8)
+        del file["a"].attrs["weight_names"]
+        file["a"].attrs.create("weight_names", lists, dtype=h5py.vlen_dtype(np.uint8))
+    assert "weight_names holds lists" in refused(path)
+    with h5py.File(path, "a") as file:
         file.attrs["layer_names"] = ["a", "b\nc"]
         file["a"].attrs["weight_names"] = ["w"]
     assert "b c is missing" in refused(path)

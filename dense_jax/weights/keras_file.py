@@ -195,6 +195,9 @@ def _texts(group: h5py.Group, name: str, size: int) -> list[str] | None:
         attribute = group.attrs.get_id(part)
         if math.prod(attribute.shape or ()) * attribute.dtype.itemsize > size:
             raise ValueError(f"{part} is larger than the file")
+        is_text = isinstance(attribute.get_type(), h5py.h5t.TypeStringID)
+        if not is_text and attribute.dtype.kind == "O":  # h5py may go astray in memory
+            raise ValueError(f"{part} holds lists")
         for text in np.ravel(group.attrs[part]):
             if not isinstance(text, str | bytes):
                 raise ValueError(f"{part} is no text")
