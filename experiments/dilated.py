@@ -249,7 +249,7 @@ PRESETS = {
     ),
     # Small batches: fifteen layers without normalisation or skips learn by the number of steps.
     "demo": dataclasses.replace(
-        _SCRATCH, width=0.125, dropout_rate=0.0, batch_size=4, num_steps=4000, eval_every=2000,
+        _SCRATCH, width=0.125, dropout_rate=0.0, batch_size=4, num_steps=6000, eval_every=2000,
         save_every=2000, eval_batch_size=16,
     ),
     "smoke": dataclasses.replace(
