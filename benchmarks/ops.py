@@ -61,17 +61,20 @@ def cases(torch):
             [tensor(np.asarray(pooled))],
         )
     )
-    x, kernel = normal(4, 180, 240, 16), normal(7, 7, 1, 16)
-    rows.append(
-        (
-            "conv k7, depthwise 16",
-            1.2,
-            lambda x, w: conv(x, w, groups=16),
-            [x, kernel],
-            lambda x, w: functional.conv2d(x, w, padding=3, groups=16),
-            [tensor(x), torch.tensor(kernel).permute(3, 2, 0, 1).contiguous()],
-        )
-    )
+    for name, shape, k, d, p, features, groups in (
+        ("conv k7, depthwise 16", (4, 180, 240, 16), 7, 1, 3, 16, 16),
+        ("conv k3, 64, large map", (2, 128, 128, 64), 3, 1, 1, 64, 1),
+        ("conv k3, 128, no padding", (1, 202, 202, 128), 3, 1, 0, 128, 1),
+        ("conv k3, 512, small map", (2, 16, 16, 512), 3, 1, 1, 512, 1),
+        ("conv k3, rate 12, 2048 to 256", (2, 17, 17, 2048), 3, 12, 12, 256, 1),
+        ("conv k3, rate 24, 2048 to 256", (2, 17, 17, 2048), 3, 24, 24, 256, 1),
+    ):
+        x, kernel = normal(*shape), normal(k, k, shape[3] // groups, features)
+        weight = torch.tensor(kernel).permute(3, 2, 0, 1).contiguous()
+        g = {"padding": p, "dilation": d, "groups": groups}
+        ours = lambda x, w, g=g: conv(x, w, **g)  # noqa: E731
+        theirs = lambda x, w, g=g: functional.conv2d(x, w, **g)  # noqa: E731
+        rows.append((name, 1.2, ours, [x, kernel], theirs, [tensor(x), weight]))
     for name, shape, k, s, p, features, groups in (
         ("up-conv k2 s2, 256 to 128", (2, 64, 64, 256), 2, 2, 0, 128, 1),
         ("up-conv k4 s2, 256 to 128", (2, 64, 64, 256), 4, 2, 1, 128, 1),

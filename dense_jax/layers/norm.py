@@ -24,7 +24,7 @@ class BatchNorm(nn.BatchNorm):
     frozen: bool = False
 
     def __post_init__(self) -> None:
-        """Lets nothing else ask for the statistics of a batch."""
+        """Frozen layers use the running averages whatever is asked for."""
         self.use_running_average = self.frozen or self.use_running_average
         super().__post_init__()
 

@@ -117,6 +117,9 @@ def run(
     required = release.trunk if new_head else ("*",)
     options: dict[str, Any] = dict(required=required, ignore=ignore)
     account = rules.match(template, tensors, release.rules, **options)
+    for key in ("container", "prefix", "left out"):  # what the reader took off or passed over
+        if key in file.info:
+            print(f"{source}: {key}: {file.info[key]}")
     print(account)
     account.check(str(source))
     print(f"{release.name}; images are to come with --normalisation={release.normalisation}")
