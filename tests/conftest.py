@@ -28,6 +28,16 @@ def data_root() -> pathlib.Path:
     return pathlib.Path(root)
 
 
+@pytest.fixture(scope="session")
+def weights_root() -> pathlib.Path:
+    """The folder of real trained weights, or a skip that says how to give one."""
+    data = os.environ.get("DENSE_JAX_DATA")
+    root = os.environ.get("DENSE_JAX_WEIGHTS") or (data and f"{data}/../weights")
+    if not root or not pathlib.Path(root).is_dir():
+        pytest.skip("set DENSE_JAX_WEIGHTS to a folder with retina_unet_drive/ to run this")
+    return pathlib.Path(root)
+
+
 @pytest.fixture(autouse=True)
 def _no_shared_cache(tmp_path_factory, monkeypatch):
     """Prepared datasets and compiled programs of the tests stay out of the user's cache."""

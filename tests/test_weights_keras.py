@@ -3,8 +3,6 @@
 import importlib
 import itertools
 import json
-import os
-import pathlib
 import sys
 import tracemalloc
 
@@ -355,16 +353,6 @@ def test_changed_bytes_do_no_harm(small, changes):
     else:
         text = ""
     assert "\n" not in text
-
-
-@pytest.fixture(scope="module")
-def weights_root():
-    """The folder of real weights."""
-    data = os.environ.get("DENSE_JAX_DATA")
-    root = os.environ.get("DENSE_JAX_WEIGHTS") or (data and f"{data}/../weights")
-    if not root or not pathlib.Path(root).is_dir():
-        pytest.skip("set DENSE_JAX_WEIGHTS to a folder with retina_unet_drive/ to run this")
-    return pathlib.Path(root)
 
 
 def test_a_real_file_of_keras_1(weights_root):
