@@ -17,7 +17,7 @@ from dense_jax.errors import UserError
 from dense_jax.models import deeplab, deeplabv3, dilated, fcn, resnet
 from dense_jax.tasks import import_weights, semantic
 from dense_jax.train.state import TrainState
-from dense_jax.weights import rules
+from dense_jax.weights import hub, rules
 from dense_jax.weights.rules import Rule
 from tests import contract
 from tests.torchvision_names import num_keys, torch_leaves, torch_name, torch_shapes
@@ -345,7 +345,7 @@ def start(template_model, source, normalisation="torchvision"):
 def test_imported_weights_start_a_run(resnet_file, tmp_path, capsys):
     path, variables = resnet_file
     out = tmp_path / "out"
-    import_weights.run(model="resnet50", source=path, out=out)
+    import_weights.run(model="resnet50", source=str(path), out=out)
     said = capsys.readouterr().out
     assert "permuted" in said
     assert "--normalisation=torchvision" in said
@@ -358,7 +358,7 @@ def test_imported_weights_start_a_run(resnet_file, tmp_path, capsys):
     start(thin("resnet50"), f"run:{out}", "caffe")
     assert "expect --normalisation=torchvision, and this run has" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds weights already"):
-        import_weights.run(model="resnet50", source=path, out=out)
+        import_weights.run(model="resnet50", source=str(path), out=out)
 
 
 def test_a_file_starts_a_run_whose_head_is_another(resnet_file, capsys):
@@ -374,23 +374,36 @@ def test_a_file_starts_a_run_whose_head_is_another(resnet_file, capsys):
     chex.assert_trees_all_equal(ours, {name: variables["batch_stats"][name] for name in ours})
     with pytest.raises(UserError, match=r"resnet\.npz does not fit.*85 misfit: bn1\.running"):
         start(thin("resnet50").clone(width=1 / 8), f"file:{path}")
-    for wrong in ("file:", "hub:x", "x"):
+    for wrong in ("file:", "hub:", "x"):
         with pytest.raises(UserError, match="give run:PATH"):
             start(thin("resnet50"), wrong)
 
 
+def test_a_file_of_the_hub_is_taken_by_its_name(resnet_file, tmp_path, monkeypatch, capsys):
+    path, variables = resnet_file
+    monkeypatch.setattr(hub, "download", {"timm/resnet50": path}.__getitem__)
+    state = start(thin("resnet50"), "hub:timm/resnet50")
+    chex.assert_trees_all_equal(state.params, variables["params"])
+    import_weights.run(model="resnet50", source="hub:timm/resnet50", out=tmp_path / "out")
+    record = json.loads((tmp_path / "out/weights.json").read_text())
+    assert record["from"] == "hub:timm/resnet50"
+    assert "init: hub:timm/resnet50 (torchvision's" in capsys.readouterr().out
+
+
 def test_a_dry_run_writes_nothing(resnet_file, tmp_path, capsys):
     path, _ = resnet_file
-    options: Any = dict(model="fcn_resnet50", source=path, out=tmp_path / "out", dry_run=True)
+    options: Any = dict(model="fcn_resnet50", source=str(path), out=tmp_path / "out", dry_run=True)
     with pytest.raises(UserError, match=r"7 missing: .*2 unexpected: fc\.bias"):
         import_weights.run(**options)
     assert "missing" in capsys.readouterr().out  # the table, all the same
     import_weights.run(**options, new_head=True)
     assert not (tmp_path / "out").exists()
-    import_weights.run(model="resnet50", source=path, dry_run=True, num_classes=9, new_head=True)
+    import_weights.run(
+        model="resnet50", source=str(path), dry_run=True, num_classes=9, new_head=True
+    )
     assert "(5, 128) does not make (128, 9)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--out"):
-        import_weights.run(model="resnet50", source=path)
+        import_weights.run(model="resnet50", source=str(path))
 
 
 def test_a_file_of_other_names_is_refused(tmp_path):

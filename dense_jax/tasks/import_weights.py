@@ -21,7 +21,7 @@ from dense_jax import runs
 from dense_jax.errors import UserError
 from dense_jax.models import deconvnet, deeplabv3, resnet, segnet, vgg
 from dense_jax.train.checkpoint import has_checkpoint, read_variables
-from dense_jax.weights import files, rules
+from dense_jax.weights import files, hub, rules
 from dense_jax.weights.rules import Release
 
 RELEASES: tuple[Release, ...] = (
@@ -33,6 +33,7 @@ RELEASES: tuple[Release, ...] = (
 )
 # A folder of imported weights: the parameters by their paths here, and where they come from.
 WEIGHTS, RECORD = "weights.npz", "weights.json"
+_HUB = "hub:"
 
 _IMAGENET, _VOC = 1000, 21  # classes of torchvision's weights
 
@@ -80,7 +81,7 @@ def template_of(model: nn.Module, num_channels: int = 3) -> Any:
 def run(
     *,
     model: ModelName,
-    source: Annotated[pathlib.Path, tyro.conf.arg(name="from")],
+    source: Annotated[str, tyro.conf.arg(name="from")],
     out: pathlib.Path | None = None,
     dry_run: bool = False,
     new_head: bool = False,
@@ -96,7 +97,8 @@ def run(
       model: network to fill. vgg16 has the names of FCN, DeepLab and the dilated front end;
         resnet* those of DeepLab v2; segnet and deconvnet take vgg16_bn into their encoders;
         fcn_resnet* and deeplabv3_resnet* also take a ResNet alone, with --new-head.
-      source: file of the weights: .safetensors, .npz, .pth, ...
+      source: file of the weights, .safetensors, .npz, .pth, ..., or hub:OWNER/REPOSITORY with one
+        of the Hugging Face Hub.
       out: folder to write; not needed with --dry-run.
       dry_run: print, and write nothing.
       new_head: what stands on the trunk may be missing from the file or be of another kind there.
@@ -109,7 +111,8 @@ def run(
         raise UserError(f"--out={out} holds weights already: give another folder")
     if num_classes is not None and num_classes < 1:
         raise UserError(f"--num-classes={num_classes}: give at least 1")
-    file = files.read(source)
+    path = _on_disk(source)
+    file = files.read(path)
     tensors = rules.outline(file.tensors)
     aux = any(name.startswith("aux_classifier.") for name in tensors)
     template = template_of(build(model, num_classes, aux))
@@ -121,14 +124,14 @@ def run(
         if key in file.info:
             print(f"{source}: {key}: {file.info[key]}")
     print(account)
-    account.check(str(source))
+    account.check(source)
     print(f"{release.name}; images are to come with --normalisation={release.normalisation}")
     if dry_run or out is None:
         return
     variables, _ = rules.load(template, file.tensors, release.rules, **options)
     record = {
         "model": model,
-        "from": str(source.absolute()),
+        "from": source if source.startswith(_HUB) else str(path.absolute()),
         "format": file.format,
         "release": release.name,
         "normalisation": release.normalisation,
@@ -149,8 +152,8 @@ def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
     """Returns the variables that ``--init`` names, and the normalisation they expect, if known.
 
     Args:
-      source: run:PATH, the folder of a run or of imported weights, or file:PATH, a file of
-        published weights whose head need not fit.
+      source: run:PATH, the folder of a run or of imported weights; file:PATH, a file of published
+        weights whose head need not fit; hub:OWNER/REPOSITORY, such a file of the Hugging Face Hub.
       template: the variables of the network to start.
 
     Raises:
@@ -167,18 +170,25 @@ def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
             variables, step = read_variables(path)
             print(f"init: {path} at step {step}")
         return variables, _normalisation_of(folder)
-    if kind == "file" and path:
-        tensors = files.read(path).tensors
+    if kind in ("file", "hub") and path:
+        tensors = files.read(_on_disk(source if kind == "hub" else path)).tensors
         release = rules.choose(RELEASES, template, rules.outline(tensors))
         variables, account = rules.load(
-            template, tensors, release.rules, required=release.trunk, path=path
+            template, tensors, release.rules, required=release.trunk, path=source
         )
-        print(f"init: {path} ({release.name}): {account.summary()}")
+        print(f"init: {source} ({release.name}): {account.summary()}")
         return variables, release.normalisation
     raise UserError(
-        f"--init={source}: give run:PATH with the folder of another run, or file:PATH with a file "
-        "of weights"
+        f"--init={source}: give run:PATH with the folder of another run, file:PATH with a file of "
+        "weights, or hub:OWNER/REPOSITORY"
     )
+
+
+def _on_disk(source: str) -> pathlib.Path:
+    """Returns a file that is named by its path or by hub:NAME."""
+    if source.startswith(_HUB):
+        return hub.download(source.removeprefix(_HUB))
+    return pathlib.Path(source)
 
 
 def _normalisation_of(folder: pathlib.Path) -> str | None:

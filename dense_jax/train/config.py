@@ -98,8 +98,9 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network; parameters and loss stay float32."""
     init: str | None = None
-    """Start from other weights: run:PATH, a run or what import-weights wrote, file:PATH, published
-    weights. Every parameter of equal name and shape is copied, and the rest is named."""
+    """Start from other weights: run:PATH, a run or what import-weights wrote; file:PATH, published
+    weights; hub:OWNER/REPOSITORY, such weights of the Hugging Face Hub. Every parameter of equal
+    name and shape is copied, and the rest is named."""
     seed: int = 0
     """Seed of the parameters, the data order and dropout."""
 
