@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dense_jax.ops.precision import at_least_float32
+
 LossNorm = Literal["valid", "batch", "sum", "weights"]
 ClassFrequency = Literal["pixels", "eigen"]
 
@@ -72,14 +74,14 @@ def softmax_cross_entropy(
     turn into a class by clamping.
 
     Args:
-      logits: [B, H, W, C], any float dtype; the loss is computed in float32.
+      logits: [B, H, W, C], any float dtype; the loss is computed in float32 or wider.
       labels: [B, H, W] integer class ids.
       ignore_label: id of pixels without a label.
       class_weights: [C] factor for pixels of each true class, e.g. `median_frequency_weights`.
       pixel_weights: [B, H, W] factor for each pixel.
 
     Returns:
-      [B, H, W] float32, to be summed and divided by `resolve_denominator`.
+      [B, H, W] float32 or wider, to be summed and divided by `resolve_denominator`.
 
     Raises:
       ValueError: if the shapes do not fit each other.
@@ -91,15 +93,15 @@ def softmax_cross_entropy(
         raise ValueError(f"class_weights {class_weights.shape} are not [{num_classes}]")
     if pixel_weights is not None and pixel_weights.shape != labels.shape:
         raise ValueError(f"pixel_weights {pixel_weights.shape} do not match labels {labels.shape}")
-    logits, labels = logits.astype(jnp.float32), labels.astype(jnp.int32)
+    logits, labels = at_least_float32(logits), labels.astype(jnp.int32)
     # A comparison instead of a gather: its gradient is elementwise, the gather's a scatter.
     is_label = labels[..., None] == lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     label_logits = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - label_logits
     if class_weights is not None:
-        loss *= jnp.take(class_weights.astype(jnp.float32), labels, mode="clip")
+        loss *= jnp.take(class_weights.astype(loss.dtype), labels, mode="clip")
     if pixel_weights is not None:
-        loss *= pixel_weights.astype(jnp.float32)
+        loss *= pixel_weights.astype(loss.dtype)
     is_scored = (labels != ignore_label) & (labels >= 0) & (labels < num_classes)
     return jnp.where(is_scored, loss, 0.0)
 

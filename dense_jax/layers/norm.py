@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dense_jax.ops.precision import at_least_float32
+
 
 class BatchNorm(nn.BatchNorm):
     """Flax's batch normalisation of [..., C], computed in float32 or wider and able to be frozen.
@@ -36,8 +38,7 @@ class BatchNorm(nn.BatchNorm):
     def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
         """Maps [..., C] to [..., C]."""
         # 8-bit mantissas make no variance.
-        wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-        return super().__call__(wide, **options).astype(x.dtype)
+        return super().__call__(at_least_float32(x), **options).astype(x.dtype)
 
 
 class LocalResponseNorm(nn.Module):

@@ -22,6 +22,7 @@ from dense_jax.layers.conv import Conv, up_conv
 from dense_jax.layers.norm import BatchNorm
 from dense_jax.models import vgg
 from dense_jax.ops.pool import max_pool_with_switches, max_unpool
+from dense_jax.ops.precision import at_least_float32
 from dense_jax.ops.resize import resize_bilinear
 from dense_jax.weights import rules
 
@@ -151,7 +152,7 @@ class DeconvNet(nn.Module):
                 layer = deconv(scaled(channels), 3, name=f"deconv{stage}_{i}")
                 x = finish(f"deconv{stage}_{i}", f"debn{stage}_{i}", layer(x))
         scores = deconv(self.num_classes, 1, name="seg-score")(x)
-        outputs["logits"] = scores[:, : size[0], : size[1]].astype(jnp.float32)
+        outputs["logits"] = at_least_float32(scores[:, : size[0], : size[1]])
         return outputs
 
     def _unpool(self, x: jax.Array, switches: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ from dense_jax.layers.dropout import Dropout
 from dense_jax.models import resnet, vgg
 from dense_jax.models.resnet import FirstBlockDilation, StrideIn
 from dense_jax.models.vgg import Layer, Stack, scaled
+from dense_jax.ops.precision import at_least_float32
 from dense_jax.ops.resize import resize_bilinear
 
 STRIDE = 8
@@ -138,7 +139,7 @@ def _classify(
 ) -> jax.Array:
     """Scores of the classes; float32, as are all sums of scores."""
     conv = Conv(num_classes, kernel, dilation=dilation, kernel_init=_new, dtype=dtype, name=name)
-    return conv(x).astype(jnp.float32)
+    return at_least_float32(conv(x))
 
 
 Backbone = Literal["vgg16", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d"]

@@ -22,6 +22,7 @@ from dense_jax.layers.dropout import Dropout
 from dense_jax.layers.norm import BatchNorm
 from dense_jax.models import resnet
 from dense_jax.models.vgg import image_size, scaled
+from dense_jax.ops.precision import at_least_float32
 from dense_jax.ops.resize import resize_bilinear
 from dense_jax.weights import rules
 
@@ -142,7 +143,7 @@ class ResNetSegmenter(nn.Module):
 
         def classify(x: jax.Array, name: str, prefix: str) -> None:
             scores = conv(self.num_classes, 1, use_bias=True, name=f"{name}_4")(x)
-            outputs[f"{prefix}scores"] = scores = scores.astype(jnp.float32)
+            outputs[f"{prefix}scores"] = scores = at_least_float32(scores)
             outputs[f"{prefix}logits"] = resize_bilinear(scores, size, align_corners=False)
 
         head = {"deeplabv3": deeplabv3, "fcn": fcn}[self.head]

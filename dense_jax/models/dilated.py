@@ -21,6 +21,7 @@ from dense_jax.layers.dropout import Dropout
 from dense_jax.models import vgg
 from dense_jax.models.vgg import Grid, Layer
 from dense_jax.ops.pool import max_pool
+from dense_jax.ops.precision import at_least_float32
 
 Context = Literal["none", "basic", "large"]
 ContextPad = Literal["once_zero", "once_reflect", "per_layer"]
@@ -146,7 +147,7 @@ class FrontEnd(nn.Module):
         final = Conv(
             self.num_classes, 1, kernel_init=init.normal(0.001), dtype=self.dtype, name="final"
         )
-        outputs["final"] = final(x).astype(jnp.float32)
+        outputs["final"] = at_least_float32(final(x))
         return outputs
 
 
@@ -214,7 +215,7 @@ class ContextModule(nn.Module):
         ):
             layer = conv(factor * num_classes, 3, padding=padding, dilation=dilation, name=name)
             x = outputs[name] = nn.relu(layer(x))
-        outputs["ctx_final"] = conv(num_classes, 1, name="ctx_final")(x).astype(jnp.float32)
+        outputs["ctx_final"] = at_least_float32(conv(num_classes, 1, name="ctx_final")(x))
         return outputs
 
 
@@ -354,9 +355,9 @@ def _interpolate(
     """Interpolates units [h, w, C], unit r at pixel r * stride, to [*size, C]."""
 
     def weights(axis: int) -> jax.Array:
-        last = (_units(within[axis], stride) - 1).astype(jnp.float32)
-        at = jnp.minimum(jnp.arange(size[axis], dtype=jnp.float32) / stride, last)
-        units = jnp.arange(x.shape[axis], dtype=jnp.float32)
+        last = (_units(within[axis], stride) - 1).astype(x.dtype)
+        at = jnp.minimum(jnp.arange(size[axis], dtype=x.dtype) / stride, last)
+        units = jnp.arange(x.shape[axis], dtype=x.dtype)
         # The hat function: 1 - distance for the two nearest units, 0 for all others.
         return jnp.maximum(1 - jnp.abs(at[:, None] - units[None]), 0)
 

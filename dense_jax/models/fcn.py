@@ -17,6 +17,7 @@ from dense_jax.layers import init
 from dense_jax.layers.conv import Conv, UpConv
 from dense_jax.models import vgg
 from dense_jax.models.vgg import Grid, Layer, Stack
+from dense_jax.ops.precision import at_least_float32
 
 _IMAGE = Grid()
 # What each fusion adds, and the up-convolution that brings the coarser scores to it.
@@ -29,7 +30,7 @@ _SCORE_INIT = {"zero": init.zero, "normal": init.normal(0.01)}  # Caffe's usual 
 def _score(x: jax.Array, num_classes: int, kernel_init: str, dtype, name: str) -> jax.Array:
     """Scores each unit by a 1x1 convolution; float32, as are all sums of scores."""
     conv = Conv(num_classes, 1, kernel_init=_SCORE_INIT[kernel_init], dtype=dtype, name=name)
-    return conv(x).astype(jnp.float32)
+    return at_least_float32(conv(x))
 
 
 def _upsample(

@@ -32,6 +32,7 @@ from dense_jax.models.vgg import Grid, Stack
 from dense_jax.ops import location_grid
 from dense_jax.ops.box_upsample import box_interpolation, box_upsample, interpolation
 from dense_jax.ops.pool import max_pool
+from dense_jax.ops.precision import at_least_float32
 
 Taps = Literal["fc7", "fc7_pool2", "fc7_conv4", "pool2_conv4", "all"]
 TapScale = Literal["none", "fixed", "l2", "bn"]
@@ -78,7 +79,7 @@ class TapScaling(nn.Module):
         if self.kind == "fixed":
             return x * self.factor
         if self.kind == "l2":
-            square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+            square = jnp.mean(jnp.square(at_least_float32(x)), axis=-1, keepdims=True)
             return x * jax.lax.rsqrt(square + 1e-6).astype(x.dtype)
         if self.kind == "bn":
             return BatchNorm(
@@ -167,7 +168,7 @@ class Hypercolumns(nn.Module):
         for level in _levels(self.taps):
             layer, kernel = _LAYERS[self.backbone][level], self.tap_kernels[_LEVELS.index(level)]
             x = scaling(_FACTORS[level], name=f"{layer}_scale")(outputs[layer], train=train)
-            scores = conv(features, kernel, name=f"score_{layer}")(x).astype(jnp.float32)
+            scores = at_least_float32(conv(features, kernel, name=f"score_{layer}")(x))
             outputs[f"score_{layer}"] = scores
             batch, *units = scores.shape[:3]
             rows, columns = (_matrix(grids[layer], n, m) for n, m in zip(units, size, strict=True))
@@ -317,7 +318,7 @@ class BoxHypercolumns(nn.Module):
                 outputs["fc7"] = self._box_features(outputs["conv5_3"], boxes, train)
             x = scaling(_FACTORS[level], name=f"{layer}_scale")(outputs[layer], train=train)
             scores = conv(math.prod(per_category), kernel, name=_HEADS[level])(x)
-            outputs[_HEADS[level]] = scores = scores.astype(jnp.float32)
+            outputs[_HEADS[level]] = scores = at_least_float32(scores)
             if level == "fc7":  # One unit for each box, constant over it.
                 scores = scores.reshape(*categories.shape, 1, 1, *per_category)
                 scores = jnp.einsum("bnhwckl,bnc->bnhwkl", scores, chosen, precision="highest")

@@ -28,6 +28,7 @@ from dense_jax.layers.conv import Conv
 from dense_jax.layers.norm import BatchNorm
 from dense_jax.models.vgg import image_size, scaled
 from dense_jax.ops.pool import max_pool
+from dense_jax.ops.precision import at_least_float32
 from dense_jax.weights import rules
 
 StrideIn = Literal["3x3", "1x1"]
@@ -176,7 +177,7 @@ class ResNet(nn.Module):
                 )(x)
             outputs[f"layer{stage}"] = x
         if self.num_classes is not None:
-            pooled = jnp.mean(x.astype(jnp.float32), (1, 2))
+            pooled = jnp.mean(at_least_float32(x), (1, 2))
             outputs["fc"] = nn.Dense(self.num_classes, name="fc")(pooled)
         return outputs
 

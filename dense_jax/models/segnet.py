@@ -20,6 +20,7 @@ from dense_jax.layers.dropout import Dropout
 from dense_jax.layers.norm import BatchNorm, LocalResponseNorm
 from dense_jax.models.vgg import image_size, scaled, torchvision_rules
 from dense_jax.ops.pool import max_pool_with_switches, max_unpool
+from dense_jax.ops.precision import at_least_float32
 from dense_jax.ops.resize import resize_bilinear
 from dense_jax.weights import rules
 
@@ -56,7 +57,7 @@ _FIRST_DROPPED = 3  # Stages from this one on, coarse ones, are followed by drop
 
 def _score(x: jax.Array, num_classes: int, kernel_size: int, dtype, name: str) -> jax.Array:
     """Scores of the classes; float32, as are all sums of scores."""
-    return Conv(num_classes, kernel_size, dtype=dtype, name=name)(x).astype(jnp.float32)
+    return at_least_float32(Conv(num_classes, kernel_size, dtype=dtype, name=name)(x))
 
 
 class _EncoderDecoder(nn.Module):

@@ -20,6 +20,7 @@ from dense_jax.layers.dropout import Dropout
 from dense_jax.layers.norm import BatchNorm
 from dense_jax.models.vgg import image_size
 from dense_jax.ops.pool import max_pool
+from dense_jax.ops.precision import at_least_float32
 from dense_jax.ops.resize import resize_bilinear, resize_nearest
 
 Up = Literal["upconv", "bilinear_conv", "nearest_conv"]
@@ -169,7 +170,7 @@ class UNet(nn.Module):
             dtype=self.dtype,
             name="conv_u0d-score",
         )
-        outputs["logits"] = score(x).astype(jnp.float32)
+        outputs["logits"] = at_least_float32(score(x))
         return outputs
 
     def _norm(self, x: jax.Array, name: str, train: bool) -> jax.Array:
