@@ -79,6 +79,7 @@ class DeconvNet(nn.Module):
       fc_width: channels of fc6 and fc7.
       width: channel multiplier of all layers, fc6 and fc7 among them.
       bn_momentum: share of the old running statistics kept in a training step.
+      bn_epsilon: added to the variance; 1e-9 is the release's, torchvision's vgg16_bn has 1e-5.
       axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
       dtype: computation dtype; the logits are float32.
     """
@@ -91,6 +92,7 @@ class DeconvNet(nn.Module):
     fc_width: int = 4096
     width: float = 1.0
     bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-9
     axis_name: str | None = None
     dtype: jax.typing.DTypeLike | None = None
 
@@ -118,8 +120,8 @@ class DeconvNet(nn.Module):
                 norm = BatchNorm(
                     use_running_average=not train,
                     momentum=self.bn_momentum,
-                    epsilon=1e-9,  # this and the bias as in the release
-                    bias_init=nn.initializers.constant(0.001),
+                    epsilon=self.bn_epsilon,
+                    bias_init=nn.initializers.constant(0.001),  # as released
                     axis_name=self.axis_name,
                     name=norm_name,
                 )

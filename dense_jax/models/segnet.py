@@ -75,6 +75,7 @@ class _EncoderDecoder(nn.Module):
       input_lrn: whether images are first normalised over neighbouring channels. The release does
         so in SegNet-Basic; the paper speaks of local contrast, which is something else.
       bn_momentum: decay of the running mean and variance.
+      bn_epsilon: added to the variance; 1e-9 is the release's, torchvision's vgg16_bn has 1e-5.
       axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
       dtype: computation dtype of the layers; logits are float32.
     """
@@ -86,6 +87,7 @@ class _EncoderDecoder(nn.Module):
     conv_bias: bool = True
     input_lrn: bool = False
     bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-9
     axis_name: str | None = None
     dtype: jax.typing.DTypeLike | None = None
 
@@ -116,7 +118,7 @@ class _EncoderDecoder(nn.Module):
         norm = BatchNorm(
             use_running_average=not train,
             momentum=self.bn_momentum,
-            epsilon=1e-9,
+            epsilon=self.bn_epsilon,
             bias_init=jax.nn.initializers.constant(0.001),
             axis_name=self.axis_name,
             name=f"{name}_bn",
