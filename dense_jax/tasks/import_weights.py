@@ -5,7 +5,6 @@ network here that stands on a trunk of these names can start from them.
 """
 
 import contextlib
-import functools
 import json
 import pathlib
 from typing import Annotated, Any, Literal
@@ -72,10 +71,9 @@ def build(name: ModelName, num_classes: int | None = None, aux: bool = False) ->
 
 
 def template_of(model: nn.Module, num_channels: int = 3) -> Any:
-    """Returns the shapes of a network's variables; nothing is computed."""
+    """Returns the shapes of a network's variables; nothing is computed, and no device is asked."""
     images = jax.ShapeDtypeStruct((1, 32, 32, num_channels), jnp.float32)
-    init = functools.partial(model.init, train=False)
-    return jax.eval_shape(init, jax.random.key(0), images)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
 
 def run(

@@ -1,0 +1,98 @@
+"""Seconds and memory that importing published weights takes, at full size.
+
+    python -m benchmarks.import_weights
+    python -m benchmarks.import_weights --models resnet101 --scratch=/scratch
+
+Each file has the names and shapes of torchvision's, and a process of its own imports it. Memory is
+the peak of that process (Linux) above what it had after loading its modules; pages of the mapped
+file count.
+"""
+
+import contextlib
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any, get_args
+
+import numpy as np
+import tyro
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from dense_jax.errors import UserError
+from dense_jax.tasks import import_weights
+from dense_jax.tasks.import_weights import ModelName
+from dense_jax.weights import rules
+
+# torchvision's networks that are here as a whole, and vgg16_bn in the encoder that takes it.
+_MODELS: tuple[ModelName, ...] = tuple(
+    name
+    for name in get_args(ModelName)
+    if name in ("vgg16", "segnet") or "resnet" in name or "resnext" in name
+)
+_CLASSIFIER = {0: (4096, 25088), 3: (4096, 4096), 6: (1000, 4096)}  # of torchvision's VGGs
+_IMPORT = """
+import json, pathlib, re, sys, time
+from dense_jax.tasks import import_weights
+status = pathlib.Path("/proc/self/status")
+def peak(): return int(re.search("VmHWM: *\\t *(\\d+) kB", status.read_text())[1]) / 1024
+before, start = peak(), time.perf_counter()
+name, source, out = sys.argv[1:]
+import_weights.run(model=name, source=source, out=pathlib.Path(out), new_head=name == "segnet")
+print(json.dumps([time.perf_counter() - start, peak() - before]))
+"""
+
+
+def published(name: ModelName) -> dict[str, np.ndarray]:
+    """Returns arrays of the names and shapes that torchvision's file for a network has."""
+    of_pixels = name.startswith(("fcn", "deeplab"))
+    template: Any = import_weights.template_of(import_weights.build(name, aux=of_pixels))
+    leaves = traverse_util.flatten_dict(template, sep="/")
+    found = [_known(leaves, r) for r in import_weights.RELEASES if r.name.startswith("torchvision")]
+    tensors = max(found, key=len)
+    if name in ("vgg16", "segnet"):  # the file goes on behind what is taken from it
+        for i, shape in _CLASSIFIER.items():
+            weight, bias = np.broadcast_to(np.float32(0.5), shape), np.float32([0.5] * shape[0])
+            tensors = {f"classifier.{i}.weight": weight, f"classifier.{i}.bias": bias} | tensors
+    return {key: np.ascontiguousarray(values) for key, values in tensors.items()}
+
+
+def _known(leaves: dict[str, Any], release: rules.Release) -> dict[str, np.ndarray]:
+    """Returns those parameters that have a name in a release, under that name."""
+    tensors = {}
+    for path, leaf in leaves.items():
+        values = np.broadcast_to(np.float32(0.5), leaf.shape)
+        with contextlib.suppress(UserError):
+            variables = traverse_util.unflatten_dict({path: values}, sep="/")
+            tensors |= rules.unload(variables, release.rules)
+    return tensors
+
+
+def main(models: tuple[ModelName, ...] = _MODELS, scratch: pathlib.Path | None = None) -> None:
+    """Prints a row for each network.
+
+    Args:
+      models: names as import-weights knows them; segnet takes vgg16_bn.
+      scratch: a folder for the files, which are removed afterwards; by default the system's.
+    """
+    print("| network | tensors | file, MB | seconds | memory, MB | memory / file |")
+    print("|---|---|---|---|---|---|")
+    for name in models:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            path = pathlib.Path(folder) / "weights.safetensors"
+            tensors = published(name)
+            save_file(tensors, path)
+            num_tensors = len(tensors)
+            del tensors
+            size = path.stat().st_size / 2**20
+            command = [sys.executable, "-c", _IMPORT, name, str(path), f"{folder}/out"]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            seconds, memory = json.loads(done.stdout.splitlines()[-1])
+            row = f"{num_tensors} | {size:.0f} | {seconds:.1f} | {memory:.0f} | {memory / size:.2f}"
+            print(f"| {name} | {row} |", flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
