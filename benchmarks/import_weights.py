@@ -54,7 +54,8 @@ def published(name: ModelName) -> dict[str, np.ndarray]:
     tensors = max(found, key=len)
     if name in ("vgg16", "segnet"):  # the file goes on behind what is taken from it
         for i, shape in _CLASSIFIER.items():
-            weight, bias = np.broadcast_to(np.float32(0.5), shape), np.float32([0.5] * shape[0])
+            weight = np.broadcast_to(np.float32(0.5), shape)
+            bias = weight[:, 0]
             tensors = {f"classifier.{i}.weight": weight, f"classifier.{i}.bias": bias} | tensors
     return {key: np.ascontiguousarray(values) for key, values in tensors.items()}
 
