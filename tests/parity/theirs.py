@@ -1,0 +1,64 @@
+"""torchvision's networks, run by torch."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.parity import drawn, zoo
+
+_declared: list[Any] = []  # torch forgets an operator with the library that declared it
+
+
+def import_torchvision() -> Any:
+    """Returns torchvision; built for another torch, it lacks operators, which are declared."""
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:  # operator torchvision::nms does not exist
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)
+        return importlib.import_module("torchvision")
+
+
+def build(name: str) -> torch.nn.Module:
+    """Returns a network of torchvision, its tensors without memory yet."""
+    models = import_torchvision().models
+    with torch.device("meta"):
+        if "_resnet" in name:
+            build = getattr(models.segmentation, name)
+            return build(weights=None, weights_backbone=None, aux_loss=True)
+        return getattr(models, name)(weights=None)
+
+
+def shapes_of(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a network's state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def stages(name: str, network: torch.nn.Module, tensors: Mapping[str, np.ndarray]):
+    """Returns the stages of a network of torchvision, [B, H, W, C] or [B, C], by our names."""
+    state_dict = {key: torch.from_numpy(values) for key, values in tensors.items()}
+    network.load_state_dict(state_dict, strict=True, assign=True)
+    network.eval()
+    seen: dict[str, Any] = {}
+
+    def keep(ours: str):
+        return lambda module, inputs, output: seen.update({ours: output.clone()})
+
+    for ours, module in zoo.NETWORKS[name].stages.items():
+        if module and module not in ("out", "aux"):
+            network.get_submodule(module).register_forward_hook(keep(ours))
+    images = torch.from_numpy(drawn.image(*zoo.NETWORKS[name].size)).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        result = network(images)
+    for ours, module in zoo.NETWORKS[name].stages.items():
+        if ours not in seen:
+            seen[ours] = result[module] if module else result
+    return {
+        ours: np.moveaxis(output.numpy(), 1, -1) if output.ndim == 4 else output.numpy()
+        for ours, output in seen.items()
+    }
