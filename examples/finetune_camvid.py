@@ -1,0 +1,95 @@
+"""Trains a network of others further on data of one's own, in the loop of every experiment here.
+
+    python -m examples.finetune_camvid camvid --data-dir=/data/camvid --weights=tensors.npz
+    python -m examples.finetune_camvid camvid --data-dir=/data/camvid --workdir=runs/scratch
+
+What to learn: a script needs `Config`, `PRESETS`, `build_model` and `main`, and its runs resume,
+predict and evaluate like those of experiments/ (`python -m dense_jax predict --run ...`). Weights
+come in as a folder that --init reads: parameters by their paths here and what images they expect.
+Those of another shape, here the scores of 21 classes, start anew, and the run says so.
+
+The network is DeepLabv3 on MobileNetV2 of `examples/mobilenet_deeplab.py`, trained on photographs
+of VOC's 21 classes; the data are CamVid's streets. Without --weights it starts from nothing.
+"""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from dense_jax import runs
+from dense_jax.data.transforms import Transform, whole_images
+from dense_jax.tasks import import_weights, semantic
+from dense_jax.train import cli
+from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
+from dense_jax.train.state import TrainState
+from examples import mobilenet_deeplab
+from examples.mobilenet_deeplab import MobileNetDeepLab
+
+_IMAGES = "none"  # 0 to 255: the network's first line brings them to -1..1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Flags of this script, then the shared ones."""
+
+    weights: str | None = None
+    """The trained network's tensors.npz; by default training starts from random parameters."""
+    crop: tuple[int, int] = (129, 177)
+    """Height and width of training images, at best 8 m + 1."""
+
+
+PRESETS = {
+    "camvid": Config(
+        **FROM_SCRATCH,
+        dataset="camvid",
+        scale=0.5,
+        normalisation=_IMAGES,
+        learning_rate=1e-3,
+        num_steps=600,
+        eval_every=300,
+        save_every=300,
+    ),
+    "smoke": Config(**FROM_SCRATCH | SMOKE, normalisation=_IMAGES, crop=(33, 33)),
+}
+
+
+def build_model(config: Config, num_classes: int) -> nn.Module:
+    """The network of a configuration."""
+    return MobileNetDeepLab(num_classes, dtype=config.dtype)
+
+
+def build_transforms(config: Config) -> list[Transform]:
+    """Training transforms: images of 0.75 to 1.5 times their size, crops, mirrors."""
+    return whole_images(config.normalisation, config.scale, "mirror_scale", config.crop)
+
+
+def write_start(weights: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes the weights to a folder for --init=run:FOLDER.
+
+    Raises:
+      UserError: the file is not the network's.
+    """
+    variables, account = mobilenet_deeplab.load(weights)
+    leaves = traverse_util.flatten_dict(variables, sep="/")
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / import_weights.WEIGHTS, **leaves)
+    record = {"from": str(weights), "normalisation": _IMAGES, "account": account.summary()}
+    runs.write_json(folder / import_weights.RECORD, record)
+
+
+def main(config: Config) -> TrainState:
+    """Trains, evaluates and reports; returns the last state."""
+    if config.weights:
+        start = pathlib.Path(f"{config.workdir}/start")
+        write_start(pathlib.Path(config.weights), start)
+        config = dataclasses.replace(config, init=f"run:{start}")
+    dataset = semantic.load_dataset(config)
+    model = build_model(config, dataset.classes.num_classes)
+    return semantic.train_and_evaluate(config, model, dataset, build_transforms(config))
+
+
+if __name__ == "__main__":
+    cli.run(main, PRESETS, __doc__)
