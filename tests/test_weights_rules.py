@@ -17,7 +17,7 @@ from dense_jax.errors import UserError
 from dense_jax.models import deeplab, deeplabv3, dilated, fcn, resnet
 from dense_jax.tasks import import_weights, semantic
 from dense_jax.train.state import TrainState
-from dense_jax.weights import hub, rules
+from dense_jax.weights import hub, layouts, rules
 from dense_jax.weights.rules import Rule
 from tests import contract
 from tests.torchvision_names import num_keys, torch_leaves, torch_name, torch_shapes
@@ -191,6 +191,48 @@ def test_depthwise_kernels_keep_one_filter_a_channel(layout, shape):
     np.testing.assert_array_equal(back, theirs)
 
 
+KERNEL = np.arange(1.0, 121).reshape(5, 4, 3, 2)  # [o, i, h, w]
+
+
+@pytest.mark.parametrize(
+    ("layout", "theirs", "ours", "changes"),
+    [
+        ("ones", np.ones((1, 1, 1, 5)), np.ones(5), ["reshaped"]),
+        ("ones", np.ones((1, 5, 1, 1)), np.ones(5), ["reshaped"]),
+        ("ones", np.ones((1, 1, 1, 1)), np.ones(1), ["reshaped"]),
+        ("ones", np.ones(5), np.ones(5), []),
+        ("ones+minus", np.ones((1, 5)), -np.ones(5), ["reshaped", "negated"]),
+        ("ones+dense", np.ones((1, 1, 5, 4)), np.ones((4, 5)), ["reshaped", "permuted"]),
+        ("rows+conv", KERNEL, KERNEL.transpose(2, 3, 1, 0), ["permuted"]),
+        *(
+            (
+                "rows+conv",
+                KERNEL.reshape(*ones, 5, -1),
+                KERNEL.transpose(2, 3, 1, 0),
+                ["reshaped", "permuted"],
+            )
+            for ones in ((), (1, 1))
+        ),
+    ],
+)
+def test_caffes_layouts(layout, theirs, ours, changes):
+    np.testing.assert_array_equal(layouts.load(theirs, layout, ours.shape), ours)
+    assert layouts.changes(theirs, layout, ours.shape) == changes
+    back = layouts.unload(ours, layout)  # in the form of today
+    np.testing.assert_array_equal(layouts.load(back, layout, ours.shape), ours)
+
+
+def test_rows_are_those_of_the_kernel():
+    table = [Rule("a", "params/a", "rows+conv")]
+    template = {"params": {"a": jax.ShapeDtypeStruct((3, 2, 4, 5), np.float32)}}
+    for wrong in (np.ones((24, 5)), np.ones((1, 1, 24, 5)), np.ones((2, 1, 5, 12)), np.ones(120)):
+        with pytest.raises(UserError, match="1 misfit"):
+            rules.load(template, {"a": wrong}, table)
+    table = [Rule("a", "params/a", "dense_chw")]
+    with pytest.raises(UserError, match=r"\(24, 5\) does not make \(3, 2, 4, 5\)"):
+        rules.load(template, {"a": np.ones((24, 5))}, table)
+
+
 TABLE = (
     *rules.conv("conv{i}", "conv{i}"),
     *rules.batch_norm("bn{i}", "bn{i}"),
@@ -281,6 +323,109 @@ def test_one_tensor_is_one_parameter():
         rules.unload({"params": {"score": {"bias": np.ones(5)}}}, twice)
     with pytest.raises(UserError, match="params/other has no name"):
         rules.unload({"params": {"other": np.ones(5)}}, TABLE)
+
+
+FILTER = np.arange(1.0, 5, dtype=np.float32).reshape(1, 2, 2)
+
+
+def up(mixing, taps=FILTER) -> dict[str, np.ndarray]:
+    """Kernels of an up-convolution of three classes as FCN's files have them, [i, o, h, w]."""
+    return {"up.0": np.asarray(mixing, np.float32)[:, :, None, None] * taps}
+
+
+def built_in(shape):
+    assert shape == (2, 2, 1, 3)
+    return FILTER.transpose(1, 2, 0)[..., None] * np.ones(3)
+
+
+UP = (Rule("up.0", "params/up/kernel", "diagonal+conv", constant=built_in),)
+
+
+def test_dense_kernels_of_single_channels_are_depthwise():
+    template = {"params": {"up": {"kernel": jax.ShapeDtypeStruct((2, 2, 1, 3), np.float32)}}}
+    tensors = up(np.diag([1, 2, 3]))
+    tree, account = rules.load(template, tensors, UP)
+    want = FILTER.transpose(1, 2, 0)[..., None] * np.arange(1, 4)
+    np.testing.assert_array_equal(tree["params"]["up"]["kernel"], want)
+    assert account.rows[0].note == "reshaped, permuted"
+    np.testing.assert_array_equal(rules.unload(tree, UP)["up.0"], tensors["up.0"])
+    grouped = {"up.0": tensors["up.0"].sum(1, keepdims=True)}
+    chex.assert_trees_all_equal(rules.load(template, grouped, UP)[0], tree)
+    mixing = np.eye(3)
+    mixing[0, 1] = 0.5
+    with pytest.raises(UserError, match=r"up\.0 \(it mixes channels"):
+        rules.load(template, up(mixing), UP)
+
+
+def test_what_is_built_in_is_compared():
+    tree, account = rules.load({"params": {}}, up(np.eye(3)), UP)
+    assert tree == {}
+    row = account.rows[0]
+    assert (row.status, row.note) == ("ignored", "what is built in here")
+    others = {"more": up(np.eye(3) * 1.01), "mixed": up(np.ones((3, 3)))}
+    others["size"] = {"up.0": np.ones((3, 3, 1, 1), np.float32)}
+    for tensors in (others["more"], others["mixed"]):
+        with pytest.raises(UserError, match=r"1 misfit: up\.0 \((not what is built in|it mixes)"):
+            rules.load({"params": {}}, tensors, UP)
+        _, account = rules.load({"params": {}}, tensors, UP, required=("*/conv/*",))
+        assert account.rows[0].status == "ignored"
+
+
+def test_names_of_other_files_are_not_used_on_the_way_back():
+    template, tensors = small()
+    table = (*TABLE, Rule("old_fc.bias", "params/score/bias", role="alias"))
+    bias = tensors.pop("fc.bias")
+    tree, _ = rules.load(template, {**tensors, "old_fc.bias": bias}, table)
+    back = rules.unload(tree, table)
+    np.testing.assert_array_equal(back["fc.bias"], bias)
+    assert "old_fc.bias" not in back
+
+
+def test_parts_are_added():
+    template, tensors = small()
+    table = (*TABLE, Rule("own.bias", "batch_stats/bn1/mean", "ones+minus", role="part"))
+    bias = np.arange(4, dtype=np.float32)
+    for names in (["own.bias", *tensors], [*tensors, "own.bias"]):
+        given = {name: {**tensors, "own.bias": bias.reshape(1, 4)}[name] for name in names}
+        tree, account = rules.load(template, given, table)
+        np.testing.assert_array_equal(tree["batch_stats"]["bn1"]["mean"], 0.5 - bias)
+        notes = {row.source: row.note for row in account.rows}
+        assert notes["own.bias"] == "reshaped, negated, added"
+        assert "own.bias" not in rules.unload(tree, table)
+    del tensors["bn1.running_mean"]
+    choices: list[dict] = [{}, {"required": ("*/conv1/*",)}, {"absent": ("batch_stats/*",)}]
+    for options in choices:
+        with pytest.raises(UserError, match="1 missing: batch_stats/bn1/mean"):
+            rules.load(template, {**tensors, "own.bias": bias}, table, **options)
+
+
+def test_what_a_release_never_has_stays_as_initialised():
+    template, tensors = small()
+    tensors = {name: values for name, values in tensors.items() if "running" not in name}
+    with pytest.raises(UserError, match="2 missing: batch_stats/bn1/mean, batch_stats/bn1/var"):
+        rules.load(template, tensors, TABLE)
+    tree, account = rules.load(template, tensors, TABLE, absent=("batch_stats/*",))
+    assert "batch_stats" not in tree
+    assert Counter(row.status for row in account.rows) == {"loaded": 5, "new": 2, "ignored": 1}
+
+
+def test_the_release_that_knows_a_file_best_is_chosen():
+    template = {"params": {"a": np.ones(1)}}
+    tables = {
+        "other": (Rule("b", "params/a"), Rule("c", "params/a", role="alias")),
+        "more": (Rule("a", "params/a"), Rule("b", None), Rule("c", None)),
+        "exact": (Rule("a", "params/a"), Rule("b", None)),
+        "less": (Rule("a", "params/a"),),
+        "same": (Rule("a", "params/a"),),
+    }
+    releases = [rules.Release(name, table, (), "none") for name, table in tables.items()]
+
+    def chosen(*names):
+        return rules.choose(releases, template, {name: np.ones(1) for name in names}).name
+
+    assert [chosen("a"), chosen("a", "b"), chosen("a", "b", "c")] == ["less", "exact", "more"]
+    with pytest.raises(UserError, match="names are known of other, more, exact, less, same"):
+        chosen("d")
 
 
 def test_a_name_that_would_garble_the_table_is_refused():

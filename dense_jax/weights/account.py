@@ -25,7 +25,7 @@ class Row(NamedTuple):
       source_shape: shape in the file; None without a source.
       target: name in the network, or "".
       target_shape: shape in the network; None without a target.
-      layout: how the pair's layouts differ; see `dense_jax.weights.rules.LAYOUTS`.
+      layout: how the pair's layouts differ; see `dense_jax.weights.layouts`.
       note: what is done to the values ("permuted, cast from float16"), or why they do not fit.
     """
 

@@ -14,13 +14,14 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from dense_jax.errors import UserError
+from dense_jax.weights import layouts
 from dense_jax.weights.account import Account, Row, Shape
 
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -33,12 +34,19 @@ class Rule(NamedTuple):
       source: name in the file, with fields.
       target: path here with the same fields, such as "batch_stats/bn{i}/mean"; None for tensors
         that have no counterpart, such as torch's count of batches.
-      layout: a name of `LAYOUTS`, or several joined by "+", done from left to right.
+      layout: a name of `layouts.LAYOUTS`, or several joined by "+", done from left to right.
+      role: "whole": the tensor is the parameter. "alias": it is, under a name that other files of
+        this kind have; `unload` does not use it. "part": it is added to the tensor that is the
+        parameter; likewise.
+      constant: for layers that networks may have as a constant: what they then compute with, from
+        the shape here. A tensor of other values does not fit such a network.
     """
 
     source: str
     target: str | None
     layout: str = "same"
+    role: Literal["whole", "alias", "part"] = "whole"
+    constant: Callable[[Shape], Any] | None = None
 
 
 class Release(NamedTuple):
@@ -51,66 +59,16 @@ class Release(NamedTuple):
         trunk may be of another kind here.
       normalisation: what the weights expect of images, a name of
         `dense_jax.data.transforms.NORMALISATIONS`; in RGB, BGR is permuted by the rules.
+      absent: patterns of the parameters that its files never have; they stay as initialised.
+      needs: what else a network has to be like to compute what the release did, for people; "".
     """
 
     name: str
     rules: tuple[Rule, ...]
     trunk: tuple[str, ...]
     normalisation: str
-
-
-class _Step(NamedTuple):
-    """A change of layout: what it is called, the way here (with the shape here), the way back."""
-
-    name: str
-    load: Callable[[np.ndarray, Shape], np.ndarray]
-    unload: Callable[[np.ndarray], np.ndarray]
-
-
-def _permuted(*axes: int) -> _Step:
-    back = tuple(int(axis) for axis in np.argsort(axes))
-    return _Step("permuted", lambda x, _: x.transpose(axes), lambda x: x.transpose(back))
-
-
-def _split(x: np.ndarray, shape: Shape) -> np.ndarray:
-    height, width, channels, features = shape
-    return x.reshape(features, channels, height, width).transpose(2, 3, 1, 0)
-
-
-def _join(x: np.ndarray) -> np.ndarray:
-    return x.transpose(3, 2, 0, 1).reshape(x.shape[3], -1)
-
-
-def _reversed(name: str, *axes: int) -> _Step:
-    return _Step(name, lambda x, _: np.flip(x, axes), lambda x: np.flip(x, axes))
-
-
-LAYOUTS: dict[str, _Step] = {
-    "conv": _permuted(2, 3, 1, 0),
-    "conv_ohwi": _permuted(1, 2, 3, 0),
-    "up_conv": _permuted(2, 3, 0, 1),
-    "up_conv_hwoi": _permuted(0, 1, 3, 2),
-    "depthwise": _permuted(0, 1, 3, 2),
-    "depthwise_1hwc": _permuted(1, 2, 0, 3),
-    "dense": _permuted(1, 0),
-    "dense_chw": _Step("reshaped", _split, _join),
-    "flip": _reversed("flipped", 0, 1),
-    "bgr": _reversed("channels reversed", 2),
-}
-"""How tensors are laid out in files, by name; "same" is none of these. Here kernels are
-[h, w, i, o] of cross-correlation for images in RGB.
-
-  conv            [o, i, h, w]: torch, Caffe, Theano; any number of groups
-  conv_ohwi       [o, h, w, i]: TensorFlow Lite
-  up_conv         [i, o, h, w]: torch's ConvTranspose2d and Caffe's Deconvolution, of one group
-  up_conv_hwoi    [h, w, o, i]: TensorFlow's conv2d_transpose, Keras's Conv2DTranspose
-  depthwise       [h, w, i, 1]: TensorFlow's and Keras's depthwise convolution, of multiplier 1
-  depthwise_1hwc  [1, h, w, i]: TensorFlow Lite's
-  dense           [o, i]: torch's Linear, Caffe's InnerProduct
-  dense_chw       [o, c h w]: the same on a map flattened in this order, here a kernel of its size
-  flip            after one of these: a kernel stored for true convolution is turned around
-  bgr             after one of these: the first kernel of a network for images in BGR
-"""
+    absent: tuple[str, ...] = ()
+    needs: str = ""
 
 
 def conv(source: str, target: str, layout: str = "conv") -> tuple[Rule, Rule]:
@@ -137,10 +95,49 @@ def batch_norm(source: str, target: str) -> tuple[Rule, ...]:
     )
 
 
-def outline(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def caffe_conv(source: str, target: str, layout: str = "rows+conv") -> tuple[Rule, Rule]:
+    """Rules for Caffe's name of a Convolution, or of an InnerProduct on a map."""
+    return (
+        Rule(f"{source}.0", f"params/{target}/kernel", layout),
+        Rule(f"{source}.1", f"params/{target}/bias", "ones"),
+    )
+
+
+def caffe_convs(first: str, *others: str) -> tuple[Rule, ...]:
+    """Rules for layers of the same name here, of which the first reads images in BGR."""
+    return (
+        *caffe_conv(first, first, "rows+conv+bgr"),
+        *(rule for name in others for rule in caffe_conv(name, name)),
+    )
+
+
+def caffe_dense(source: str, target: str) -> tuple[Rule, Rule]:
+    """Rules for Caffe's name of an InnerProduct (`flax.linen.Dense`)."""
+    return caffe_conv(source, target, "ones+dense")
+
+
+def caffe_scale(source: str, target: str) -> tuple[Rule, Rule]:
+    """Rules for Caffe's name of a Scale, and of others' BN that knows no statistics."""
+    return (
+        Rule(f"{source}.0", f"params/{target}/scale", "ones"),
+        Rule(f"{source}.1", f"params/{target}/bias", "ones"),
+    )
+
+
+def caffe_batch_norm(source: str, scale: str, target: str) -> tuple[Rule, ...]:
+    """Rules for Caffe's names of a BatchNorm and of the Scale that follows it."""
+    return (
+        Rule(f"{source}.0", f"batch_stats/{target}/mean", "ones"),
+        Rule(f"{source}.1", f"batch_stats/{target}/var", "ones"),
+        *caffe_scale(scale, target),
+    )
+
+
+def outline(tensors: Mapping[str, Any], rules: Sequence[Rule] = ()) -> dict[str, np.ndarray]:
     """Returns arrays of the same names, shapes and dtypes that take no memory.
 
-    For `match` and `choose`: some files have to read a tensor each time its shape is asked for.
+    For `match`: some files have to read a tensor each time its shape is asked for.
+    What `match` would compare by its values stays as it is, if it gets the same rules.
 
     Raises:
       UserError: a name holds line breaks or other signs that would garble what is printed of it.
@@ -148,8 +145,9 @@ def outline(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name in tensors:
         if not name.isprintable():
             raise UserError(f"the file has a tensor named {name!r:.80}: give another file")
+    find = _finder([rule for rule in rules if rule.constant or "diagonal" in rule.layout])
     return {
-        name: np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)
+        name: tensor if find(name) else np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)
         for name, tensor in tensors.items()
     }
 
@@ -160,9 +158,12 @@ def match(
     rules: Sequence[Rule],
     *,
     required: Sequence[str] = ("*",),
+    absent: Sequence[str] = (),
     ignore: Sequence[str] = (),
 ) -> Account:
-    """Says what would become of each tensor and each parameter; no values are read.
+    """Says what would become of each tensor and each parameter.
+
+    Values are read only of layers that rules call constant, or diagonal.
 
     Args:
       template: the network's variables {"params": ..., "batch_stats": ...}; shapes will do.
@@ -170,6 +171,7 @@ def match(
       rules: what they are here.
       required: patterns ("*/layer*") of the parameters that must come from the file. Others may be
         new here, and their counterparts may be left in the file.
+      absent: patterns of those among them that stay as initialised (`Release.absent`).
       ignore: patterns of the names of tensors to leave in the file.
 
     Raises:
@@ -177,39 +179,37 @@ def match(
       ValueError: two rules speak of one tensor.
     """
     leaves: dict[str, Any] = traverse_util.flatten_dict(template, sep="/")
-    rows, taken = [], {}
+    rows, taken, parts, find = [], {}, {}, _finder(rules)
     for name, tensor in tensors.items():
-        shape = tuple(tensor.shape)
-        if _matches(name, ignore):
-            rows.append(Row("ignored", name, shape))
-            continue
-        found = [rule for rule in rules if _pattern(rule.source).fullmatch(name)]
+        row = Row("ignored", name, tuple(tensor.shape))
+        found = [] if _matches(name, ignore) else find(name)
         if len(found) > 1:
             raise ValueError(f"Two rules speak of {name}: {found[0]} and {found[1]}.")
         rule = found[0] if found else None
         if rule is None or rule.target is None:
-            rows.append(Row("ignored" if rule else "unexpected", name, shape))
+            known = rule or _matches(name, ignore)
+            rows.append(row if known else row._replace(status="unexpected"))
             continue
         target = _renamed(name, rule.source, rule.target)
         if target not in leaves:
-            status = "unexpected" if _matches(target, required) else "ignored"
-            rows.append(Row(status, name, shape, note=f"no {target} here"))
+            rows.append(_without_target(row, tensor, rule, target, required))
             continue
-        if target in taken:
+        others = parts if rule.role == "part" else taken
+        if target in others:
             raise UserError(
-                f"the tensors {taken[target]} and {name} are both {target}: give --ignore={name} "
+                f"the tensors {others[target]} and {name} are both {target}: give --ignore={name} "
                 "to leave one out"
             )
-        taken[target] = name
+        others[target] = name
         leaf = leaves[target]
         fault = _fault(tensor, rule.layout, leaf)
-        status, note = "loaded", _changes(tensor, rule.layout, leaf)
-        if fault:
-            status, note = ("misfit" if _matches(target, required) else "new"), fault
-        rows.append(Row(status, name, shape, target, tuple(leaf.shape), rule.layout, note))
+        status = "misfit" if _matches(target, required) else "new"
+        status, note = (status, fault) if fault else ("loaded", _changes(tensor, rule, leaf))
+        rows.append(Row(status, *row[1:3], target, tuple(leaf.shape), rule.layout, note))
     for target, leaf in leaves.items():
         if target not in taken:
-            status = "missing" if _matches(target, required) else "new"
+            needed = _matches(target, required) and not _matches(target, absent)
+            status = "missing" if needed or target in parts else "new"
             rows.append(Row(status, target=target, target_shape=tuple(leaf.shape)))
     return Account(tuple(rows))
 
@@ -220,16 +220,18 @@ def load(
     rules: Sequence[Rule],
     *,
     required: Sequence[str] = ("*",),
+    absent: Sequence[str] = (),
     ignore: Sequence[str] = (),
     path: str = "the file",
 ) -> tuple[dict[str, Any], Account]:
     """Brings a file's tensors into the tree of a network.
 
     Args:
-      template: see `match`, as the next four.
+      template: see `match`, as the next five.
       tensors: these are read one by one.
       rules: the table.
       required: parameters that must come from the file.
+      absent: parameters among them that need not.
       ignore: tensors to leave in it.
       path: the file, for messages.
 
@@ -240,14 +242,18 @@ def load(
     Raises:
       UserError: something is not explained.
     """
-    account = match(template, outline(tensors), rules, required=required, ignore=ignore)
+    seen = outline(tensors, rules)
+    account = match(template, seen, rules, required=required, absent=absent, ignore=ignore)
     account.check(path)
     leaves: dict[str, Any] = traverse_util.flatten_dict(template, sep="/")
     loaded = {}
     for row in account.rows:
         if row.status == "loaded":
-            values = _to_ours(tensors[row.source], row.layout, leaves[row.target].shape)
-            loaded[row.target] = values.astype(leaves[row.target].dtype, copy=False)
+            leaf = leaves[row.target]
+            values = layouts.load(tensors[row.source], row.layout, leaf.shape)
+            values = values.astype(leaf.dtype, copy=False)
+            before = loaded.get(row.target)  # parts are added up
+            loaded[row.target] = values if before is None else before + values
     return traverse_util.unflatten_dict(loaded, sep="/"), account
 
 
@@ -261,38 +267,65 @@ def unload(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
       ValueError: two rules speak of one parameter.
     """
     tensors = {}
+    find = _finder([rule for rule in rules if rule.role == "whole"], by="target")
     for path, leaf in traverse_util.flatten_dict(variables, sep="/").items():
-        found = [r for r in rules if r.target and _pattern(r.target).fullmatch(path)]
+        found = find(path)
         if len(found) > 1:
             raise ValueError(f"Two rules speak of {path}: {found[0]} and {found[1]}.")
-        if not found or found[0].target is None:
+        if not found:
             raise UserError(f"{path} has no name among the weights asked for: take another table")
-        rule, values = found[0], np.asarray(leaf)
-        for step in reversed(_steps(rule.layout)):
-            values = step.unload(values)
-        tensors[_renamed(path, rule.target or "", rule.source)] = values
+        name = _renamed(path, found[0].target or "", found[0].source)
+        tensors[name] = layouts.unload(np.asarray(leaf), found[0].layout)
     return tensors
 
 
 def choose(releases: Sequence[Release], template: Any, tensors: Mapping[str, Any]) -> Release:
     """Returns the release that finds most of a file's tensors in a network by name.
 
+    Of several that find as many, the one that knows most of the file, and then the one that has
+    the fewest names which the file lacks.
+
     Raises:
       UserError: none finds any.
     """
+    leaves = traverse_util.flatten_dict(template, sep="/")
 
-    def num_pairs(release: Release) -> int:
-        rows = match(template, tensors, release.rules).rows
-        return sum(bool(row.source and row.target) for row in rows)
+    def fit(release: Release) -> tuple[int, int, int]:
+        find = _finder(release.rules)
+        known = [(name, rule) for name in tensors for rule in find(name)]
+        targets = {_renamed(name, rule.source, rule.target or "") for name, rule in known}
+        used = {rule for _, rule in known}
+        num_pairs = sum(target in leaves for target in targets)
+        return num_pairs, len(known), len(used) - len(release.rules)
 
-    best = max(releases, key=num_pairs)
-    if not num_pairs(best):
+    fits = {fit(release): release for release in reversed(releases)}  # of equals the first
+    best = max(fits)
+    if not best[0]:
         known = ", ".join(dict.fromkeys(release.name for release in releases))
         raise UserError(
             f"this network has no parameter for the tensors of the file "
             f"({', '.join(list(tensors)[:3])}, ...): names are known of {known}"
         )
-    return best
+    return fits[best]
+
+
+def _finder(
+    rules: Sequence[Rule], by: Literal["source", "target"] = "source"
+) -> Callable[[str], list[Rule]]:
+    """Returns what finds the rules that speak of a name; most have no fields and are looked up."""
+    plain: dict[str, list[Rule]] = {}
+    others = []
+    for rule in rules:
+        name = getattr(rule, by) or ""
+        if _FIELD.search(name):
+            others.append((_pattern(name), rule))
+        else:
+            plain.setdefault(name, []).append(rule)
+
+    def find(name: str) -> list[Rule]:
+        return plain.get(name, []) + [rule for pattern, rule in others if pattern.fullmatch(name)]
+
+    return find
 
 
 @functools.cache
@@ -318,31 +351,41 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _steps(layout: str) -> list[_Step]:
-    return [] if layout == "same" else [LAYOUTS[name] for name in layout.split("+")]
-
-
-def _to_ours(tensor: Any, layout: str, shape: Shape) -> np.ndarray:
-    for step in _steps(layout):
-        tensor = step.load(tensor, shape)
-    return tensor
-
-
 def _fault(tensor: Any, layout: str, leaf: Any) -> str:
     """Why a tensor cannot be a parameter, or ""."""
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         return f"of dtype {tensor.dtype}"
     try:
-        shape = tuple(_to_ours(tensor, layout, leaf.shape).shape)
+        shape = layouts.load(tensor, layout, leaf.shape).shape
+    except layouts.UnfitError as error:
+        return str(error)
     except ValueError:  # other axes, or not as many values
         shape = None
-    if shape != tuple(leaf.shape):
+    if shape is None or tuple(shape) != tuple(leaf.shape):
         return f"{tuple(tensor.shape)} does not make {tuple(leaf.shape)}"
     return ""
 
 
-def _changes(tensor: Any, layout: str, leaf: Any) -> str:
-    changes = [step.name for step in _steps(layout)]
+def _without_target(row: Row, tensor: Any, rule: Rule, target: str, required: Sequence[str]) -> Row:
+    """The row of a tensor whose parameter this network does not have."""
+    needed = _matches(target, required)
+    if rule.constant is None:
+        return row._replace(status="unexpected" if needed else "ignored", note=f"no {target} here")
+    note = "not what is built in here, where this layer is not learned"
+    try:
+        values = layouts.load(tensor, rule.layout, tensor.shape)
+        constant = np.asarray(rule.constant(values.shape))
+        if values.shape == constant.shape and np.allclose(values, constant, 1e-5, 1e-6):
+            return row._replace(note="what is built in here")
+    except ValueError as error:  # of another shape
+        note = str(error)
+    return row._replace(status="misfit" if needed else "ignored", note=note)
+
+
+def _changes(tensor: Any, rule: Rule, leaf: Any) -> str:
+    changes = layouts.changes(tensor, rule.layout, leaf.shape)
     if tensor.dtype != leaf.dtype:
         changes.append(f"cast from {tensor.dtype}")
+    if rule.role == "part":
+        changes.append("added")
     return ", ".join(changes)

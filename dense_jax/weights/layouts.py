@@ -1,0 +1,152 @@
+"""How the tensors of a file are laid out, by name, and the ways to our layouts and back.
+
+Kernels here are [h, w, i, o] of cross-correlation for images in RGB. "same" is none of these:
+
+  conv            [o, i, h, w]: torch, Caffe, Theano; any number of groups
+  conv_ohwi       [o, h, w, i]: TensorFlow Lite
+  up_conv         [i, o, h, w]: torch's ConvTranspose2d and Caffe's Deconvolution, of one group
+  up_conv_hwoi    [h, w, o, i]: TensorFlow's conv2d_transpose, Keras's Conv2DTranspose
+  depthwise       [h, w, i, 1]: TensorFlow's and Keras's depthwise convolution, of multiplier 1
+  depthwise_1hwc  [1, h, w, i]: TensorFlow Lite's
+  dense           [o, i]: torch's Linear, Caffe's InnerProduct
+  dense_chw       [o, c h w]: the same on a map flattened in this order, here a kernel of its size
+
+Behind one of these, joined by "+":
+
+  flip            a kernel stored for true convolution is turned around
+  bgr             the first kernel of a network for images in BGR
+
+In front of one of these, or alone:
+
+  ones            axes of length 1 that ours does not have are left out: old Caffe's [1, 1, 1, o]
+  rows            kernels that are stored as dense layers, [o, c h w] or [1, 1, o, c h w], become
+                  [o, c, h, w]; those that are kernels already stay
+  diagonal        [c, c, h, w], zero between different channels, becomes [c, 1, h, w]
+  minus           values change their sign
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from dense_jax.weights.account import Shape
+
+
+class UnfitError(ValueError):
+    """Values that a layout cannot be made of; the message says why."""
+
+
+class _Step(NamedTuple):
+    """A change of layout: what it is called, the way here (with the shape here), the way back."""
+
+    name: str
+    load: Callable[[np.ndarray, Shape], np.ndarray]
+    unload: Callable[[np.ndarray], np.ndarray]
+
+
+def _permuted(*axes: int) -> _Step:
+    back = tuple(int(axis) for axis in np.argsort(axes))
+    return _Step("permuted", lambda x, _: x.transpose(axes), lambda x: x.transpose(back))
+
+
+def _reversed(name: str, *axes: int) -> _Step:
+    return _Step(name, lambda x, _: np.flip(x, axes), lambda x: np.flip(x, axes))
+
+
+def _itself(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def _split(x: np.ndarray, shape: Shape) -> np.ndarray:
+    height, width, channels, features = shape
+    if x.shape != (features, channels * height * width):
+        raise ValueError("rows of another length")
+    return x.reshape(features, channels, height, width).transpose(2, 3, 1, 0)
+
+
+def _join(x: np.ndarray) -> np.ndarray:
+    return x.transpose(3, 2, 0, 1).reshape(x.shape[3], -1)
+
+
+def _without_ones(x: np.ndarray, shape: Shape) -> np.ndarray:
+    if x.ndim <= len(shape):
+        return x
+    longer = [size for size in x.shape if size != 1]
+    return x.reshape([1] * (len(shape) - len(longer)) + longer)
+
+
+def _kernels_of_rows(x: np.ndarray, shape: Shape) -> np.ndarray:
+    height, width, channels, features = shape
+    is_rows = x.shape[-2:] == (features, channels * height * width)
+    if x.shape[2:] == (height, width) or not is_rows:
+        return x
+    return x.reshape(features, channels, height, width)
+
+
+def _diagonal(x: np.ndarray, shape: Shape) -> np.ndarray:
+    if x.ndim != 4 or x.shape[0] != x.shape[1]:
+        return x
+    own = np.einsum("iihw->ihw", x)[:, None]
+    if np.count_nonzero(x) > np.count_nonzero(own):
+        raise UnfitError("it mixes channels, which are kept apart here")
+    return own
+
+
+def _on_diagonal(x: np.ndarray) -> np.ndarray:
+    return x * np.eye(len(x), dtype=x.dtype)[:, :, None, None]
+
+
+LAYOUTS: dict[str, _Step] = {
+    "conv": _permuted(2, 3, 1, 0),
+    "conv_ohwi": _permuted(1, 2, 3, 0),
+    "up_conv": _permuted(2, 3, 0, 1),
+    "up_conv_hwoi": _permuted(0, 1, 3, 2),
+    "depthwise": _permuted(0, 1, 3, 2),
+    "depthwise_1hwc": _permuted(1, 2, 0, 3),
+    "dense": _permuted(1, 0),
+    "dense_chw": _Step("reshaped", _split, _join),
+    "flip": _reversed("flipped", 0, 1),
+    "bgr": _reversed("channels reversed", 2),
+    "ones": _Step("reshaped", _without_ones, _itself),
+    "rows": _Step("reshaped", _kernels_of_rows, _itself),
+    "diagonal": _Step("reshaped", _diagonal, _on_diagonal),
+    "minus": _Step("negated", lambda x, _: -x, np.negative),
+}
+
+
+def load(tensor: np.ndarray, layout: str, shape: Shape) -> np.ndarray:
+    """Returns a tensor of a file in our layout, a view where that can be.
+
+    Args:
+      tensor: as the file has it.
+      layout: "same", a name of `LAYOUTS`, or several joined by "+", done from left to right.
+      shape: of the parameter here.
+
+    Raises:
+      ValueError: the tensor cannot be laid out so; of type `UnfitError` if by its values.
+    """
+    for step in _steps(layout):
+        tensor = step.load(tensor, shape)
+    return tensor
+
+
+def unload(values: np.ndarray, layout: str) -> np.ndarray:
+    """Returns a parameter in the layout of a file: `load` undone."""
+    for step in reversed(_steps(layout)):
+        values = step.unload(values)
+    return values
+
+
+def changes(tensor: np.ndarray, layout: str, shape: Shape) -> list[str]:
+    """Returns what `load` does to a tensor, in words."""
+    names = []
+    for step in _steps(layout):
+        before, tensor = tensor, step.load(tensor, shape)
+        if tensor is not before:
+            names.append(step.name)
+    return names
+
+
+def _steps(layout: str) -> list[_Step]:
+    return [] if layout == "same" else [LAYOUTS[name] for name in layout.split("+")]
