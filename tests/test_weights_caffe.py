@@ -117,9 +117,7 @@ def message(tmp_path, content):
 
 def test_layers_and_blobs(tmp_path):
     tensors, info = read(tmp_path, network())
-    assert list(tensors) == [
-        *("conv1_1.0", "conv1_1.1", "bn.0", "bn.1", "bn.2", "scale.0", "scale.1")
-    ]
+    assert list(tensors) == [*("conv1_1.0", "conv1_1.1", "bn.0", "bn.1", "scale.0", "scale.1")]
     np.testing.assert_array_equal(tensors["conv1_1.0"], KERNEL)
     np.testing.assert_array_equal(tensors["conv1_1.1"], BIAS)
     types = {"conv1_1": "Convolution", "relu1_1": "ReLU", "bn": "BatchNorm", "scale": "Scale"}
@@ -200,13 +198,16 @@ def test_arrays_are_mapped(tmp_path):
 
 def test_batch_norm_statistics(tmp_path):
     tensors, _ = read(tmp_path, norm_layers())
-    mean, variance = caffe_file.batch_norm_statistics(*(tensors[f"bn.{i}"] for i in range(3)))
-    np.testing.assert_array_equal(mean, [2, 4])
-    np.testing.assert_array_equal(variance, [8, 16])
-    assert mean.dtype == variance.dtype == np.float32
-    # A layer that has seen no batch.
-    mean, variance = caffe_file.batch_norm_statistics(BIAS, BIAS, np.zeros((1, 1, 1, 1)))
-    np.testing.assert_array_equal([mean, variance], np.zeros((2, 2)))
+    np.testing.assert_array_equal(tensors["bn.0"], [2, 4])
+    np.testing.assert_array_equal(tensors["bn.1"], [8, 16])
+    assert tensors["bn.0"].dtype == tensors["bn.1"].dtype == np.float32
+    # A layer that has seen no batch, in another form.
+    unseen = layer("bn", "BatchNorm", blob(BIAS), blob(BIAS), blob(np.zeros((1, 1, 1, 1))))
+    tensors, _ = read(tmp_path, unseen)
+    np.testing.assert_array_equal([tensors["bn.0"], tensors["bn.1"]], np.zeros((2, 2)))
+    # A layer of this type that keeps nothing else, or more, is somebody's own.
+    tensors, _ = read(tmp_path, layer("bn", "BatchNorm", blob(BIAS), blob(BIAS)))
+    np.testing.assert_array_equal(tensors["bn.1"], BIAS)
 
 
 # Of caffe.proto, what weights need: the number, type and label of each field.
@@ -303,6 +304,7 @@ DAMAGED = {
     "empty shape": (layer("a", "X", shape(0, 2**63)), "holds 0 values"),
     "no shape": (layer("a", "X", packed([1.0, 2.0])), "one number holds 2 values"),
     "33 axes": (layer("a", "X", shape(*[1] * 33) + packed([1.0])), "holds 1 values"),
+    "many factors": (layer("a", "BatchNorm", *[blob(BIAS)] * 3), "divided by 2 numbers"),
     "one name twice": (layer("a", "X", blob(BIAS)) * 2, "two layers are named 'a'"),
     "form of 2013": (field(2, field(1, field(1, "conv"))), "upgrade_net_proto_binary"),
 }

@@ -9,16 +9,17 @@ References: protobuf.dev/programming-guides/encoding; BVLC/caffe:src/caffe/proto
 messages NetParameter, LayerParameter, V1LayerParameter, BlobProto, BlobShape.
 """
 
+import functools
 import json
 import math
 import mmap
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from dense_jax.weights.tensors import damaged, map_file, view
+from dense_jax.weights.tensors import Lazy, damaged, map_file, view
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
@@ -69,7 +70,8 @@ def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str
     Returns:
       Arrays by ``LAYER.INDEX``, where 0 are the weights and 1 is the bias of a convolution or inner
       product; read-only and mapped where the file holds them in one piece, which is as Caffe writes
-      them. Shapes are the file's: old ones have four axes, a bias then is [1, 1, 1, C].
+      them. Shapes are the file's: old ones have four axes, a bias then is [1, 1, 1, C]. Of a
+      BatchNorm, 0 and 1 are the mean and the variance (`batch_norm_statistics`), and there is no 2.
       And what else the file says: ``layers``, a JSON object from the name of each layer, those
       without blobs too, to its type; ``net``, its name.
 
@@ -98,13 +100,14 @@ def batch_norm_statistics(
       variance: blob 1, [C].
       factor: blob 2, one number of any shape.
     """
-    weight = np.asarray(factor).reshape(())
-    inverse = np.where(weight == 0, 0, 1 / np.where(weight == 0, 1, weight)).astype(mean.dtype)
-    return mean * inverse, variance * inverse
+    weight = float(np.asarray(factor).reshape(()))
+    with np.errstate(all="ignore"):  # of damaged files
+        inverse = mean.dtype.type(0 if weight == 0 else np.divide(1, weight))
+        return mean * inverse, variance * inverse
 
 
-def _read_net(data: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    tensors: dict[str, np.ndarray] = {}
+def _read_net(data: mmap.mmap) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
+    tensors: dict[str, Callable[[], np.ndarray]] = {}
     types: dict[str, str] = {}
     info = {}
     for field in _fields(data, 0, len(data)):
@@ -115,10 +118,19 @@ def _read_net(data: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             if f"{name}.0" in tensors and blobs:
                 raise ValueError(f"two layers are named {name!r}")
             types[name] = kind
-            tensors |= {f"{name}.{i}": blob for i, blob in enumerate(blobs)}
+            tensors |= {f"{name}.{i}": make for i, make in enumerate(_makers(name, kind, blobs))}
     if not tensors:
         raise ValueError(f"{len(types)} layers and no weights")
-    return tensors, info | {"layers": json.dumps(types)}
+    return Lazy(tensors), info | {"layers": json.dumps(types)}
+
+
+def _makers(name: str, kind: str, blobs: Sequence[np.ndarray]) -> list[Callable[[], np.ndarray]]:
+    """Returns what makes the arrays of a layer when they are asked for."""
+    if kind != "BatchNorm" or len(blobs) != 3:  # others of this type keep no factor
+        return [functools.partial(np.asarray, blob) for blob in blobs]
+    if blobs[2].size != 1:
+        raise ValueError(f"the BatchNorm {name!r} is divided by {blobs[2].size} numbers")
+    return [lambda i=i: batch_norm_statistics(blobs[0], blobs[1], blobs[2])[i] for i in (0, 1)]
 
 
 def _read_layer(
