@@ -1,4 +1,4 @@
-"""Networks of others: names and layouts without their files, the authors' outputs with them."""
+"""Networks of others: names and layouts without their files, known outputs with them."""
 
 import csv
 import dataclasses
