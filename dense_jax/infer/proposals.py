@@ -134,7 +134,7 @@ def aggregate(
       Float32 [B, H, W, classes]. Where no box is, all are zero: the label is the first class.
     """
     image_size = (images.shape[1], images.shape[2])
-    crop = jax.ShapeDtypeStruct((len(images), size, size, images.shape[3]), jnp.float32)
+    crop = jax.ShapeDtypeStruct((images.shape[0], size, size, images.shape[3]), jnp.float32)
     num_classes = jax.eval_shape(score_fn, crop).shape[-1]
     start = -jnp.inf if how == "max" and max_init == "neg_inf" else 0.0
 
@@ -150,8 +150,8 @@ def aggregate(
         return lax.cond(jnp.any(is_valid), add, lambda *args: args[:2], *carry, box, is_valid), None
 
     carry = (
-        jnp.full((len(images), *image_size, num_classes), start, jnp.float32),
-        jnp.zeros((len(images), *image_size), jnp.int32),
+        jnp.full((images.shape[0], *image_size, num_classes), start, jnp.float32),
+        jnp.zeros((images.shape[0], *image_size), jnp.int32),
     )
     (total, count), _ = lax.scan(step, carry, (boxes.swapaxes(0, 1), valid.T))
     if how == "mean":

@@ -86,8 +86,8 @@ def overlap_tile(
         )
         canvas = jax.vmap(lambda image, r, c: image[r][:, c])(images, rows, columns)
 
-        def one_tile(number: jax.Array) -> jax.Array:
-            top, left = number // counts[1] * step, number % counts[1] * step
+        def one_tile(place: tuple[jax.Array, jax.Array]) -> jax.Array:
+            top, left = place[0] * step, place[1] * step
             zero = jnp.zeros_like(top)
             inputs = lax.dynamic_slice(
                 canvas, (zero, top, left, zero), (batch, tile, tile, canvas.shape[3])
@@ -97,7 +97,7 @@ def overlap_tile(
             edge = (units.shape[1] - out // stride) // 2
             return units[:, edge : edge + kept, edge : edge + kept]
 
-        tiles = lax.map(one_tile, jnp.arange(counts[0] * counts[1]))
+        tiles = lax.map(one_tile, jnp.divmod(jnp.arange(counts[0] * counts[1]), counts[1]))
         tiles = tiles.reshape(*counts, batch, kept, kept, -1).transpose(2, 0, 3, 1, 4, 5)
         units = tiles.reshape(batch, counts[0] * kept, counts[1] * kept, -1)
         return units[:, : -(-height // stride), : -(-width // stride)]

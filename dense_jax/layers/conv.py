@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
@@ -133,6 +134,8 @@ def _conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array
         return _lax_conv(x, kernel, wider, groups)[:, :, :-1]
 
     stock = functools.partial(_lax_conv, w=w, groups=groups)
+    if any(map(jax.export.is_symbolic_dim, x.shape)):  # a size left open: no form is known to pay
+        return stock(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=stock)
 
 
@@ -293,7 +296,7 @@ def _tiled_up_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> 
     is_depthwise = groups == x.shape[3] == kernel.shape[3]
     if not is_depthwise:
         kernel = _without_groups(kernel, groups)
-    (sh, sw), (kh, kw, channels, features), batch = w.strides, kernel.shape, len(x)
+    (sh, sw), (kh, kw, channels, features), batch = w.strides, kernel.shape, x.shape[0]
     tiles = _Tiles.of(x, (kh, kw), w)
     (th, tw), (rows, columns), edges = tiles
     kernel = lax.pad(

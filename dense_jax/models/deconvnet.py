@@ -13,7 +13,6 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
@@ -54,10 +53,16 @@ class _OverlapMean(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (k, k, x.shape[3], self.features))
         bias = self.param("bias", init.zero, (self.features,))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        rows, columns = (np.convolve(np.ones(n), np.ones(k)) for n in x.shape[1:3])
-        copies = jnp.asarray(np.multiply.outer(rows, columns), x.dtype)
-        y = up_conv(x, kernel, strides=1) / jnp.expand_dims(copies, (0, 3))
+        rows, columns = (_num_copies(n, k) for n in x.shape[1:3])
+        copies = rows.reshape(1, -1, 1, 1) * columns.reshape(1, 1, -1, 1)
+        y = up_conv(x, kernel, strides=1) / copies.astype(x.dtype)
         return y + bias.reshape(1, 1, 1, -1)
+
+
+def _num_copies(count: int, length: int) -> jax.Array:
+    """Returns how many of `count` copies of so many taps, one after another, lie on each place."""
+    at = jnp.arange(count + length - 1)
+    return jnp.minimum(at, count - 1) - jnp.maximum(at - length + 1, 0) + 1
 
 
 class DeconvNet(nn.Module):
@@ -129,7 +134,7 @@ class DeconvNet(nn.Module):
             outputs[name] = nn.relu(x)
             return outputs[name]
 
-        target = [max(self.input_size, -(-side // _STRIDE) * _STRIDE) for side in size]
+        target = [_STRIDE * jax.core.max_dim(fc_kernel, -(-side // _STRIDE)) for side in size]
         x = jnp.pad(images, ((0, 0), (0, target[0] - size[0]), (0, target[1] - size[1]), (0, 0)))
         switches = []
         for stage, features in enumerate(_ENCODER, 1):

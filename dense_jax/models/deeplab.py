@@ -29,7 +29,7 @@ from dense_jax.models import resnet, vgg
 from dense_jax.models.resnet import FirstBlockDilation, StrideIn
 from dense_jax.models.vgg import Layer, Stack, scaled
 from dense_jax.ops.precision import at_least_float32
-from dense_jax.ops.resize import resize_bilinear
+from dense_jax.ops.resize import rescaled, resize_bilinear
 
 STRIDE = 8
 _new = init.normal(0.01)  # Layers that no pretrained network has.
@@ -199,7 +199,7 @@ class ResNetScores(nn.Module):
 
 def _padded(side: int, scale: float = 1.0) -> int:
     """Returns the side, 8 m + 1, at which an image is seen, with m rounded after scaling."""
-    return int(-(-(side - 1) // STRIDE) * scale + 0.5) * STRIDE + 1
+    return rescaled(-(-(side - 1) // STRIDE), scale) * STRIDE + 1
 
 
 def max_fusion(scores: Sequence[jax.Array]) -> jax.Array:

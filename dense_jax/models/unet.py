@@ -106,11 +106,10 @@ class UNet(nn.Module):
 
     def check_side(self, side: int) -> None:
         """Raises ValueError, naming the nearest valid sides, for one that is not."""
-        steps = (side - self.min_side) / self.grid
-        if steps < 0 or steps != int(steps):
+        steps, rest = divmod(side - self.min_side, self.grid)
+        if steps < 0 or rest:
             below, above = (
-                self.min_side + max(0, step) * self.grid
-                for step in (math.floor(steps), math.ceil(steps))
+                self.min_side + max(0, step) * self.grid for step in (steps, steps + bool(rest))
             )
             raise ValueError(
                 f"A side of {side} pixels does not fit: with {self.padding} convolutions and "

@@ -65,7 +65,7 @@ def pad(x: jax.Array, edges: tuple[Pair, Pair]) -> jax.Array:
 def tap(x: jax.Array, corner: Pair, counts: Pair, strides: Pair) -> jax.Array:
     """Returns what one kernel tap reads of the padded image, [B, H', W', C]."""
     stop = [c + (n - 1) * s + 1 for c, n, s in zip(corner, counts, strides, strict=True)]
-    return lax.slice(x, (0, *corner, 0), (len(x), *stop, x.shape[3]), (1, *strides, 1))
+    return lax.slice(x, (0, *corner, 0), (x.shape[0], *stop, x.shape[3]), (1, *strides, 1))
 
 
 def im2col(x: jax.Array, w: Windows) -> jax.Array:

@@ -111,7 +111,7 @@ def _taps(x: jax.Array, fill: float, w: _Windows) -> Iterator[jax.Array]:
     x = lax.pad(x, jnp.array(fill, x.dtype), edges)
     for i, j in itertools.product(range(w.window[0]), range(w.window[1])):
         stop = (i + (w.counts[0] - 1) * w.strides[0] + 1, j + (w.counts[1] - 1) * w.strides[1] + 1)
-        yield lax.slice(x, (0, i, j, 0), (len(x), *stop, x.shape[3]), (1, *w.strides, 1))
+        yield lax.slice(x, (0, i, j, 0), (x.shape[0], *stop, x.shape[3]), (1, *w.strides, 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -140,7 +140,7 @@ def _place(x: jax.Array, places: jax.Array, w: _Windows) -> jax.Array:
         here = np.where(is_inside, row * w.window[1] + column, w.area + 1).astype(w.dtype)
         here = here.reshape(1, 1, sh, 1, sw, 1)
         blocks = blocks + jnp.where(places[window] == here, x[window], 0)
-    image = blocks.reshape(len(x), rows * sh, columns * sw, channels)
+    image = blocks.reshape(x.shape[0], rows * sh, columns * sw, channels)
     edges = [
         (-p, p + size - have, 0)
         for size, p, have in zip(w.image, w.padding, image.shape[1:3], strict=True)

@@ -1,20 +1,38 @@
 """Resizing with the corner convention in the argument's name."""
 
+import fractions
+from typing import Any
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
 Pair = tuple[int, int]
 
 
-def _weights(size: int, out: int, align_corners: bool) -> np.ndarray:
+def _weights(size: int, out: int, align_corners: bool) -> np.ndarray | jax.Array:
     """Returns the matrix [out, size] of linear interpolation along one axis."""
+    # The exported program itself computes with sizes that it leaves open: in whole numbers but for
+    # the last division, so that float32 will do.
+    is_open = jax.export.is_symbolic_dim(size) or jax.export.is_symbolic_dim(out)
+    xp: Any = jnp if is_open else np
+    pixels, at = xp.arange(size)[None], xp.arange(out)[:, None]
     if align_corners:
-        at = np.arange(out) * ((size - 1) / max(out - 1, 1))
+        at, unit = at * (size - 1), max(out - 1, 1)
     else:
-        at = np.clip((np.arange(out) + 0.5) * (size / out) - 0.5, 0, size - 1)
+        at, unit = xp.clip((2 * at + 1) * size - out, 0, 2 * out * (size - 1)), 2 * out
     # The hat function: 1 - distance for the two nearest pixels, 0 for all others.
-    return np.maximum(1 - np.abs(at[:, None] - np.arange(size)), 0)
+    return xp.maximum(1 - abs(at - unit * pixels) / unit, 0)
+
+
+def rescaled(length: int, scale: float) -> int:
+    """Returns length * scale, rounded, halves up.
+
+    By whole numbers alone, all that is known of a length that an exported program leaves open.
+    """
+    ratio = fractions.Fraction(scale).limit_denominator(1000)
+    return (2 * length * ratio.numerator + ratio.denominator) // (2 * ratio.denominator)
 
 
 def resize_bilinear(x: jax.Array, size: Pair, *, align_corners: bool) -> jax.Array:

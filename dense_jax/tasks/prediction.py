@@ -17,7 +17,7 @@ from dense_jax.errors import UserError
 from dense_jax.infer import ensemble
 from dense_jax.infer.crf import WithCrf, with_crf, without_crf
 from dense_jax.ops.crf import CrfParams
-from dense_jax.ops.resize import resize_bilinear
+from dense_jax.ops.resize import rescaled, resize_bilinear
 from dense_jax.train.config import RunConfig
 from dense_jax.train.step import Batch, eval_step, replicate, shard
 
@@ -52,8 +52,8 @@ def whole_image(
         extra: Any = {"sizes": sizes.astype(jnp.float32) * scale} if sized else {}
         size = (images.shape[1], images.shape[2])
         if scale != 1.0:
-            small = [max(1, round(side * scale)) for side in size]
-            images = jax.image.resize(images, (len(images), *small, images.shape[3]), "linear")
+            small = [max(1, rescaled(side, scale)) for side in size]
+            images = jax.image.resize(images, (images.shape[0], *small, images.shape[3]), "linear")
         outputs: Any = model.apply(variables, images, train=False, rngs=rngs, **extra)
         logits = outputs["logits"]
         return logits if scale == 1.0 else resize_bilinear(logits, size, align_corners=False)
