@@ -1,14 +1,19 @@
 """Makes the reference arrays by torch and torchvision, and prints how far we are from them.
 
-    python -m tests.parity.make
-    python -m tests.parity.make resnet50 vgg16
+    python -m tests.parity.make                       # everything
+    python -m tests.parity.make resnet50 vgg16        # some networks of torchvision
+    python -m tests.parity.make training              # losses of training steps; torch alone
 
 The wheel of torchvision may be built for another torch: pip install --no-deps torchvision.
 """
 
 import sys
+from typing import Any
 
-from tests.parity import drawn, theirs, zoo
+import jax
+import numpy as np
+
+from tests.parity import drawn, theirs, training, zoo
 
 
 def make(name: str) -> None:
@@ -24,6 +29,28 @@ def make(name: str) -> None:
         print(f"| {name} | {stage} | {abs(stages[stage]).max():.3g} | {apart:.1e} |", flush=True)
 
 
+def make_losses() -> None:
+    """Writes torch's losses; prints how far from them ours are, and torch's own in float32."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    losses: Any = {}
+    for name, run in training.RUNS.items():
+        reference, _ = training.theirs(run)
+        losses[run.twin] = np.array(reference)
+        others = (
+            training.ours(run)[0],
+            training.ours(run, np.float32)[0],
+            training.theirs(run, np.float32)[0],
+        )
+        cells = [f"{max(training.apart(other, reference)):.1e}" for other in others]
+        falls = f"{reference[0]:.4f} to {reference[-1]:.4f}"
+        print(f"| {name} | {falls} | {' | '.join(cells)} |", flush=True)
+    np.savez_compressed(training.REFERENCE, **losses)
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or zoo.NETWORKS:
-        make(name)
+    jax.config.update("jax_num_cpu_devices", 2)
+    for name in sys.argv[1:] or [*zoo.NETWORKS, "training"]:
+        if name == "training":
+            make_losses()
+        else:
+            make(name)
