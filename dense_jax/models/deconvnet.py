@@ -179,4 +179,30 @@ TORCHVISION = rules.Release(
     vgg.torchvision_rules("bn{}"),
     trunk=("*/conv?_?/*", "*/bn?_?/*"),
     normalisation="torchvision",
+    needs="bn_epsilon=1e-5",
+)
+
+
+def _caffe_rules() -> tuple[rules.Rule, ...]:
+    """Rules for the whole network; deconv* are up-convolutions of stride 1 there."""
+    table = list(vgg.CAFFE_RULES)
+    norms = {"fc6": "bnfc6", "fc7": "bnfc7", "fc6-deconv": "fc6-deconv-bn"}
+    for stage, features in enumerate(_ENCODER, 1):
+        for i in range(1, len(features) + 1):
+            deconv = f"deconv{stage}_{i}"
+            norms |= {f"conv{stage}_{i}": f"bn{stage}_{i}", deconv: f"debn{stage}_{i}"}
+            table += rules.caffe_conv(deconv, deconv, "up_conv+flip")
+    table += rules.caffe_conv("fc6-deconv", "fc6-deconv", "up_conv")
+    table += rules.caffe_conv("seg-score-voc", "seg-score")
+    return (*table, *(rule for norm in norms.values() for rule in rules.caffe_scale(norm, norm)))
+
+
+# HyeonwooNoh/DeconvNet: DeconvNet_trainval_inference.caffemodel.
+CAFFE = rules.Release(
+    "Caffe's DeconvNet",
+    _caffe_rules(),
+    trunk=("params/[!s]*",),  # all but seg-score
+    normalisation="caffe",
+    absent=("batch_stats/*",),
+    needs="training would undo the statistics, which lie in scale and bias",
 )

@@ -22,6 +22,7 @@ from dense_jax.models import vgg
 from dense_jax.models.vgg import Grid, Layer
 from dense_jax.ops.pool import max_pool
 from dense_jax.ops.precision import at_least_float32
+from dense_jax.weights import rules
 
 Context = Literal["none", "basic", "large"]
 ContextPad = Literal["once_zero", "once_reflect", "per_layer"]
@@ -151,6 +152,11 @@ class FrontEnd(nn.Module):
         return outputs
 
 
+def _context_names(num_layers: int) -> tuple[str, ...]:
+    inner = (f"ctx_conv{i}_1" for i in range(2, num_layers - 2))
+    return ("ctx_conv1_1", "ctx_conv1_2", *inner, "ctx_fc1")
+
+
 class ContextModule(nn.Module):
     """Dilated 3x3 convolutions (Table 1); maps scores [B, h, w, C] to scores of the same shape.
 
@@ -191,8 +197,7 @@ class ContextModule(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """Of the 3x3 layers, as released."""
-        inner = (f"ctx_conv{i}_1" for i in range(2, self.num_layers - 2))
-        return ("ctx_conv1_1", "ctx_conv1_2", *inner, "ctx_fc1")
+        return _context_names(self.num_layers)
 
     @nn.compact
     def __call__(self, scores: jax.Array) -> dict[str, jax.Array]:
@@ -372,4 +377,33 @@ dilation7 = functools.partial(Dilated, context="basic", context_layers=7)  # KIT
 dilation8 = dilated_basic  # CamVid
 dilation10 = functools.partial(  # Cityscapes
     Dilated, context="basic", context_layers=10, upsample="scores"
+)
+
+
+def _release(
+    dataset: str, num_layers: int, needs: str, final: str = "final", context: str = "ctx"
+) -> rules.Release:
+    """The release of one dataset; VOC's calls some layers by other names."""
+    names = (*_context_names(num_layers), "ctx_final")
+    theirs = {name: name.replace("ctx", context, 1) for name in names} | {"final": final}
+    table = [rule for name in theirs for rule in rules.caffe_conv(theirs[name], name)]
+    if num_layers == 10:  # the only one that enlarges its scores
+        upsample = functools.partial(init.bilinear(), None)
+        target = "params/ctx_upsample/kernel"
+        table.append(rules.Rule("ctx_upsample.0", target, "conv", constant=upsample))
+    return rules.Release(
+        f"fyu/dilation's dilation{num_layers} for {dataset}",
+        (*vgg.CAFFE_RULES, *table),
+        trunk=("*/conv?_?/*",),
+        normalisation=f"dilation_{dataset.lower()}",
+        needs=needs,
+    )
+
+
+# They differ in their names. A front end alone does not say whose it is, and is taken for KITTI's.
+CAFFE = (
+    _release("VOC", 8, 'context="large", context_pad="once_zero"', "fc-final", "ct"),
+    _release("KITTI", 7, 'context_pad="per_layer"'),
+    _release("CamVid", 8, 'context_pad="per_layer"'),
+    _release("Cityscapes", 10, 'context_pad="per_layer", upsample="scores"'),
 )

@@ -16,7 +16,7 @@ arXiv:1606.00915, Section 3.1, and pytorch/vision: torchvision/models/resnet.py.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -229,4 +229,53 @@ TORCHVISION = rules.Release(
     (*torchvision_rules(), *rules.dense("fc", "fc")),
     trunk=("*/conv1/*", "*/bn1/*", "*/layer?_*"),
     normalisation="torchvision",
+)
+
+# What He et al.'s release calls the blocks of stages 2 to 5.
+MSRA_50 = ("abc", "abcd", "abcdef", "abc")
+MSRA_101 = (
+    "abc",
+    ("a", *(f"b{i}" for i in range(1, 4))),
+    ("a", *(f"b{i}" for i in range(1, 23))),
+    "abc",
+)
+_BRANCHES = {
+    "branch1": ("downsample_0", "downsample_1"),
+    **{f"branch2{letter}": (f"conv{i}", f"bn{i}") for i, letter in enumerate("abc", 1)},
+}
+
+
+def msra_rules(blocks: Sequence[Sequence[str]]) -> tuple[rules.Rule, ...]:
+    """Rules for all but "fc" of a residual network of He et al.'s release in Caffe.
+
+    Args:
+      blocks: what each stage's blocks are called, see `MSRA_50`.
+    """
+    table = [*rules.caffe_conv("conv1", "conv1", "conv+bgr")[:1]]
+    table += rules.caffe_batch_norm("bn_conv1", "scale_conv1", "bn1")
+    for stage, names in enumerate(blocks, start=2):
+        for i, name in enumerate(names):
+            for branch, (conv, norm) in _BRANCHES.items():
+                block, layer = f"layer{stage - 1}_{i}", f"{stage}{name}_{branch}"
+                table += rules.caffe_conv(f"res{layer}", f"{block}/{conv}", "conv")[:1]
+                table += rules.caffe_batch_norm(f"bn{layer}", f"scale{layer}", f"{block}/{norm}")
+    return tuple(table)
+
+
+# ResNet-50 has a bias in front of its first normalisation, which is as much less in its mean.
+_CONV1_BIAS = rules.Rule("conv1.1", "batch_stats/bn1/mean", "ones+minus", role="part")
+# KaimingHe/deep-residual-networks: ResNet-50- and ResNet-101-model.caffemodel. They subtract a mean
+# image, whose colour is that of the others' mean to within a grey value.
+MSRA = tuple(
+    rules.Release(
+        f"MSRA's ResNet-{depth}",
+        (*table, *rules.caffe_dense("fc1000", "fc")),
+        trunk=("*/conv1/*", "*/bn1/*", "*/layer?_*"),
+        normalisation="caffe",
+        needs='stride_in="1x1", pool_ceil=True',
+    )
+    for depth, table in (
+        (50, (*msra_rules(MSRA_50), _CONV1_BIAS)),
+        (101, msra_rules(MSRA_101)),
+    )
 )

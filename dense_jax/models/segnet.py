@@ -8,6 +8,7 @@ Dropout: Kendall, Badrinarayanan, Cipolla, "Bayesian SegNet", BMVC 2017, arXiv:1
 places of bayesian_segnet_train.prototxt and bayesian_segnet_basic_train.prototxt there.
 """
 
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -281,4 +282,42 @@ TORCHVISION = rules.Release(
     torchvision_rules("conv{}_bn"),
     trunk=("*/conv?_?/*", "*/conv?_?_bn/*"),
     normalisation="torchvision",
+    needs="bn_epsilon=1e-5",
+)
+
+
+def _caffe_rules(last: str, *names: str) -> tuple[rules.Rule, ...]:
+    """Rules for blocks of these names and the scores of the last layer."""
+    return (
+        *rules.caffe_convs(*names, last),
+        *(rule for name in names for rule in rules.caffe_scale(f"{name}_bn", f"{name}_bn")),
+    )
+
+
+_ENCODER = [f"conv{stage}_{i}" for stage, (_, n) in enumerate(_STAGES, 1) for i in range(1, n + 1)]
+_DECODER = [f"{name}_D" for name in _ENCODER[1:]]
+_BASIC = [f"conv{prefix}{i}" for prefix in ("", "_decode") for i in range(1, 5)]
+_FOLDED = "training would undo the statistics, which lie in scale and bias"
+_CAFFE = functools.partial(rules.Release, normalisation="none", absent=("batch_stats/*",))
+# alexgkendall/SegNet-Tutorial: the networks of segnet_model_zoo.md that its inference prototxts
+# describe, and others that compute_bn_statistics.py has finished.
+CAFFE = (
+    _CAFFE(
+        "Caffe's SegNet",
+        _caffe_rules("conv1_1_D", *_ENCODER, *_DECODER),
+        tuple(f"params/{name}{end}/*" for name in _ENCODER + _DECODER for end in ("", "_bn")),
+        needs=f"input_lrn=False; {_FOLDED}",
+    ),
+    _CAFFE(
+        "Caffe's SegNet-Basic",
+        (
+            *_caffe_rules("conv_classifier", *_BASIC),
+            *(
+                rule._replace(role="alias")
+                for rule in rules.caffe_conv("dense_softmax_inner_prod", "conv_classifier")
+            ),
+        ),
+        tuple(f"params/{name}{end}/*" for name in _BASIC for end in ("", "_bn")),
+        needs=f"input_lrn=True; {_FOLDED}",
+    ),
 )

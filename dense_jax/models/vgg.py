@@ -207,3 +207,16 @@ def torchvision_rules(norm: str | None = None) -> tuple[rules.Rule, ...]:
 TORCHVISION = rules.Release(
     "torchvision's vgg16", torchvision_rules(), ("*/conv?_?/*",), "torchvision"
 )
+
+# conv1_1 to fc7 in Caffe, with fc6 and fc7 dense or, as "fully convolutional" networks have them,
+# on a map. What the authors' file and others derived from it have in common.
+CAFFE_RULES = rules.caffe_convs(
+    *(layer.name for layer in vgg16_layers() if not layer.name.startswith("pool"))
+)
+# VGG_ILSVRC_16_layers.caffemodel.
+CAFFE = rules.Release(
+    "Caffe's VGG-16",
+    (*CAFFE_RULES, *(rules.Rule(f"fc8.{i}", None) for i in range(2))),  # ImageNet's classes
+    ("*/conv?_?/*",),
+    "caffe",
+)

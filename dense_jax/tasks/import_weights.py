@@ -5,8 +5,10 @@ network here that stands on a trunk of these names can start from them.
 """
 
 import contextlib
+import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import flax.linen as nn
@@ -18,7 +20,16 @@ from flax import traverse_util
 
 from dense_jax import runs
 from dense_jax.errors import UserError
-from dense_jax.models import deconvnet, deeplabv3, resnet, segnet, vgg
+from dense_jax.models import (
+    deconvnet,
+    deeplab,
+    deeplabv3,
+    dilated,
+    fcn,
+    resnet,
+    segnet,
+    vgg,
+)
 from dense_jax.train.checkpoint import has_checkpoint, read_variables
 from dense_jax.weights import files, hub, rules
 from dense_jax.weights.rules import Release
@@ -29,17 +40,38 @@ RELEASES: tuple[Release, ...] = (
     deconvnet.TORCHVISION,
     resnet.TORCHVISION,
     *deeplabv3.TORCHVISION,
+    vgg.CAFFE,
+    *fcn.CAFFE,
+    *segnet.CAFFE,
+    deconvnet.CAFFE,
+    *dilated.CAFFE,
+    *deeplab.CAFFE,
+    *resnet.MSRA,
 )
 # A folder of imported weights: the parameters by their paths here, and where they come from.
 WEIGHTS, RECORD = "weights.npz", "weights.json"
 _HUB = "hub:"
 
-_IMAGENET, _VOC = 1000, 21  # classes of torchvision's weights
+_IMAGENET, _VOC, _CAMVID, _CITYSCAPES = 1000, 21, 11, 19  # classes of what is published
 
 ModelName = Literal[
     "vgg16",
+    "fcn32s",
+    "fcn16s",
+    "fcn8s",
+    "fcn8s_at_once",
+    "fcn_alexnet",
     "segnet",
+    "segnet_basic",
     "deconvnet",
+    "dilated_front_end",
+    "dilation7",
+    "dilation8",
+    "dilation8_voc",
+    "dilation10",
+    "deeplab_largefov",
+    "deeplab_vgg16",
+    "deeplab_resnet101",
     "resnet50",
     "resnet101",
     "resnext101_32x8d",
@@ -49,25 +81,50 @@ ModelName = Literal[
     "deeplabv3_resnet50",
     "deeplabv3_resnet101",
 ]
+# Each with the classes it was published for; names of parameters depend on no other attribute.
+_padded: dict[str, Any] = {"pad": "same"}  # so that networks can be traced on small images
+_NETWORKS: dict[ModelName, tuple[Callable[..., nn.Module], int | None]] = {
+    "vgg16": (functools.partial(vgg.vgg16, padding="same"), None),
+    "fcn32s": (fcn.fcn32s, _VOC),
+    "fcn16s": (fcn.fcn16s, _VOC),
+    "fcn8s": (fcn.fcn8s, _VOC),
+    "fcn8s_at_once": (fcn.fcn8s_at_once, _VOC),
+    "fcn_alexnet": (fcn.fcn_alexnet, _VOC),
+    "segnet": (segnet.SegNet, _CAMVID),
+    "segnet_basic": (segnet.SegNetBasic, _CAMVID),
+    "deconvnet": (deconvnet.DeconvNet, _VOC),
+    "dilated_front_end": (functools.partial(dilated.front_end, **_padded), _VOC),
+    "dilation7": (functools.partial(dilated.dilation7, **_padded), _CAMVID),  # KITTI has these too
+    "dilation8": (functools.partial(dilated.dilation8, **_padded), _CAMVID),
+    "dilation8_voc": (functools.partial(dilated.dilated_large, **_padded), _VOC),
+    "dilation10": (functools.partial(dilated.dilation10, **_padded), _CITYSCAPES),
+    "deeplab_largefov": (deeplab.deeplab_largefov, _VOC),
+    "deeplab_vgg16": (deeplab.deeplab_vgg_aspp_l, _VOC),
+    "deeplab_resnet101": (deeplab.deeplab_resnet101, _VOC),
+    "resnet50": (resnet.resnet50, _IMAGENET),
+    "resnet101": (resnet.resnet101, _IMAGENET),
+    "resnext101_32x8d": (resnet.resnext101_32x8d, _IMAGENET),
+    "resnext101_64x4d": (resnet.resnext101_64x4d, _IMAGENET),
+    "fcn_resnet50": (deeplabv3.fcn_resnet50, _VOC),
+    "fcn_resnet101": (deeplabv3.fcn_resnet101, _VOC),
+    "deeplabv3_resnet50": (deeplabv3.deeplabv3_resnet50, _VOC),
+    "deeplabv3_resnet101": (deeplabv3.deeplabv3_resnet101, _VOC),
+}
 
 
 def build(name: ModelName, num_classes: int | None = None, aux: bool = False) -> nn.Module:
     """Returns a network by name.
 
     Args:
-      name: VGG-16 ends in fc7 and has the names of FCN, DeepLab and the dilated front end; segnet
-        and deconvnet take vgg16_bn.
+      name: VGG-16 ends in fc7 and has the names of FCN, DeepLab and the dilated front end.
       num_classes: by default as published.
       aux: whether torchvision's segmentation networks have their second classifier.
     """
-    of_pixels = num_classes or _VOC
-    if name == "vgg16":
-        return vgg.vgg16(padding="same")
-    if name in ("segnet", "deconvnet"):
-        return {"segnet": segnet.SegNet, "deconvnet": deconvnet.DeconvNet}[name](of_pixels)
-    if name.startswith("res"):
-        return getattr(resnet, name)(num_classes=num_classes or _IMAGENET)
-    return getattr(deeplabv3, name)(of_pixels, aux=aux)
+    make, published = _NETWORKS[name]
+    options: dict[str, Any] = {"aux": aux} if name.startswith(("fcn_resnet", "deeplabv3")) else {}
+    if published is not None:
+        options["num_classes"] = num_classes or published
+    return make(**options)
 
 
 def template_of(model: nn.Module, num_channels: int = 3) -> Any:
@@ -92,16 +149,17 @@ def run(
     not explained is an error, and then nothing is written.
 
     Args:
-      model: network to fill. vgg16 has the names of FCN, DeepLab and the dilated front end;
-        resnet* those of DeepLab v2; segnet and deconvnet take vgg16_bn into their encoders;
-        fcn_resnet* and deeplabv3_resnet* also take a ResNet alone, with --new-head.
-      source: file of the weights, .safetensors, .npz, .pth, ..., or hub:OWNER/REPOSITORY with one
-        of the Hugging Face Hub.
+      model: network to fill. vgg16 has the names of FCN, DeepLab and the dilated front end, and
+        resnet* those of DeepLab v2. segnet and deconvnet also take vgg16_bn into their encoders,
+        and networks on a ResNet a ResNet alone, with --new-head.
+      source: file of the weights, .safetensors, .npz, .pth, .caffemodel, ..., or
+        hub:OWNER/REPOSITORY with one of the Hugging Face Hub.
       out: folder to write; not needed with --dry-run.
       dry_run: print, and write nothing.
       new_head: what stands on the trunk may be missing from the file or be of another kind there.
       ignore: names of tensors to leave in the file, or patterns such as "fc.*".
-      num_classes: classes of the network; by default as published, 1000 or 21. vgg16 has none.
+      num_classes: classes of the network; by default as published, such as 1000 of ImageNet, 21
+        of VOC, 11 of CamVid. vgg16 has none.
     """
     if out is None and not dry_run:
         raise UserError("give a folder to write with --out, or --dry-run")
@@ -111,12 +169,12 @@ def run(
         raise UserError(f"--num-classes={num_classes}: give at least 1")
     path = _on_disk(source)
     file = files.read(path)
-    tensors = rules.outline(file.tensors)
-    aux = any(name.startswith("aux_classifier.") for name in tensors)
+    aux = any(name.startswith("aux_classifier.") for name in file.tensors)
     template = template_of(build(model, num_classes, aux))
-    release = rules.choose(RELEASES, template, tensors)
+    release = rules.choose(RELEASES, template, file.tensors)
     required = release.trunk if new_head else ("*",)
-    options: dict[str, Any] = dict(required=required, ignore=ignore)
+    options: dict[str, Any] = dict(required=required, absent=release.absent, ignore=ignore)
+    tensors = rules.outline(file.tensors, release.rules)
     account = rules.match(template, tensors, release.rules, **options)
     for key in ("container", "prefix", "left out"):  # what the reader took off or passed over
         if key in file.info:
@@ -124,6 +182,8 @@ def run(
     print(account)
     account.check(source)
     print(f"{release.name}; images are to come with --normalisation={release.normalisation}")
+    if release.needs:
+        print(f"to compute what it did, the network needs {release.needs}")
     if dry_run or out is None:
         return
     variables, _ = rules.load(template, file.tensors, release.rules, **options)
@@ -133,6 +193,7 @@ def run(
         "format": file.format,
         "release": release.name,
         "normalisation": release.normalisation,
+        "needs": release.needs,
         "account": account.summary(),
         **runs.provenance(),
     }
@@ -170,11 +231,18 @@ def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
         return variables, _normalisation_of(folder)
     if kind in ("file", "hub") and path:
         tensors = files.read(_on_disk(source if kind == "hub" else path)).tensors
-        release = rules.choose(RELEASES, template, rules.outline(tensors))
+        release = rules.choose(RELEASES, template, tensors)
         variables, account = rules.load(
-            template, tensors, release.rules, required=release.trunk, path=source
+            template,
+            tensors,
+            release.rules,
+            required=release.trunk,
+            absent=release.absent,
+            path=source,
         )
         print(f"init: {source} ({release.name}): {account.summary()}")
+        if release.needs:
+            print(f"init: to compute what it did, the network needs {release.needs}")
         return variables, release.normalisation
     raise UserError(
         f"--init={source}: give run:PATH with the folder of another run, file:PATH with a file of "

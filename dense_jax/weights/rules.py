@@ -283,7 +283,7 @@ def choose(releases: Sequence[Release], template: Any, tensors: Mapping[str, Any
     """Returns the release that finds most of a file's tensors in a network by name.
 
     Of several that find as many, the one that knows most of the file, and then the one that has
-    the fewest names which the file lacks.
+    the fewest names which the file lacks. Of the tensors only the names count.
 
     Raises:
       UserError: none finds any.
