@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from benchmarks import train_step as benchmark
+from benchmarks import twins
 from dense_jax.losses import LossTerm
 from dense_jax.tasks import import_weights, semantic
 from dense_jax.train import step as steps
@@ -136,8 +137,6 @@ def ours(run: Run, dtype: Any = np.float64) -> tuple[list[float], Any]:
 def theirs(run: Run, dtype: Any = np.float64) -> tuple[list[float], Any]:
     """Returns the same of torch; batch statistics by path."""
     import torch
-
-    from benchmarks import twins
 
     config = config_of(run)
     weights = twins.Weights(variables(network(run), dtype))
