@@ -30,6 +30,8 @@ from dense_jax.weights import files, rules
 from dense_jax.weights.account import Account
 from dense_jax.weights.rules import Rule
 
+_GRID = 8  # Three poolings.
+
 
 def mean_pool(x: jax.Array) -> jax.Array:
     """Returns the mean of each 2x2 window, [B, H, W, C] to [B, H / 2, W / 2, C]."""
@@ -107,8 +109,10 @@ def main(weights: pathlib.Path, image: pathlib.Path, expected: pathlib.Path) -> 
     """
     variables, account = load(weights)
     print(account.summary())
-    labels = _read(expected)
-    logits = apply(variables, scaled(_read(image)))["logits"]
+    picture, labels = _read(image), _read(expected)
+    if picture.shape != labels.shape:
+        raise UserError(f"{expected} is {labels.shape}, not {picture.shape} as {image}: give its")
+    logits = apply(variables, scaled(picture))["logits"]
     predicted = (logits > 0).astype(np.uint8)  # a probability above 0.5
     confusion = np.asarray(metrics.confusion_counts(labels, predicted, num_classes=2))
     different = int(confusion.sum() - np.trace(confusion))
@@ -118,9 +122,15 @@ def main(weights: pathlib.Path, image: pathlib.Path, expected: pathlib.Path) -> 
 
 def _read(path: pathlib.Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): give a .npy array") from error
+    shape = getattr(array, "shape", ())
+    if len(shape) != 4 or shape[0] != 1 or shape[3] != 1 or shape[1] % _GRID or shape[2] % _GRID:
+        raise UserError(
+            f"{path} is {shape}: give an array [1, H, W, 1], H and W multiples of {_GRID}"
+        )
+    return array
 
 
 if __name__ == "__main__":

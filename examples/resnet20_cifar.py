@@ -24,6 +24,7 @@ from PIL import Image
 
 from dense_jax.data.datasets import voc2012
 from dense_jax.data.transforms import Normalise
+from dense_jax.errors import UserError
 from dense_jax.layers.conv import Conv
 from dense_jax.layers.norm import BatchNorm
 from dense_jax.metrics import semantic as metrics
@@ -126,10 +127,17 @@ def objects(data_dir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
       Images, uint8 [N, 32, 32, 3], and labels, int32 [N], of `CLASSES`.
+
+    Raises:
+      UserError: the folder is not VOC's, or its boxes are missing or damaged.
     """
     images, labels = [], []
     for pair in voc2012.find(data_dir).pairs:
-        root = ElementTree.parse(pair.image.parents[1] / "Annotations" / f"{pair.name}.xml")
+        path = pair.image.parents[1] / "Annotations" / f"{pair.name}.xml"
+        try:
+            root = ElementTree.parse(path)
+        except (OSError, ElementTree.ParseError) as error:
+            raise UserError(f"{path} cannot be read ({error}): unpack VOC again") from error
         with Image.open(pair.image) as picture:
             for thing in root.iterfind("object"):
                 label = VOC_NAMES.get(thing.findtext("name") or "")

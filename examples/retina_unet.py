@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from dense_jax.errors import UserError
 from dense_jax.layers.conv import Conv
 from dense_jax.ops.pool import max_pool
 from dense_jax.ops.resize import resize_nearest
@@ -94,6 +95,8 @@ def main(weights: pathlib.Path, reference: pathlib.Path) -> None:
     variables, account = load(weights)
     print(account.summary())
     known = files.read(reference).tensors
+    if not {"input_nchw", "softmax_nchw"} <= set(known):
+        raise UserError(f"{reference} has no input_nchw and softmax_nchw: give the known output")
     images = known["input_nchw"].transpose(0, 2, 3, 1)
     expected = known["softmax_nchw"][:, 1]
     for name, tree in (("flipped", variables), ("not flipped", unflipped(variables))):

@@ -271,6 +271,29 @@ def test_training_starts_from_the_weights_and_another_head(tmp_path, capsys, mon
     chex.assert_trees_all_equal(ours, theirs)
 
 
+def test_arrays_of_another_kind_are_refused(weights_root, tmp_path, data_root):
+    folder = weights_root / "retina_unet_drive"
+    file = folder / "test_best_weights.h5"
+    with pytest.raises(UserError, match="has no input_nchw"):
+        retina_unet.main(file, file)
+    np.save(tmp_path / "odd.npy", np.zeros((1, 12, 16, 1), np.uint8))
+    folder = weights_root / "unet_pancreatic_keras2"
+    cells = folder / "unet_pancreatic_cell_segmentation.h5", folder / "exampleImage.npy"
+    with pytest.raises(UserError, match="multiples of 8"):
+        pancreatic_unet.main(*cells, tmp_path / "odd.npy")
+    with pytest.raises(UserError, match="cannot be read"):
+        pancreatic_unet.main(*cells, cells[0])
+    np.save(tmp_path / "small.npy", np.zeros((1, 16, 16, 1), np.uint8))
+    with pytest.raises(UserError, match="not \\(1, 576, 720, 1\\) as"):
+        pancreatic_unet.main(*cells, tmp_path / "small.npy")
+    voc = tmp_path / "VOC2012"
+    voc.mkdir()
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets"):
+        (voc / name).symlink_to(data_root / "voc2012_sample/VOCdevkit/VOC2012" / name)
+    with pytest.raises(UserError, match=r"Annotations/.*xml cannot be read"):
+        resnet20_cifar.objects(voc)
+
+
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
     flags = [f"--weights={tmp_path}/no.h5", "--reference=x"]
     command = [sys.executable, "-m", "examples.retina_unet", *flags]
