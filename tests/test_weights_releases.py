@@ -191,6 +191,7 @@ def test_fcn8s_sees_in_rgb_what_caffe_saw_in_bgr(fcn8s_file, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "36 loaded (18 permuted, 1 channels reversed), 3 ignored" in said
     assert "Caffe's FCN; images are to come with --normalisation=caffe" in said
+    assert 'the network needs pad_mode="100"' in said
     model = ROUNDS["fcn8s"][0]
     loaded, _ = import_weights.initial(f"run:{tmp_path / 'out'}", None)
     rgb = np.random.default_rng(0).uniform(-100, 100, (1, 64, 32, 3)).astype(np.float32)

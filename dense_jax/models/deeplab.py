@@ -341,7 +341,13 @@ _COPY_RULES = tuple(
     rules.Rule(rule.source.replace(".", "_res0{scale}."), None) for rule in _RESNET_RULES
 )
 CAFFE = (
-    rules.Release("Caffe's DeepLab on VGG-16", _vgg_rules(), ("*/conv?_?/*",), "caffe"),
+    rules.Release(
+        "Caffe's DeepLab on VGG-16",
+        _vgg_rules(),
+        trunk=("*/conv?_?/*",),
+        normalisation="caffe",
+        needs="pool5a=True if it is of version 1",
+    ),
     rules.Release(
         "Caffe's DeepLab on ResNet-101",
         (*_RESNET_RULES, *_COPY_RULES),

@@ -396,7 +396,7 @@ def _release(
         (*vgg.CAFFE_RULES, *table),
         trunk=("*/conv?_?/*",),
         normalisation=f"dilation_{dataset.lower()}",
-        needs=needs,
+        needs=f'pad="valid_reflect", {needs}',
     )
 
 

@@ -226,13 +226,13 @@ _TRUNK = ("*/conv?_?/*",)
 # shelhamer/fcn.berkeleyvision.org: fcn32s-, fcn16s-, fcn8s-heavy-pascal.caffemodel and others of
 # one head; fcn8s-atonce-pascal; fcn-alexnet-pascal and bvlc_reference_caffenet, its start.
 CAFFE = (
-    rules.Release("Caffe's FCN", _CAFFE_RULES, _TRUNK, "caffe"),
+    rules.Release("Caffe's FCN", _CAFFE_RULES, _TRUNK, "caffe", needs='pad_mode="100"'),
     rules.Release(
         "Caffe's FCN-8s trained at once",
         (*_CAFFE_RULES, *_SCALE_RULES),
         _TRUNK,
         "caffe",
-        needs=f"skip_scale={_AT_ONCE}",
+        needs=f'pad_mode="100", skip_scale={_AT_ONCE}',
     ),
     rules.Release("Caffe's AlexNet", _ALEXNET_RULES, ("*/conv?/*",), "caffe"),
 )
