@@ -16,6 +16,7 @@ without the batch normalisation that the release has folded into its kernels.
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 from flax import linen as nn
@@ -75,7 +76,7 @@ def write_start(weights: pathlib.Path, folder: pathlib.Path) -> None:
       UserError: the file is not the network's.
     """
     variables, account = mobilenet_deeplab.load(weights)
-    leaves = traverse_util.flatten_dict(variables, sep="/")
+    leaves: Any = traverse_util.flatten_dict(variables, sep="/")
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / import_weights.WEIGHTS, **leaves)
     record = {"from": str(weights), "normalisation": _IMAGES, "account": account.summary()}
