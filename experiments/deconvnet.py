@@ -60,6 +60,8 @@ class Config(RunConfig):
     """Batch normalisation (Section 4.1: without it training ends in a poor optimum)."""
     bn_stats: Literal["posthoc", "running"] = "posthoc"
     """Statistics for evaluation: averaged over batches after training (release), or running."""
+    bn_epsilon: float = 1e-9
+    """Added to variances: 1e-9 as released; 1e-5 for an encoder of torchvision's vgg16_bn."""
     unpool: Literal["switch", "fixed_corner", "bilinear"] = "switch"
     """Where unpooling puts values (Section 3.2): the maximum's place, a corner, everywhere."""
     decoder_init: Literal["gaussian", "he"] = "gaussian"
@@ -204,6 +206,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         num_classes,
         input_size=config.input_size,
         bn=config.bn == "on",
+        bn_epsilon=config.bn_epsilon,
         unpool=config.unpool,
         decoder_init=config.decoder_init,
         fc_width=config.fc_width,

@@ -57,6 +57,8 @@ class Config(RunConfig):
     """ReLUs in the decoder; released: on in SegNet, off in SegNet-Basic."""
     conv_bias: Literal["on", "off"] = "on"
     """Biases in front of batch normalisation: released with, described without (Section 3.2)."""
+    bn_epsilon: float = 1e-9
+    """Added to variances: 1e-9 as released; 1e-5 for an encoder of torchvision's vgg16_bn."""
     dropout: Literal["none", "enc_dec", "bayes"] = "none"
     """Dropout 0.5 after the coarse stages; bayes also samples it when predicting."""
     mc_samples: int = 40
@@ -163,6 +165,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         decoder_relu=relu,
         dropout_rate=0.0 if config.dropout == "none" else 0.5,
         conv_bias=config.conv_bias == "on",
+        bn_epsilon=config.bn_epsilon,
         input_lrn=config.input_norm == "lrn",
         axis_name=AXIS,
         dtype=config.dtype,

@@ -273,6 +273,7 @@ def test_paper_preset_builds_the_paper_network():
 def test_network_flags_reach_the_network():
     flags: dict[str, Any] = dict(
         bn="off",
+        bn_epsilon=1e-5,
         unpool="bilinear",
         decoder_init="gaussian",
         input_size=64,
@@ -282,7 +283,7 @@ def test_network_flags_reach_the_network():
     )
     model = script.build_model(changed(**flags), 4)
     assert (model.bn, model.unpool, model.input_size) == (False, "bilinear", 64)
-    assert model.decoder_init == "gaussian"
+    assert (model.decoder_init, model.bn_epsilon) == ("gaussian", 1e-5)
     _, variables = contract.shapes_of(model, (1, 64, 64, 3))
     assert variables["params"]["fc6"]["kernel"].shape == (2, 2, 256, 16)
     assert "batch_stats" not in variables

@@ -403,6 +403,7 @@ def test_flags_reach_the_network():
     assert build(decoder="fcn_noadd").decoder == "fcn_noadd"
     assert build().conv_bias
     assert not build(conv_bias="off").conv_bias
+    assert build(bn_epsilon=1e-5).bn_epsilon == 1e-5
     rates = {build(dropout=value).dropout_rate for value in ("enc_dec", "bayes")}
     assert rates == {0.5}
     assert build(dropout="none").dropout_rate == 0
