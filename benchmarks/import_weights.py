@@ -14,7 +14,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import tyro
@@ -26,11 +26,18 @@ from dense_jax.tasks import import_weights
 from dense_jax.tasks.import_weights import ModelName
 from dense_jax.weights import rules
 
-# torchvision's networks that are here as a whole, and vgg16_bn in the encoder that takes it.
-_MODELS: tuple[ModelName, ...] = tuple(
-    name
-    for name in get_args(ModelName)
-    if name in ("vgg16", "segnet") or "resnet" in name or "resnext" in name
+# torchvision's networks that are here as a whole, and segnet, whose encoder takes vgg16_bn.
+_MODELS: tuple[ModelName, ...] = (
+    "vgg16",
+    "segnet",
+    "resnet50",
+    "resnet101",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "fcn_resnet50",
+    "fcn_resnet101",
+    "deeplabv3_resnet50",
+    "deeplabv3_resnet101",
 )
 _CLASSIFIER = {0: (4096, 25088), 3: (4096, 4096), 6: (1000, 4096)}  # of torchvision's VGGs
 _IMPORT = """

@@ -29,7 +29,9 @@ HOMES = {
     "optax": {"train", "tests"},
 }
 FILES = sorted(
-    p for d in ("dense_jax", "experiments", "benchmarks") for p in ROOT.glob(f"{d}/**/*.py")
+    p
+    for d in ("dense_jax", "experiments", "examples", "benchmarks")
+    for p in ROOT.glob(f"{d}/**/*.py")
 )
 
 
