@@ -16,13 +16,9 @@ without the batch normalisation that the release has folded into its kernels.
 
 import dataclasses
 import pathlib
-from typing import Any
 
-import numpy as np
 from flax import linen as nn
-from flax import traverse_util
 
-from dense_jax import runs
 from dense_jax.data.transforms import Transform, whole_images
 from dense_jax.tasks import import_weights, semantic
 from dense_jax.train import cli
@@ -69,25 +65,13 @@ def build_transforms(config: Config) -> list[Transform]:
     return whole_images(config.normalisation, config.scale, "mirror_scale", config.crop)
 
 
-def write_start(weights: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes the weights to a folder for --init=run:FOLDER.
-
-    Raises:
-      UserError: the file is not the network's.
-    """
-    variables, account = mobilenet_deeplab.load(weights)
-    leaves: Any = traverse_util.flatten_dict(variables, sep="/")
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / import_weights.WEIGHTS, **leaves)
-    record = {"from": str(weights), "normalisation": _IMAGES, "account": account.summary()}
-    runs.write_json(folder / import_weights.RECORD, record)
-
-
 def main(config: Config) -> TrainState:
     """Trains, evaluates and reports; returns the last state."""
     if config.weights:
+        variables, account = mobilenet_deeplab.load(pathlib.Path(config.weights))
         start = pathlib.Path(f"{config.workdir}/start")
-        write_start(pathlib.Path(config.weights), start)
+        record = {"from": config.weights, "normalisation": _IMAGES, "account": account.summary()}
+        import_weights.save(start, variables, record)
         config = dataclasses.replace(config, init=f"run:{start}")
     dataset = semantic.load_dataset(config)
     model = build_model(config, dataset.classes.num_classes)

@@ -240,6 +240,9 @@ def test_a_network_without_statistics_says_so(tmp_path, monkeypatch, capsys):
     assert "16 new" in said
     loaded, normalisation = import_weights.initial(f"run:{tmp_path / 'out'}", None)
     assert (list(loaded), normalisation) == (["params"], "none")
+    assert (
+        "init: to compute what it did, the network needs input_lrn=True" in capsys.readouterr().out
+    )
 
 
 def test_caffes_deconvolution_of_stride_1_is_a_convolution_here():

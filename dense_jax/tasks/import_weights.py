@@ -195,16 +195,26 @@ def run(
         "normalisation": release.normalisation,
         "needs": release.needs,
         "account": account.summary(),
-        **runs.provenance(),
     }
+    save(out, variables, record)
+    print(f"start a run from it with --init=run:{out}")
+
+
+def save(out: pathlib.Path, variables: Any, record: dict[str, Any]) -> None:
+    """Writes a folder that ``--init=run:OUT`` reads.
+
+    Args:
+      out: the folder; what it holds of this kind is replaced.
+      variables: all of a network's, or some.
+      record: what is known of them; "normalisation" and "needs" are told to whoever starts.
+    """
     out.mkdir(parents=True, exist_ok=True)
     leaves: Any = traverse_util.flatten_dict(variables, sep="/")
     partial = (out / WEIGHTS).with_suffix(".tmp")
     with partial.open("wb") as stream:
         np.savez(stream, **leaves)  # goes through views piece by piece, without copies of them
     partial.replace(out / WEIGHTS)
-    runs.write_json(out / RECORD, record)
-    print(f"start a run from it with --init=run:{out}")
+    runs.write_json(out / RECORD, record | runs.provenance())
 
 
 def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
@@ -228,7 +238,9 @@ def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
         else:
             variables, step = read_variables(path)
             print(f"init: {path} at step {step}")
-        return variables, _normalisation_of(folder)
+        known = _known_of(folder)
+        _tell_needs(known.get("needs"))
+        return variables, known.get("normalisation")
     if kind in ("file", "hub") and path:
         tensors = files.read(_on_disk(source if kind == "hub" else path)).tensors
         release = rules.choose(RELEASES, template, tensors)
@@ -241,8 +253,7 @@ def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
             path=source,
         )
         print(f"init: {source} ({release.name}): {account.summary()}")
-        if release.needs:
-            print(f"init: to compute what it did, the network needs {release.needs}")
+        _tell_needs(release.needs)
         return variables, release.normalisation
     raise UserError(
         f"--init={source}: give run:PATH with the folder of another run, file:PATH with a file of "
@@ -257,12 +268,15 @@ def _on_disk(source: str) -> pathlib.Path:
     return pathlib.Path(source)
 
 
-def _normalisation_of(folder: pathlib.Path) -> str | None:
-    """What the network in a folder was fed with, as far as the folder tells."""
+def _known_of(folder: pathlib.Path) -> dict[str, Any]:
+    """What a folder tells of the weights in it: of imported ones the record, else the flags."""
     for name in (RECORD, "config.json"):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # not there, or damaged
             record = json.loads((folder / name).read_text())
-            found = record.get("config", record).get("normalisation")
-            if isinstance(found, str):
-                return found
-    return None
+            return record.get("config", record)
+    return {}
+
+
+def _tell_needs(needs: str | None) -> None:
+    if needs:
+        print(f"init: to compute what it did, the network needs {needs}")
