@@ -24,6 +24,7 @@ from dense_jax.sweep import command as sweep
 from dense_jax.tasks import (
     crf_search,
     evaluation,
+    export,
     import_weights,
     prediction,
     receptive_field,
@@ -208,6 +209,7 @@ def main() -> None:
         "evaluate": evaluate,
         "check-data": check_data,
         "crf-search": crf_search.run,
+        "export": export.run,
         "import-weights": import_weights.run,
         "receptive-field": receptive_field.run,
         "summary": summary,

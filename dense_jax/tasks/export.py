@@ -1,0 +1,203 @@
+"""Writes a finished run as a file that other programs can use without this library.
+
+    program = jax.export.deserialize(pathlib.Path("model.stablehlo").read_bytes())
+    program.call(images)["labels"]  # uint8 [B, H, W] of uint8 images [B, H, W, 3]
+
+A JSON beside the file says what goes in, what comes out, and where it comes from.
+"""
+
+import importlib.util
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+from jax import export
+
+from dense_jax import runs
+from dense_jax.data.transforms import NORMALISATIONS
+from dense_jax.errors import UserError
+from dense_jax.infer import program
+from dense_jax.infer.crf import WithCrf
+from dense_jax.tasks import import_weights, onnx_file, prediction
+from dense_jax.weights import rules
+
+Format = Literal["stablehlo", "safetensors", "onnx"]
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+_ANY_SIZE = "any batch, height and width from 1 up"
+
+
+def run(
+    *,
+    run: pathlib.Path,
+    to: Format,
+    out: pathlib.Path | None = None,
+    checkpoint: Literal["last", "best"] = "last",
+    scores: program.Scores = "probabilities",
+    dtype: Literal["uint8", "float32"] = "uint8",
+    shape: tuple[int, int, int] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a run as a file for other programs, and a JSON beside it that describes it.
+
+    stablehlo is the network with its weights, its normalisation and the class map, for JAX on CPUs,
+    CUDA and TPUs and images of any size; onnx the same for ONNX run times and images of one size;
+    safetensors the parameters alone, under torchvision's names where it has the network. A CRF
+    behind the network is left out.
+
+    Args:
+      run: folder of a training run.
+      to: kind of file.
+      out: file to write; by default RUN/model.KIND.
+      checkpoint: which parameters to use.
+      scores: what comes out beside the labels.
+      dtype: of the images, RGB from 0 to 255.
+      shape: the only batch, height and width to be taken; needed for onnx.
+      overwrite: replace the file if it is there.
+    """
+    out = out or run / f"model.{to}"
+    description = out.with_name(f"{out.name}.json")
+    for path in (out, description):
+        if path.is_dir() or (path.exists() and not overwrite):
+            raise UserError(f"{path} exists: give another --out, or --overwrite for a file")
+    if to == "safetensors" and (scores, dtype, shape) != ("probabilities", "uint8", None):
+        raise UserError(
+            "--scores, --dtype and --shape are for programs: leave them out with --to=safetensors"
+        )
+    if to == "onnx" and shape is None:
+        raise UserError("--to=onnx is for images of one size: give --shape BATCH HEIGHT WIDTH")
+    if shape is not None and min(shape) < 1:
+        raise UserError(f"--shape {' '.join(map(str, shape))}: give at least 1 1 1")
+    opened = runs.load(run, checkpoint)
+    record = _origin(opened) | {"format": to}
+    if to == "safetensors":
+        file, facts = parameters(opened, record)
+    else:
+        file, facts = _program(opened, to, scores, np.dtype(dtype), shape)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.tmp")
+    partial.write_bytes(file)
+    partial.replace(out)
+    runs.write_json(description, record | facts)
+    print(f"{out}: {len(file) / 1e6:.1f} MB; {description.name} describes it")
+
+
+def _origin(opened: runs.Run) -> dict[str, Any]:
+    """What every export says of its run."""
+    name = opened.config.normalisation
+    mean, std = NORMALISATIONS[name]
+    return {
+        "run": {
+            "folder": str(opened.workdir.absolute()),
+            "script": opened.script.__name__,
+            "step": opened.step,
+            "commit": runs.read_config(opened.workdir).get("commit"),
+            "config": opened.config.to_json(),
+        },
+        "classes": opened.classes.to_json(),
+        "normalisation": {"name": name, "mean": mean, "std": std},
+        **runs.provenance(),
+    }
+
+
+def parameters(opened: runs.Run, record: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """Returns a run's parameters as a safetensors file, and what is to be said of them.
+
+    Where torchvision has the network, names and layouts are torchvision's, and the counts of
+    batches are there that torch asks for; else they are this library's, the paths of the tree.
+
+    Args:
+      opened: the run.
+      record: goes into the file, as JSON.
+    """
+    for release in import_weights.RELEASES:
+        if release.name.startswith("torchvision"):
+            try:
+                tensors = rules.unload(opened.variables, release.rules)
+            except UserError:  # a parameter that this one does not have
+                continue
+            for name in [name for name in tensors if name.endswith(".running_mean")]:
+                count = name.replace("running_mean", "num_batches_tracked")
+                tensors[count] = np.array(opened.step, np.int64)
+            facts = {"names": release.name}
+            break
+    else:
+        tensors = traverse_util.flatten_dict(opened.variables, sep="/")
+        facts = {"names": "dense_jax"}
+    tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+    metadata = {"dense_jax": json.dumps(record | facts)}
+    if facts["names"] != "dense_jax":
+        metadata["format"] = "pt"  # how others tell layouts of torch
+    print(f"names and layouts: {facts['names']}; the file holds no normalisation and no network")
+    return safetensors.numpy.save(tensors, metadata), facts
+
+
+def _program(
+    opened: runs.Run,
+    to: Format,
+    scores: program.Scores,
+    dtype: np.dtype,
+    shape: tuple[int, int, int] | None,
+) -> tuple[bytes, dict[str, Any]]:
+    """Returns the network as a program, and what is to be said of it."""
+    has_crf = isinstance(prediction.predict_of(opened)[0], WithCrf)
+    predict, card = prediction.predict_of(opened, "none")
+    label = program.label_fn(predict, opened.variables, opened.config.normalisation, scores)
+    axes = shape or ("b", "h", "w")
+    facts: dict[str, Any] = {
+        "input": {
+            "name": "images",
+            "shape": [*axes, 3],
+            "dtype": dtype.name,
+            "values": "RGB, 0 to 255; normalised and padded inside",
+        },
+        "outputs": {
+            "labels": {"shape": axes, "dtype": "uint8", "values": "places in the list of classes"},
+            scores: {"shape": [*axes, opened.classes.num_classes], "dtype": "float32"},
+        },
+        "sizes": "this shape alone" if shape else _ANY_SIZE,
+        "test_time_options": card["test_time_options"],
+        "crf": "left out" if has_crf else "none",
+    }
+    if has_crf:
+        print("the run's CRF is left out: labels and scores are the network's own")
+    if to == "onnx":
+        file, apart = onnx_file.convert(label, jax.ShapeDtypeStruct((*axes, 3), dtype))
+        print(f"onnxruntime gives the same {scores}, to {apart:.1e} of the largest")
+        return file, facts
+    size = f"{shape[0]} x {shape[1]} x {shape[2]}" if shape else _ANY_SIZE
+    print(f"{dtype.name} RGB images of {size}, on {', '.join(PLATFORMS)}")
+    return stablehlo(label, dtype, shape), facts | {"platforms": PLATFORMS}
+
+
+def stablehlo(
+    label: Callable[[jax.Array], dict[str, jax.Array]],
+    dtype: np.dtype,
+    shape: tuple[int, int, int] | None = None,
+) -> bytes:
+    """Returns a function of images [B, H, W, 3] as `jax.export` serialises it, for `PLATFORMS`.
+
+    Args:
+      label: the function.
+      dtype: of the images.
+      shape: batch, height and width; None leaves them open.
+
+    Raises:
+      UserError: flatbuffers is not installed, or the function does something that no file can hold
+        or that needs sizes to be known.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise UserError("--to=stablehlo needs flatbuffers: pip install 'dense_jax[export]'")
+    sizes: Any = shape or export.symbolic_shape("b, h, w")
+    images = jax.ShapeDtypeStruct((*sizes, 3), dtype)
+    try:
+        return bytes(export.export(jax.jit(label), platforms=PLATFORMS)(images).serialize())
+    except Exception as error:  # JAX has no class of its own for what cannot be exported
+        reason = str(error).splitlines()[0]
+        advice = "" if shape else ": --shape 1 480 640 fixes its sizes, which may help"
+        raise UserError(f"this network cannot be exported ({reason:.200}){advice}") from error

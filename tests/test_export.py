@@ -1,0 +1,369 @@
+"""Finished runs as files, used by programs that know nothing of this library."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+from jax.extend import core
+from PIL import Image
+
+from dense_jax import runs
+from dense_jax.data.transforms import NORMALISATIONS, Normalise
+from dense_jax.errors import UserError
+from dense_jax.infer import predictor, program
+from dense_jax.ops.resize import rescaled, resize_bilinear
+from dense_jax.tasks import export, import_weights, onnx_file, prediction, semantic
+from dense_jax.train.checkpoint import Checkpoints
+from dense_jax.weights import files, rules
+from tests import contract, torchvision_names
+
+RUNS = {
+    "fcn": {},
+    "hypercolumns": {},
+    "deconvnet": {"proposal_source": "none"},
+    "segnet": {"dropout": "none", "scale": 0.5},
+    "unet": {"padding": "valid", "tile": 204, "depth": 4},
+    "dilated": {},
+    "deeplab": {"msc_inputs": "max", "post": "crf"},
+    "deeplab deeplabv3": {"backbone": "resnet50", "head": "deeplabv3"},
+    "deeplab fcn": {"backbone": "resnet50", "head": "fcn", "aux": "on"},
+}
+# Sizes that are no multiples of anything, and other batches.
+SHAPES = ((2, 40, 33), (1, 65, 50))
+
+
+def make_run(workdir, name, **flags):
+    """A run folder with parameters from NumPy, as training would leave it."""
+    script = importlib.import_module(f"experiments.{name}")
+    config = dataclasses.replace(script.PRESETS["smoke"], workdir=str(workdir), **flags)
+    dataset = semantic.load_dataset(config)
+    runs.prepare(config, dataset)
+    model = script.build_model(config, dataset.classes.num_classes)
+    side = flags.get("tile", 32)
+    state, params = flax.core.pop(contract.random_variables(model, (1, side, side, 3)), "params")
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(7, {"params": params, "model_state": state}, {"next_batch": 7})
+        checkpoints.wait()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """Makes a run of `RUNS` once."""
+    made = {}
+
+    def run(name):
+        if name not in made:
+            workdir = tmp_path_factory.mktemp("run")
+            made[name] = make_run(workdir, name.split()[0], **RUNS[name])
+        return made[name]
+
+    return run
+
+
+def images(shape):
+    return np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+
+
+def predicted(run, pictures, folder):
+    """The run's own logits of each picture, and its labels as files."""
+    opened = runs.load(run)
+    predict = jax.jit(prediction.predict_of(opened, "none")[0])
+    seen = []
+
+    def keep(*inputs) -> Any:
+        seen.append(np.asarray(predict(opened.variables, *inputs)))
+        return seen[-1]
+
+    folder.mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    predictor.predict_folder(
+        keep, opened.classes, opened.config.normalisation, folder, folder / "out", overlays=False
+    )
+    labels = [np.asarray(Image.open(folder / f"out/labels/{i}.png")) for i in range(len(pictures))]
+    height, width = pictures.shape[1:3]
+    return np.concatenate(seen)[:, :height, :width], np.stack(labels)
+
+
+# Another program: JAX, NumPy and a file.
+RELOAD = """
+import json, pathlib, sys
+import jax, jax.export
+import numpy as np
+
+for file, shapes in json.loads(sys.argv[1]).items():
+    program = jax.export.deserialize(pathlib.Path(file).read_bytes())
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    call = jax.jit(program.call)
+    for i, shape in enumerate(shapes):
+        images = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+        np.savez(f"{file}.{i}.npz", **call(images))
+assert not {"dense_jax", "flax", "experiments"} & set(sys.modules)
+"""
+
+
+def test_programs_label_as_the_runs_do_without_this_library(run_of, tmp_path):
+    jobs = {}
+    for name in RUNS:
+        file = tmp_path / f"{name}.stablehlo"
+        export.run(run=run_of(name), to="stablehlo", out=file, scores="logits")
+        jobs[str(file)] = SHAPES if name == "fcn" else SHAPES[:1]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # seconds less
+    arguments = [sys.executable, "-c", RELOAD, json.dumps(jobs)]
+    subprocess.run(arguments, cwd=tmp_path, env=environment, check=True)
+    for name in RUNS:
+        file = tmp_path / f"{name}.stablehlo"
+        for i, shape in enumerate(jobs[str(file)]):
+            logits, labels = predicted(run_of(name), images(shape), tmp_path / f"{name} {i}")
+            found = np.load(f"{file}.{i}.npz")
+            tolerance = 1e-5 * np.max(np.abs(logits))
+            np.testing.assert_allclose(
+                found["logits"], logits, rtol=0, atol=tolerance, err_msg=name
+            )
+            assert np.std(logits) > 0.001, name
+            assert np.mean(found["labels"] == labels) > 0.999, name
+            assert found["labels"].dtype == np.uint8
+
+
+def test_the_description_says_what_goes_in_and_comes_out(run_of, tmp_path, capsys):
+    file = tmp_path / "new" / "x.stablehlo"
+    export.run(run=run_of("deeplab"), to="stablehlo", out=file, dtype="float32")
+    assert "CRF is left out" in capsys.readouterr().out
+    record = json.loads((tmp_path / "new" / "x.stablehlo.json").read_text())
+    assert record["input"]["shape"] == ["b", "h", "w", 3]
+    assert record["input"]["dtype"] == "float32"
+    assert record["outputs"]["probabilities"]["shape"] == ["b", "h", "w", 6]
+    assert record["classes"]["names"][0] == "background"
+    assert record["normalisation"]["mean"] == list(NORMALISATIONS["torchvision"][0])
+    assert record["run"]["step"] == 7
+    assert record["crf"] == "left out"
+    assert record["sizes"].startswith("any")
+    assert "commit" in record
+    # The command's file is the function's program: floats are taken as they are.
+    loaded = jax.export.deserialize(bytearray(file.read_bytes()))
+    assert [aval.dtype for aval in loaded.in_avals] == [np.float32]
+    assert sorted(path.name for path in file.parent.iterdir()) == [
+        "x.stablehlo",
+        "x.stablehlo.json",
+    ]
+
+
+def test_one_shape_is_the_only_one(run_of, tmp_path):
+    file = tmp_path / "x.stablehlo"
+    export.run(run=run_of("fcn"), to="stablehlo", out=file, shape=(1, 48, 64))
+    loaded = jax.export.deserialize(bytearray(file.read_bytes()))
+    assert loaded.in_avals[0].shape == (1, 48, 64, 3)
+    assert json.loads((tmp_path / "x.stablehlo.json").read_text())["sizes"] == "this shape alone"
+
+
+@pytest.mark.parametrize("name", NORMALISATIONS)
+def test_images_are_normalised_as_in_training(name):
+    batch = images((3, 9, 11))
+    batch[1] = 77  # plain: no scale of its own
+    expected = [Normalise(name)({"image": image})["image"] for image in batch]
+    found = program.normalise(jnp.asarray(batch), name)
+    np.testing.assert_allclose(found, np.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_program_pads_with_the_mean_colour_and_tells_sizes():
+    def predict(variables, images, sizes):
+        assert images.shape == (2, 32, 64, 3)
+        one = jnp.sum(images, axis=-1, keepdims=True) + variables
+        two = jnp.broadcast_to(sizes[:, None, None, :1].astype(jnp.float32), one.shape)
+        return jnp.concatenate([one, two], axis=-1).at[:, 5:].set(jnp.inf)
+
+    label = program.label_fn(predict, jnp.float32(1.0), "none")
+    outputs = label(jnp.full((2, 5, 33, 3), 2, jnp.uint8))
+    assert outputs["labels"].shape == (2, 5, 33)
+    np.testing.assert_array_equal(outputs["labels"], 0)  # 2 + 2 + 2 + 1 > 5, the height
+    probability = 1 / (1 + np.exp(5 - 7))
+    np.testing.assert_allclose(outputs["probabilities"][..., 0], probability, rtol=1e-6)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_sizes_left_open_resize_as_known_ones_do(align_corners):
+    def enlarge(x):
+        return resize_bilinear(x, (3 * x.shape[1] - 1, x.shape[2] + 5), align_corners=align_corners)
+
+    sizes = jax.export.symbolic_shape("b, h, w", constraints=["h >= 2"])
+    spec = jax.ShapeDtypeStruct((*sizes, 2), jnp.float32)
+    exported = jax.export.export(jax.jit(enlarge))(spec)
+    x = np.random.default_rng(0).standard_normal((2, 700, 3, 2)).astype(np.float32)
+    np.testing.assert_allclose(exported.call(x), enlarge(x), rtol=1e-5, atol=1e-6)
+
+
+def test_lengths_are_scaled_in_whole_numbers():
+    assert [rescaled(n, 0.75) for n in (0, 1, 2, 3, 4)] == [0, 1, 2, 2, 3]
+    assert rescaled(100, 0.35) == 35
+    assert rescaled(7, 1.6) == 11
+
+
+def test_parameters_under_torchvisions_names_come_back(run_of, tmp_path):
+    file = tmp_path / "x.safetensors"
+    export.run(run=run_of("deeplab fcn"), to="safetensors", out=file)
+    variables = runs.load(run_of("deeplab fcn")).variables
+    found = files.read(file)
+    names = set(torchvision_names.torch_shapes(variables))
+    assert names < set(found.tensors)
+    assert len(found.tensors) == torchvision_names.num_keys(names)
+    assert found.tensors["backbone.bn1.num_batches_tracked"] == 7
+    assert "aux_classifier.4.weight" in names
+    release = rules.choose(import_weights.RELEASES, variables, rules.outline(found.tensors))
+    again, account = rules.load(variables, found.tensors, release.rules)
+    assert not account.unexplained
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+    with safetensors.safe_open(file, "numpy") as opened:
+        metadata = opened.metadata()
+    assert metadata["format"] == "pt"
+    record = json.loads(metadata["dense_jax"])
+    assert record["normalisation"]["name"] == "torchvision"
+    assert record["names"] == release.name
+
+
+def test_parameters_of_other_networks_keep_our_names(run_of, tmp_path, capsys):
+    file = tmp_path / "x.safetensors"
+    export.run(run=run_of("fcn"), to="safetensors", out=file)
+    assert "names and layouts: dense_jax" in capsys.readouterr().out
+    found, params = files.read(file), runs.load(run_of("fcn")).variables["params"]
+    np.testing.assert_array_equal(
+        found.tensors["params/conv1_1/kernel"], params["conv1_1"]["kernel"]
+    )
+    assert len(found.tensors) == len(jax.tree.leaves(params))
+
+
+def test_what_cannot_be_done_is_said_and_nothing_is_written(run_of, tmp_path, monkeypatch):
+    run, out = run_of("fcn"), tmp_path / "x"
+    wrong: list[tuple[dict[str, Any], str]] = [
+        (dict(to="onnx"), "--shape BATCH HEIGHT WIDTH"),
+        (dict(to="stablehlo", shape=(1, 0, 3)), "--shape 1 0 3"),
+        (dict(to="safetensors", shape=(1, 2, 3)), "are for programs"),
+        (dict(to="safetensors", scores="logits"), "are for programs"),
+        (dict(to="stablehlo", run=tmp_path), "config.json cannot be read"),
+    ]
+    for options, match in wrong:
+        with pytest.raises(UserError, match=match):
+            export.run(**(dict(run=run, out=out) | options))
+    assert not list(tmp_path.iterdir())
+    out.write_text("mine")
+    with pytest.raises(UserError, match=r"x exists.*--overwrite"):
+        export.run(run=run, to="safetensors", out=out)
+    assert out.read_text() == "mine"
+    export.run(run=run, to="safetensors", out=out, overwrite=True)
+    assert files.read(out).format == "safetensors"
+    with pytest.raises(UserError, match="exists"):
+        export.run(run=run, to="safetensors", out=tmp_path, overwrite=True)
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(UserError, match=r"needs flatbuffers: pip install 'dense_jax\[export\]'"):
+        export.run(run=run, to="stablehlo", out=tmp_path / "y")
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(UserError, match=r"needs jax2onnx: pip install 'dense_jax\[onnx\]'"):
+        export.run(run=run, to="onnx", shape=(1, 2, 3), out=tmp_path / "y")
+
+
+def test_a_network_that_calls_back_is_refused():
+    def label(images):
+        shape = jax.ShapeDtypeStruct(images.shape, jnp.float32)
+        return {"labels": jax.pure_callback(np.float32, shape, images)}
+
+    with pytest.raises(UserError, match=r"cannot be exported \(.*callback.*\)$"):
+        export.stablehlo(label, np.dtype("uint8"), (1, 2, 2))
+    with pytest.raises(UserError, match="--shape 1 480 640 fixes its sizes"):
+        export.stablehlo(lambda x: {"labels": x[: int(x.shape[1])]}, np.dtype("uint8"))
+
+
+@jax.custom_vjp
+def _twice(x):
+    return 2 * x
+
+
+_twice.defvjp(lambda x: (2 * x, None), lambda _, grad: (2 * grad,))
+
+
+def primitives(jaxpr):
+    """Names of all operations, those inside others too."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(value):
+                yield from primitives(value.jaxpr)
+
+
+def _is_program(value):
+    return isinstance(value, core.ClosedJaxpr)
+
+
+def test_programs_are_reduced_to_what_a_cpu_does():
+    def fn(x):
+        def body(carry, row):
+            row = jax.lax.platform_dependent(row, cpu=jnp.sin, default=jnp.cos)
+            return carry + _twice(jax.nn.relu(row)), jax.jit(jnp.tanh)(row)
+
+        carry, rows = jax.lax.scan(body, jnp.zeros(3), jax.lax.optimization_barrier(x))
+        first = jax.lax.cond(carry[0] > 1, jnp.exp, lambda y: jax.nn.relu(-y), carry)
+        return {"a": first, "b": rows}
+
+    x = np.linspace(-1, 3, 12, dtype=np.float32).reshape(4, 3)
+    reduced = onnx_file.reduce_program(fn, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    names = set(primitives(reduced.jaxpr))
+    assert {"scan", "cond", "sin", "tanh"} <= names
+    assert not {"cos", "platform_index", "optimization_barrier", "custom_vjp_call"} & names
+    assert not {"jit", "custom_jvp_call"} & names
+    for found, expected in zip(core.jaxpr_as_fun(reduced)(x), fn(x).values(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # jax2onnx leaves out whatever warns when it is imported
+@pytest.mark.parametrize("name", ["fcn", "unet", "segnet", "dilated", "deeplab deeplabv3"])
+def test_onnxruntime_labels_as_the_run_does(name, run_of, tmp_path):
+    pytest.importorskip("jax2onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    file, shape = tmp_path / "x.onnx", (1, 40, 33)
+    export.run(run=run_of(name), to="onnx", out=file, shape=shape, scores="logits")
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    labels, logits = session.run(["labels", "logits"], {"images": images(shape)})
+    expected, expected_labels = predicted(run_of(name), images(shape), tmp_path / "images")
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.max(np.abs(expected)))
+    assert np.mean(labels == expected_labels) > 0.999
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_networks_that_jax2onnx_does_not_know_are_refused(run_of, tmp_path):
+    pytest.importorskip("jax2onnx")
+    with pytest.raises(UserError, match=r"^jax2onnx [0-9.]+ cannot convert this network \(.*\)"):
+        export.run(run=run_of("hypercolumns"), to="onnx", out=tmp_path / "x", shape=(1, 32, 32))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parity
+def test_torchvision_loads_the_parameters_and_gives_the_same(tmp_path):
+    torch = pytest.importorskip("torch")
+    if importlib.util.find_spec("torchvision") is None:  # it may not be importable as it is
+        pytest.skip("needs torchvision")
+    theirs = importlib.import_module("tests.parity.theirs")
+    run = make_run(
+        tmp_path / "run", "deeplab", backbone="resnet50", head="fcn", aux="on", width=1.0
+    )
+    file = tmp_path / "x.safetensors"
+    export.run(run=run, to="safetensors", out=file)
+    torch_file = importlib.import_module("safetensors.torch")
+    build = theirs.import_torchvision().models.segmentation.fcn_resnet50
+    network = build(weights=None, weights_backbone=None, num_classes=6, aux_loss=True).eval()
+    network.load_state_dict(torch_file.load_file(file), strict=True)
+    batch = images((1, 64, 64))  # nothing to pad
+    x = np.stack([Normalise("torchvision")({"image": image})["image"] for image in batch])
+    with torch.inference_mode():
+        found = network(torch.from_numpy(x).permute(0, 3, 1, 2))["out"].permute(0, 2, 3, 1).numpy()
+    expected, _ = predicted(run, batch, tmp_path / "images")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.max(np.abs(expected)))
