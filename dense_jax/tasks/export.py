@@ -6,6 +6,7 @@
 A JSON beside the file says what goes in, what comes out, and where it comes from.
 """
 
+import contextlib
 import importlib.util
 import json
 import pathlib
@@ -110,31 +111,36 @@ def parameters(opened: runs.Run, record: dict[str, Any]) -> tuple[bytes, dict[st
 
     Where torchvision has the network, names and layouts are torchvision's, and the counts of
     batches are there that torch asks for; else they are this library's, the paths of the tree.
+    torchvision's own network takes them at full width, and gives the same scores at its strides.
 
     Args:
       opened: the run.
       record: goes into the file, as JSON.
     """
+    names, tensors = _under_torchvisions_names(opened) or (
+        "dense_jax",
+        traverse_util.flatten_dict(opened.variables, sep="/"),
+    )
+    facts = {"names": names}
+    metadata = {"dense_jax": json.dumps(record | facts)}
+    if names != "dense_jax":
+        metadata["format"] = "pt"  # how others tell layouts of torch
+    print(f"names and layouts: {names}; the file holds no normalisation and no network")
+    ordered = {name: np.asarray(values, order="C") for name, values in tensors.items()}
+    return safetensors.numpy.save(ordered, metadata), facts
+
+
+def _under_torchvisions_names(opened: runs.Run) -> tuple[str, dict[str, np.ndarray]] | None:
     for release in import_weights.RELEASES:
-        if release.name.startswith("torchvision"):
-            try:
-                tensors = rules.unload(opened.variables, release.rules)
-            except UserError:  # a parameter that this one does not have
-                continue
+        if not release.name.startswith("torchvision"):
+            continue
+        with contextlib.suppress(UserError):  # a parameter that this one does not have
+            tensors = rules.unload(opened.variables, release.rules)
             for name in [name for name in tensors if name.endswith(".running_mean")]:
                 count = name.replace("running_mean", "num_batches_tracked")
                 tensors[count] = np.array(opened.step, np.int64)
-            facts = {"names": release.name}
-            break
-    else:
-        tensors = traverse_util.flatten_dict(opened.variables, sep="/")
-        facts = {"names": "dense_jax"}
-    tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
-    metadata = {"dense_jax": json.dumps(record | facts)}
-    if facts["names"] != "dense_jax":
-        metadata["format"] = "pt"  # how others tell layouts of torch
-    print(f"names and layouts: {facts['names']}; the file holds no normalisation and no network")
-    return safetensors.numpy.save(tensors, metadata), facts
+            return release.name, tensors
+    return None
 
 
 def _program(
