@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -345,6 +346,34 @@ def test_networks_that_jax2onnx_does_not_know_are_refused(run_of, tmp_path):
     with pytest.raises(UserError, match=r"^jax2onnx [0-9.]+ cannot convert this network \(.*\)"):
         export.run(run=run_of("hypercolumns"), to="onnx", out=tmp_path / "x", shape=(1, 32, 32))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_converted_wrongly_is_refused(monkeypatch):
+    """A converter and a run time that agree with each other and not with JAX."""
+
+    class Session:
+        def run(self, names, inputs):
+            return [np.zeros(2, np.float32), np.array([1, 1.5], np.float32)]
+
+    class Runtime:
+        SessionOptions = type("Options", (), {})
+        InferenceSession = staticmethod(lambda *args, **kwargs: Session())
+
+    class Converter:
+        to_onnx = staticmethod(lambda *args, **kwargs: Converter)
+        SerializeToString = staticmethod(bytes)
+
+    monkeypatch.setitem(sys.modules, "jax2onnx", Converter)
+    monkeypatch.setitem(sys.modules, "onnxruntime", Runtime)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9")
+    spec = jax.ShapeDtypeStruct((2,), jnp.uint8)
+
+    def fn(x, last):
+        return {"labels": jnp.argmax(x), "scores": jnp.array([1, last])}
+
+    assert onnx_file.convert(lambda x: fn(x, 1.5), spec) == (b"", 0.0)
+    with pytest.raises(UserError, match=r"jax2onnx 9 converts this network wrongly.*2\.5e-01 off"):
+        onnx_file.convert(lambda x: fn(x, 2.0), spec)
 
 
 @pytest.mark.parity

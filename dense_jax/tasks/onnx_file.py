@@ -26,7 +26,7 @@ _CALLS = {
     "jit": "jaxpr",
 }
 _FATAL = 4  # of onnxruntime's levels; errors are raised besides
-_MOST_APART = 1e-3  # of the largest score; float32 in another order of sums is far below
+_MOST_APART = 1e-2  # of the largest score; sums in another order are 1e-7 to 3e-4 apart
 
 
 def convert(
