@@ -40,8 +40,12 @@ RUNS = {
     "deeplab deeplabv3": {"backbone": "resnet50", "head": "deeplabv3"},
     "deeplab fcn": {"backbone": "resnet50", "head": "fcn", "aux": "on"},
 }
+PROGRAMS = [
+    name for name in RUNS if name != "deeplab fcn"
+]  # this one is deeplabv3 but for its head
 # Sizes that are no multiples of anything, and other batches.
 SHAPES = ((2, 40, 33), (1, 65, 50))
+QUICK = {"xla_backend_optimization_level": 0}  # programs run once: compiled sooner
 
 
 def make_run(workdir, name, **flags):
@@ -80,7 +84,7 @@ def images(shape):
 def predicted(run, pictures, folder):
     """The run's own logits of each picture, and its labels as files."""
     opened = runs.load(run)
-    predict = jax.jit(prediction.predict_of(opened, "none")[0])
+    predict = jax.jit(prediction.predict_of(opened, "none")[0], compiler_options=QUICK)
     seen = []
 
     def keep(*inputs) -> Any:
@@ -117,14 +121,15 @@ assert not {"dense_jax", "flax", "experiments"} & set(sys.modules)
 
 def test_programs_label_as_the_runs_do_without_this_library(run_of, tmp_path):
     jobs = {}
-    for name in RUNS:
+    for name in PROGRAMS:
         file = tmp_path / f"{name}.stablehlo"
         export.run(run=run_of(name), to="stablehlo", out=file, scores="logits")
         jobs[str(file)] = SHAPES if name == "fcn" else SHAPES[:1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # seconds less
+    flags = " ".join(f"--{name}={value}" for name, value in QUICK.items())
+    environment = os.environ | {"XLA_FLAGS": flags}
     arguments = [sys.executable, "-c", RELOAD, json.dumps(jobs)]
     subprocess.run(arguments, cwd=tmp_path, env=environment, check=True)
-    for name in RUNS:
+    for name in PROGRAMS:
         file = tmp_path / f"{name}.stablehlo"
         for i, shape in enumerate(jobs[str(file)]):
             logits, labels = predicted(run_of(name), images(shape), tmp_path / f"{name} {i}")
