@@ -271,9 +271,6 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(run_of, tmp_path, mo
     assert files.read(out).format == "safetensors"
     with pytest.raises(UserError, match="exists"):
         export.run(run=run, to="safetensors", out=tmp_path, overwrite=True)
-    monkeypatch.setitem(sys.modules, "flatbuffers", None)
-    with pytest.raises(UserError, match=r"needs flatbuffers: pip install 'dense_jax\[export\]'"):
-        export.run(run=run, to="stablehlo", out=tmp_path / "y")
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(UserError, match=r"needs jax2onnx: pip install 'dense_jax\[onnx\]'"):
         export.run(run=run, to="onnx", shape=(1, 2, 3), out=tmp_path / "y")

@@ -7,7 +7,6 @@ A JSON beside the file says what goes in, what comes out, and where it comes fro
 """
 
 import contextlib
-import importlib.util
 import json
 import pathlib
 from collections.abc import Callable
@@ -194,11 +193,8 @@ def stablehlo(
       shape: batch, height and width; None leaves them open.
 
     Raises:
-      UserError: flatbuffers is not installed, or the function does something that no file can hold
-        or that needs sizes to be known.
+      UserError: the function does something that no file can hold or that needs sizes to be known.
     """
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise UserError("--to=stablehlo needs flatbuffers: pip install 'dense_jax[export]'")
     sizes: Any = shape or export.symbolic_shape("b, h, w")
     images = jax.ShapeDtypeStruct((*sizes, 3), dtype)
     try:
