@@ -167,7 +167,7 @@ RELEASES: dict[str, tuple[str, str, str, dict, dict]] = {
         {"loaded": 36, "ignored": 5},
     ),
     "fcn_alexnet": (
-        *("fcn_alexnet", "Caffe's AlexNet", "caffe"),
+        *("fcn_alexnet", "Caffe's CaffeNet", "caffe"),
         ALEXNET | scores("score_fr") | deconvs(upscore=63),
         {"loaded": 16, "ignored": 1},
     ),

@@ -191,7 +191,7 @@ def test_fcn8s_sees_in_rgb_what_caffe_saw_in_bgr(fcn8s_file, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "36 loaded (18 permuted, 1 channels reversed), 3 ignored" in said
     assert "Caffe's FCN; images are to come with --normalisation=caffe" in said
-    assert 'the network needs pad_mode="100"' in said
+    assert "the network needs --pad-mode=100" in said
     model = ROUNDS["fcn8s"][0]
     loaded, _ = import_weights.initial(f"run:{tmp_path / 'out'}", None)
     rgb = np.random.default_rng(0).uniform(-100, 100, (1, 64, 32, 3)).astype(np.float32)
@@ -236,12 +236,13 @@ def test_a_network_without_statistics_says_so(tmp_path, monkeypatch, capsys):
     path = written(tensors, tmp_path / "x.caffemodel", form)
     import_weights.run(model="segnet_basic", source=str(path), out=tmp_path / "out")
     said = capsys.readouterr().out
-    assert "the network needs input_lrn=True" in said
+    assert "the network needs --input-norm=lrn" in said
     assert "16 new" in said
     loaded, normalisation = import_weights.initial(f"run:{tmp_path / 'out'}", None)
     assert (list(loaded), normalisation) == (["params"], "none")
     assert (
-        "init: to compute what it did, the network needs input_lrn=True" in capsys.readouterr().out
+        "init: to compute what it did, the network needs --input-norm=lrn"
+        in capsys.readouterr().out
     )
 
 

@@ -133,6 +133,51 @@ def test_vgg_fills_the_networks_that_stand_on_it(model, numbers, counts):
     assert all(values.shape == tensors[name].shape for name, values in back.items())
 
 
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("fcn_resnet50", "deeplabv3_resnet50"), ("deeplabv3_resnet50", "fcn_resnet50")],
+)
+def test_a_head_of_another_kind_stays_in_the_file(source, target):
+    tensors = state_dict(torch_shapes(template_of(source)))
+    release = rules.choose(import_weights.RELEASES, template_of(target), tensors)
+    _, account = rules.load(template_of(target), tensors, release.rules, required=release.trunk)
+    left = [row.source for row in account.rows if row.status == "ignored"]
+    assert all(re.match(r"classifier|.*num_batches_tracked", name) for name in left)
+    new = [row.target for row in account.rows if row.status == "new"]
+    assert new
+    assert all("/classifier_" in name for name in new)
+    with pytest.raises(UserError, match="unexpected: classifier"):
+        rules.load(template_of(target), tensors, release.rules)
+
+
+def test_networks_that_end_early_leave_the_rest_in_the_file():
+    tensors = state_dict(vgg_shapes(VGG, norm=False))
+    for model, last in ((fcn.FCN(21, stride=16, single_skip="pool4"), 4), (fcn.fcn8s(21), 5)):
+        template = import_weights.template_of(model)
+        release = rules.choose(import_weights.RELEASES, template, tensors)
+        tree, _ = rules.load(template, tensors, release.rules, required=release.trunk)
+        assert max(name for name in tree["params"] if name.startswith("conv"))[4] == str(last)
+    without = {name: tensor for name, tensor in tensors.items() if "features.17" not in name}
+    with pytest.raises(UserError, match="2 missing: params/conv4_1"):
+        rules.load(template, without, release.rules, required=release.trunk)
+
+
+def test_timms_names_of_vggs_classifier():
+    tensors = state_dict(vgg_shapes(VGG, norm=False))
+    for i, shape in ((0, (4096, 512, 7, 7)), (3, (4096, 4096, 1, 1))):
+        for kind in ("weight", "bias"):
+            tensor = tensors.pop(f"classifier.{i}.{kind}")
+            name = f"pre_logits.fc{1 if i == 0 else 2}.{kind}"
+            tensors[name] = np.broadcast_to(np.float32(0), shape if kind == "weight" else 4096)
+            assert tensors[name].size == tensor.size
+    for kind in ("weight", "bias"):
+        tensors[f"head.fc.{kind}"] = tensors.pop(f"classifier.6.{kind}")
+    template = import_weights.template_of(import_weights.build("vgg16"))
+    release = rules.choose(import_weights.RELEASES, template, tensors)
+    _, account = rules.load(template, tensors, release.rules)
+    assert Counter(row.status for row in account.rows) == {"loaded": 30, "ignored": 2}
+
+
 TABLE = (
     *rules.conv("conv{i}", "conv{i}"),
     *rules.batch_norm("bn{i}", "bn{i}"),
@@ -210,6 +255,15 @@ def test_loading_copies_nothing_that_only_changes_its_layout():
     template, tensors = small()
     tree, _ = rules.load(template, tensors, TABLE)
     assert np.shares_memory(tree["params"]["conv1"]["kernel"], tensors["conv1.weight"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_refused(value):
+    template, tensors = small()
+    values = tensors["bn1.running_var"] = np.ones(4, np.float32)
+    values[2] = value
+    with pytest.raises(UserError, match=r"x\.npz: bn1\.running_var holds NaN or infinity"):
+        rules.load(template, tensors, TABLE, path="x.npz")
 
 
 def test_one_tensor_is_one_parameter():

@@ -179,7 +179,7 @@ TORCHVISION = rules.Release(
     vgg.torchvision_rules("bn{}"),
     trunk=("*/conv?_?/*", "*/bn?_?/*"),
     normalisation="torchvision",
-    needs="bn_epsilon=1e-5",
+    needs="--bn-epsilon=1e-5",
 )
 
 
@@ -204,5 +204,5 @@ CAFFE = rules.Release(
     trunk=("params/[!s]*",),  # all but seg-score
     normalisation="caffe",
     absent=("batch_stats/*",),
-    needs="training would undo the statistics, which lie in scale and bias",
+    needs="to be left untrained, if it is finished: its statistics lie in scale and bias",
 )

@@ -344,15 +344,15 @@ CAFFE = (
     rules.Release(
         "Caffe's DeepLab on VGG-16",
         _vgg_rules(),
-        trunk=("*/conv?_?/*",),
+        trunk=vgg.TRUNK,
         normalisation="caffe",
-        needs="pool5a=True if it is of version 1",
+        needs="--pool5a=on if it is of version 1",
     ),
     rules.Release(
         "Caffe's DeepLab on ResNet-101",
         (*_RESNET_RULES, *_COPY_RULES),
         trunk=("*/conv1/*", "*/bn1/*", "*/layer?_*"),
         normalisation="caffe",
-        needs='stride_in="1x1"',
+        needs="--stride-in=1x1",
     ),
 )

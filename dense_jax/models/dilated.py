@@ -394,16 +394,27 @@ def _release(
     return rules.Release(
         f"fyu/dilation's dilation{num_layers} for {dataset}",
         (*vgg.CAFFE_RULES, *table),
-        trunk=("*/conv?_?/*",),
+        trunk=vgg.TRUNK,
         normalisation=f"dilation_{dataset.lower()}",
-        needs=f'pad="valid_reflect", {needs}',
+        needs=f"--front-pad=valid_reflect {needs}",
     )
 
 
+_BASIC = "--context=basic --context-pad=per_layer"
+# As in fyu/dilation: datasets/camvid.json; ours have another order.
+_CLASSES = (
+    "its classes are building, tree, sky, car, sign, road, pedestrian, fence, pole, pavement, "
+    "bicyclist in this order"
+)
 # They differ in their names. A front end alone does not say whose it is, and is taken for KITTI's.
 CAFFE = (
-    _release("VOC", 8, 'context="large", context_pad="once_zero"', "fc-final", "ct"),
-    _release("KITTI", 7, 'context_pad="per_layer"'),
-    _release("CamVid", 8, 'context_pad="per_layer"'),
-    _release("Cityscapes", 10, 'context_pad="per_layer", upsample="scores"'),
+    _release("VOC", 8, "--context=large --context-pad=once_zero", "fc-final", "ct"),
+    _release(
+        "KITTI",
+        7,
+        f"{_BASIC} --context-layers=7; {_CLASSES}; if it is a front end alone, the mean colour of "
+        "its own dataset",
+    ),
+    _release("CamVid", 8, f"{_BASIC}; {_CLASSES}"),
+    _release("Cityscapes", 10, f"{_BASIC} --context-layers=10 --upsample-loss=on"),
 )

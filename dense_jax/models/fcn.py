@@ -222,17 +222,23 @@ _ALEXNET_RULES = (
     *_upscore_rules("upscore"),
     *(rules.Rule(f"fc8.{i}", None) for i in range(2)),  # ImageNet's classes
 )
-_TRUNK = ("*/conv?_?/*",)
-# shelhamer/fcn.berkeleyvision.org: fcn32s-, fcn16s-, fcn8s-heavy-pascal.caffemodel and others of
-# one head; fcn8s-atonce-pascal; fcn-alexnet-pascal and bvlc_reference_caffenet, its start.
+# shelhamer/fcn.berkeleyvision.org: fcn32s-, fcn16s-, fcn8s-heavy-pascal.caffemodel, pascalcontext-*
+# (nyud-* have another mean); fcn8s-atonce-pascal; fcn-alexnet-pascal and its start,
+# bvlc_reference_caffenet (bvlc_alexnet has the same names, and normalises in front of poolings).
 CAFFE = (
-    rules.Release("Caffe's FCN", _CAFFE_RULES, _TRUNK, "caffe", needs='pad_mode="100"'),
+    rules.Release(
+        "Caffe's FCN",
+        _CAFFE_RULES,
+        vgg.TRUNK,
+        "caffe",
+        needs="--pad-mode=100 --skip-scale=1; if it is of NYUDv2, another mean colour",
+    ),
     rules.Release(
         "Caffe's FCN-8s trained at once",
         (*_CAFFE_RULES, *_SCALE_RULES),
-        _TRUNK,
+        vgg.TRUNK,
         "caffe",
-        needs=f'pad_mode="100", skip_scale={_AT_ONCE}',
+        needs="--pad-mode=100 --skip-scale=paper",
     ),
-    rules.Release("Caffe's AlexNet", _ALEXNET_RULES, ("*/conv?/*",), "caffe"),
+    rules.Release("Caffe's CaffeNet", _ALEXNET_RULES, ("*/conv?/*",), "caffe"),
 )

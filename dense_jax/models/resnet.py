@@ -108,6 +108,7 @@ class ResNet(nn.Module):
         new one; see the top of this file. torchvision is ("3x3", "previous"), DeepLab v2 ("1x1",
         "new").
       pool_ceil: pooling sizes are rounded up, as in Caffe, rather than down, as in torch.
+      pool_padding: of the pooling, in pixels; 0 in He et al.'s release.
       bn: "frozen" keeps batch statistics, scales and biases as they are, in training too.
       bn_momentum: decay of the running averages.
       bn_epsilon: added to the variance.
@@ -125,6 +126,7 @@ class ResNet(nn.Module):
     stride_in: StrideIn = "3x3"
     first_block_dilation: FirstBlockDilation = "previous"
     pool_ceil: bool = False
+    pool_padding: int = 1
     bn: Literal["train", "frozen"] = "train"
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
@@ -155,7 +157,8 @@ class ResNet(nn.Module):
         )
         x = conv(scaled(64, self.width), 7, strides=2, name="conv1")(images)
         outputs = {"conv1": nn.relu(norm(name="bn1")(x))}
-        x = outputs["pool1"] = max_pool(outputs["conv1"], 3, 2, 1, ceil=self.pool_ceil)
+        x = max_pool(outputs["conv1"], 3, 2, self.pool_padding, ceil=self.pool_ceil)
+        outputs["pool1"] = x
         last_scale_init = init.zero if self.zero_init_residual else jax.nn.initializers.ones
         for stage, (planes, depth, geometry) in enumerate(
             zip(_PLANES, self.depths, self._geometry(), strict=True), start=1
@@ -229,6 +232,7 @@ TORCHVISION = rules.Release(
     (*torchvision_rules(), *rules.dense("fc", "fc")),
     trunk=("*/conv1/*", "*/bn1/*", "*/layer?_*"),
     normalisation="torchvision",
+    needs="--stride-in=3x3, the default but for DeepLab v2",
 )
 
 # What He et al.'s release calls the blocks of stages 2 to 5.
@@ -256,6 +260,8 @@ def msra_rules(blocks: Sequence[Sequence[str]]) -> tuple[rules.Rule, ...]:
     for stage, names in enumerate(blocks, start=2):
         for i, name in enumerate(names):
             for branch, (conv, norm) in _BRANCHES.items():
+                if branch == "branch1" and i > 0:
+                    continue  # only first blocks have a convolution on the shortcut
                 block, layer = f"layer{stage - 1}_{i}", f"{stage}{name}_{branch}"
                 table += rules.caffe_conv(f"res{layer}", f"{block}/{conv}", "conv")[:1]
                 table += rules.caffe_batch_norm(f"bn{layer}", f"scale{layer}", f"{block}/{norm}")
@@ -272,7 +278,7 @@ MSRA = tuple(
         (*table, *rules.caffe_dense("fc1000", "fc")),
         trunk=("*/conv1/*", "*/bn1/*", "*/layer?_*"),
         normalisation="caffe",
-        needs='stride_in="1x1", pool_ceil=True',
+        needs='ResNet(stride_in="1x1", pool_ceil=True, pool_padding=0)',
     )
     for depth, table in (
         (50, (*msra_rules(MSRA_50), _CONV1_BIAS)),

@@ -282,7 +282,7 @@ TORCHVISION = rules.Release(
     torchvision_rules("conv{}_bn"),
     trunk=("*/conv?_?/*", "*/conv?_?_bn/*"),
     normalisation="torchvision",
-    needs="bn_epsilon=1e-5",
+    needs="--bn-epsilon=1e-5",
 )
 
 
@@ -297,7 +297,7 @@ def _caffe_rules(last: str, *names: str) -> tuple[rules.Rule, ...]:
 _ENCODER = [f"conv{stage}_{i}" for stage, (_, n) in enumerate(_STAGES, 1) for i in range(1, n + 1)]
 _DECODER = [f"{name}_D" for name in _ENCODER[1:]]
 _BASIC = [f"conv{prefix}{i}" for prefix in ("", "_decode") for i in range(1, 5)]
-_FOLDED = "training would undo the statistics, which lie in scale and bias"
+_FOLDED = "if it is finished, to be left untrained: its statistics lie in scale and bias"
 _CAFFE = functools.partial(rules.Release, normalisation="none", absent=("batch_stats/*",))
 # alexgkendall/SegNet-Tutorial: the networks of segnet_model_zoo.md that its inference prototxts
 # describe, and others that compute_bn_statistics.py has finished.
@@ -306,7 +306,7 @@ CAFFE = (
         "Caffe's SegNet",
         _caffe_rules("conv1_1_D", *_ENCODER, *_DECODER),
         tuple(f"params/{name}{end}/*" for name in _ENCODER + _DECODER for end in ("", "_bn")),
-        needs=f"input_lrn=False; {_FOLDED}",
+        needs=f"--input-norm=none; {_FOLDED}",
     ),
     _CAFFE(
         "Caffe's SegNet-Basic",
@@ -318,6 +318,6 @@ CAFFE = (
             ),
         ),
         tuple(f"params/{name}{end}/*" for name in _BASIC for end in ("", "_bn")),
-        needs=f"input_lrn=True; {_FOLDED}",
+        needs=f"--input-norm=lrn; {_FOLDED}",
     ),
 )

@@ -199,14 +199,19 @@ def torchvision_rules(norm: str | None = None) -> tuple[rules.Rule, ...]:
             number += 1
     table += rules.conv("classifier.0", "fc6", "dense_chw")
     table += rules.conv("classifier.3", "fc7", "dense_chw")
+    for i in (1, 2):  # timm's names, of kernels
+        table += (
+            rule._replace(role="alias") for rule in rules.conv(f"pre_logits.fc{i}", f"fc{i + 5}")
+        )
     # Scores of ImageNet's classes, which no network here has.
-    table += [rules.Rule(f"classifier.6.{kind}", None) for kind in ("weight", "bias")]
+    scores = ("classifier.6", "head.fc")
+    table += [rules.Rule(f"{name}.{kind}", None) for name in scores for kind in ("weight", "bias")]
     return tuple(table)
 
 
-TORCHVISION = rules.Release(
-    "torchvision's vgg16", torchvision_rules(), ("*/conv?_?/*",), "torchvision"
-)
+# What a file has to have. Networks may end before conv5, and leave it in the file.
+TRUNK = ("*/conv[1-4]_?/*",)
+TORCHVISION = rules.Release("torchvision's vgg16", torchvision_rules(), TRUNK, "torchvision")
 
 # conv1_1 to fc7 in Caffe, with fc6 and fc7 dense or, as "fully convolutional" networks have them,
 # on a map. What the authors' file and others derived from it have in common.
@@ -217,6 +222,6 @@ CAFFE_RULES = rules.caffe_convs(
 CAFFE = rules.Release(
     "Caffe's VGG-16",
     (*CAFFE_RULES, *(rules.Rule(f"fc8.{i}", None) for i in range(2))),  # ImageNet's classes
-    ("*/conv?_?/*",),
+    TRUNK,
     "caffe",
 )

@@ -89,7 +89,8 @@ def load_matching(
     if not any(new[k].ndim > 1 for k in matched):  # biases alone agree by chance
         raise UserError(
             "--init: no kernel of the other run has a name and shape of this network "
-            f"(first names: {sorted(old)[:2]} there, {sorted(new)[:2]} here): give a related run"
+            f"(first names: {sorted(old)[:2]} there, {sorted(new)[:2]} here): give a related run; "
+            "a file of weights fits itself in with --init=file:PATH"
         )
     reshaped = sorted(k for k in new if k in old and k not in matched)
     say(f"init: {len(matched)} of {len(new)} parameters copied")

@@ -70,8 +70,8 @@ class Account:
         if kinds:
             raise UserError(
                 f"{path} does not fit the network ({'; '.join(kinds)}): import-weights --dry-run "
-                "shows all; its --new-head explains what stands on the trunk, --ignore=NAME a "
-                "tensor to leave out"
+                "shows all; there --num-classes=N makes room for scores of other classes, "
+                "--new-head explains what stands on the trunk, --ignore=NAME a tensor to leave out"
             )
 
     def summary(self) -> str:

@@ -250,7 +250,10 @@ def load(
     for row in account.rows:
         if row.status == "loaded":
             leaf = leaves[row.target]
-            values = layouts.load(tensors[row.source], row.layout, leaf.shape)
+            tensor = tensors[row.source]
+            if not np.isfinite(np.sum(tensor, dtype=np.float64)):
+                raise UserError(f"{path}: {row.source} holds NaN or infinity: give another file")
+            values = layouts.load(tensor, row.layout, leaf.shape)
             values = values.astype(leaf.dtype, copy=False)
             before = loaded.get(row.target)  # parts are added up
             loaded[row.target] = values if before is None else before + values
@@ -280,23 +283,23 @@ def unload(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
 
 
 def choose(releases: Sequence[Release], template: Any, tensors: Mapping[str, Any]) -> Release:
-    """Returns the release that finds most of a file's tensors in a network by name.
+    """Returns the release whose names a file has, if the network has any of them.
 
-    Of several that find as many, the one that knows most of the file, and then the one that has
-    the fewest names which the file lacks. Of the tensors only the names count.
+    It is the one that knows most of the file; of several the one that finds most in the network,
+    and then the one that has the fewest names which the file lacks. Only names count.
 
     Raises:
       UserError: none finds any.
     """
     leaves = traverse_util.flatten_dict(template, sep="/")
 
-    def fit(release: Release) -> tuple[int, int, int]:
+    def fit(release: Release) -> tuple[bool, int, int, int]:
         find = _finder(release.rules)
         known = [(name, rule) for name in tensors for rule in find(name)]
         targets = {_renamed(name, rule.source, rule.target or "") for name, rule in known}
         used = {rule for _, rule in known}
         num_pairs = sum(target in leaves for target in targets)
-        return num_pairs, len(known), len(used) - len(release.rules)
+        return num_pairs > 0, len(known), num_pairs, len(used) - len(release.rules)
 
     fits = {fit(release): release for release in reversed(releases)}  # of equals the first
     best = max(fits)
