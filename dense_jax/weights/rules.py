@@ -251,7 +251,9 @@ def load(
         if row.status == "loaded":
             leaf = leaves[row.target]
             tensor = tensors[row.source]
-            if not np.isfinite(np.sum(tensor, dtype=np.float64)):
+            with np.errstate(invalid="ignore"):  # of infinities of both signs
+                total = np.sum(tensor, dtype=np.float64)
+            if not np.isfinite(total):
                 raise UserError(f"{path}: {row.source} holds NaN or infinity: give another file")
             values = layouts.load(tensor, row.layout, leaf.shape)
             values = values.astype(leaf.dtype, copy=False)
