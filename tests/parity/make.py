@@ -7,7 +7,7 @@
 The wheel of torchvision may be built for another torch: pip install --no-deps torchvision.
 """
 
-import sys
+import argparse
 from typing import Any
 
 import jax
@@ -48,8 +48,14 @@ def make_losses() -> None:
 
 
 if __name__ == "__main__":
+    everything = [*zoo.NETWORKS, "training"]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(everything)}")
+    names = parser.parse_args().names
+    if unknown := [name for name in names if name not in everything]:
+        parser.error(f"no such network: {', '.join(unknown)}; known are {', '.join(everything)}")
     jax.config.update("jax_num_cpu_devices", 2)
-    for name in sys.argv[1:] or [*zoo.NETWORKS, "training"]:
+    for name in names or everything:
         if name == "training":
             make_losses()
         else:
