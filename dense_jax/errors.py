@@ -1,4 +1,10 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and what of a file's text one may print."""
+
+
+def printable(text: str, longest: int = 2000) -> str:
+    """Returns text from anywhere as one line that does nothing to a terminal."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:longest])
+    return line if len(text) <= longest else f"{line} ..."
 
 
 class UserError(Exception):

@@ -1,5 +1,6 @@
 """Run folders: what a training run writes beside its checkpoints, and how to open one again."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib
@@ -12,7 +13,8 @@ import shlex
 import subprocess
 import sys
 import types
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any
 
 import jax
 from flax import linen as nn
@@ -142,11 +144,44 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def make_folder(path: pathlib.Path) -> None:
+    """Makes a folder, and those above it, unless it is there.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {path} ({error.strerror}): give another"
+        ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """Opens a file to write that is either the old one or the new one, never half of it.
+
+    Raises:
+      OSError: names the file; nothing of it is left.
+    """
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+        partial.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a file that is either the old one or the new one, never half of it."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    with replacing(path) as stream:
+        stream.write(f"{json.dumps(value, indent=2)}\n".encode())
 
 
 def _script(config: RunConfig) -> str:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import errno
+import shlex
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +121,8 @@ def test_images_of_many_sizes_ask_for_a_crop(own):
     [
         (UserError("wrong"), 2),
         (OSError(errno.ENOSPC, "No space left on device", "/full/x"), 2),
+        (UserError("\x1b[31mred\x07 of a file"), 2),
+        (MemoryError("Unable to allocate 9 TiB"), 2),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -125,7 +130,35 @@ def test_errors_end_in_a_line_and_a_status(error, status, capsys):
     with pytest.raises(SystemExit) as ended, cli.exit_on_user_error():
         raise error
     assert ended.value.code == status
-    assert capsys.readouterr().err.count("\n") == 1
+    line = capsys.readouterr().err
+    assert line.endswith("\n")
+    assert line[:-1].isprintable()
+
+
+def test_output_that_nobody_reads_on_is_no_error():
+    code = (
+        "from dense_jax.train import cli\nwith cli.exit_on_user_error():\n  print('x\\n' * 2**20)"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (ended.stdout, ended.stderr) == ("x\n", "")
+
+
+def test_of_a_file_that_cannot_be_written_nothing_is_left(tmp_path):
+    path = tmp_path / "x.json"
+    runs.write_json(path, [1])
+
+    def fill_the_disk():
+        with runs.replacing(path) as stream:
+            stream.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device.*x\.json"):
+        fill_the_disk()
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+    assert path.read_text() == "[\n  1\n]\n"
+    with pytest.raises(UserError, match=r"cannot make .*x\.json/y"):
+        runs.make_folder(path / "y")
 
 
 def test_bugs_keep_their_traceback():

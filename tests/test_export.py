@@ -271,6 +271,8 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(run_of, tmp_path, mo
     assert files.read(out).format == "safetensors"
     with pytest.raises(UserError, match="exists"):
         export.run(run=run, to="safetensors", out=tmp_path, overwrite=True)
+    with pytest.raises(UserError, match=r"config\.json is a file of the run"):
+        export.run(run=run, to="safetensors", out=run / "config.json", overwrite=True)
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(UserError, match=r"needs jax2onnx: pip install 'dense_jax\[onnx\]'"):
         export.run(run=run, to="onnx", shape=(1, 2, 3), out=tmp_path / "y")

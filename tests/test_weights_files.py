@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dense_jax.errors import UserError
-from dense_jax.weights import files, torch_file
+from dense_jax.weights import files, rules, torch_file, zips
 from tests.torch_files import (
     KERNEL,
     STORAGES,
@@ -139,6 +139,38 @@ def test_npz_with_more_than_numbers(path):
             tensors[key]
 
 
+def test_a_few_packed_bytes_do_not_fill_the_memory(path, monkeypatch):
+    with path.open("wb") as file:
+        np.savez_compressed(file, a=np.zeros(2**22))
+    assert "MB would unpack to 34 MB: save it without packing" in refused(path)
+    with path.open("wb") as file:
+        np.savez_compressed(file, a=KERNEL)
+    tensors = files.read(path).tensors
+    monkeypatch.setattr(zips.Member, "unpack", None)  # a shape is read without the values
+    assert rules.outline(tensors)["a"].shape == KERNEL.shape
+
+
+def test_what_a_reader_did_is_not_said_by_a_file(path):
+    metadata = {"__metadata__": {"container": "no", "prefix": "no", "left out": "no", "by": "us"}}
+    file = files.read(write(path, safetensors(metadata | {"a": entry()}, 8)))
+    assert file.info == {"by": "us"}
+    file = files.read(write(path, zip_form(items(container=text("no"), epoch=integer(3), a=WHOLE))))
+    assert file.info == {"epoch": "3"}
+    checkpoint = items(state_dict=items(a=WHOLE), **{"b\x1b[2J": items(a=WHOLE)})
+    assert "cannot be printed" in refused(write(path, zip_form(checkpoint)))
+
+
+def test_of_two_sets_of_weights_the_first_kind_is_taken(path):
+    checkpoint = items(model=items(a=WHOLE), state_dict=items(**{"module._orig_mod.b": WHOLE}))
+    file = files.read(write(path, zip_form(checkpoint)))
+    assert list(file.tensors) == ["b"]
+    assert file.info == {
+        "container": "state_dict",
+        "left out": "model (1)",
+        "prefix": "module._orig_mod.",
+    }
+
+
 def test_zip_of_something_else(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model.weights.h5", b"")
@@ -153,7 +185,7 @@ def test_npz_that_unpacks_to_much(path):
     assert len(at) == 2
     for i in at:  # the size that the directory declares
         content[i + 24 : i + 28] = (0xF0000000).to_bytes(4, "little")
-    assert "unpack to 8 GB" in refused(write(path, content))
+    assert "would unpack to 8,053 MB" in refused(write(path, content))
     for i in at:
         content[i + 24 : i + 28] = (1000).to_bytes(4, "little")
     assert "damaged" in refused(write(path, content))
@@ -360,7 +392,7 @@ def test_damaged_torch_forms(path):
     with zipfile.ZipFile(packed) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for member in old.namelist():
             new.writestr(member, old.read(member))
-    assert "packed" in refused(path)
+    assert "was packed anew" in refused(path)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +411,12 @@ def test_names_that_would_write_to_the_terminal(path):
 def test_no_file_at_all(tmp_path):
     assert "is no file" in refused(tmp_path)
     assert "is no file" in refused(tmp_path / "none.pth")
+    assert "cannot be read (File name too long)" in refused(tmp_path / ("x" * 300))
+
+
+def test_a_caffemodel_may_look_like_safetensors(tmp_path):
+    path = write(tmp_path / "x.caffemodel", b"\x0a\x20" + b"abcdef{" + bytes(40))
+    assert "header" not in refused(path)
 
 
 def test_an_item_costs_no_memory(tmp_path):

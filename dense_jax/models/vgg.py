@@ -209,9 +209,20 @@ def torchvision_rules(norm: str | None = None) -> tuple[rules.Rule, ...]:
     return tuple(table)
 
 
-# What a file has to have. Networks may end before conv5, and leave it in the file.
-TRUNK = ("*/conv[1-4]_?/*",)
+# Block by block: networks may end before conv5, and leave it in the file.
+TRUNK = tuple(f"*/conv{block}_?/*" for block in range(1, 6))
 TORCHVISION = rules.Release("torchvision's vgg16", torchvision_rules(), TRUNK, "torchvision")
+# VGG16_Weights.IMAGENET1K_FEATURES: the authors' own layers, with a classifier of nothing but NaN.
+TORCHVISION_FEATURES = TORCHVISION._replace(
+    name="torchvision's vgg16, features alone",
+    rules=tuple(
+        rule._replace(target=None) if rule.source.startswith("classifier.") else rule
+        for rule in TORCHVISION.rules
+    ),
+    normalisation="torchvision_vgg16_features",
+    absent=("*/fc[67]/*",),
+    hollow=("classifier.6.bias",),
+)
 
 # conv1_1 to fc7 in Caffe, with fc6 and fc7 dense or, as "fully convolutional" networks have them,
 # on a map. What the authors' file and others derived from it have in common.

@@ -65,6 +65,8 @@ def run(
     for path in (out, description):
         if path.is_dir() or (path.exists() and not overwrite):
             raise UserError(f"{path} exists: give another --out, or --overwrite for a file")
+    if out.exists() and out.suffix != f".{to}" and run.resolve() in out.resolve().parents:
+        raise UserError(f"{out} is a file of the run: give another --out")
     if to == "safetensors" and (scores, dtype, shape) != ("probabilities", "uint8", None):
         raise UserError(
             "--scores, --dtype and --shape are for programs: leave them out with --to=safetensors"
@@ -79,10 +81,9 @@ def run(
         file, facts = parameters(opened, record)
     else:
         file, facts = _program(opened, to, scores, np.dtype(dtype), shape)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.tmp")
-    partial.write_bytes(file)
-    partial.replace(out)
+    runs.make_folder(out.parent)
+    with runs.replacing(out) as stream:
+        stream.write(file)
     runs.write_json(description, record | facts)
     print(f"{out}: {len(file) / 1e6:.1f} MB; {description.name} describes it")
 

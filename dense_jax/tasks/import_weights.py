@@ -5,6 +5,7 @@ network here that stands on a trunk of these names can start from them.
 """
 
 import contextlib
+import fnmatch
 import functools
 import json
 import pathlib
@@ -19,7 +20,7 @@ import tyro
 from flax import traverse_util
 
 from dense_jax import runs
-from dense_jax.errors import UserError
+from dense_jax.errors import UserError, printable
 from dense_jax.models import (
     deconvnet,
     deeplab,
@@ -33,9 +34,11 @@ from dense_jax.models import (
 from dense_jax.train.checkpoint import has_checkpoint, read_variables
 from dense_jax.weights import files, hub, rules
 from dense_jax.weights.rules import Release
+from dense_jax.weights.tensors import REMARKS
 
 RELEASES: tuple[Release, ...] = (
     vgg.TORCHVISION,
+    vgg.TORCHVISION_FEATURES,
     segnet.TORCHVISION,
     deconvnet.TORCHVISION,
     resnet.TORCHVISION,
@@ -49,8 +52,16 @@ RELEASES: tuple[Release, ...] = (
     *resnet.MSRA,
 )
 # A folder of imported weights: the parameters by their paths here, and where they come from.
-WEIGHTS, RECORD = "weights.npz", "weights.json"
+_FILES = WEIGHTS, RECORD = "weights.npz", "weights.json"
 _HUB = "hub:"
+_ADVICE = (
+    "the table shows all; --num-classes=N makes room for scores of other classes, --new-head "
+    "explains what stands on the trunk, --ignore=NAME a tensor to leave out"
+)
+_INIT_ADVICE = (
+    "published weights are of full width (--width=1) and of one kind of trunk; "
+    "python -m dense_jax import-weights --dry-run shows all"
+)
 
 _IMAGENET, _VOC, _CAMVID, _CITYSCAPES = 1000, 21, 11, 19  # classes of what is published
 
@@ -163,30 +174,30 @@ def run(
     """
     if out is None and not dry_run:
         raise UserError("give a folder to write with --out, or --dry-run")
-    if out is not None and (has_checkpoint(out) or (out / RECORD).exists()):
+    if out is not None and (has_checkpoint(out) or any((out / name).exists() for name in _FILES)):
         raise UserError(f"--out={out} holds weights already: give another folder")
-    if num_classes is not None and num_classes < 1:
-        raise UserError(f"--num-classes={num_classes}: give at least 1")
+    if num_classes is not None and (num_classes < 1 or _NETWORKS[model][1] is None):
+        least = "give at least 1" if num_classes < 1 else f"{model} has no classes, leave it out"
+        raise UserError(f"--num-classes={num_classes}: {least}")
     path = _on_disk(source)
-    file = files.read(path)
+    file = _read_published(path)
+    for key in REMARKS:
+        if key in file.info:
+            print(f"{source}: {key}: {printable(file.info[key])}")
+    for pattern in ignore:
+        if not fnmatch.filter(file.tensors, pattern):
+            raise UserError(f"--ignore={pattern}: {source} has no tensor of such a name")
     aux = any(name.startswith("aux_classifier.") for name in file.tensors)
     template = template_of(build(model, num_classes, aux))
-    release = rules.choose(RELEASES, template, file.tensors)
+    release = rules.choose(RELEASES, template, file.tensors, source)
     required = release.trunk if new_head else ("*",)
     options: dict[str, Any] = dict(required=required, absent=release.absent, ignore=ignore)
     tensors = rules.outline(file.tensors, release.rules)
     account = rules.match(template, tensors, release.rules, **options)
-    for key in ("container", "prefix", "left out"):  # what the reader took off or passed over
-        if key in file.info:
-            print(f"{source}: {key}: {file.info[key]}")
-    print(account)
-    account.check(source)
-    print(f"{release.name}; images are to come with --normalisation={release.normalisation}")
-    if release.needs:
-        print(f"to compute what it did, the network needs {release.needs}")
-    if dry_run or out is None:
-        return
-    variables, _ = rules.load(template, file.tensors, release.rules, **options)
+    if account.unexplained:
+        print(account)
+        account.check(source, _ADVICE)
+    variables, _ = rules.load(template, file.tensors, release.rules, **options, path=source)
     record = {
         "model": model,
         "from": source if source.startswith(_HUB) else str(path.absolute()),
@@ -196,8 +207,14 @@ def run(
         "needs": release.needs,
         "account": account.summary(),
     }
-    save(out, variables, record)
-    print(f"start a run from it with --init=run:{out}")
+    if out is not None and not dry_run:
+        save(out, variables, record)
+    print(account)
+    print(f"{release.name}; images are to come with --normalisation={release.normalisation}")
+    if release.needs:
+        print(f"to compute what it did, the network needs {release.needs}")
+    if out is not None and not dry_run:
+        print(f"start a run from it with --init=run:{out}")
 
 
 def save(out: pathlib.Path, variables: Any, record: dict[str, Any]) -> None:
@@ -208,12 +225,10 @@ def save(out: pathlib.Path, variables: Any, record: dict[str, Any]) -> None:
       variables: all of a network's, or some.
       record: what is known of them; "normalisation" and "needs" are told to whoever starts.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    runs.make_folder(out)
     leaves: Any = traverse_util.flatten_dict(variables, sep="/")
-    partial = (out / WEIGHTS).with_suffix(".tmp")
-    with partial.open("wb") as stream:
+    with runs.replacing(out / WEIGHTS) as stream:
         np.savez(stream, **leaves)  # goes through views piece by piece, without copies of them
-    partial.replace(out / WEIGHTS)
     runs.write_json(out / RECORD, record | runs.provenance())
 
 
@@ -242,8 +257,8 @@ def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
         _tell_needs(known.get("needs"))
         return variables, known.get("normalisation")
     if kind in ("file", "hub") and path:
-        tensors = files.read(_on_disk(source if kind == "hub" else path)).tensors
-        release = rules.choose(RELEASES, template, tensors)
+        tensors = _read_published(_on_disk(source)).tensors
+        release = rules.choose(RELEASES, template, tensors, source)
         variables, account = rules.load(
             template,
             tensors,
@@ -251,6 +266,7 @@ def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
             required=release.trunk,
             absent=release.absent,
             path=source,
+            advice=_INIT_ADVICE,
         )
         print(f"init: {source} ({release.name}): {account.summary()}")
         _tell_needs(release.needs)
@@ -261,11 +277,42 @@ def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
     )
 
 
+def normalisation_of(source: str) -> str | None:
+    """Returns the normalisation that the weights of ``--init`` expect, if known.
+
+    Raises:
+      UserError: there are no such weights.
+    """
+    kind, _, path = source.partition(":")
+    if kind == "run" and path:
+        return _known_of(pathlib.Path(path)).get("normalisation")
+    if kind in ("file", "hub") and path:
+        tensors = _read_published(_on_disk(source)).tensors
+        return rules.choose(RELEASES, None, tensors, source).normalisation
+    return None
+
+
+def _read_published(path: pathlib.Path) -> files.WeightFile:
+    """Reads a file; of names that are known but for a word in front of all, takes it off."""
+    file = files.read(path)
+    with contextlib.suppress(UserError):
+        rules.choose(RELEASES, None, file.tensors)
+        return file
+    first = next(iter(file.tensors))
+    prefix = first[: first.find(".") + 1]  # such as "model.", as Lightning saves it
+    if prefix and all(name.startswith(prefix) for name in file.tensors):
+        with contextlib.suppress(UserError):
+            bare = file.without(prefix)
+            rules.choose(RELEASES, None, bare.tensors)
+            return bare
+    return file
+
+
 def _on_disk(source: str) -> pathlib.Path:
-    """Returns a file that is named by its path or by hub:NAME."""
+    """Returns a file that is named by its path, file:PATH or hub:NAME."""
     if source.startswith(_HUB):
         return hub.download(source.removeprefix(_HUB))
-    return pathlib.Path(source)
+    return pathlib.Path(source.removeprefix("file:"))
 
 
 def _known_of(folder: pathlib.Path) -> dict[str, Any]:

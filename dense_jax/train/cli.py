@@ -12,19 +12,26 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
-from dense_jax.errors import UserError
+from dense_jax.errors import UserError, printable
 from dense_jax.train.config import RunConfig
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
-def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], doc: str | None) -> None:
+def run(
+    main: Callable[[ConfigT], object],
+    presets: Mapping[str, ConfigT],
+    doc: str | None,
+    *,
+    adapt: Callable[[ConfigT], ConfigT] | None = None,
+) -> None:
     """Parses ``PRESET --flag=value ...`` and calls ``main`` with the configuration.
 
     Args:
       main: the script's main function.
       presets: configurations by name; each preset's fields are its flags' defaults.
       doc: the script's docstring, shown by ``--help``.
+      adapt: changes what the flags leave open; see `is_given`.
     """
     doc = doc or ""
     with exit_on_user_error():
@@ -39,7 +46,12 @@ def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], doc: 
             config = dataclasses.replace(config, workdir=str(workdir))
         set_up_jax()
         _quieten_savers()
-        main(config)
+        main(adapt(config) if adapt else config)
+
+
+def is_given(flag: str) -> bool:
+    """Whether the command line has a flag, such as "--crop"."""
+    return any(word.split("=")[0].replace("_", "-") == flag for word in sys.argv[1:])
 
 
 _DISK_ERRORS = (
@@ -56,7 +68,8 @@ _DISK_ERRORS = (
 class exit_on_user_error:  # noqa: N801  (used like a function)
     """Context that ends the program with ``error: ...`` and status 2 on a UserError.
 
-    A disk that is full or read-only is a user's matter too, wherever it is noticed.
+    A disk that is full or read-only is a user's matter too, wherever it is noticed, and so is
+    memory that does not suffice.
     """
 
     def __enter__(self) -> None:
@@ -66,10 +79,15 @@ class exit_on_user_error:  # noqa: N801  (used like a function)
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             place = error.filename2 or error.filename or "a file"
             error = UserError(f"cannot write {place} ({error.strerror}): give another folder")
+        if isinstance(error, MemoryError):
+            error = UserError(f"not enough memory ({error})")
         if isinstance(error, UserError):
             line = str(error).splitlines()[0]  # Grain appends advice of its own
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {printable(line)}", file=sys.stderr)
             sys.exit(2)
+        if isinstance(error, BrokenPipeError):  # of `| head`, which has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         if isinstance(error, KeyboardInterrupt):
             print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
             sys.exit(130)

@@ -52,14 +52,15 @@ class Account:
         """The rows that forbid loading."""
         return tuple(row for row in self.rows if row.status in _UNEXPLAINED)
 
-    def check(self, path: str) -> None:
+    def check(self, path: str, advice: str = "give a network, or a file, that fits") -> None:
         """Refuses what is not explained.
 
         Args:
           path: the file, for the message.
+          advice: what can be done, for the message.
 
         Raises:
-          UserError: names the first tensors of each kind, and what can be done.
+          UserError: names the first tensors of each kind.
         """
         kinds = []
         for status in _UNEXPLAINED:
@@ -68,11 +69,7 @@ class Account:
                 more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
                 kinds.append(f"{len(names)} {status}: {', '.join(names[:_NUM_NAMED])}{more}")
         if kinds:
-            raise UserError(
-                f"{path} does not fit the network ({'; '.join(kinds)}): import-weights --dry-run "
-                "shows all; there --num-classes=N makes room for scores of other classes, "
-                "--new-head explains what stands on the trunk, --ignore=NAME a tensor to leave out"
-            )
+            raise UserError(f"{path} does not fit the network ({'; '.join(kinds)}): {advice}")
 
     def summary(self) -> str:
         """One line: how many rows of each status, and of those loaded how many were changed."""

@@ -9,7 +9,6 @@ of this library is said by rules, not here.
 """
 
 import dataclasses
-import functools
 import importlib
 import os
 import pathlib
@@ -24,7 +23,8 @@ from dense_jax.weights.tensors import Lazy, damaged
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
 _TORCH = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # its magic number, pickled
-_PREFIX = "module."  # what torch.nn.DataParallel puts before each name
+# What torch.nn.DataParallel and torch.compile put before each name.
+_PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +44,22 @@ class WeightFile:
     tensors: Mapping[str, np.ndarray]
     info: Mapping[str, str]
 
+    def without(self, prefix: str) -> "WeightFile":
+        """Returns the same with a prefix of all names taken off, which `info` then tells."""
+        names = {name.removeprefix(prefix): name for name in self.tensors}
+        if isinstance(self.tensors, Lazy):
+            tensors: Mapping[str, np.ndarray] = self.tensors.renamed(names)
+        else:
+            tensors = {new: self.tensors[old] for new, old in names.items()}
+        info = {**self.info, "prefix": self.info.get("prefix", "") + prefix}
+        return WeightFile(self.path, self.format, tensors, info)
+
 
 def read(path: str | os.PathLike[str]) -> WeightFile:
     """Reads the names, shapes and kinds of a weight file; its values when they are asked for.
 
-    Names of nested containers are joined by dots. The prefix "module." of all names is taken off.
+    Names of nested containers are joined by dots. A prefix of all names that is no name but torch's
+    wrapper of networks ("module.") is taken off.
 
     Raises:
       UserError: the file is missing, of no known format, damaged, would run a program, or needs a
@@ -63,21 +74,17 @@ def read(path: str | os.PathLike[str]) -> WeightFile:
         raise UserError(f"{path} holds no arrays: give a file of weights")
     if not all(name.isprintable() for name in tensors):
         raise damaged(path, "a name that cannot be printed")
-    if all(name.startswith(_PREFIX) for name in tensors):
-        tensors = Lazy(
-            {
-                name.removeprefix(_PREFIX): functools.partial(tensors.__getitem__, name)
-                for name in tensors
-            }
-        )
-        info = {**info, "prefix": _PREFIX}
-    return WeightFile(str(path), kind, tensors, info)
+    file = WeightFile(str(path), kind, tensors, info)
+    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in file.tensors)), ""):
+        file = file.without(prefix)
+    return file
 
 
 def _kind(path: pathlib.Path) -> str:
-    if not path.is_file():
-        raise UserError(f"{path} is no file: give a file of weights")
     try:
+        if not path.is_file():
+            raise UserError(f"{path} is no file: give a file of weights")
+        size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
@@ -88,7 +95,8 @@ def _kind(path: pathlib.Path) -> str:
         return "torch" if _has_pickle(path) else "npz"
     if _TORCH in head:
         return "torch"
-    if head[8:9] == b"{":
+    length = int.from_bytes(head[:8], "little")  # of the header of safetensors
+    if head[8:9] == b"{" and (length < size or path.suffix != ".caffemodel"):
         return "safetensors"
     if path.suffix == ".caffemodel":
         return "caffe"

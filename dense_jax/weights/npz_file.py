@@ -19,7 +19,7 @@ import numpy as np
 
 from dense_jax.errors import UserError
 from dense_jax.weights import zips
-from dense_jax.weights.tensors import Lazy, damaged, map_file, view
+from dense_jax.weights.tensors import Lazy, damaged, empty, map_file, view
 
 _SUFFIX = ".npy"
 _MOST_HEADER_BYTES = 1 << 16
@@ -39,14 +39,19 @@ def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str
     others = [name for name in found if not name.endswith(_SUFFIX)]
     if others:
         raise UserError(f"{path} holds {others[0]!r}, which is no array: give an .npz of arrays")
-    makers = {
-        name.removesuffix(_SUFFIX): functools.partial(_read, path, data, name, member)
-        for name, member in found.items()
-    }
-    return Lazy(makers), {}
+    makers, outlines = (
+        {
+            name.removesuffix(_SUFFIX): functools.partial(read, path, data, name, member)
+            for name, member in found.items()
+        }
+        for read in (_read, functools.partial(_read, outline=True))
+    )
+    return Lazy(makers, outlines), {}
 
 
-def _read(path: pathlib.Path, data: mmap.mmap, name: str, member: zips.Member) -> np.ndarray:
+def _read(
+    path: pathlib.Path, data: mmap.mmap, name: str, member: zips.Member, outline: bool = False
+) -> np.ndarray:
     try:
         content = io.BytesIO(_head(data, member))
         shape, is_fortran, dtype = _header(content)
@@ -58,9 +63,13 @@ def _read(path: pathlib.Path, data: mmap.mmap, name: str, member: zips.Member) -
         num_bytes = member.size - start
         if dtype.itemsize * math.prod(shape) != num_bytes:
             raise ValueError(f"the shape {shape} does not fill {num_bytes} bytes")
+        if outline:
+            return empty(shape, dtype)
         if member.is_packed:
             order = "F" if is_fortran else "C"
-            return np.ndarray(shape, dtype, member.unpack(data), start, order=order)
+            array = np.ndarray(shape, dtype, member.unpack(data), start, order=order)
+            array.flags.writeable = False
+            return array
         array = view(data, member.start + start, dtype, shape[::-1] if is_fortran else shape)
         return array.T if is_fortran else array
     except (ValueError, TypeError, OverflowError) as error:

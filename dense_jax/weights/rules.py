@@ -23,7 +23,9 @@ from flax import traverse_util
 from dense_jax.errors import UserError
 from dense_jax.weights import layouts
 from dense_jax.weights.account import Account, Row, Shape
+from dense_jax.weights.tensors import Lazy, empty
 
+_NUM_NAMED = 3  # tensors in an error message
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -55,12 +57,13 @@ class Release(NamedTuple):
     Attributes:
       name: whose they are.
       rules: what its tensors are here.
-      trunk: patterns ("*/layer*") of the parameters that the file has to have. What stands on the
-        trunk may be of another kind here.
+      trunk: patterns ("*/layer*") of the parameters that the file has to have, as far as a network
+        has any of a pattern. What stands on the trunk may be of another kind here.
       normalisation: what the weights expect of images, a name of
         `dense_jax.data.transforms.NORMALISATIONS`; in RGB, BGR is permuted by the rules.
       absent: patterns of the parameters that its files never have; they stay as initialised.
       needs: what else a network has to be like to compute what the release did, for people; "".
+      hollow: patterns of the tensors that its files fill with NaN, by which they are known.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Release(NamedTuple):
     normalisation: str
     absent: tuple[str, ...] = ()
     needs: str = ""
+    hollow: tuple[str, ...] = ()
 
 
 def conv(source: str, target: str, layout: str = "conv") -> tuple[Rule, Rule]:
@@ -146,10 +150,15 @@ def outline(tensors: Mapping[str, Any], rules: Sequence[Rule] = ()) -> dict[str,
         if not name.isprintable():
             raise UserError(f"the file has a tensor named {name!r:.80}: give another file")
     find = _finder([rule for rule in rules if rule.constant or "diagonal" in rule.layout])
-    return {
-        name: tensor if find(name) else np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)
-        for name, tensor in tensors.items()
-    }
+
+    def outlined(name: str) -> np.ndarray:
+        if find(name):
+            return tensors[name]
+        if isinstance(tensors, Lazy):
+            return tensors.outline(name)
+        return empty(tensors[name].shape, tensors[name].dtype)
+
+    return {name: outlined(name) for name in tensors}
 
 
 def match(
@@ -169,8 +178,9 @@ def match(
       template: the network's variables {"params": ..., "batch_stats": ...}; shapes will do.
       tensors: the file's arrays by name.
       rules: what they are here.
-      required: patterns ("*/layer*") of the parameters that must come from the file. Others may be
-        new here, and their counterparts may be left in the file.
+      required: patterns ("*/layer*") of the parameters that must come from the file, and of which
+        the file must have no others, unless the network has none at all. Others may be new here,
+        and their counterparts may be left in the file.
       absent: patterns of those among them that stay as initialised (`Release.absent`).
       ignore: patterns of the names of tensors to leave in the file.
 
@@ -179,6 +189,7 @@ def match(
       ValueError: two rules speak of one tensor.
     """
     leaves: dict[str, Any] = traverse_util.flatten_dict(template, sep="/")
+    required = [p for p in required if p == "*" or any(_matches(leaf, [p]) for leaf in leaves)]
     rows, taken, parts, find = [], {}, {}, _finder(rules)
     for name, tensor in tensors.items():
         row = Row("ignored", name, tuple(tensor.shape))
@@ -223,6 +234,7 @@ def load(
     absent: Sequence[str] = (),
     ignore: Sequence[str] = (),
     path: str = "the file",
+    advice: str | None = None,
 ) -> tuple[dict[str, Any], Account]:
     """Brings a file's tensors into the tree of a network.
 
@@ -234,6 +246,7 @@ def load(
       absent: parameters among them that need not.
       ignore: tensors to leave in it.
       path: the file, for messages.
+      advice: what to do where something is not explained; see `Account.check`.
 
     Returns:
       The tree of those parameters that come from the file, in the dtypes of the template. Arrays
@@ -244,19 +257,16 @@ def load(
     """
     seen = outline(tensors, rules)
     account = match(template, seen, rules, required=required, absent=absent, ignore=ignore)
-    account.check(path)
+    account.check(path, *([advice] if advice else []))
     leaves: dict[str, Any] = traverse_util.flatten_dict(template, sep="/")
     loaded = {}
     for row in account.rows:
         if row.status == "loaded":
             leaf = leaves[row.target]
-            tensor = tensors[row.source]
-            with np.errstate(invalid="ignore"):  # of infinities of both signs
-                total = np.sum(tensor, dtype=np.float64)
-            if not np.isfinite(total):
-                raise UserError(f"{path}: {row.source} holds NaN or infinity: give another file")
-            values = layouts.load(tensor, row.layout, leaf.shape)
-            values = values.astype(leaf.dtype, copy=False)
+            values = layouts.load(tensors[row.source], row.layout, leaf.shape)
+            with np.errstate(over="ignore"):
+                values = values.astype(leaf.dtype, copy=False)
+            _check_values(values, path, row)
             before = loaded.get(row.target)  # parts are added up
             loaded[row.target] = values if before is None else before + values
     return traverse_util.unflatten_dict(loaded, sep="/"), account
@@ -284,34 +294,59 @@ def unload(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def choose(releases: Sequence[Release], template: Any, tensors: Mapping[str, Any]) -> Release:
+def choose(
+    releases: Sequence[Release], template: Any, tensors: Mapping[str, Any], path: str = "the file"
+) -> Release:
     """Returns the release whose names a file has, if the network has any of them.
 
     It is the one that knows most of the file; of several the one that finds most in the network,
-    and then the one that has the fewest names which the file lacks. Only names count.
+    and then the one that has the fewest names which the file lacks. Only names count, and the
+    values of what is `Release.hollow`.
+
+    Args:
+      releases: those that are known.
+      template: see `match`; None for any network.
+      tensors: the file's arrays by name.
+      path: the file, for messages.
 
     Raises:
       UserError: none finds any.
     """
-    leaves = traverse_util.flatten_dict(template, sep="/")
+    leaves = traverse_util.flatten_dict(template or {}, sep="/")
 
-    def fit(release: Release) -> tuple[bool, int, int, int]:
+    def fit(release: Release) -> tuple[bool, int, bool, int, int]:
         find = _finder(release.rules)
         known = [(name, rule) for name in tensors for rule in find(name)]
         targets = {_renamed(name, rule.source, rule.target or "") for name, rule in known}
         used = {rule for _, rule in known}
         num_pairs = sum(target in leaves for target in targets)
-        return num_pairs > 0, len(known), num_pairs, len(used) - len(release.rules)
+        is_of_use = num_pairs > 0 or (template is None and bool(known))
+        num_unused = len(release.rules) - len(used)
+        return is_of_use, len(known), bool(release.hollow), num_pairs, -num_unused
 
-    fits = {fit(release): release for release in reversed(releases)}  # of equals the first
+    fits = {
+        fit(release): release
+        for release in reversed(releases)  # of equals the first
+        if not release.hollow or _is_hollow(release, tensors)
+    }
     best = max(fits)
-    if not best[0]:
-        known = ", ".join(dict.fromkeys(release.name for release in releases))
+    if best[0]:
+        return fits[best]
+    some = ", ".join(f"{name:.60}" for name in list(tensors)[:_NUM_NAMED])
+    if template is not None and best[1]:  # of another network
         raise UserError(
-            f"this network has no parameter for the tensors of the file "
-            f"({', '.join(list(tensors)[:3])}, ...): names are known of {known}"
+            f"{path} has names of {fits[best].name} ({some}, ...), of which this network has none: "
+            "give another network, or another file"
         )
-    return fits[best]
+    raise UserError(
+        f"{path} has tensors of no known names ({some}, ...): give weights that docs/weights.md "
+        "lists, or load them by a table of rules, which it explains"
+    )
+
+
+def _is_hollow(release: Release, tensors: Mapping[str, Any]) -> bool:
+    found = [name for name in tensors if _matches(name, release.hollow)]
+    return bool(found) and all(np.isnan(np.sum(tensors[name])) for name in found)
 
 
 def _finder(
@@ -385,6 +420,22 @@ def _without_target(row: Row, tensor: Any, rule: Rule, target: str, required: Se
     except ValueError as error:  # of another shape
         note = str(error)
     return row._replace(status="misfit" if needed else "ignored", note=note)
+
+
+def _check_values(values: np.ndarray, path: str, row: Row) -> None:
+    """Refuses what no parameter can be."""
+    with np.errstate(invalid="ignore"):  # of infinities of both signs
+        total = np.sum(values, dtype=np.float64)
+    fault = ""
+    if not np.isfinite(total):
+        fault = f"NaN, or what is infinite in {values.dtype}"
+    elif _matches(row.target, ["batch_stats/*/var"]) and np.min(values, initial=0) < 0:
+        fault = "a variance below 0"
+    if fault:
+        raise UserError(
+            f"{path}: {row.source} holds {fault}: give another file, or, if it stands on the "
+            f"trunk, --ignore={row.source} to leave it out"
+        )
 
 
 def _changes(tensor: Any, rule: Rule, leaf: Any) -> str:

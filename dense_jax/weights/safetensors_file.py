@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dense_jax.weights.tensors import damaged, map_file, view
+from dense_jax.weights.tensors import damaged, map_file, said, view
 
 _LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -52,7 +52,7 @@ def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str
         _check(sorted(item["data_offsets"] for item in header.values()), len(data) - first)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise damaged(path, error) from error
-    return tensors, info
+    return tensors, said(info)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

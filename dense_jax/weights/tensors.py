@@ -9,14 +9,20 @@ import math
 import mmap
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from dense_jax.errors import UserError
 
 _LONGEST_REASON = 200
+_LONGEST_VALUE = 1000
 _MOST_AXES = 32
 _LARGEST = 2**48  # of any size, in values or bytes: far above files, far below int64
+
+
+# Keys under which readers say what they did; a file may not say it for them.
+REMARKS = ("container", "prefix", "left out")
 
 
 class Lazy(Mapping[str, np.ndarray]):
@@ -24,10 +30,27 @@ class Lazy(Mapping[str, np.ndarray]):
 
     Attributes:
       makers: name to a function that makes the array; raises UserError where it cannot.
+      outlines: the same for what `outline` returns, where that takes less.
     """
 
-    def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]]):
-        self.makers = makers
+    def __init__(
+        self,
+        makers: Mapping[str, Callable[[], np.ndarray]],
+        outlines: Mapping[str, Callable[[], np.ndarray]] | None = None,
+    ):
+        self.makers, self.outlines = makers, outlines or {}
+
+    def outline(self, name: str) -> np.ndarray:
+        """Returns an array of the same shape and dtype, without the values."""
+        array = self.outlines.get(name, self.makers[name])()
+        return empty(array.shape, array.dtype)
+
+    def renamed(self, old_names: Mapping[str, str]) -> "Lazy":
+        """Returns some of these arrays under new names: {new: old}."""
+        return Lazy(
+            {new: self.makers[old] for new, old in old_names.items()},
+            {new: self.outlines[old] for new, old in old_names.items() if old in self.outlines},
+        )
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.makers[name]()
@@ -40,6 +63,16 @@ class Lazy(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.makers)
+
+
+def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Returns an array of zeros that takes no memory."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def said(info: Mapping[Any, Any]) -> dict[str, str]:
+    """Returns what a file says of itself, without what only its reader may say."""
+    return {str(key): str(info[key])[:_LONGEST_VALUE] for key in info if key not in REMARKS}
 
 
 def damaged(path: pathlib.Path, reason: object) -> UserError:

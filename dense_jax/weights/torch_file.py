@@ -26,14 +26,16 @@ from dense_jax.errors import UserError
 from dense_jax.weights import zips
 from dense_jax.weights.numpy_pickles import NUMPY, NumpyArray
 from dense_jax.weights.pickles import Built, Name, RefusedError, Stream, follow, put
-from dense_jax.weights.tensors import damaged, map_file, view
+from dense_jax.weights.tensors import damaged, map_file, said, view
 
 _PICKLE = "data.pkl"
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 _COUNT_BYTES = 8
-# One of these at the top holds the weights of a checkpoint; optimisers and such lie beside it.
-_CONTAINERS = ("state_dict", "model", "model_state", "net")
+# The first of these at the top holds the weights of a checkpoint; others, averages of the weights,
+# optimisers and such lie beside it.
+_CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "net")
+_MOST_NAMED = 10
 # What a hostile file may cost: containers in containers, all they hold, letters of a name.
 _DEEPEST, _MOST_ENTRIES, _LONGEST_NAME = 32, 2**18, 1000
 
@@ -158,7 +160,9 @@ def _read_zip(path: pathlib.Path, data: mmap.mmap) -> tuple[Any, _Places]:
     order = found.get(f"{root}byteorder")
     if order and order.unpack(data) != b"little":
         raise ValueError("numbers whose first byte is the highest")
-    content = follow(Stream(found[pickles[0]].unpack(data)), _ADMITTED, _storage)
+    if found[pickles[0]].is_packed:  # torch packs nothing
+        raise UserError(f"{path} was packed anew: unpack it, and zip it with no compression")
+    content = follow(Stream(bytes(found[pickles[0]].unpack(data))), _ADMITTED, _storage)
     places = {
         name.removeprefix(f"{root}data/"): (member.start, member.size)
         for name, member in found.items()
@@ -224,6 +228,8 @@ def _leaves(content: Any) -> Iterator[tuple[str, np.ndarray | _Tensor]]:
         if number == _MOST_ENTRIES or len(name) > _LONGEST_NAME:
             raise ValueError("too many entries, or names too long")
         if isinstance(value, np.ndarray | _Tensor):
+            if not name.isprintable():
+                raise ValueError("a name that cannot be printed")
             if name in names:
                 raise ValueError(f"two tensors are called {name!r}")
             names.add(name)
@@ -250,15 +256,13 @@ def _unwrap(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Takes the weights out of a checkpoint, and says so."""
     top = content if type(content) is dict else {}
-    info = {
-        str(key): str(value)[:_LONGEST_NAME] for key, value in top.items() if type(value) in _PLAIN
-    }
+    info = said({key: value for key, value in top.items() if type(value) in _PLAIN})
     outer = [
         key
         for key in _CONTAINERS
         if type(top.get(key)) is dict and any(name.startswith(f"{key}.") for name in tensors)
     ]
-    if len(outer) != 1:
+    if not outer:
         return tensors, info
     prefix = f"{outer[0]}."
     kept = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
@@ -267,5 +271,7 @@ def _unwrap(
     )
     info["container"] = outer[0]
     if others:
-        info["left out"] = ", ".join(f"{key} ({count})" for key, count in others.items())
+        shown = [f"{key} ({count})" for key, count in others.most_common(_MOST_NAMED)]
+        more = ["..."] if len(others) > _MOST_NAMED else []
+        info["left out"] = ", ".join(shown + more)
     return kept, info

@@ -16,8 +16,9 @@ from dense_jax.weights.tensors import damaged
 _LOCAL = struct.Struct("<4s22xHH")  # signature, ..., lengths of name and extra field
 _SIGNATURE = b"PK\x03\x04"
 _ENCRYPTED = 1
-# Unpacked size of all packed members, bytes: far above any weights, and no bomb.
-_MOST_UNPACKED = 2**32
+# Packed members unpack to this many times the file: far more than weights do, and no bomb.
+_MOST_EXPANSION, _SMALL = 64, 2**24
+_PIECE = 2**18
 
 
 class Member(NamedTuple):
@@ -37,20 +38,37 @@ class Member(NamedTuple):
     checksum: int
     is_packed: bool
 
-    def unpack(self, data: mmap.mmap) -> bytes:
+    def unpack(self, data: mmap.mmap) -> bytes | bytearray:
         """Returns the unpacked bytes.
 
         Raises:
           ValueError: they are not of the size and checksum that the zip file declares.
         """
-        content = data[self.start : self.start + self.packed]
-        if self.is_packed:
-            try:
-                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, self.size + 1)
-            except zlib.error as error:
-                raise ValueError(str(error)) from error
+        end = self.start + self.packed
+        content = self._inflate(data, end) if self.is_packed else data[self.start : end]
         if len(content) != self.size or zlib.crc32(content) != self.checksum:
             raise ValueError("its bytes do not match their size and checksum")
+        return content
+
+    def _inflate(self, data: mmap.mmap, end: int) -> bytearray:
+        """Unpacks piece by piece into place, so that the bytes are there only once."""
+        content, filled, stream = bytearray(self.size), 0, zlib.decompressobj(-zlib.MAX_WBITS)
+        for start in range(self.start, end, _PIECE):
+            try:
+                piece = stream.decompress(
+                    data[start : min(start + _PIECE, end)], self.size - filled + 1
+                )
+            except zlib.error as error:
+                raise ValueError(str(error)) from error
+            if filled + len(piece) > self.size:
+                raise ValueError("its bytes are more than it declares")
+            content[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            if hasattr(data, "madvise"):  # what is unpacked needs no memory any more
+                page = start - start % mmap.PAGESIZE
+                data.madvise(mmap.MADV_DONTNEED, page, start + _PIECE - page)
+        if filled < self.size:
+            raise ValueError("its bytes are fewer than it declares")
         return content
 
 
@@ -73,8 +91,11 @@ def members(path: pathlib.Path, data: mmap.mmap) -> dict[str, Member]:
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError) as error:
         raise damaged(path, error) from error
     unpacked = sum(member.size for member in found.values() if member.is_packed)
-    if unpacked > _MOST_UNPACKED:
-        raise UserError(f"{path} would unpack to {unpacked / 1e9:.0f} GB: save it without packing")
+    if unpacked > max(_SMALL, _MOST_EXPANSION * len(data)):
+        raise UserError(
+            f"{path} of {len(data) / 1e6:.1f} MB would unpack to {unpacked / 1e6:,.0f} MB: save it "
+            "without packing"
+        )
     return found
 
 
