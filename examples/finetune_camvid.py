@@ -21,7 +21,6 @@ from flax import linen as nn
 
 from dense_jax.data.transforms import Transform, whole_images
 from dense_jax.tasks import import_weights, semantic
-from dense_jax.train import cli
 from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.state import TrainState
 from examples import mobilenet_deeplab
@@ -79,4 +78,4 @@ def main(config: Config) -> TrainState:
 
 
 if __name__ == "__main__":
-    cli.run(main, PRESETS, __doc__)
+    semantic.run(main, PRESETS, __doc__)

@@ -30,7 +30,6 @@ from dense_jax.losses import LossTerm
 from dense_jax.models.dilated import Context, ContextPad, Dilated, Pad, Pools, enlarge
 from dense_jax.ops.crf import CrfParams
 from dense_jax.tasks import prediction, semantic
-from dense_jax.train import cli
 from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.state import TrainState
@@ -377,4 +376,4 @@ def main(config: Config) -> TrainState:
 
 
 if __name__ == "__main__":
-    cli.run(main, PRESETS, __doc__)
+    semantic.run(main, PRESETS, __doc__)

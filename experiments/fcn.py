@@ -22,7 +22,6 @@ from dense_jax.data.transforms import RandomPixelKeep, RandomTranslate, Transfor
 from dense_jax.errors import UserError
 from dense_jax.models.fcn import FCN, FCNAlexNet
 from dense_jax.tasks import semantic
-from dense_jax.train import cli
 from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.state import TrainState
@@ -214,4 +213,4 @@ def main(config: Config) -> TrainState:
 
 
 if __name__ == "__main__":
-    cli.run(main, PRESETS, __doc__)
+    semantic.run(main, PRESETS, __doc__)

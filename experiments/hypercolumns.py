@@ -36,7 +36,6 @@ from dense_jax.models.hypercolumns import (
     TapScale,
 )
 from dense_jax.tasks import box_masks, prediction, semantic
-from dense_jax.train import cli
 from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.state import TrainState
@@ -242,4 +241,4 @@ def main(config: Config) -> TrainState:
 
 
 if __name__ == "__main__":
-    cli.run(main, PRESETS, __doc__)
+    semantic.run(main, PRESETS, __doc__)

@@ -32,7 +32,6 @@ from dense_jax.errors import UserError
 from dense_jax.infer.monte_carlo import MonteCarlo
 from dense_jax.models.segnet import CAMVID_WEIGHTS, Decoder, SegNet, SegNetBasic
 from dense_jax.tasks import prediction, semantic, uncertainty
-from dense_jax.train import cli
 from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.state import TrainState
@@ -264,4 +263,4 @@ def main(config: Config) -> TrainState:
 
 
 if __name__ == "__main__":
-    cli.run(main, PRESETS, __doc__)
+    semantic.run(main, PRESETS, __doc__)

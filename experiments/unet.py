@@ -35,7 +35,6 @@ from dense_jax.errors import UserError
 from dense_jax.infer.tiles import average_views, overlap_tile
 from dense_jax.models.unet import UNet, Up
 from dense_jax.tasks import cells, prediction, semantic
-from dense_jax.train import cli
 from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.state import TrainState
 from dense_jax.train.step import AXIS
@@ -289,4 +288,4 @@ def main(config: Config) -> TrainState:
 
 
 if __name__ == "__main__":
-    cli.run(main, PRESETS, __doc__)
+    semantic.run(main, PRESETS, __doc__)

@@ -5,8 +5,8 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,29 @@ from dense_jax.losses import LossTerm
 from dense_jax.tasks import import_weights
 from dense_jax.tasks.evaluation import Evaluator, ExtraScores, write_evaluation
 from dense_jax.tasks.prediction import ONE_PASS, PredictFn, Variables, crf_card, whole_image
+from dense_jax.train import cli
+from dense_jax.train.checkpoint import has_checkpoint
 from dense_jax.train.config import RunConfig
 from dense_jax.train.loop import fit
 from dense_jax.train.schedules import ParamGroup, build_optimizer
 from dense_jax.train.state import TrainState, load_matching, num_parameters
 from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard, train_step
 
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
 _STATISTICS_BATCHES = 500  # as DeconvNet's release takes
 _NUM_WARNINGS = 5  # lines of the label doctor shown before training
+
+
+def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], doc: str | None) -> None:
+    """Runs a script from the command line: `cli.run`, with images as weights of --init expect them.
+
+    Args:
+      main: see `cli.run`, as the other two.
+      presets: configurations by name.
+      doc: the script's docstring.
+    """
+    cli.run(main, presets, doc, adapt=_follow_weights)
 
 
 def load_dataset(config: RunConfig) -> Dataset:
@@ -186,7 +201,7 @@ def begin(
     )
     tx, shape = build_optimizer(config, groups), batches.example["images"].shape[1:]
     state = TrainState.init(model, tx, shape, seed=config.seed, ema=config.ema_decay > 0)
-    if config.init:
+    if config.init and not has_checkpoint(workdir):
         state = _initialise_from(config.init, state, tx, config.normalisation)
     print(f"{type(model).__name__}: {num_parameters(state.params):,} parameters; run in {workdir}")
     return workdir, batches, state
@@ -306,6 +321,24 @@ def posthoc_statistics(
         return replicate(state.replace(model_state={**state.model_state, "batch_stats": mean}))
 
     return refresh
+
+
+def _follow_weights(config: ConfigT) -> ConfigT:
+    """Lets images come as the weights of ``--init`` expect them, unless a flag says how."""
+    if not config.init or cli.is_given("--normalisation"):
+        return config
+    workdir = pathlib.Path(config.workdir or "")
+    if has_checkpoint(workdir):  # as it began
+        expected = runs.read_config(workdir)["config"].get("normalisation")
+    else:
+        expected = import_weights.normalisation_of(config.init)
+    if expected in (None, config.normalisation):
+        return config
+    with contextlib.suppress(UserError):  # flags of the script's own want it otherwise
+        config = dataclasses.replace(config, normalisation=expected)
+    if config.normalisation == expected:
+        print(f"init: --normalisation={expected}, as these weights expect images")
+    return config
 
 
 def _initialise_from(source: str, state: TrainState, tx: Any, normalisation: str) -> TrainState:

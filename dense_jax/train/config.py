@@ -49,6 +49,7 @@ class RunConfig:
     """The network sees images at this multiple of their size; scores are taken at full size."""
     normalisation: Literal[
         "torchvision",
+        "torchvision_vgg16_features",
         "caffe",
         "none",
         "grey",
@@ -58,9 +59,10 @@ class RunConfig:
         "dilation_kitti",
         "dilation_cityscapes",
     ] = "torchvision"
-    """What images are brought to: mean 0 and deviation 1, 0-255 minus the mean of ImageNet (caffe)
-    or of a dataset (dilation_*), or one grey channel of fixed scale (grey) or of mean 0 and
-    deviation 1 in each image (grey_image)."""
+    """What images are brought to: mean 0 and deviation 1, 0-255 minus the mean of ImageNet (caffe,
+    torchvision_vgg16_features) or of a dataset (dilation_*), or one grey channel of fixed scale
+    (grey) or of mean 0 and deviation 1 in each image (grey_image). Unless it is given, that of the
+    weights of --init."""
     num_workers: int = 0
     """Worker processes of the input pipeline; 0 uses threads of this process."""
     num_threads: int = 2
@@ -100,7 +102,7 @@ class RunConfig:
     init: str | None = None
     """Start from other weights: run:PATH, a run or what import-weights wrote; file:PATH, published
     weights; hub:OWNER/REPOSITORY, such weights of the Hugging Face Hub. Every parameter of equal
-    name and shape is copied, and the rest is named."""
+    name and shape is copied, and the rest is named. Images come as the weights expect them."""
     seed: int = 0
     """Seed of the parameters, the data order and dropout."""
 

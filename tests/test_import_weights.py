@@ -1,0 +1,200 @@
+"""Published weights into a folder, and from there or at once into a run."""
+
+import functools
+import json
+import pathlib
+import re
+import shutil
+import sys
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+from dense_jax import runs
+from dense_jax.data import dataset
+from dense_jax.errors import UserError
+from dense_jax.models import deeplabv3, resnet
+from dense_jax.tasks import import_weights, semantic
+from dense_jax.train import cli
+from dense_jax.train.state import TrainState
+from dense_jax.weights import hub, rules
+from experiments import fcn, segnet, unet
+from tests import contract
+
+
+def thin(name, num_classes=None, aux=False):
+    """In place of `import_weights.build`."""
+    shape = dict(depths=(1, 1, 1, 1), width=1 / 16)
+    if name.startswith("res"):
+        return resnet.ResNet(num_classes=num_classes or 5, **shape)
+    trunk = functools.partial(resnet.ResNet, depths=shape["depths"])
+    return deeplabv3.ResNetSegmenter(num_classes or 4, "fcn", trunk=trunk, aux=aux, width=1 / 16)
+
+
+@pytest.fixture
+def resnet_file(tmp_path, monkeypatch) -> tuple[pathlib.Path, Any]:
+    """A file of a thin ResNet under torchvision's names, and its variables."""
+    monkeypatch.setattr(import_weights, "build", thin)
+    variables = contract.random_variables(thin("resnet50"), (1, 32, 32, 3))
+    tensors: Any = rules.unload(variables, resnet.TORCHVISION.rules)
+    path = tmp_path / "resnet.npz"
+    np.savez(path, **tensors, **{"bn1.num_batches_tracked": 3})
+    return path, variables
+
+
+def start(template_model, source, normalisation="torchvision"):
+    shapes = import_weights.template_of(template_model)
+    zeros = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape), shapes)
+    params, tx = zeros.pop("params"), optax.sgd(0.1)
+    state = TrainState.create(
+        apply_fn=template_model.apply,
+        params=params,
+        tx=tx,
+        model_state=zeros,
+        ema_params=None,
+        seed=jax.numpy.uint32(0),
+    )
+    return semantic._initialise_from(source, state, tx, normalisation)
+
+
+def test_imported_weights_start_a_run(resnet_file, tmp_path, capsys):
+    path, variables = resnet_file
+    out = tmp_path / "out"
+    import_weights.run(model="resnet50", source=str(path), out=out)
+    said = capsys.readouterr().out
+    assert "permuted" in said
+    assert "--normalisation=torchvision" in said
+    record = json.loads((out / "weights.json").read_text())
+    assert (record["model"], record["normalisation"]) == ("resnet50", "torchvision")
+    state = start(thin("resnet50"), f"run:{out}")
+    chex.assert_trees_all_equal(state.params, variables["params"])
+    chex.assert_trees_all_equal(state.model_state["batch_stats"], variables["batch_stats"])
+    assert "warning" not in capsys.readouterr().out
+    start(thin("resnet50"), f"run:{out}", "caffe")
+    assert "expect --normalisation=torchvision, and this run has" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds weights already"):
+        import_weights.run(model="resnet50", source=str(path), out=out)
+
+
+def test_a_file_starts_a_run_whose_head_is_another(resnet_file, capsys):
+    path, variables = resnet_file
+    state = start(thin("fcn_resnet50"), f"file:{path}", "caffe")
+    said = capsys.readouterr().out
+    assert "torchvision's ResNet" in said
+    assert re.search("new here: .* classifier_0/kernel", said)
+    assert "expect --normalisation=torchvision" in said
+    ours, theirs = state.params["backbone"], variables["params"]
+    chex.assert_trees_all_equal(ours, {name: theirs[name] for name in ours})
+    ours = state.model_state["batch_stats"]["backbone"]
+    chex.assert_trees_all_equal(ours, {name: variables["batch_stats"][name] for name in ours})
+    with pytest.raises(UserError, match=r"resnet\.npz does not fit.*85 misfit: bn1\.running"):
+        start(thin("resnet50").clone(width=1 / 8), f"file:{path}")
+    for wrong in ("file:", "hub:", "x"):
+        with pytest.raises(UserError, match="give run:PATH"):
+            start(thin("resnet50"), wrong)
+
+
+def test_a_file_of_the_hub_is_taken_by_its_name(resnet_file, tmp_path, monkeypatch, capsys):
+    path, variables = resnet_file
+    monkeypatch.setattr(hub, "download", {"timm/resnet50": path}.__getitem__)
+    state = start(thin("resnet50"), "hub:timm/resnet50")
+    chex.assert_trees_all_equal(state.params, variables["params"])
+    import_weights.run(model="resnet50", source="hub:timm/resnet50", out=tmp_path / "out")
+    record = json.loads((tmp_path / "out/weights.json").read_text())
+    assert record["from"] == "hub:timm/resnet50"
+    assert "init: hub:timm/resnet50 (torchvision's" in capsys.readouterr().out
+
+
+def test_a_dry_run_writes_nothing(resnet_file, tmp_path, capsys):
+    path, _ = resnet_file
+    options: Any = dict(model="fcn_resnet50", source=str(path), out=tmp_path / "out", dry_run=True)
+    with pytest.raises(UserError, match=r"7 missing: .*2 unexpected: fc\.bias"):
+        import_weights.run(**options)
+    assert "missing" in capsys.readouterr().out  # the table, all the same
+    import_weights.run(**options, new_head=True)
+    assert not (tmp_path / "out").exists()
+    import_weights.run(
+        model="resnet50", source=str(path), dry_run=True, num_classes=9, new_head=True
+    )
+    assert "(5, 128) does not make (128, 9)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--out"):
+        import_weights.run(model="resnet50", source=str(path))
+
+
+def test_nothing_is_overwritten_or_taken_for_what_it_is_not(resnet_file, tmp_path):
+    path, _ = resnet_file
+    options: Any = dict(model="resnet50", source=str(path), out=tmp_path / "out")
+    for wrong, match in (
+        (dict(ignore=("bn1.*", "nothing.*")), r"--ignore=nothing\.\*: .* has no tensor"),
+        (dict(model="vgg16", num_classes=5), "vgg16 has no classes"),
+    ):
+        with pytest.raises(UserError, match=match):
+            import_weights.run(**options | wrong)
+    own = tmp_path / "own/weights.npz"
+    own.parent.mkdir()
+    path.rename(own)
+    with pytest.raises(UserError, match="holds weights already"):
+        import_weights.run(model="resnet50", source=str(own), out=own.parent)
+    tensors = dict(np.load(own))
+    tensors["conv1.weight"][0, 0, 0, 0] = np.nan
+    np.savez(own, **tensors)
+    with pytest.raises(UserError, match=r"own/weights\.npz: conv1\.weight holds NaN"):
+        import_weights.run(model="resnet50", source=str(own), dry_run=True)
+
+
+def test_a_word_in_front_of_all_names_is_taken_off(resnet_file, tmp_path, capsys):
+    path, variables = resnet_file
+    np.savez(tmp_path / "x.npz", **{f"model.{name}": x for name, x in np.load(path).items()})
+    import_weights.run(model="resnet50", source=f"file:{tmp_path / 'x.npz'}", dry_run=True)
+    assert "x.npz: prefix: model." in capsys.readouterr().out
+    state = start(thin("resnet50"), f"file:{tmp_path / 'x.npz'}")
+    chex.assert_trees_all_equal(state.params, variables["params"])
+
+
+@pytest.fixture
+def configurations(monkeypatch):
+    """Returns what the main function of a script would get from a command line."""
+    monkeypatch.setattr(cli, "set_up_jax", lambda: None)
+    monkeypatch.setattr(cli, "_quieten_savers", lambda: None)
+
+    def parse(script, *flags):
+        found = []
+        monkeypatch.setattr(sys, "argv", ["script", "smoke", *flags])
+        semantic.run(found.append, script.PRESETS, "")
+        return found[0]
+
+    return parse
+
+
+def test_images_come_as_the_weights_expect_them(resnet_file, tmp_path, configurations, capsys):
+    path, variables = resnet_file
+    folder, workdir = tmp_path / "w", tmp_path / "run"
+    import_weights.save(folder, variables, {"normalisation": "caffe"})
+    init = f"--init=run:{folder}"
+    config = configurations(fcn, init, f"--workdir={workdir}")
+    assert config.normalisation == "caffe"
+    assert "init: --normalisation=caffe, as these weights expect" in capsys.readouterr().out
+    assert configurations(fcn, init, "--normalisation=none").normalisation == "none"
+    assert configurations(fcn, init, "--normalisation", "none").normalisation == "none"
+    assert configurations(fcn).normalisation == "torchvision"
+    file = f"--init=file:{path}"
+    assert configurations(unet, file).normalisation == "torchvision"
+    # SegNet brings images to a common contrast by itself.
+    assert configurations(segnet, init, "--input-norm=lrn").normalisation == "none"
+    assert configurations(segnet, init, "--input-norm=meanstd").normalisation == "caffe"
+    # A run goes on as it began, when the weights have gone too.
+    runs.prepare(config, dataset.load("shapes", size=(8, 8), num_train=2, num_val=2, num_test=1))
+    (workdir / "checkpoints/1").mkdir(parents=True)
+    shutil.rmtree(folder)
+    again = configurations(fcn, init, f"--workdir={workdir}")
+    assert again == config
+
+
+def test_a_file_of_other_names_is_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.ones(3))
+    with pytest.raises(UserError, match=r"x\.npz has tensors of no known names \(a, "):
+        start(thin("resnet50"), f"file:{tmp_path / 'x.npz'}")
