@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from dense_jax.errors import UserError
-from dense_jax.weights.tensors import Lazy, damaged, map_file, view
+from dense_jax.weights.tensors import Lazy, damaged, map_file, most_unpacked, view
 
 try:
     import h5py
@@ -44,7 +44,6 @@ _FILTERS = {
     h5py.h5z.FILTER_LZF,
 }
 _HEAP, _HEAP_HEADER = b"GCOL\1\0\0\0", 16
-_MOST_EXPANSION = 64  # of compressed numbers; more is a few bytes that ask for all memory
 
 
 def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
@@ -216,7 +215,7 @@ def _check(data: h5py.Dataset, size: int) -> None:
     if not filters <= _FILTERS:
         raise ValueError(f"{data.name} is compressed by a filter that is not known here")
     stored = data.id.get_storage_size()
-    most = _MOST_EXPANSION * stored if data.chunks else stored
+    most = most_unpacked(stored) if stored and data.chunks else stored
     values = max(math.prod(data.shape), math.prod(data.chunks or ()))
     needed = values * data.id.get_type().get_size()
     if stored > size or needed > most:

@@ -19,7 +19,8 @@ _LONGEST_REASON = 200
 _LONGEST_VALUE = 1000
 _MOST_AXES = 32
 _LARGEST = 2**48  # of any size, in values or bytes: far above files, far below int64
-
+# Packed weights unpack to this many times their bytes; only a few zeros unpack to more.
+_MOST_EXPANSION, _FEW = 64, 2**24
 
 # Keys under which readers say what they did; a file may not say it for them.
 REMARKS = ("container", "prefix", "left out")
@@ -79,6 +80,11 @@ def damaged(path: pathlib.Path, reason: object) -> UserError:
     """Returns the error for a file that does not hold what its format promises."""
     line = " ".join(str(reason).split())[:_LONGEST_REASON]
     return UserError(f"{path} is damaged ({line}): download or save it again")
+
+
+def most_unpacked(packed: int) -> int:
+    """Returns the most bytes that so many packed ones may become."""
+    return max(_FEW, _MOST_EXPANSION * packed)
 
 
 def map_file(path: pathlib.Path) -> mmap.mmap:

@@ -11,13 +11,11 @@ import zlib
 from typing import NamedTuple
 
 from dense_jax.errors import UserError
-from dense_jax.weights.tensors import damaged
+from dense_jax.weights.tensors import damaged, most_unpacked
 
 _LOCAL = struct.Struct("<4s22xHH")  # signature, ..., lengths of name and extra field
 _SIGNATURE = b"PK\x03\x04"
 _ENCRYPTED = 1
-# Packed members unpack to this many times the file: far more than weights do, and no bomb.
-_MOST_EXPANSION, _SMALL = 64, 2**24
 _PIECE = 2**18
 
 
@@ -91,7 +89,7 @@ def members(path: pathlib.Path, data: mmap.mmap) -> dict[str, Member]:
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError) as error:
         raise damaged(path, error) from error
     unpacked = sum(member.size for member in found.values() if member.is_packed)
-    if unpacked > max(_SMALL, _MOST_EXPANSION * len(data)):
+    if unpacked > most_unpacked(len(data)):
         raise UserError(
             f"{path} of {len(data) / 1e6:.1f} MB would unpack to {unpacked / 1e6:,.0f} MB: save it "
             "without packing"
