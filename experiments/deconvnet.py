@@ -385,4 +385,4 @@ def main(config: Config) -> TrainState:
 
 
 if __name__ == "__main__":
-    semantic.run(main, PRESETS, __doc__)
+    semantic.run(main, PRESETS, __doc__, stages)

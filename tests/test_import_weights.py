@@ -1,9 +1,11 @@
 """Published weights into a folder, and from there or at once into a run."""
 
+import dataclasses
 import functools
 import json
 import pathlib
 import re
+import runpy
 import shutil
 import sys
 from typing import Any
@@ -22,7 +24,7 @@ from dense_jax.tasks import import_weights, semantic
 from dense_jax.train import cli
 from dense_jax.train.state import TrainState
 from dense_jax.weights import hub, rules
-from experiments import fcn, segnet, unet
+from experiments import deconvnet, dilated, fcn, segnet, unet
 from tests import contract
 
 
@@ -160,12 +162,13 @@ def configurations(monkeypatch):
     """Returns what the main function of a script would get from a command line."""
     monkeypatch.setattr(cli, "set_up_jax", lambda: None)
     monkeypatch.setattr(cli, "_quieten_savers", lambda: None)
+    run, found = cli.run, []
+    monkeypatch.setattr(cli, "run", lambda main, *rest, **more: run(found.append, *rest, **more))
 
     def parse(script, *flags):
-        found = []
         monkeypatch.setattr(sys, "argv", ["script", "smoke", *flags])
-        semantic.run(found.append, script.PRESETS, "")
-        return found[0]
+        runpy.run_path(script.__file__, run_name="__main__")
+        return found.pop()
 
     return parse
 
@@ -191,7 +194,60 @@ def test_images_come_as_the_weights_expect_them(resnet_file, tmp_path, configura
     (workdir / "checkpoints/1").mkdir(parents=True)
     shutil.rmtree(folder)
     again = configurations(fcn, init, f"--workdir={workdir}")
-    assert again == config
+    assert again.to_json() == config.to_json()
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "first"),
+    [
+        (fcn, ["--train=staged", "--stride=16"], "fcn32s"),
+        (dilated, ["--first.train-mode=front", "--train-mode=context"], "front"),
+        (deconvnet, ["--stages=stage2_only"], "."),
+    ],
+)
+def test_stages_go_on_as_the_first_began(script, flags, first, tmp_path, configurations):
+    (tmp_path / first / "checkpoints/1").mkdir(parents=True)
+    import_weights.save(tmp_path / "w", {"a": np.zeros(1)}, {"normalisation": "none"})
+    flags = [f"--init=run:{tmp_path / 'w'}", f"--workdir={tmp_path}", *flags]
+    config = configurations(script, *flags, "--normalisation=caffe")
+    data = dataset.load("shapes", size=(8, 8), num_train=2, num_val=2, num_test=1)
+    runs.prepare(dataclasses.replace(config, workdir=str(tmp_path / first)), data)
+    shutil.rmtree(tmp_path / "w")
+    assert configurations(script, *flags).normalisation == "caffe"
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["", "[]", '{"normalisation": ["x"]}', '{"normalisation": "new"}', '{"needs": 3}'],
+)
+@pytest.mark.parametrize("name", ["weights.json", "config.json"])
+def test_a_damaged_record_is_told(name, record, tmp_path):
+    import_weights.save(tmp_path, {"a": np.zeros(1)}, {})
+    if name == "config.json":
+        (tmp_path / "weights.json").unlink()
+        if record.startswith("{"):
+            record = f'{{"config": {record}, "script": "", "classes": {{}}, "fingerprint": ""}}'
+    (tmp_path / name).write_text(record)
+    with pytest.raises(UserError, match=name):
+        import_weights.normalisation_of(f"run:{tmp_path}")
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs a disk that is full")
+@pytest.mark.parametrize("full", ["weights.npz", "weights.json"])
+def test_of_weights_that_do_not_fit_on_the_disk_nothing_is_left(full, tmp_path):
+    (tmp_path / f"{full}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        import_weights.save(tmp_path, {"a": np.zeros(1)}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path):
+    config = dataclasses.replace(
+        fcn.PRESETS["smoke"], init="run:nowhere", workdir=str(tmp_path / "run")
+    )
+    with pytest.raises(UserError, match="nowhere"):
+        fcn.main(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_file_of_other_names_is_refused(tmp_path):

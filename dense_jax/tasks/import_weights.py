@@ -20,6 +20,7 @@ import tyro
 from flax import traverse_util
 
 from dense_jax import runs
+from dense_jax.data.transforms import NORMALISATIONS
 from dense_jax.errors import UserError, printable
 from dense_jax.models import (
     deconvnet,
@@ -227,9 +228,12 @@ def save(out: pathlib.Path, variables: Any, record: dict[str, Any]) -> None:
     """
     runs.make_folder(out)
     leaves: Any = traverse_util.flatten_dict(variables, sep="/")
-    with runs.replacing(out / WEIGHTS) as stream:
-        np.savez(stream, **leaves)  # goes through views piece by piece, without copies of them
-    runs.write_json(out / RECORD, record | runs.provenance())
+    told = json.dumps(record | runs.provenance(), indent=2)
+    with runs.replacing(out / WEIGHTS) as weights, runs.replacing(out / RECORD) as text:
+        np.savez(weights, **leaves)  # goes through views piece by piece, without copies of them
+        text.write(f"{told}\n".encode())
+        for stream in (weights, text):  # a full disk is to show before either has its name
+            stream.flush()
 
 
 def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
@@ -253,9 +257,9 @@ def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
         else:
             variables, step = read_variables(path)
             print(f"init: {path} at step {step}")
-        known = _known_of(folder)
-        _tell_needs(known.get("needs"))
-        return variables, known.get("normalisation")
+        normalisation, needs = _expectations_of(folder)
+        _tell_needs(needs)
+        return variables, normalisation
     if kind in ("file", "hub") and path:
         tensors = _read_published(_on_disk(source)).tensors
         release = rules.choose(RELEASES, template, tensors, source)
@@ -285,7 +289,7 @@ def normalisation_of(source: str) -> str | None:
     """
     kind, _, path = source.partition(":")
     if kind == "run" and path:
-        return _known_of(pathlib.Path(path)).get("normalisation")
+        return _expectations_of(pathlib.Path(path))[0]
     if kind in ("file", "hub") and path:
         tensors = _read_published(_on_disk(source)).tensors
         return rules.choose(RELEASES, None, tensors, source).normalisation
@@ -315,15 +319,36 @@ def _on_disk(source: str) -> pathlib.Path:
     return pathlib.Path(source.removeprefix("file:"))
 
 
-def _known_of(folder: pathlib.Path) -> dict[str, Any]:
-    """What a folder tells of the weights in it: of imported ones the record, else the flags."""
-    for name in (RECORD, "config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # not there, or damaged
-            record = json.loads((folder / name).read_text())
-            return record.get("config", record)
-    return {}
+def _expectations_of(folder: pathlib.Path) -> tuple[str | None, str]:
+    """Returns the normalisation that a folder's weights expect, if known, and what else they need.
+
+    Raises:
+      UserError: the record of imported weights, or the configuration of a run, is damaged.
+    """
+    path = folder / RECORD
+    if path.exists():
+        record = _read_record(path)
+    elif (path := folder / "config.json").exists():
+        record = runs.read_config(folder)["config"]
+    else:
+        record = {}
+    normalisation, needs = record.get("normalisation"), record.get("needs", "")
+    if normalisation not in (None, *NORMALISATIONS) or not isinstance(needs, str):
+        raise UserError(
+            f"{path} tells of a normalisation that is not known here ({normalisation!r}), or is "
+            "damaged: use the version that wrote it, or import the weights again"
+        )
+    return normalisation, needs
 
 
-def _tell_needs(needs: str | None) -> None:
+def _read_record(path: pathlib.Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads(path.read_text())
+        if isinstance(record, dict):
+            return record
+    raise UserError(f"{path} is damaged: import the weights again")
+
+
+def _tell_needs(needs: str) -> None:
     if needs:
         print(f"init: to compute what it did, the network needs {needs}")

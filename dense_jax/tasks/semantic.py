@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -37,15 +37,28 @@ _STATISTICS_BATCHES = 500  # as DeconvNet's release takes
 _NUM_WARNINGS = 5  # lines of the label doctor shown before training
 
 
-def run(main: Callable[[ConfigT], object], presets: Mapping[str, ConfigT], doc: str | None) -> None:
+def run(
+    main: Callable[[ConfigT], object],
+    presets: Mapping[str, ConfigT],
+    doc: str | None,
+    stages: Callable[[ConfigT], Iterator[ConfigT]] | None = None,
+) -> None:
     """Runs a script from the command line: `cli.run`, with images as weights of --init expect them.
 
     Args:
-      main: see `cli.run`, as the other two.
+      main: see `cli.run`, as the next two.
       presets: configurations by name.
       doc: the script's docstring.
+      stages: what a configuration trains one after another, where that may be several runs.
     """
-    cli.run(main, presets, doc, adapt=_follow_weights)
+
+    def follow_weights(config: ConfigT) -> ConfigT:
+        if not config.init or cli.is_given("--normalisation"):
+            return config
+        first = next(stages(config)) if stages else config
+        return _follow_weights(config, pathlib.Path(first.workdir or ""))
+
+    cli.run(main, presets, doc, adapt=follow_weights)
 
 
 def load_dataset(config: RunConfig) -> Dataset:
@@ -190,7 +203,6 @@ def begin(
         )
     source = dataset.split("train")
     dataset.split("val")  # asked for now, and not after hours of training
-    workdir = runs.prepare(config, dataset)
     batches = pipeline.train_batches(
         source,
         transforms,
@@ -201,8 +213,9 @@ def begin(
     )
     tx, shape = build_optimizer(config, groups), batches.example["images"].shape[1:]
     state = TrainState.init(model, tx, shape, seed=config.seed, ema=config.ema_decay > 0)
-    if config.init and not has_checkpoint(workdir):
+    if config.init and not has_checkpoint(pathlib.Path(config.workdir or "")):
         state = _initialise_from(config.init, state, tx, config.normalisation)
+    workdir = runs.prepare(config, dataset)  # now that nothing else can be wrong
     print(f"{type(model).__name__}: {num_parameters(state.params):,} parameters; run in {workdir}")
     return workdir, batches, state
 
@@ -323,15 +336,12 @@ def posthoc_statistics(
     return refresh
 
 
-def _follow_weights(config: ConfigT) -> ConfigT:
-    """Lets images come as the weights of ``--init`` expect them, unless a flag says how."""
-    if not config.init or cli.is_given("--normalisation"):
-        return config
-    workdir = pathlib.Path(config.workdir or "")
-    if has_checkpoint(workdir):  # as it began
+def _follow_weights(config: ConfigT, workdir: pathlib.Path) -> ConfigT:
+    """Lets images come as the weights of ``--init`` expect them, or as a run in `workdir` began."""
+    if has_checkpoint(workdir):
         expected = runs.read_config(workdir)["config"].get("normalisation")
     else:
-        expected = import_weights.normalisation_of(config.init)
+        expected = import_weights.normalisation_of(config.init or "")
     if expected in (None, config.normalisation):
         return config
     with contextlib.suppress(UserError):  # flags of the script's own want it otherwise

@@ -34,7 +34,7 @@ def run(
       adapt: changes what the flags leave open; see `is_given`.
     """
     doc = doc or ""
-    with exit_on_user_error():
+    with exit_on_user_error("interrupted; the same command goes on from the last checkpoint"):
         config = tyro.extras.overridable_config_cli(
             {name: (_first_line(preset), preset) for name, preset in presets.items()},
             description=doc,
@@ -70,7 +70,13 @@ class exit_on_user_error:  # noqa: N801  (used like a function)
 
     A disk that is full or read-only is a user's matter too, wherever it is noticed, and so is
     memory that does not suffice.
+
+    Args:
+      interrupted: what to say of a program that is interrupted.
     """
+
+    def __init__(self, interrupted: str = "interrupted"):
+        self.interrupted = interrupted
 
     def __enter__(self) -> None:
         pass
@@ -89,7 +95,7 @@ class exit_on_user_error:  # noqa: N801  (used like a function)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         if isinstance(error, KeyboardInterrupt):
-            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            print(self.interrupted, file=sys.stderr)
             sys.exit(130)
 
 
