@@ -14,20 +14,21 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import tyro
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+from dense_jax import runs
 from dense_jax.errors import UserError
 from dense_jax.tasks import import_weights
-from dense_jax.tasks.import_weights import ModelName
+from dense_jax.train import cli
 from dense_jax.weights import rules
 
 # torchvision's networks that are here as a whole, and segnet, whose encoder takes vgg16_bn.
-_MODELS: tuple[ModelName, ...] = (
+Name = Literal[
     "vgg16",
     "segnet",
     "resnet50",
@@ -38,7 +39,7 @@ _MODELS: tuple[ModelName, ...] = (
     "fcn_resnet101",
     "deeplabv3_resnet50",
     "deeplabv3_resnet101",
-)
+]
 _CLASSIFIER = {0: (4096, 25088), 3: (4096, 4096), 6: (1000, 4096)}  # of torchvision's VGGs
 _IMPORT = """
 import json, pathlib, re, sys, time
@@ -52,7 +53,7 @@ print(json.dumps([time.perf_counter() - start, peak() - before]))
 """
 
 
-def published(name: ModelName) -> dict[str, np.ndarray]:
+def published(name: Name) -> dict[str, np.ndarray]:
     """Returns arrays of the names and shapes that torchvision's file for a network has."""
     of_pixels = name.startswith(("fcn", "deeplab"))
     template: Any = import_weights.template_of(import_weights.build(name, aux=of_pixels))
@@ -78,13 +79,15 @@ def _known(leaves: dict[str, Any], release: rules.Release) -> dict[str, np.ndarr
     return tensors
 
 
-def main(models: tuple[ModelName, ...] = _MODELS, scratch: pathlib.Path | None = None) -> None:
+def main(models: tuple[Name, ...] = get_args(Name), scratch: pathlib.Path | None = None) -> None:
     """Prints a row for each network.
 
     Args:
-      models: names as import-weights knows them; segnet takes vgg16_bn.
+      models: which networks; segnet takes vgg16_bn.
       scratch: a folder for the files, which are removed afterwards; by default the system's.
     """
+    if scratch is not None:
+        runs.make_folder(scratch)
     print("| network | tensors | file, MB | seconds | memory, MB | memory / file |")
     print("|---|---|---|---|---|---|")
     for name in models:
@@ -103,4 +106,5 @@ def main(models: tuple[ModelName, ...] = _MODELS, scratch: pathlib.Path | None =
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with cli.exit_on_user_error():
+        tyro.cli(main, prog="python -m benchmarks.import_weights")

@@ -135,4 +135,4 @@ def _read(path: pathlib.Path) -> np.ndarray:
 
 if __name__ == "__main__":
     with cli.exit_on_user_error():
-        tyro.cli(main)
+        tyro.cli(main, prog="python -m examples.pancreatic_unet")

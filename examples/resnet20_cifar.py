@@ -170,4 +170,4 @@ def main(weights: pathlib.Path, data_dir: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     with cli.exit_on_user_error():
-        tyro.cli(main)
+        tyro.cli(main, prog="python -m examples.resnet20_cifar")

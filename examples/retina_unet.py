@@ -108,4 +108,4 @@ def main(weights: pathlib.Path, reference: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     with cli.exit_on_user_error():
-        tyro.cli(main)
+        tyro.cli(main, prog="python -m examples.retina_unet")

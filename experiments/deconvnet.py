@@ -22,7 +22,7 @@ Differences: (1) Windows that leave the image are filled with the mean colour; t
 them with black. (2) Rare classes are repeated up to the median class; the paper does not say how
 often. (3) The learning rate multiplies the momentum and not, as in Caffe, the gradient. (4) Scores
 lie exactly in their boxes; the released script cuts them out one pixel early. (5) The paper presets
-need ImageNet weights to reach the paper's scores; --init takes another run.
+need ImageNet weights to reach the paper's scores; --init takes those.
 """
 
 import dataclasses

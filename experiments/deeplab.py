@@ -13,7 +13,7 @@ Differences: (1) The learning rate multiplies the momentum and not, as in Caffe,
 Poly falls at every step; some ports let it fall every ten. (3) Crops and scales are of 8 m + 1
 pixels and resized corner to corner everywhere, so that all units sit on pixels. (4) The paper
 presets need weights from ImageNet, and COCO for ResNet-101 (about 2 points), to reach the paper's
-scores; --init takes another run, such as one on COCO.
+scores; --init takes those, or another run, such as one on COCO.
 """
 
 import dataclasses

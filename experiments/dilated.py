@@ -7,7 +7,7 @@
 Results: docs/results.md has every run with its command, device and the paper's figure.
 
 Differences: (1) The paper presets need ImageNet weights to reach the paper's scores; --init takes
-another run. Its images from COCO are not among our datasets. (2) The release runs the context
+those. Its images from COCO are not among our datasets. (2) The release runs the context
 module and softmax in each tile and joins probabilities; here the tiles' scores are joined first, so
 that the result does not depend on the tile. (3) The context module is trained on the frozen front
 end, without dropout, and not on maps kept on disk. (4) Steps of the context stage on VOC and of

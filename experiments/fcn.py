@@ -9,7 +9,7 @@ Results: docs/results.md has every run with its command, device and the paper's 
 Differences: (1) The upsampling layers hold one filter per class; the release stores a dense
 kernel that is zero between classes. Same function, same gradients. (2) The learning rate
 multiplies the momentum and not, as in Caffe, the gradient; equal at the constant rates used here.
-(3) The paper presets need ImageNet weights to reach the paper's scores; --init takes another run.
+(3) The paper presets need ImageNet weights to reach the paper's scores; --init takes those.
 """
 
 import dataclasses

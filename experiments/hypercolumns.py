@@ -15,7 +15,7 @@ the data, connected parts of a class are its objects. (2) fc7 of a box is comput
 crop; the release rounds boxes to whole units. (3) Images are drawn uniformly; the release draws a
 category first. (4) Masks are thresholded per pixel, not per superpixel. (5) The learning rate
 multiplies the momentum and not, as in Caffe, the gradient; equal at the constant rates used here.
-(6) The paper presets need ImageNet or Fast R-CNN weights; --init takes another run.
+(6) The paper presets need ImageNet or Fast R-CNN weights; --init takes ImageNet's.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ with its command, device and the paper's figure.
 
 Differences: (1) Images are RGB, the release's BGR. (2) The learning rate multiplies the momentum
 and not, as in Caffe, the gradient; equal at the constant rates used here. (3) Encoders start from
-He's initialisation, the paper's full net from VGG-16's ImageNet weights; --init takes another run.
+He's initialisation, the paper's full net from VGG-16's ImageNet weights; --init takes those.
 (4) Table 2 trains on 3,433 road images of several collections, which are not distributed
 together: give your own with --dataset=folder. (5) The best checkpoint is that of the highest mean
 IoU, the paper's that of the highest pixel accuracy. (6) The FCN decoders start as interpolation;

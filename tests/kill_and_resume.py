@@ -82,4 +82,4 @@ def main(kills: int = 10, num_steps: int = 400, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog="python -m tests.kill_and_resume")

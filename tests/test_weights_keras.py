@@ -165,9 +165,12 @@ def test_zeros_are_no_bomb(path):
     write(path, {"a": {}})
     with h5py.File(path, "a") as file:  # a bias that has not been trained
         file["a"].create_dataset("bias", data=np.zeros(4096), chunks=(4096,), compression="gzip")
-        file["a"].attrs["weight_names"] = [b"bias"]
+        file["a"].create_dataset("none", data=np.zeros((0, 3)))
+        file["a"].attrs["weight_names"] = [b"bias", b"none"]
         assert file["a/bias"].id.get_storage_size() < 4096 * 8 / 64
-    np.testing.assert_array_equal(keras_file.read_tensors(path)[0]["a.bias"], np.zeros(4096))
+    tensors, _ = keras_file.read_tensors(path)
+    np.testing.assert_array_equal(tensors["a.bias"], np.zeros(4096))
+    assert tensors["a.none"].shape == (0, 3)
 
 
 def test_only_what_is_asked_for_is_read(path):

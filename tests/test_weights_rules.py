@@ -358,11 +358,6 @@ def test_the_release_that_knows_a_file_best_is_chosen():
         chosen("d")
 
 
-def test_a_name_that_would_garble_the_table_is_refused():
-    with pytest.raises(UserError, match=r"named 'a\\nb'"):
-        rules.outline({"a\nb": np.zeros(3)})
-
-
 def test_a_field_met_twice_is_one_number():
     rule = Rule("conv_{n}.conv_{n}_W", "params/conv{n}/kernel")
     template = {"params": {"conv3": {"kernel": np.zeros(2, np.float32)}}}

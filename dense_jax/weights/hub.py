@@ -28,9 +28,11 @@ def download(name: str) -> pathlib.Path:
         raise UserError(f"hub:{name}: give hub:OWNER/REPOSITORY[@REVISION][:FILE]")
     try:
         import huggingface_hub
+        from huggingface_hub.utils import logging
     except ImportError as error:
         raise UserError(f"hub:{name} needs: pip install 'dense_jax[hub]'") from error
     repo, revision, file = found.group("repo", "revision", "file")
+    logging.set_verbosity_error()  # what fails is told once, below
     try:
         path = huggingface_hub.hf_hub_download(repo, file or _FILE, revision=revision)
     except Exception as error:  # theirs and those of the network have nothing else in common

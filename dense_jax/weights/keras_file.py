@@ -71,10 +71,10 @@ def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str
             _check_heaps(mapped)
             is_model = file.get(_MODEL_WEIGHTS, getlink=True) is not None
             top = _member(file, _MODEL_WEIGHTS) if is_model else file
-            layers = list(_layers(top, size))
+            layers, root = list(_layers(top, size)), top.name.rstrip("/")
             makers = {}
             for layer, weight in [(layer, weight) for layer, all_ in layers for weight in all_]:
-                name, place = _tensor_name(layer, weight), f"{top.name}/{layer}/{weight}"
+                name, place = _tensor_name(layer, weight), f"{root}/{layer}/{weight}"
                 if name in makers:
                     raise ValueError(f"two arrays are named {name!r}")
                 data = _member(file, place)
@@ -216,7 +216,7 @@ def _check(data: h5py.Dataset, size: int) -> None:
         raise ValueError(f"{data.name} is compressed by a filter that is not known here")
     stored = data.id.get_storage_size()
     most = most_unpacked(stored) if stored and data.chunks else stored
-    values = max(math.prod(data.shape), math.prod(data.chunks or ()))
+    values = max(math.prod(data.shape), math.prod(data.chunks or (0,)))
     needed = values * data.id.get_type().get_size()
     if stored > size or needed > most:
         raise ValueError(f"{data.name} of {needed} bytes, of which the file holds {stored}")

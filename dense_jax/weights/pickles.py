@@ -18,13 +18,19 @@ from typing import IO, Any, NamedTuple, cast
 _LONGEST_LINE = 4096
 _LONGEST_TEXT = 2**24  # bytes of one text or number
 _MOST_STEPS = 2**22
+_LONGEST_KEY = 32  # of plain values
 
+_KEYS = (str, int, float, bool, type(None))
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _VALUES = re.compile(r"(SHORT_)?(BIN)?(INT|LONG|FLOAT|STRING|UNICODE|BYTES)[1248]?")
 
 
 class RefusedError(ValueError):
     """A name that the pickle asks for and that is not admitted; the text is the name."""
+
+
+class UnsupportedError(ValueError):
+    """Sound files may have it, and it is not read here; the text says what, and what to do."""
 
 
 class Name(NamedTuple):
@@ -81,21 +87,23 @@ def follow(
 
     Raises:
       RefusedError: a name is not admitted.
+      UnsupportedError: a sound pickle may be like this.
       ValueError, TypeError, IndexError, KeyError: the pickle is damaged.
     """
     machine = _Machine(admitted, persistent)
     file = cast(IO[bytes], stream)  # two of a file's functions are enough
     for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if step == _MOST_STEPS:
-            raise ValueError(f"a pickle of over {_MOST_STEPS} steps")
+            raise UnsupportedError(f"over {_MOST_STEPS} plain values: save the arrays alone")
         machine.step(opcode.name, argument)
     return machine.stack.pop()
 
 
-def put(target: dict[str | int, Any], key: Any, value: Any) -> None:
-    """Sets an item; keys are texts or whole numbers, as hashing others may never end."""
-    if type(key) not in (str, int):
-        raise ValueError(f"a key that is a {type(key).__name__}")
+def put(target: dict[Any, Any], key: Any, value: Any) -> None:
+    """Sets an item; keys are plain values or a few in a tuple: hashing others may never end."""
+    parts = key if type(key) is tuple else (key,)
+    if len(parts) > _LONGEST_KEY or any(type(part) not in _KEYS for part in parts):
+        raise UnsupportedError("a key that is no plain value: save the arrays alone")
     target[key] = value
 
 

@@ -142,13 +142,7 @@ def outline(tensors: Mapping[str, Any], rules: Sequence[Rule] = ()) -> dict[str,
 
     For `match`: some files have to read a tensor each time its shape is asked for.
     What `match` would compare by its values stays as it is, if it gets the same rules.
-
-    Raises:
-      UserError: a name holds line breaks or other signs that would garble what is printed of it.
     """
-    for name in tensors:
-        if not name.isprintable():
-            raise UserError(f"the file has a tensor named {name!r:.80}: give another file")
     find = _finder([rule for rule in rules if rule.constant or "diagonal" in rule.layout])
 
     def outlined(name: str) -> np.ndarray:
@@ -433,8 +427,8 @@ def _check_values(values: np.ndarray, path: str, row: Row) -> None:
         fault = "a variance below 0"
     if fault:
         raise UserError(
-            f"{path}: {row.source} holds {fault}: give another file, or, if it stands on the "
-            f"trunk, --ignore={row.source} to leave it out"
+            f"{path}: {row.source} holds {fault}: give another file, or, if it is of the head, "
+            f"import-weights --new-head --ignore={row.source}"
         )
 
 

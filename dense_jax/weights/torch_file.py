@@ -25,7 +25,15 @@ import numpy as np
 from dense_jax.errors import UserError
 from dense_jax.weights import zips
 from dense_jax.weights.numpy_pickles import NUMPY, NumpyArray
-from dense_jax.weights.pickles import Built, Name, RefusedError, Stream, follow, put
+from dense_jax.weights.pickles import (
+    Built,
+    Name,
+    RefusedError,
+    Stream,
+    UnsupportedError,
+    follow,
+    put,
+)
 from dense_jax.weights.tensors import damaged, map_file, said, view
 
 _PICKLE = "data.pkl"
@@ -38,6 +46,8 @@ _CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "net")
 _MOST_NAMED = 10
 # What a hostile file may cost: containers in containers, all they hold, letters of a name.
 _DEEPEST, _MOST_ENTRIES, _LONGEST_NAME = 32, 2**18, 1000
+
+_BIG_ENDIAN = "numbers whose highest byte comes first: load and save it on another machine"
 
 _PLAIN = (str, int, float, bool)
 
@@ -93,12 +103,18 @@ class _Parameter(Built):
         self.content = state[0]
 
 
+_CONTAINER_TYPES = (dict, list, tuple)
+_KINDS = (*_CONTAINER_TYPES, _Tensor, _Parameter, NumpyArray)  # all that is no plain value
+
+
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
     """Stands for `_rebuild_tensor` and `_rebuild_tensor_v2`."""
     if type(storage) is not _Storage or type(shape) is not tuple or type(strides) is not tuple:
         raise ValueError("a tensor without a storage, a shape or strides")
     if len(rest) > 2 and rest[2]:
-        raise ValueError("a tensor that is a conjugate or has other marks")
+        raise UnsupportedError(
+            "a conjugate or negative view: save its resolve_conj().resolve_neg()"
+        )
     return _Tensor(storage, offset, shape, strides)
 
 
@@ -107,12 +123,15 @@ def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-def _ordered_dict(items: Any = ()) -> dict[str | int, Any]:
-    made: dict[str | int, Any] = {}
+def _ordered_dict(items: Any = ()) -> dict[Any, Any]:
+    made: dict[Any, Any] = {}
     for key, value in items:
         put(made, key, value)
     return made
 
+
+_BUILTINS = "builtins", "__builtin__"  # of Python 2, as which protocol 2 writes it
+_FACTORIES = "bool", "dict", "float", "int", "list", "str"  # of entries that a defaultdict lacks
 
 _ADMITTED: dict[str, Callable[..., Any] | None] = {
     **NUMPY,
@@ -120,7 +139,11 @@ _ADMITTED: dict[str, Callable[..., Any] | None] = {
     **dict.fromkeys(f"torch.{name}" for name in (*FLOATS, *INTEGERS)),
     "collections.OrderedDict": _ordered_dict,
     "collections.Counter": _first,  # in the state of schedules
+    "collections.defaultdict": lambda *_: {},
+    **{f"{builtins}.{kind}": None for builtins in _BUILTINS for kind in _FACTORIES},
+    **{f"{builtins}.set": _first for builtins in _BUILTINS},
     "torch.Size": tuple,
+    "torch.device": _first,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _first,
@@ -142,6 +165,8 @@ def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str
             for name, leaf in _leaves(content)
         }
         return _unwrap(content, tensors)
+    except UnsupportedError as error:
+        raise UserError(f"{path} holds {error}") from error
     except RefusedError as error:
         raise UserError(
             f"{path}: refused to load {error}, as loading it could run a program: "
@@ -159,7 +184,7 @@ def _read_zip(path: pathlib.Path, data: mmap.mmap) -> tuple[Any, _Places]:
     root = pickles[0].removesuffix(_PICKLE)
     order = found.get(f"{root}byteorder")
     if order and order.unpack(data) != b"little":
-        raise ValueError("numbers whose first byte is the highest")
+        raise UnsupportedError(_BIG_ENDIAN)
     if found[pickles[0]].is_packed:  # torch packs nothing
         raise UserError(f"{path} was packed anew: unpack it, and zip it with no compression")
     content = follow(Stream(bytes(found[pickles[0]].unpack(data))), _ADMITTED, _storage)
@@ -176,7 +201,7 @@ def _read_old(data: mmap.mmap) -> tuple[Any, _Places]:
     if follow(stream, {}) != _MAGIC or follow(stream, {}) != _VERSION:
         raise ValueError("no version of PyTorch's form that is known")
     if follow(stream, {})["little_endian"] is not True:
-        raise ValueError("numbers whose first byte is the highest")
+        raise UnsupportedError(_BIG_ENDIAN)
     dtypes: dict[str, np.dtype] = {}
 
     def persistent(description: Any) -> _Storage:
@@ -224,31 +249,34 @@ def _array(data: mmap.mmap, tensor: _Tensor, places: _Places) -> np.ndarray:
 def _leaves(content: Any) -> Iterator[tuple[str, np.ndarray | _Tensor]]:
     """Yields names and tensors; refuses two of one name."""
     names: set[str] = set()
-    for number, (name, value) in enumerate(_walk(content, "", 0)):
+    for number, (name, value) in enumerate(_walk(content, "", 0, {})):
         if number == _MOST_ENTRIES or len(name) > _LONGEST_NAME:
-            raise ValueError("too many entries, or names too long")
+            raise UnsupportedError("too many tensors, or names too long: save the weights alone")
         if isinstance(value, np.ndarray | _Tensor):
-            if not name.isprintable():
-                raise ValueError("a name that cannot be printed")
             if name in names:
                 raise ValueError(f"two tensors are called {name!r}")
             names.add(name)
             yield name, value
 
 
-def _walk(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
+def _walk(
+    value: Any, name: str, depth: int, known: dict[int, list[tuple[Any, Any]]]
+) -> Iterator[tuple[str, Any]]:
+    """Yields containers and tensors; `known` is what is in containers, by their identities."""
     if isinstance(value, _Parameter | NumpyArray):
         value = value.content
         if not isinstance(value, _Tensor | np.ndarray):
             raise ValueError(f"{name!r} has no values")
     yield name, value
-    entries = value.items() if type(value) is dict else ()
-    if type(value) in (list, tuple):
-        entries = enumerate(value)
-    for key, entry in entries:
+    if type(value) not in _CONTAINER_TYPES:
+        return
+    if id(value) not in known:  # one list may lie in many places
+        entries = value.items() if type(value) is dict else enumerate(value)
+        known[id(value)] = [(key, entry) for key, entry in entries if type(entry) in _KINDS]
+    for key, entry in known[id(value)]:
         if depth == _DEEPEST:
             raise ValueError("containers in containers without end")
-        yield from _walk(entry, f"{name}.{key}" if name else str(key), depth + 1)
+        yield from _walk(entry, f"{name}.{key}" if name else str(key), depth + 1, known)
 
 
 def _unwrap(

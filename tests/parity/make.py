@@ -49,7 +49,9 @@ def make_losses() -> None:
 
 if __name__ == "__main__":
     everything = [*zoo.NETWORKS, "training"]
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.parity.make", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(everything)}")
     names = parser.parse_args().names
     if unknown := [name for name in names if name not in everything]:
