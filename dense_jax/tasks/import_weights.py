@@ -192,13 +192,18 @@ def run(
     template = template_of(build(model, num_classes, aux))
     release = rules.choose(RELEASES, template, file.tensors, source)
     required = release.trunk if new_head else ("*",)
-    options: dict[str, Any] = dict(required=required, absent=release.absent, ignore=ignore)
-    tensors = rules.outline(file.tensors, release.rules)
-    account = rules.match(template, tensors, release.rules, **options)
+    account = rules.match(
+        template,
+        rules.outline(file.tensors, release.rules),
+        release.rules,
+        required=required,
+        absent=release.absent,
+        ignore=ignore,
+    )
     if account.unexplained:
         print(account)
         account.check(source, _ADVICE)
-    variables, _ = rules.load(template, file.tensors, release.rules, **options, path=source)
+    variables = rules.fill(template, file.tensors, account, source)
     record = {
         "model": model,
         "from": source if source.startswith(_HUB) else str(path.absolute()),

@@ -247,11 +247,22 @@ def load(
       that need no other dtype are views of the file's. And the account.
 
     Raises:
-      UserError: something is not explained.
+      UserError: something is not explained, or a value is one that no parameter can have.
     """
     seen = outline(tensors, rules)
     account = match(template, seen, rules, required=required, absent=absent, ignore=ignore)
     account.check(path, *([advice] if advice else []))
+    return fill(template, tensors, account, path), account
+
+
+def fill(
+    template: Any, tensors: Mapping[str, Any], account: Account, path: str = "the file"
+) -> dict[str, Any]:
+    """Returns the tree of those parameters that an account calls loaded; see `load`.
+
+    Raises:
+      UserError: a value is one that no parameter can have.
+    """
     leaves: dict[str, Any] = traverse_util.flatten_dict(template, sep="/")
     loaded = {}
     for row in account.rows:
@@ -263,7 +274,7 @@ def load(
             _check_values(values, path, row)
             before = loaded.get(row.target)  # parts are added up
             loaded[row.target] = values if before is None else before + values
-    return traverse_util.unflatten_dict(loaded, sep="/"), account
+    return traverse_util.unflatten_dict(loaded, sep="/")
 
 
 def unload(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
