@@ -1,6 +1,7 @@
 """torchvision's networks, ours beside them, and which of their layers are the same."""
 
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -76,8 +77,11 @@ NETWORKS = {
 
 
 def thinned(values: np.ndarray) -> np.ndarray:
-    """Returns every k-th value of [B, H, W, C]; k is odd, so that all channels are met."""
-    return values.reshape(-1)[:: values.size // _NUM_VALUES | 1]
+    """Returns every k-th value of [B, H, W, C]; k and C share no factor, so channels take turns."""
+    step = max(1, values.size // _NUM_VALUES)
+    while math.gcd(step, values.shape[-1]) > 1:
+        step += 1
+    return values.reshape(-1)[::step]
 
 
 def kept(name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]:
