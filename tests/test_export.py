@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from typing import Any
 
 import flax
@@ -166,6 +167,14 @@ def test_the_description_says_what_goes_in_and_comes_out(run_of, tmp_path, capsy
     ]
 
 
+def test_statistics_of_each_image_are_told_as_such(run_of):
+    opened = runs.load(run_of("fcn"))
+    config = dataclasses.replace(opened.config, normalisation="grey_image")
+    told = export._origin(dataclasses.replace(opened, config=config))["normalisation"]
+    assert told["name"] == "grey_image"
+    assert told["mean"].startswith("of each image")
+
+
 def test_one_shape_is_the_only_one(run_of, tmp_path):
     file = tmp_path / "x.stablehlo"
     export.run(run=run_of("fcn"), to="stablehlo", out=file, shape=(1, 48, 64))
@@ -273,8 +282,10 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(run_of, tmp_path, mo
         export.run(run=run, to="safetensors", out=tmp_path, overwrite=True)
     with pytest.raises(UserError, match=r"config\.json is a file of the run"):
         export.run(run=run, to="safetensors", out=run / "config.json", overwrite=True)
+    with pytest.raises(UserError, match=r"config\.json is a file of the run"):
+        export.run(run=run, to="safetensors", out=run / "config", overwrite=True)
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
-    with pytest.raises(UserError, match=r"needs jax2onnx: pip install 'dense_jax\[onnx\]'"):
+    with pytest.raises(UserError, match="needs jax2onnx: pip install jax2onnx onnxruntime"):
         export.run(run=run, to="onnx", shape=(1, 2, 3), out=tmp_path / "y")
 
 
@@ -335,8 +346,10 @@ def test_programs_are_reduced_to_what_a_cpu_does():
 def test_onnxruntime_labels_as_the_run_does(name, run_of, tmp_path):
     pytest.importorskip("jax2onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
-    file, shape = tmp_path / "x.onnx", (1, 40, 33)
+    file, shape = tmp_path / "x.onnx", (2, 40, 33)
     export.run(run=run_of(name), to="onnx", out=file, shape=shape, scores="logits")
+    onnx = pytest.importorskip("onnx")
+    onnx.checker.check_model(onnx.load(file), full_check=True)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     labels, logits = session.run(["labels", "logits"], {"images": images(shape)})
     expected, expected_labels = predicted(run_of(name), images(shape), tmp_path / "images")
@@ -366,6 +379,7 @@ def test_what_is_converted_wrongly_is_refused(monkeypatch):
     class Converter:
         to_onnx = staticmethod(lambda *args, **kwargs: Converter)
         SerializeToString = staticmethod(bytes)
+        graph = types.SimpleNamespace(value_info=[])
 
     monkeypatch.setitem(sys.modules, "jax2onnx", Converter)
     monkeypatch.setitem(sys.modules, "onnxruntime", Runtime)

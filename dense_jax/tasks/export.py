@@ -65,8 +65,10 @@ def run(
     for path in (out, description):
         if path.is_dir() or (path.exists() and not overwrite):
             raise UserError(f"{path} exists: give another --out, or --overwrite for a file")
-    if out.exists() and out.suffix != f".{to}" and run.resolve() in out.resolve().parents:
-        raise UserError(f"{out} is a file of the run: give another --out")
+    if out.suffix != f".{to}" and run.resolve() in out.resolve().parents:
+        for path in (out, description):
+            if path.exists():
+                raise UserError(f"{path} is a file of the run: give another --out")
     if to == "safetensors" and (scores, dtype, shape) != ("probabilities", "uint8", None):
         raise UserError(
             "--scores, --dtype and --shape are for programs: leave them out with --to=safetensors"
@@ -91,7 +93,9 @@ def run(
 def _origin(opened: runs.Run) -> dict[str, Any]:
     """What every export says of its run."""
     name = opened.config.normalisation
-    mean, std = NORMALISATIONS[name]
+    statistics: dict[str, Any] = dict(zip(("mean", "std"), NORMALISATIONS[name], strict=True))
+    if name == "grey_image":
+        statistics = dict(mean="of each image, in grey", std="of each image, at least 1")
     return {
         "run": {
             "folder": str(opened.workdir.absolute()),
@@ -101,7 +105,7 @@ def _origin(opened: runs.Run) -> dict[str, Any]:
             "config": opened.config.to_json(),
         },
         "classes": opened.classes.to_json(),
-        "normalisation": {"name": name, "mean": mean, "std": std},
+        "normalisation": {"name": name} | statistics,
         **runs.provenance(),
     }
 

@@ -52,6 +52,7 @@ def convert(
     plain = core.jaxpr_as_fun(reduce_program(fn, images))
     try:
         model = jax2onnx.to_onnx(plain, [images], input_names=["images"], output_names=names)
+        del model.graph.value_info[:]  # shapes inside; of broadcast values it tells wrong ones
         file = model.SerializeToString()
         options = runtime.SessionOptions()
         options.log_severity_level = _FATAL
@@ -95,7 +96,9 @@ def _packages() -> tuple[Any, Any]:
     try:
         return importlib.import_module("jax2onnx"), importlib.import_module("onnxruntime")
     except ImportError as error:
-        raise UserError(f"--to=onnx needs {error.name}: pip install 'dense_jax[onnx]'") from error
+        raise UserError(
+            f"--to=onnx needs {error.name}: pip install jax2onnx onnxruntime"
+        ) from error
 
 
 def _evaluate(closed: core.ClosedJaxpr, *arguments: Any) -> list[Any]:
