@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from dense_jax.data.transforms import Transform, whole_images
 from dense_jax.tasks import import_weights, semantic
+from dense_jax.train.checkpoint import has_checkpoint
 from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.state import TrainState
 from examples import mobilenet_deeplab
@@ -67,10 +68,11 @@ def build_transforms(config: Config) -> list[Transform]:
 def main(config: Config) -> TrainState:
     """Trains, evaluates and reports; returns the last state."""
     if config.weights:
-        variables, account = mobilenet_deeplab.load(pathlib.Path(config.weights))
         start = pathlib.Path(f"{config.workdir}/start")
-        record = {"from": config.weights, "normalisation": _IMAGES, "account": account.summary()}
-        import_weights.save(start, variables, record)
+        if not has_checkpoint(config.workdir or ""):  # else the run goes on
+            variables, account = mobilenet_deeplab.load(pathlib.Path(config.weights))
+            told = {"from": config.weights, "normalisation": _IMAGES, "account": account.summary()}
+            import_weights.save(start, variables, told)
         config = dataclasses.replace(config, init=f"run:{start}")
     dataset = semantic.load_dataset(config)
     model = build_model(config, dataset.classes.num_classes)

@@ -269,6 +269,9 @@ def test_training_starts_from_the_weights_and_another_head(tmp_path, capsys, mon
     ours, theirs = dict(jax.device_get(state.params)), dict(variables["params"])
     assert ours.pop("semantic")["kernel"].shape != theirs.pop("semantic")["kernel"].shape
     chex.assert_trees_all_equal(ours, theirs)
+    path.unlink()  # a run goes on without it
+    (tmp_path / "run/checkpoints/1").mkdir(parents=True)
+    finetune_camvid.main(dataclasses.replace(smoke, weights=str(path), workdir=workdir))
 
 
 def test_arrays_of_another_kind_are_refused(weights_root, tmp_path, data_root):

@@ -30,7 +30,7 @@ def download(name: str) -> pathlib.Path:
         import huggingface_hub
         from huggingface_hub.utils import logging
     except ImportError as error:
-        raise UserError(f"hub:{name} needs: pip install 'dense_jax[hub]'") from error
+        raise UserError(f"hub:{name} needs: pip install huggingface_hub") from error
     repo, revision, file = found.group("repo", "revision", "file")
     logging.set_verbosity_error()  # what fails is told once, below
     try:

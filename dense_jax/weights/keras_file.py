@@ -32,9 +32,7 @@ from dense_jax.weights.tensors import Lazy, damaged, map_file, most_unpacked, vi
 try:
     import h5py
 except ImportError as error:
-    raise UserError(
-        "weights of Keras (HDF5) need the package h5py: pip install 'dense_jax[keras]'"
-    ) from error
+    raise UserError("weights of Keras (HDF5) need the package h5py: pip install h5py") from error
 
 _MODEL_WEIGHTS, _NUM_LAYERS = "model_weights", "nb_layers"
 _FILTERS = {
