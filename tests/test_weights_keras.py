@@ -13,6 +13,7 @@ import pytest
 
 from dense_jax.errors import UserError
 from dense_jax.weights import files
+from tests.weight_files import refused
 
 h5py = pytest.importorskip("h5py")
 keras_file = importlib.import_module("dense_jax.weights.keras_file")
@@ -41,15 +42,6 @@ def conv(name, kernel="/kernel:0", bias="/bias:0"):
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "x.h5"
-
-
-def refused(path):
-    """Returns what is said when all of a file is read."""
-    with pytest.raises(UserError) as error:
-        dict(keras_file.read_tensors(path)[0])
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("encode", [np.bytes_, str])

@@ -1,15 +1,41 @@
-"""Files of PyTorch written by hand: the steps of a pickle as bytes, and both forms around it."""
+"""What tests of weight files share, and files of PyTorch written by hand.
+
+Of those: the steps of a pickle as bytes, and both forms around it.
+"""
 
 import io
 import pickle
 import zipfile
 
 import numpy as np
+import pytest
+
+from dense_jax.errors import UserError
+from dense_jax.weights import files
 
 MAGIC = 0x1950A86A20F9469CFC6C
 KERNEL = np.arange(2 * 3 * 2 * 2, dtype=np.float32).reshape(2, 3, 2, 2) / 8 - 1
 # Storages of a file of PyTorch, by key.
 STORAGES = {"7": KERNEL.ravel(), "8": np.array([5, -6, 7])}
+
+
+def refused(path):
+    """Returns what is said when all of a file is read."""
+    with pytest.raises(UserError) as error:
+        dict(files.read(path).tensors)
+    assert str(path) in str(error.value)
+    assert str(error.value).isprintable()
+    return str(error.value)
+
+
+def same(actual, expected):
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected)
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
 
 
 def text(value):
