@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import jax
@@ -113,19 +113,30 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: there is none, or it is damaged.
     """
-    path = workdir / "config.json"
+    kinds = {"script": str, "config": dict, "classes": dict, "fingerprint": str}
+    return read_json(workdir / "config.json", kinds, "give the folder of another training run")
+
+
+def read_json(path: pathlib.Path, kinds: Mapping[str, type], advice: str) -> dict[str, Any]:
+    """Reads an object that `write_json` wrote.
+
+    Args:
+      path: the file.
+      kinds: keys that it must have, and of what kind their values are.
+      advice: what to do where it cannot be read, for the message.
+
+    Raises:
+      UserError: it cannot be read, or is damaged.
+    """
     try:
         record = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): give the folder of a training run"
-        ) from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): {advice}") from error
     except ValueError as error:  # not text, or not JSON
-        raise UserError(f"{path} is damaged ({error}): use another --workdir") from error
-    kinds = {"script": str, "config": dict, "classes": dict, "fingerprint": str}
+        raise UserError(f"{path} is damaged ({error}): {advice}") from error
     for key, kind in kinds.items():
         if not isinstance(record, dict) or not isinstance(record.get(key), kind):
-            raise UserError(f"{path} is damaged (it has no {key}): use another --workdir")
+            raise UserError(f"{path} is damaged (it has no {key}): {advice}")
     return record
 
 
@@ -182,6 +193,21 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a file that is either the old one or the new one, never half of it."""
     with replacing(path) as stream:
         stream.write(f"{json.dumps(value, indent=2)}\n".encode())
+
+
+@contextlib.contextmanager
+def replacing_with_record(
+    path: pathlib.Path, record_path: pathlib.Path, record: Any
+) -> Iterator[IO[bytes]]:
+    """Opens a file to write beside a JSON that tells of it: of a full disk neither is left.
+
+    Raises:
+      OSError: names one of the files.
+    """
+    with replacing(path) as stream:
+        yield stream
+        stream.flush()  # a full disk is to show before the record has its name
+        write_json(record_path, record)
 
 
 def _script(config: RunConfig) -> str:

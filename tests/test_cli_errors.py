@@ -135,6 +135,13 @@ def test_errors_end_in_a_line_and_a_status(error, status, capsys):
     assert line[:-1].isprintable()
 
 
+def test_only_what_resumes_promises_to_go_on(capsys):
+    for said in ("interrupted", "interrupted; the same command goes on"):
+        with pytest.raises(SystemExit), cli.exit_on_user_error(said):
+            raise KeyboardInterrupt
+        assert capsys.readouterr().err == f"{said}\n"
+
+
 def test_output_that_nobody_reads_on_is_no_error():
     code = (
         "from dense_jax.train import cli\nwith cli.exit_on_user_error():\n  print('x\\n' * 2**20)"

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import types
@@ -259,6 +260,14 @@ def test_parameters_of_other_networks_keep_our_names(run_of, tmp_path, capsys):
     assert len(found.tensors) == len(jax.tree.leaves(params))
 
 
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_without_its_description_no_file_is_left(run_of, tmp_path):
+    (tmp_path / "x.safetensors.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        export.run(run=run_of("fcn"), to="safetensors", out=tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_done_is_said_and_nothing_is_written(run_of, tmp_path, monkeypatch):
     run, out = run_of("fcn"), tmp_path / "x"
     wrong: list[tuple[dict[str, Any], str]] = [
@@ -379,7 +388,7 @@ def test_what_is_converted_wrongly_is_refused(monkeypatch):
     class Converter:
         to_onnx = staticmethod(lambda *args, **kwargs: Converter)
         SerializeToString = staticmethod(bytes)
-        graph = types.SimpleNamespace(value_info=[])
+        graph = types.SimpleNamespace(value_info=["wrong"])
 
     monkeypatch.setitem(sys.modules, "jax2onnx", Converter)
     monkeypatch.setitem(sys.modules, "onnxruntime", Runtime)
@@ -390,6 +399,7 @@ def test_what_is_converted_wrongly_is_refused(monkeypatch):
         return {"labels": jnp.argmax(x), "scores": jnp.array([1, last])}
 
     assert onnx_file.convert(lambda x: fn(x, 1.5), spec) == (b"", 0.0)
+    assert not Converter.graph.value_info
     with pytest.raises(UserError, match=r"jax2onnx 9 converts this network wrongly.*2\.5e-01 off"):
         onnx_file.convert(lambda x: fn(x, 2.0), spec)
 

@@ -218,7 +218,7 @@ def test_stages_go_on_as_the_first_began(script, flags, first, tmp_path, configu
 
 @pytest.mark.parametrize(
     "record",
-    ["", "[]", '{"normalisation": ["x"]}', '{"normalisation": "new"}', '{"needs": 3}'],
+    ["", "[]", '{"normalisation": ["x"]}', '{"normalisation": "new"}', "{}"],
 )
 @pytest.mark.parametrize("name", ["weights.json", "config.json"])
 def test_a_damaged_record_is_told(name, record, tmp_path):

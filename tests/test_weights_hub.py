@@ -34,6 +34,7 @@ def download(name, cache, **env):
         [sys.executable, "-c", code, name], env=env, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+    assert "Retry" not in done.stderr  # what fails is told once
     return done.stdout.strip()
 
 

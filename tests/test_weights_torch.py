@@ -101,6 +101,23 @@ def test_torch_checkpoint(path, form):
     }
 
 
+@both_forms
+def test_what_lies_beside_the_weights_does_not_matter(path, form):
+    pair = row(integer(1), integer(2))
+    content = items(
+        losses=b"](" + b"K\x01" * 300_000 + b"e",
+        classes=b"}(" + b"N" + pair + integer(7) + b"N" + pair + pair + b"u",
+        seen=name("__builtin__", "set") + row(b"](" + integer(1) + b"e") + b"R",
+        times=name("collections", "defaultdict") + row(name("__builtin__", "list")) + b"R",
+        device=name("torch", "device") + row(text("cuda"), integer(0)) + b"R",
+        model=items(a=WHOLE),
+    )
+    file = files.read(write(path, form(content)))
+    assert list(file.tensors) == ["a"]
+    same(file.tensors["a"], KERNEL)
+    assert file.info == {"container": "model", "device": "cuda"}
+
+
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_torch_itself(path, is_zip):
     torch = pytest.importorskip("torch")

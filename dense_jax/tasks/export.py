@@ -84,9 +84,8 @@ def run(
     else:
         file, facts = _program(opened, to, scores, np.dtype(dtype), shape)
     runs.make_folder(out.parent)
-    with runs.replacing(out) as stream:
+    with runs.replacing_with_record(out, description, record | facts) as stream:
         stream.write(file)
-    runs.write_json(description, record | facts)
     print(f"{out}: {len(file) / 1e6:.1f} MB; {description.name} describes it")
 
 

@@ -7,7 +7,6 @@ network here that stands on a trunk of these names can start from them.
 import contextlib
 import fnmatch
 import functools
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -233,12 +232,9 @@ def save(out: pathlib.Path, variables: Any, record: dict[str, Any]) -> None:
     """
     runs.make_folder(out)
     leaves: Any = traverse_util.flatten_dict(variables, sep="/")
-    told = json.dumps(record | runs.provenance(), indent=2)
-    with runs.replacing(out / WEIGHTS) as weights, runs.replacing(out / RECORD) as text:
-        np.savez(weights, **leaves)  # goes through views piece by piece, without copies of them
-        text.write(f"{told}\n".encode())
-        for stream in (weights, text):  # a full disk is to show before either has its name
-            stream.flush()
+    told = record | runs.provenance()
+    with runs.replacing_with_record(out / WEIGHTS, out / RECORD, told) as stream:
+        np.savez(stream, **leaves)  # goes through views piece by piece, without copies of them
 
 
 def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
@@ -332,26 +328,18 @@ def _expectations_of(folder: pathlib.Path) -> tuple[str | None, str]:
     """
     path = folder / RECORD
     if path.exists():
-        record = _read_record(path)
+        record = runs.read_json(path, {"normalisation": str}, "import the weights again")
     elif (path := folder / "config.json").exists():
         record = runs.read_config(folder)["config"]
     else:
-        record = {}
-    normalisation, needs = record.get("normalisation"), record.get("needs", "")
-    if normalisation not in (None, *NORMALISATIONS) or not isinstance(needs, str):
+        return None, ""
+    normalisation = record.get("normalisation")
+    if normalisation not in list(NORMALISATIONS):
         raise UserError(
-            f"{path} tells of a normalisation that is not known here ({normalisation!r}), or is "
-            "damaged: use the version that wrote it, or import the weights again"
+            f"{path} tells of the normalisation {normalisation!r}, which is not known here: use "
+            "the version that wrote it"
         )
-    return normalisation, needs
-
-
-def _read_record(path: pathlib.Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        record = json.loads(path.read_text())
-        if isinstance(record, dict):
-            return record
-    raise UserError(f"{path} is damaged: import the weights again")
+    return normalisation, str(record.get("needs", ""))
 
 
 def _tell_needs(needs: str) -> None:
