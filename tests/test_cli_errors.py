@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import pathlib
 import shlex
 import shutil
 import subprocess
@@ -166,6 +167,23 @@ def test_of_a_file_that_cannot_be_written_nothing_is_left(tmp_path):
     assert path.read_text() == "[\n  1\n]\n"
     with pytest.raises(UserError, match=r"cannot make .*x\.json/y"):
         runs.make_folder(path / "y")
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs a disk that is full")
+@pytest.mark.parametrize("full", ["x.bin", "x.json"])
+def test_of_a_file_and_its_record_both_are_left_or_neither(full, tmp_path):
+    paths = tmp_path / "x.bin", tmp_path / "x.json"
+    partial = tmp_path / f"{full}.tmp"
+    partial.symlink_to("/dev/full")
+    with (
+        pytest.raises(OSError, match="No space left"),
+        runs.replacing_with_record(*paths, {"a": 1}) as stream,
+    ):
+        stream.write(b"so little that it stays in the buffer")
+    assert not list(tmp_path.iterdir())
+    with runs.replacing_with_record(*paths, {"a": 1}) as stream:
+        stream.write(b"x")
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
 def test_bugs_keep_their_traceback():

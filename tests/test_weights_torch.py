@@ -237,6 +237,7 @@ def deep(pairs):
         (deep(30), "too many tensors"),
         (b"](" + text("x" * 600) + b"e" + row(text("y")), "no arrays"),
         (b"}" + row(row()) + integer(1) + b"s", "a key"),
+        (b"}" + row(*[integer(1)] * 33) + integer(1) + b"s", "a key"),
         (integer(1) + integer(2) + b"R", "called"),
         (name("torch", "float32") + b")R", "called"),
         (name("torch", "Size") + b"}b", "a state"),
