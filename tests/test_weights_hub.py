@@ -1,6 +1,7 @@
 """Files of the Hub: from a cache as its tools lay it out, from a server, and from neither."""
 
 import http.server
+import logging
 import os
 import pathlib
 import subprocess
@@ -15,7 +16,6 @@ from dense_jax.errors import UserError
 from dense_jax.weights import hub
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
-pytest.importorskip("huggingface_hub.utils.logging")
 
 REPO, COMMIT = "timm/resnet101.tv_in1k", "f" * 40
 CONTENT = save({"conv1.weight": np.arange(6, dtype=np.float32).reshape(2, 3)})
@@ -94,15 +94,15 @@ def test_a_file_is_downloaded_once(tmp_path):
     assert download(REPO, tmp_path, HF_ENDPOINT=address) == path  # nobody answers any more
 
 
-def test_what_fails_is_told_once(monkeypatch, capfd):
+def test_what_fails_is_told_once(monkeypatch):
     def fail(*args, **options):
-        huggingface_hub.utils.logging.get_logger("huggingface_hub.x").warning("[Retry 1/5]")
+        logger = logging.getLogger("huggingface_hub.utils")  # warns of each of five attempts
+        assert not logger.isEnabledFor(logging.WARNING)
         raise OSError("no connection\nat all")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(UserError, match=r"\(no connection\)"):
         hub.download(REPO)
-    assert "Retry" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["", "resnet101", "a/b/c", "timm/", "timm/x@", "timm/x:"])
