@@ -12,3 +12,9 @@ class UserError(Exception):
 
     Command lines print it as ``error: ...`` without a traceback and exit with status 2.
     """
+
+
+def refuse(is_wrong: bool, message: str) -> None:
+    """Raises a UserError with a message if something is wrong."""
+    if is_wrong:
+        raise UserError(message)

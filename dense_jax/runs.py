@@ -1,34 +1,35 @@
-"""Run folders: what a training run writes beside its checkpoints, and how to open one again."""
+"""Run folders: what a training run writes beside its checkpoints."""
 
 import contextlib
-import dataclasses
 import datetime
-import importlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
-import shlex
 import subprocess
-import sys
-import types
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import jax
-from flax import linen as nn
 
-from dense_jax.data.classes import ClassTable
+from dense_jax import scripts
 from dense_jax.data.dataset import Dataset
 from dense_jax.errors import UserError
 from dense_jax.train import cli
-from dense_jax.train.checkpoint import has_checkpoint, read_variables
+from dense_jax.train.checkpoint import has_checkpoint
 from dense_jax.train.config import RunConfig, check_resumable, from_json
 
 
-def prepare(config: RunConfig, dataset: Dataset) -> pathlib.Path:
+def prepare(
+    config: RunConfig, dataset: Dataset, notes: Mapping[str, Any] | None = None
+) -> pathlib.Path:
     """Makes the run folder with its ``config.json``, or checks that it is the same run's.
+
+    Args:
+      config: of the run.
+      dataset: what it is trained on.
+      notes: what else decides its numbers, plain JSON values.
 
     Raises:
       UserError: the folder cannot be written, or holds a run with other settings or data.
@@ -36,10 +37,12 @@ def prepare(config: RunConfig, dataset: Dataset) -> pathlib.Path:
     workdir = pathlib.Path(config.workdir or "")
     path = workdir / "config.json"
     record: dict[str, Any] = {
-        "script": _script(config),
+        "script": script_of(config),
+        "script_file": scripts.file_of(config),
         "config": config.to_json(),
         "classes": dataset.classes.to_json(),
         "fingerprint": dataset.fingerprint,
+        **(notes or {}),
         **provenance(),
     }
     try:
@@ -48,7 +51,7 @@ def prepare(config: RunConfig, dataset: Dataset) -> pathlib.Path:
             old = read_config(workdir)
             if old["script"] != record["script"]:
                 raise UserError(f"{workdir} holds a run of {old['script']}: give another --workdir")
-            check_resumable(old["config"], record["config"], str(workdir))
+            check_resumable(from_json(type(config), old["config"]), config, str(workdir))
             if old["fingerprint"] != dataset.fingerprint:
                 raise UserError(
                     f"{workdir} was trained on other data: the files or labels of {dataset.name} "
@@ -60,51 +63,6 @@ def prepare(config: RunConfig, dataset: Dataset) -> pathlib.Path:
             f"cannot write the run folder {workdir} ({error.strerror}): give another --workdir"
         ) from error
     return workdir
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished or stopped run, opened to be used.
-
-    Attributes:
-      workdir: its folder.
-      config: the configuration it was trained with.
-      model: the network, as built by the script.
-      variables: parameters and batch statistics, host arrays.
-      step: the step they were saved at.
-      classes: the classes it labels.
-      script: the module that trained it.
-    """
-
-    workdir: pathlib.Path
-    config: RunConfig
-    model: nn.Module
-    variables: dict[str, Any]
-    step: int
-    classes: ClassTable
-    script: types.ModuleType
-
-
-def load(workdir: str | pathlib.Path, checkpoint: str = "last") -> Run:
-    """Opens a run folder; ``checkpoint`` is "last" or "best".
-
-    Raises:
-      UserError: the folder is no run, or its script is not importable.
-    """
-    workdir = pathlib.Path(workdir)
-    record = read_config(workdir)
-    try:
-        script = importlib.import_module(record["script"])
-    except ImportError as error:
-        raise UserError(
-            f"{workdir} was trained by {record['script']}, which cannot be imported ({error}): "
-            "run this from the folder that holds the script"
-        ) from error
-    config = from_json(script.Config, record["config"])
-    classes = ClassTable.from_json(record["classes"])
-    variables, step = read_variables(workdir, checkpoint)
-    model = script.build_model(config, classes.num_classes)
-    return Run(workdir, config, model, variables, step, classes, script)
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
@@ -145,7 +103,7 @@ def provenance() -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow")
     device = jax.devices()[0]
     return {
-        "command": shlex.join(["python", "-m", cli.script_name(), *sys.argv[1:]]),
+        "command": cli.command(),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform}), "
@@ -210,8 +168,8 @@ def replacing_with_record(
         write_json(record_path, record)
 
 
-def _script(config: RunConfig) -> str:
-    """The importable module that defines the configuration's class."""
+def script_of(config: RunConfig) -> str:
+    """The module that defines the configuration's class, by the name it can be imported by."""
     module = type(config).__module__
     return cli.script_name() if module == "__main__" else module
 

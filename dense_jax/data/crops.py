@@ -22,6 +22,7 @@ from scipy import ndimage
 
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example, Source
+from dense_jax.data.transforms import num_channels, to_uint8
 from dense_jax.errors import UserError
 
 Box = tuple[int, int, int, int]
@@ -306,3 +307,62 @@ def _parse(name: str, boxes: Any, path: str | os.PathLike[str]) -> list[Box]:
 def _box(row: np.ndarray) -> Box:
     x1, y1, x2, y2 = (int(edge) for edge in row)
     return x1, y1, x2, y2
+
+
+def training_windows(
+    source: Source,
+    *,
+    background: int | None,
+    single_objects: bool,
+    proposals: str | None,
+    min_iou: float,
+    factor: float,
+    is_balanced: bool,
+    seed: int,
+    normalisation: str,
+) -> Crops:
+    """Returns a split's windows of one stage of training (Sections 4.2 and 6.1).
+
+    Args:
+      source: the split.
+      background: class that is no object; None: every class has objects.
+      single_objects: windows around single objects, whose neighbours count as background (stage 1);
+        else proposals that overlap an object (stage 2).
+      proposals: JSON file of boxes for stage 2; None: object boxes moved at random, and sliding
+        windows.
+      min_iou: least overlap of a proposal with an object.
+      factor: windows are this much wider and higher than their boxes.
+      is_balanced: repeat the windows of rare classes.
+      seed: of what is drawn.
+      normalisation: its mean colour fills windows outside of the image.
+
+    Raises:
+      UserError: there is no object, no proposal overlaps one, or the file lacks an image.
+    """
+    windows = find_objects(source, background)
+    if not single_objects:
+        boxes = read_proposals(proposals) if proposals else None
+        windows = propose(source, windows, min_iou=min_iou, seed=seed, boxes=boxes)
+    windows = enlarged(windows, factor)
+    mean = to_uint8(np.zeros(num_channels(normalisation)), normalisation)
+    fill = (int(mean[0]), int(mean[1]), int(mean[2]))
+    kept = balance(windows) if is_balanced else windows
+    return Crops(source, kept, fill, background if single_objects else None)
+
+
+def known_boxes(
+    source: Source, *, proposals: str | None, background: int | None, factor: float
+) -> list[list[Box]]:
+    """Returns the enlarged boxes of each image of a split: those of a file, or of its objects.
+
+    Raises:
+      UserError: the file of proposals lacks an image.
+    """
+    if proposals:
+        table = read_proposals(proposals)
+        boxes = [boxes_of(table, source[i]["name"]) for i in range(len(source))]
+    else:
+        boxes = [[] for _ in range(len(source))]
+        for found in find_objects(source, background):
+            boxes[found.index].append(found.box)
+    return [[enlarge(box, factor) for box in of_image] for of_image in boxes]

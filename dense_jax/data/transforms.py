@@ -177,6 +177,11 @@ class RandomCrop:
         return {**cropped, "image": example["image"][rows][:, columns]}
 
 
+def crop_with_context(size: tuple[int, int], context: int) -> RandomCrop:
+    """Returns a crop whose images, mirrored context on all sides included, are of one size."""
+    return RandomCrop((size[0] - 2 * context, size[1] - 2 * context), context)
+
+
 def mirrored(index: np.ndarray, size: int, mirror: Mirror) -> np.ndarray:
     """Returns the pixel in [0, size) that a mirror at both ends shows at each integer index."""
     if mirror == "symmetric":
@@ -339,18 +344,22 @@ class RandomPixelKeep:
 
 
 def whole_images(
-    normalisation: str, scale: float, augment: str, crop: int | tuple[int, int] | None
+    normalisation: str,
+    scale: float,
+    augment: str,
+    crop: int | tuple[int, int] | None,
+    zoom: tuple[float, float] = (0.75, 1.5),
 ) -> list[Transform]:
     """Returns the usual transforms of training on whole images or crops of them.
 
     Args:
       normalisation: a name of `NORMALISATIONS`.
       scale: images are resized by this.
-      augment: "none"; anything else mirrors left and right, and "mirror_scale" also resizes by a
-        factor from 0.75 to 1.5.
+      augment: "none"; anything else flips left and right, and "mirror_scale" also resizes.
       crop: height and width; None takes whole images.
+      zoom: least and greatest factor of that.
     """
-    low, high = (0.75, 1.5) if augment == "mirror_scale" else (1.0, 1.0)
+    low, high = zoom if augment == "mirror_scale" else (1.0, 1.0)
     transforms: list[Transform] = []
     if (low * scale, high * scale) != (1.0, 1.0):
         transforms.append(RandomScale(low * scale, high * scale))

@@ -4,7 +4,6 @@ Reference: Kraehenbuehl, Koltun, NeurIPS 2011, arXiv:1210.5644; behind a network
 ICLR 2015, arXiv:1412.7062, Section 4.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -18,50 +17,38 @@ from dense_jax.ops import crf
 from dense_jax.ops.crf import CrfParams
 
 
-@dataclasses.dataclass(frozen=True)
-class WithCrf:
-    """A prediction whose logits are the unary scores of a CRF; see `with_crf`.
-
-    Attributes:
-      predict: the prediction without the CRF.
-      params: the CRF.
-      normalisation: what the images were brought to, a name in
-        `dense_jax.data.transforms.NORMALISATIONS`.
-    """
-
-    predict: PredictFn
-    params: CrfParams
-    normalisation: str
-
-    def __call__(self, variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Returns the log-probabilities after mean field, [B, H, W, C]."""
-        return self.before_and_after(variables, images, sizes)[1]
-
-    def before_and_after(
-        self, variables: Any, images: jax.Array, sizes: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns the logits of one pass of the network and what the CRF makes of them."""
-        logits = self.predict(variables, images, sizes)
-        return logits, refine(logits, images, sizes, self.params, self.normalisation)
-
-
-def with_crf(predict: PredictFn, params: CrfParams, normalisation: str) -> WithCrf:
-    """Lets a CRF refine a prediction; it compares the pixels as they were before normalisation.
+def with_crf(predict: PredictFn, params: CrfParams, normalisation: str) -> PredictFn:
+    """Lets a CRF refine "logits"; it compares the pixels as they were before normalisation.
 
     Args:
-      predict: (variables, images, sizes) -> logits [B, H, W, C]. A CRF of its own is taken away.
+      predict: (variables, images, sizes) -> outputs with "logits" [B, H, W, C].
       params: the CRF.
       normalisation: what `predict`'s images were brought to.
 
     Returns:
-      A prediction whose logits are log-probabilities.
+      A prediction whose "logits" are log-probabilities after mean field, and whose "before_crf" are
+      the logits of `predict`.
+    """
+
+    def refined(variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+        outputs = predict(variables, images, sizes)
+        logits = refine(outputs["logits"], images, sizes, params, normalisation)
+        return outputs | {"before_crf": outputs["logits"], "logits": logits}
+
+    return refined
+
+
+def check_crf(params: CrfParams, normalisation: str) -> None:
+    """Refuses a CRF behind a network.
 
     Raises:
       UserError: a parameter that no CRF can have, or images whose pixel values are lost.
     """
     for name in ("sxy", "srgb", "sg"):
         if not getattr(params, name) > 0:
-            raise UserError(f"--crf.{name}={getattr(params, name)}: give a deviation above 0")
+            raise UserError(
+                f"--crf.{name}={getattr(params, name)}: give a standard deviation above 0"
+            )
     if params.iterations < 0:
         raise UserError(f"--crf.iterations={params.iterations}: give 0 or more")
     if normalisation == "grey_image":
@@ -69,12 +56,6 @@ def with_crf(predict: PredictFn, params: CrfParams, normalisation: str) -> WithC
             "--normalisation=grey_image gives each image its own scale, and a CRF compares "
             "pixels by their brightness: train with --normalisation=grey"
         )
-    return WithCrf(without_crf(predict), params, normalisation)
-
-
-def without_crf(predict: PredictFn) -> PredictFn:
-    """The prediction itself, or what a CRF refines of it."""
-    return predict.predict if isinstance(predict, WithCrf) else predict
 
 
 def refine(

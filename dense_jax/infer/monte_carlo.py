@@ -10,7 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import lax
+
+from dense_jax.infer.whole_image import whole_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +34,10 @@ class MonteCarlo:
     num_samples: int
     seed: int = 0
 
-    def __call__(self, variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Returns the logarithm of the mean probabilities, float32 [B, H, W, classes]."""
-        mean, _ = self.mean_and_variance(variables, images, sizes)
-        return _log(mean)
-
-    def with_variance(self, variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Returns what `__call__` does and the variance as one more channel at the end."""
+    def __call__(self, variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+        """Returns "logits", the logarithm of the mean probabilities, and "variance" [B, H, W]."""
         mean, variance = self.mean_and_variance(variables, images, sizes)
-        return jnp.concatenate([_log(mean), variance[..., None]], axis=-1)
+        return {"logits": _log(mean), "variance": variance}
 
     def mean_and_variance(
         self, variables: Any, images: jax.Array, sizes: jax.Array
@@ -67,6 +65,16 @@ class MonteCarlo:
         zero = jnp.zeros(jax.eval_shape(probabilities, keys[0]).shape, jnp.float32)
         mean, squares = lax.fori_loop(0, self.num_samples, add, (zero, zero))
         return mean, jnp.mean(squares, axis=-1) / self.num_samples
+
+
+def monte_carlo(model: nn.Module, scale: float, num_samples: int, seed: int) -> MonteCarlo:
+    """The mean of many passes of a network that drops when predicting too (``sample_dropout``)."""
+    drawing = model.clone(sample_dropout=True, axis_name=None)
+
+    def one_pass(variables: Any, images: jax.Array, sizes: jax.Array, key: jax.Array) -> jax.Array:
+        return whole_image(drawing, scale, {"dropout": key})(variables, images, sizes)["logits"]
+
+    return MonteCarlo(one_pass, num_samples, seed)
 
 
 def _log(probabilities: jax.Array) -> jax.Array:

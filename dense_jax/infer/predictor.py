@@ -1,25 +1,102 @@
-"""Labels a folder of images and writes files that people and programs can use."""
+"""Predicts images, and writes files that people and programs can use."""
 
 import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from PIL import Image
 
-from dense_jax import viz
+from dense_jax import runs, viz
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.files import decode_image
-from dense_jax.data.pipeline import padded_shapes
+from dense_jax.data.pipeline import Size, padded_shapes
 from dense_jax.data.transforms import Normalise, num_channels
 from dense_jax.errors import UserError
+from dense_jax.infer.program import SIZE_MULTIPLE
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+Answer = Callable[..., dict[str, jax.Array]]
+
+
+class Prediction(Protocol):
+    """What a task says of one image."""
+
+    def overlay(self) -> np.ndarray:
+        """Returns the image under what was found in it, uint8 [H, W, 3]."""
+        ...
+
+    def save(self, folder: pathlib.Path, stem: str, *, probabilities: bool) -> list[dict[str, Any]]:
+        """Writes its files under a name, and returns its entries of COCO's results, if any."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The labels of an image.
+
+    Attributes:
+      image: uint8 [H, W, 3].
+      labels: uint8 [H, W] class ids.
+      probabilities: float32 [H, W, classes].
+      classes: their names and colours.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    probabilities: np.ndarray
+    classes: ClassTable
+
+    def overlay(self) -> np.ndarray:
+        """Returns the image tinted by its labels, uint8 [H, W, 3]."""
+        return viz.overlay(self.image, self.labels, self.classes.palette())
+
+    def save(self, folder: pathlib.Path, stem: str, *, probabilities: bool) -> list[dict[str, Any]]:
+        """Writes ``labels/STEM.png`` and, if wanted, ``probabilities/STEM.npz``."""
+        runs.make_folder(folder / "labels")
+        viz.save_label_png(folder / "labels" / f"{stem}.png", self.labels, self.classes.palette())
+        if probabilities:
+            runs.make_folder(folder / "probabilities")
+            soft = self.probabilities.astype(np.float16)
+            np.savez_compressed(folder / "probabilities" / stem, probabilities=soft)
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """Predicts images, each at its own size, in few compiled shapes.
+
+    Attributes:
+      answer: (images [1, H, W, channels] float32, sizes [1, 2] before padding, and what else the
+        task needs, by name) -> arrays [1, ...] by name.
+      read: (arrays [...] by name, uint8 image [H, W, 3]) -> what is said of the image.
+      normalisation: a name in `dense_jax.data.transforms.NORMALISATIONS`.
+    """
+
+    answer: Answer
+    read: Callable[[dict[str, np.ndarray], np.ndarray], Prediction]
+    normalisation: str
+
+    def __call__(self, image: np.ndarray, shape: Size | None = None, **inputs: Any) -> Prediction:
+        """Predicts one image.
+
+        Args:
+          image: uint8 [H, W, 3].
+          shape: height and width to pad it to; by default the next multiples of 32.
+          **inputs: what else the task needs, [1, ...] each.
+        """
+        size = image.shape[:2]
+        shape = shape or padded_shapes([size], SIZE_MULTIPLE, 1)[size]
+        padded = pad(image, self.normalisation, shape)
+        answers = self.answer(padded, np.array([size], np.int32), **inputs)
+        return self.read({name: x[0] for name, x in jax.device_get(answers).items()}, image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +111,7 @@ class Summary:
 
     predicted: tuple[pathlib.Path, ...]
     failures: tuple[str, ...]
-    shapes: frozenset[tuple[int, int]]
+    shapes: frozenset[Size]
 
     def __str__(self) -> str:
         """One line for the folder and one for each failure."""
@@ -46,36 +123,34 @@ class Summary:
 
 
 def predict_folder(
-    predict_fn: Callable[[np.ndarray, np.ndarray], jax.Array],
+    predict: Predictor,
     classes: ClassTable,
-    normalisation: str,
     input_path: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],
     *,
+    inputs_of: Callable[[pathlib.Path, Size], dict[str, np.ndarray]] | None = None,
     overlays: bool = True,
     probabilities: bool = False,
-    size_multiple: int = 32,
     max_shapes: int = 4,
 ) -> Summary:
-    """Labels one image or all images of a folder, each at its own size.
+    """Predicts one image or all images of a folder, each at its own size.
 
-    Writes ``labels/NAME.png`` (palette PNG of class ids, size of the image),
-    ``overlays/NAME.png``, ``probabilities/NAME.npz`` (key "probabilities", float16 [H, W, C]),
-    ``legend.png`` and ``classes.json``. Images run one at a time, since reading and writing files
-    takes longer than the network; as in evaluation they are padded below and on the right with
-    the mean colour to one of a few shapes. Pixels are taken as stored, whatever orientation the
-    EXIF data ask for, so that a label always fits the file it belongs to.
+    Writes the files of each prediction (of labels ``labels/NAME.png``, a palette PNG of class ids
+    of the size of the image, and ``probabilities/NAME.npz``, key "probabilities", float16
+    [H, W, C]), ``overlays/NAME.png``, ``legend.png``, ``classes.json`` and, of tasks that find
+    objects, ``results.json`` in COCO's format. Images run one at a time, since reading and writing
+    files takes longer than the network; as in evaluation they are padded below and on the right
+    with the mean colour to one of a few shapes. Pixels are taken as stored, whatever orientation
+    the EXIF data ask for, so that a label always fits the file it belongs to.
 
     Args:
-      predict_fn: (images [1, H, W, channels] float32, sizes [1, 2] in front of padding) to logits
-        [1, H, W, C].
+      predict: predicts one image.
       classes: names and colours of the C classes.
-      normalisation: a name in `dense_jax.data.transforms.NORMALISATIONS`.
       input_path: an image, or a folder whose images (not its sub-folders) are labelled.
       output_dir: made if it is not there; earlier predictions in it are replaced.
-      overlays: write the image tinted by its labels.
+      inputs_of: (path of an image, its height and width) -> what else the task needs.
+      overlays: write the image under what was found in it.
       probabilities: write the softmax of the logits.
-      size_multiple: padded heights and widths are multiples of this, in pixels.
       max_shapes: how many padded shapes at most.
 
     Returns:
@@ -85,36 +160,30 @@ def predict_folder(
       UserError: if there is no image, or the output cannot be written.
     """
     sizes, failures = _read_sizes(_find_images(pathlib.Path(input_path)))
-    shape_of = padded_shapes(sizes.values(), size_multiple, max_shapes)
+    shape_of = padded_shapes(sizes.values(), SIZE_MULTIPLE, max_shapes)
     output, palette = pathlib.Path(output_dir), classes.palette()
-    predicted, shapes = [], set()
+    predicted, shapes, results = [], set(), []
     try:
-        for folder in ["labels"] + ["overlays"] * overlays + ["probabilities"] * probabilities:
-            (output / folder).mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
         (output / "classes.json").write_text(json.dumps(classes.to_json(), indent=2) + "\n")
         Image.fromarray(viz.legend(classes.names, palette)).save(output / "legend.png")
-        for path, (height, width) in tqdm.tqdm(sizes.items(), unit="image", disable=None):
+        for path, size in tqdm.tqdm(sizes.items(), unit="image", disable=None):
             try:
                 image = decode_image(path.read_bytes(), path)
+                inputs = inputs_of(path, size) if inputs_of else {}
             except UserError as error:
                 failures.append(str(error))
                 continue
-            shape = shape_of[height, width]
-            size = np.array([[height, width]], np.int32)
-            logits = predict_fn(_normalise_and_pad(image, normalisation, shape), size)
-            if logits.shape != (1, *shape, classes.num_classes):
-                raise ValueError(f"predict_fn gave {logits.shape} for an image padded to {shape}")
-            # Reduced before it is cut: a cut on the device would compile for each image size.
-            labels = np.asarray(jnp.argmax(logits[0], axis=-1))[:height, :width]
-            viz.save_label_png(output / "labels" / f"{path.stem}.png", labels, palette)
+            found = predict(image, shape_of[size], **inputs)
+            entries = found.save(output, path.stem, probabilities=probabilities)
+            results += [{"file_name": path.name, **entry} for entry in entries]
             if overlays:
-                tinted = Image.fromarray(viz.overlay(image, labels, palette))
-                tinted.save(output / "overlays" / f"{path.stem}.png")
-            if probabilities:
-                soft = np.asarray(jax.nn.softmax(logits[0]))[:height, :width].astype(np.float16)
-                np.savez_compressed(output / "probabilities" / path.stem, probabilities=soft)
+                (output / "overlays").mkdir(exist_ok=True)
+                Image.fromarray(found.overlay()).save(output / "overlays" / f"{path.stem}.png")
             predicted.append(path)
-            shapes.add(shape)
+            shapes.add(shape_of[size])
+        if inputs_of:
+            runs.write_json(output / "results.json", results)
     except OSError as error:
         raise UserError(
             f"cannot write to {output} ({error.strerror}): give another folder"
@@ -157,7 +226,7 @@ def _read_sizes(
     return sizes, failures
 
 
-def _normalise_and_pad(image: np.ndarray, name: str, shape: tuple[int, int]) -> np.ndarray:
+def pad(image: np.ndarray, name: str, shape: tuple[int, int]) -> np.ndarray:
     """A batch of one, [1, *shape, 3] float32; zeros fill up, which is the mean colour."""
     batch = np.zeros((1, *shape, num_channels(name)), np.float32)
     batch[0, : image.shape[0], : image.shape[1]] = Normalise(name)({"image": image})["image"]

@@ -1,11 +1,10 @@
 """A finished network as one function of pictures, as other programs want it.
 
-What `dense_jax.infer.predictor` does to the images of a folder is inside: normalisation, padding,
-class map. All of it can be traced with sizes left open (`jax.export`).
+What `dense_jax.infer.predictor` does to the images of a folder is inside: normalisation, padding
+and cutting. All of it can be traced with sizes left open (`jax.export`).
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,6 @@ import numpy as np
 from jax import lax
 
 from dense_jax.data.transforms import NORMALISATIONS
-from dense_jax.infer.tiles import PredictFn
-
-Scores = Literal["probabilities", "logits"]
 
 SIZE_MULTIPLE = 32  # As `predictor.predict_folder` pads to.
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
@@ -43,22 +39,20 @@ def normalise(images: jax.Array, name: str) -> jax.Array:
     return (images - mean) / std
 
 
-def label_fn(
-    predict: PredictFn, variables: Any, normalisation: str, scores: Scores = "probabilities"
-) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    """Returns what labels pictures: RGB [B, H, W, 3] of values from 0 to 255, any H, W >= 1.
+def program(
+    answer: Callable[..., dict[str, jax.Array]], normalisation: str
+) -> Callable[..., dict[str, jax.Array]]:
+    """Returns a function of pictures, RGB [B, H, W, 3] of values from 0 to 255, any H, W >= 1.
 
-    Its result has "labels", uint8 [B, H, W], and `scores`, float32 [B, H, W, classes], by its name.
-    Pictures are padded at the bottom and right with the mean colour to multiples of 32 pixels.
+    Pictures are padded at the bottom and right with the mean colour to multiples of 32 pixels, and
+    answers of the size of the padded pictures are cut to the pictures'.
 
     Args:
-      predict: how the network is used, with (variables, images, sizes).
-      variables: of the network.
-      normalisation: what it expects of images.
-      scores: its logits or their softmax.
+      answer: (normalised images, sizes before padding, and what else there is) -> arrays by name.
+      normalisation: what the images are brought to.
     """
 
-    def label(images: jax.Array) -> dict[str, jax.Array]:
+    def run(images: jax.Array, *inputs: jax.Array) -> dict[str, jax.Array]:
         batch, height, width, _ = images.shape
         # As whole multiples, from which sizes further on follow even where a side is left open.
         rows, columns = (
@@ -67,14 +61,16 @@ def label_fn(
         padded = _extend(normalise(images, normalisation), rows, columns)
         size = jnp.array([height, width], jnp.int32)
         sizes = jnp.broadcast_to(size.reshape(1, 2), (batch, 2))
-        logits = _extend(predict(variables, padded, sizes), -rows, -columns).astype(jnp.float32)
-        values = logits if scores == "logits" else jax.nn.softmax(logits)
-        return {"labels": jnp.argmax(logits, axis=-1).astype(jnp.uint8), scores: values}
+        answers = answer(padded, sizes, *inputs)
+        return {
+            name: _extend(x, -rows, -columns) if x.shape[1:3] == padded.shape[1:3] else x
+            for name, x in answers.items()
+        }
 
-    return label
+    return run
 
 
 def _extend(x: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Adds zeros at the bottom and right of [B, H, W, C], or cuts there."""
-    edges = [(0, 0, 0), (0, rows, 0), (0, columns, 0), (0, 0, 0)]
+    """Adds zeros at the bottom and right of [B, H, W, ...], or cuts there."""
+    edges = [(0, 0, 0), (0, rows, 0), (0, columns, 0)] + [(0, 0, 0)] * (x.ndim - 3)
     return lax.pad(x, jnp.zeros((), x.dtype), edges)

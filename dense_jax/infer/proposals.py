@@ -7,18 +7,21 @@ Reference: Noh, Hong, Han, ICCV 2015, arXiv:1505.04366, Section 5.1; the release
 generate_EDeconvNet_CRF_results.m and preprocess_image_bb.m.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax import lax
 
 from dense_jax.data import crops, pipeline
 from dense_jax.data.dataset import Source
 from dense_jax.data.transforms import Normalise, window
 from dense_jax.infer.crf import refine
+from dense_jax.infer.whole_image import ONE_PASS, PredictFn
 from dense_jax.ops.crf import CrfParams
 
 Aggregate = Literal["max", "sum", "mean"]
@@ -157,6 +160,62 @@ def aggregate(
     if how == "mean":
         total /= jnp.maximum(count, 1)[..., None].astype(jnp.float32)
     return jnp.where(count[..., None] > 0, total, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxScores:
+    """Scores of images from those of boxes in them.
+
+    Attributes:
+      model: the network, of boxes resized to ``size``.
+      size: height and width that the network sees boxes at.
+      aggregate: see `aggregate`.
+      max_init: see `aggregate`.
+      num: how many boxes an image has at most.
+      min_side: least shorter side of a box, in pixels; smaller ones do not count.
+    """
+
+    model: nn.Module
+    size: int
+    aggregate: Aggregate
+    max_init: MaxInit
+    num: int
+    min_side: int
+
+    def score(
+        self, variables: Any, images: jax.Array, boxes: jax.Array, valid: jax.Array
+    ) -> jax.Array:
+        """Returns aggregated scores [B, H, W, C] of images from boxes [B, N, 4], valid [B, N]."""
+
+        def network(inputs: jax.Array) -> jax.Array:
+            outputs: Any = self.model.apply(variables, inputs, train=False)
+            return outputs["logits"]
+
+        how = dict(size=self.size, how=self.aggregate, max_init=self.max_init)
+        return aggregate(network, images, boxes, valid, **how)
+
+    def forward(self, source: str) -> tuple[PredictFn | None, str]:
+        """Returns how images are labelled of which nothing else is known, and that in words.
+
+        Args:
+          source: "none" is one pass over the image, and the result None; "whole" takes the image as
+            one box, anything else the largest sliding windows.
+        """
+        if source == "none":
+            return None, ONE_PASS
+        is_whole = source == "whole"
+
+        def predict(variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+            boxes = sliding_boxes(sizes)[:, : 1 if is_whole else self.num]
+            valid = min_sides(boxes) >= (1 if is_whole else self.min_side)
+            return {"logits": self.score(variables, images, boxes, valid)}
+
+        if is_whole:
+            return predict, f"the image as one box of {self.size}x{self.size}"
+        return predict, (
+            f"sliding windows, the largest {self.num}, shorter side at least {self.min_side} "
+            f"pixels, joined by {self.aggregate} from {self.max_init}"
+        )
 
 
 def label_images(

@@ -1,8 +1,7 @@
 """Overlap-tile prediction without seams, and averages over turned and mirrored images.
 
-A prediction is a function ``(variables, images [B, H, W, C], sizes int32 [B, 2]) -> logits
-[B, H, W, K]``: ``sizes`` are heights and widths in front of the padding that made the images of a
-batch equally large. All functions here can be compiled; sizes are data, not shapes.
+A prediction (`dense_jax.infer.whole_image.PredictFn`) is told the sizes of images before padding:
+they are data, not shapes, so that all functions here can be compiled.
 
 Reference: Ronneberger, Fischer, Brox, "U-Net: convolutional networks for biomedical image
 segmentation", MICCAI 2015, arXiv:1505.04597, Figure 2 and Section 3.
@@ -17,7 +16,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-PredictFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
+from dense_jax.infer.whole_image import PredictFn
+
 Mirror = Literal["reflect", "symmetric"]
 Views = Literal["rot7", "d4"]
 
@@ -61,7 +61,7 @@ def overlap_tile(
       context: how much larger on each side it is than what is kept of the output.
       grid: stride of the network's deepest level.
       mirror: "reflect" does not repeat the pixel at the edge, "symmetric" does.
-      output: which output is predicted instead of the logits.
+      output: which output is predicted, and its name in the result.
       stride: pixels for each of its units, a divisor of ``grid``: of images [B, H, W, C] it has
         ceil(H / stride) rows.
 
@@ -77,7 +77,7 @@ def overlap_tile(
             f"take at least {2 * context + grid}."
         )
 
-    def predict(variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+    def predict(variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
         batch, height, width, _ = images.shape
         counts = -(-height // step), -(-width // step)
         rows, columns = (
@@ -100,7 +100,36 @@ def overlap_tile(
         tiles = lax.map(one_tile, jnp.divmod(jnp.arange(counts[0] * counts[1]), counts[1]))
         tiles = tiles.reshape(*counts, batch, kept, kept, -1).transpose(2, 0, 3, 1, 4, 5)
         units = tiles.reshape(batch, counts[0] * kept, counts[1] * kept, -1)
-        return units[:, : -(-height // stride), : -(-width // stride)]
+        return {output: units[:, : -(-height // stride), : -(-width // stride)]}
+
+    return predict
+
+
+def in_two_parts(
+    front: nn.Module,
+    finish: Callable[[Any, jax.Array, tuple[int, int], jax.Array], jax.Array],
+    refine: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+    *,
+    tile: int,
+    context: int,
+    stride: int,
+) -> PredictFn:
+    """Predicts the first part of a network in tiles, and the second on all of them together.
+
+    Args:
+      front: the first part; its output is "final".
+      finish: (variables, scores of all tiles, height and width, sizes) -> logits.
+      refine: (variables, logits, images, sizes) -> logits, such as a learned CRF.
+      tile, context, stride: see `overlap_tile`.
+    """
+    scores = overlap_tile(
+        front, tile=tile, context=context, grid=stride, output="final", stride=stride
+    )
+
+    def predict(variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+        final, (height, width) = scores(variables, images, sizes)["final"], images.shape[1:3]
+        logits = finish(variables, final, (height, width), sizes)
+        return {"logits": refine(variables, logits, images, sizes) if refine else logits}
 
     return predict
 
@@ -135,7 +164,7 @@ def average_views(predict: PredictFn, views: Views) -> PredictFn:
     """
     num_views = sum(len(flips) for _, flips in _VIEWS[views])
 
-    def average(variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+    def average(variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
         total = jnp.zeros((), jnp.float32)
         for transposed, flips in _VIEWS[views]:
             seen, seen_sizes = (
@@ -146,11 +175,12 @@ def average_views(predict: PredictFn, views: Views) -> PredictFn:
                 flip: jax.Array, seen: jax.Array = seen, seen_sizes: jax.Array = seen_sizes
             ) -> jax.Array:
                 turn = functools.partial(_flip, sizes=seen_sizes, flip=flip)
-                return turn(jax.nn.softmax(predict(variables, turn(seen), seen_sizes)))
+                logits = predict(variables, turn(seen), seen_sizes)["logits"]
+                return turn(jax.nn.softmax(logits))
 
             summed = jnp.sum(lax.map(probabilities, jnp.array(flips)), axis=0)
             total = total + (summed.swapaxes(1, 2) if transposed else summed)
-        return jnp.log(jnp.maximum(total / num_views, jnp.finfo(jnp.float32).tiny))
+        return {"logits": jnp.log(jnp.maximum(total / num_views, jnp.finfo(jnp.float32).tiny))}
 
     return average
 

@@ -8,7 +8,7 @@ here, as in the others).
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -109,6 +109,15 @@ class FrontEnd(nn.Module):
     def context(self) -> int:
         """Pixels on each side that convolutions without padding eat up (186; 198 with pools)."""
         return int(self.grid.field - self.grid.step) // 2
+
+    def check_side(self, side: int) -> None:
+        """Raises ValueError for images whose units do not stand for every eighth pixel."""
+        edge = 2 * self.context if self.pad == "valid_reflect" else 0
+        if side <= edge or (side - edge) % self.stride:
+            raise ValueError(
+                f"a side of {side} pixels does not fit: scores at stride {self.stride} need sides "
+                f"of {edge} + {self.stride} m"
+            )
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
@@ -265,6 +274,22 @@ class Dilated(nn.Module):
             dtype=self.dtype,
             parent=None,
         )
+
+    def finish(
+        self, variables: Any, scores: jax.Array, size: tuple[int, int], sizes: jax.Array
+    ) -> jax.Array:
+        """Returns logits [B, *size, C] for scores that the front end gave in another way, in tiles.
+
+        Args:
+          variables: of the whole.
+          scores: [B, h, w, C], the front end's "final".
+          size: height and width of the images.
+          sizes: int [B, 2], heights and widths before padding.
+        """
+        if self.context != "none":
+            outputs: Any = self.context_module().apply(variables, scores)
+            scores = outputs["ctx_final"]
+        return enlarge(scores, size, self.front_end().stride, self.upsample, sizes)
 
     def context_module(self) -> ContextModule:
         """Returns the context module alone, likewise."""

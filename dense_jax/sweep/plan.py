@@ -1,20 +1,15 @@
 """Which runs a sweep makes: every combination of flag values, checked before anything runs."""
 
-import contextlib
 import dataclasses
 import hashlib
-import importlib
-import io
 import itertools
 import pathlib
 import re
 import shlex
-import types
 from collections.abc import Sequence
 
-import tyro
-
 from dense_jax.errors import UserError
+from dense_jax.scripts import Script
 from dense_jax.train.config import RunConfig
 
 
@@ -53,8 +48,7 @@ class Run:
 
 
 def plan(
-    module: types.ModuleType,
-    script: str,
+    script: Script,
     preset: str,
     flags: Sequence[str],
     vary: Sequence[str],
@@ -68,8 +62,9 @@ def plan(
     """
     if seeds < 1:
         raise UserError(f"--seeds={seeds}: give at least 1")
-    if preset not in module.PRESETS:
-        raise UserError(f"{script} has no preset {preset}: give {', '.join(module.PRESETS)}")
+    if preset not in script.presets:
+        known = ", ".join(script.presets)
+        raise UserError(f"{script.name} has no preset {preset}: give {known}")
     varied = [_varied(text) for text in vary]
     given = [_name(word) for word in flags if word.startswith("--")]
     names = [name for name, _ in varied]
@@ -85,31 +80,13 @@ def plan(
             workdir = out / _folder_name({**settings, "seed": str(seed)})
             words = [preset, *flags]
             for name, value in zip(names, values, strict=True):
-                words += _flag(name, value, module.PRESETS[preset])
+                words += _flag(name, value, script.presets[preset])
             words += [f"--seed={seed}", f"--workdir={workdir}"]
-            config = _parse(module, words)
-            stages = tuple(module.stages(config)) if hasattr(module, "stages") else (config,)
+            stages = tuple(script.parse(words).each_stage())
             for stage in stages:
-                module.build_model(stage, 2)  # refuses flags that do not go together
-            planned.append(Run(settings, seed, workdir, (script, *words), stages))
+                script.build(stage, 2)  # refuses flags that do not go together
+            planned.append(Run(settings, seed, workdir, (script.name, *words), stages))
     return planned
-
-
-def load_script(script: str) -> types.ModuleType:
-    """Imports a training script.
-
-    Raises:
-      UserError: it cannot be imported, or is none.
-    """
-    try:
-        module = importlib.import_module(script)
-    except ImportError as error:
-        raise UserError(
-            f"{script} cannot be imported ({error}): give a module such as experiments.fcn"
-        ) from error
-    if not (hasattr(module, "PRESETS") and hasattr(module, "build_model")):
-        raise UserError(f"{script} trains no network: give a module such as experiments.fcn")
-    return module
 
 
 def _varied(text: str) -> tuple[str, list[str]]:
@@ -142,17 +119,3 @@ def _folder_name(settings: dict[str, str]) -> str:
     full = "_".join(f"{name}={value}" for name, value in settings.items())
     plain = re.sub(r"[^A-Za-z0-9_.=-]+", "-", full)[:120]
     return plain if plain == full else f"{plain}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
-
-
-def _parse(module: types.ModuleType, words: Sequence[str]) -> RunConfig:
-    """The configuration of ``PRESET --flags``, read as the script itself will read it."""
-    presets = {name: (name, preset) for name, preset in module.PRESETS.items()}
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
-            return tyro.extras.overridable_config_cli(presets, args=list(words))
-    except SystemExit as error:
-        # tyro has printed a title, a rule, the reason, a blank line or rule, and advice.
-        blocks = re.split(r"\n[ -]*\n", told.getvalue().strip())
-        reason = " ".join(blocks[1].split())
-        raise UserError(f"{reason.rstrip('.')} (in {shlex.join(words)})") from error

@@ -1,19 +1,24 @@
 """What the runs of a sweep have left in their folders, read anew whenever it is asked for."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
 import statistics
-import types
 from collections.abc import Sequence
 from typing import Any
 
 from dense_jax import runs
 from dense_jax.analysis import cost
 from dense_jax.data.classes import ClassTable
+from dense_jax.errors import UserError
+from dense_jax.evaluation import record as record_lib
+from dense_jax.evaluation.record import Score
+from dense_jax.scripts import Script
 from dense_jax.sweep import tables
 from dense_jax.sweep.plan import Run
+from dense_jax.train.config import from_json
 from dense_jax.train.log import read_metrics
 
 
@@ -46,7 +51,7 @@ class Scoring:
 
     def read(self, item: Run) -> dict[str, Any] | None:
         """The evaluation of the run's last step, or None."""
-        evaluation = _read_json(self.folder(item) / "evaluation.json")
+        evaluation = _evaluation(self.folder(item))
         done = evaluation and evaluation["protocol"]["step"] == item.stages[-1].num_steps
         return evaluation if done else None
 
@@ -55,11 +60,14 @@ def is_trained(script: str, item: Run) -> bool:
     """Whether the run's folder holds all steps of this very configuration, saved and evaluated."""
     config = item.stages[-1]
     record = _read_json(item.final / "config.json")
-    evaluation = _read_json(item.final / "evaluation.json")
+    evaluation = _evaluation(item.final)
     if record is None or evaluation is None:
         return False
-    wanted = json.loads(json.dumps(config.to_json()))
-    same = {**record["config"], "workdir": None} == {**wanted, "workdir": None}  # may have moved
+    try:
+        before = from_json(type(config), record["config"])
+    except UserError:  # of other flags
+        return False
+    same = dataclasses.replace(before, workdir=config.workdir) == config  # may have moved
     # The last evaluation is written in front of the last checkpoint.
     saved = (item.final / "checkpoints" / str(config.num_steps)).is_dir()
     done = evaluation["protocol"]["step"] == config.num_steps
@@ -73,11 +81,11 @@ class Summary:
         self,
         out: pathlib.Path,
         title: str,
-        module: types.ModuleType,
+        script: Script,
         planned: Sequence[Run],
         scoring: Scoring,
     ) -> None:
-        self._out, self._title, self._module = out, title, module
+        self._out, self._title, self._script = out, title, script
         self._planned, self._scoring = planned, scoring
         self._costs: dict[str, tuple[int, int] | None] = {}
 
@@ -105,7 +113,7 @@ class Summary:
             results.append(_result(item, evaluation, self._scoring.folder(item)))
             key = str(item.settings)
             if key not in self._costs:
-                self._costs[key] = _cost(self._module, item)
+                self._costs[key] = _cost(self._script, item)
             counted = self._costs[key]
         return tables.Row(
             items[0].settings,
@@ -138,10 +146,17 @@ def _result(item: Run, evaluation: dict[str, Any], folder: pathlib.Path) -> tabl
             seconds += (row["step"] - last) * stage.batch_size / row["images_per_second"]
             last = row["step"]
         rates = [row["images_per_second"] for row in rows] or [math.nan]
+    about = evaluation["about_scores"]
+    scores = [
+        Score(name, _number(value), **{k: about[name][k] for k in ("title", "unit", "main")})
+        for name, value in evaluation["scores"].items()
+    ]
+    table = next((table for table in evaluation["tables"] if table["log"]), None)
     return tables.Result(
         item.seed,
-        {name: _number(score) for name, score in evaluation["scores"].items()},
-        {row["name"]: _number(row["iou"]) for row in evaluation["per_class"]},
+        {score.name: score for score in scores},
+        {row[0]: _number(row[1]) for row in table["rows"]} if table else {},
+        table["columns"][1]["title"] if table else "",
         seconds,
         statistics.median(rates[1:] or rates),  # the first row has the compilation
         folder / "report.html",
@@ -152,20 +167,27 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _cost(module: types.ModuleType, item: Run) -> tuple[int, int] | None:
+def _cost(script: Script, item: Run) -> tuple[int, int] | None:
     """Parameters, and FLOPs for one image of the size that was trained on."""
-    evaluation = _read_json(item.final / "evaluation.json") or {}
+    evaluation = _evaluation(item.final) or {"protocol": {}}
     shape = evaluation["protocol"].get("input_shape")
     if shape is None:
         return None
     classes = ClassTable.from_json(runs.read_config(item.final)["classes"])
     try:
-        model = module.build_model(item.stages[-1], classes.num_classes)
+        model = script.build(item.stages[-1], classes.num_classes).model
         rows = cost.summarise(model, (1, *shape))
     except Exception as error:  # two empty cells are no reason to end a night of training
         print(f"{item.workdir.name}: its layers cannot be counted ({error})")
         return None
     return sum(row.num_params for row in rows), sum(row.flops for row in rows)
+
+
+def _evaluation(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The record of a folder, or None where there is none or half of one."""
+    with contextlib.suppress(UserError):
+        return record_lib.read(folder)
+    return None
 
 
 def _read_json(path: pathlib.Path) -> Any:

@@ -10,18 +10,10 @@ import pathlib
 import statistics
 from collections.abc import Iterable, Sequence
 
-from dense_jax import report
+from dense_jax.evaluation import report
+from dense_jax.evaluation.record import Score
 
 _NONE = "\N{EN DASH}"
-_SHARES = {  # scores in [0, 1], shown in percent
-    "mean_iou": "Mean IoU",
-    "mean_accuracy": "Class average",
-    "pixel_accuracy": "Global accuracy",
-    "boundary_f1": "Boundary F1",
-    "mean_iou_before_crf": "Mean IoU without CRF",
-}
-_WITH_CRF = ("mean_iou_before_crf",)  # shown where a run has it
-_CSV_ONLY = ("frequency_weighted_iou", "loss")
 _DOT, _BAND, _GREY = "#1d4e89", "#93b4d8", "#6b7280"
 
 
@@ -31,16 +23,18 @@ class Result:
 
     Attributes:
       seed: its seed.
-      scores: scores by name, those in [0, 1] as fractions; NaN where one does not exist.
-      iou: IoU of each class in [0, 1]; NaN for a class that is neither labelled nor predicted.
+      scores: scores by name; those that are not main are in the CSV file only.
+      classes: the score of each class, in [0, 1]; NaN for one that does not exist.
+      class_score: its title, such as "IoU".
       seconds: time spent in training steps, compilation included and evaluation left out.
       images_per_second: the median over the log's rows.
       report: its page.
     """
 
     seed: int
-    scores: dict[str, float]
-    iou: dict[str, float]
+    scores: dict[str, Score]
+    classes: dict[str, float]
+    class_score: str
     seconds: float
     images_per_second: float
     report: pathlib.Path
@@ -73,12 +67,12 @@ class Row:
 
     def scores(self, name: str) -> list[float]:
         """A score of every run that has it."""
-        values = (result.scores.get(name, math.nan) for result in self.results)
-        return [value for value in values if not math.isnan(value)]
+        found = (result.scores[name].value for result in self.results if name in result.scores)
+        return [value for value in found if not math.isnan(value)]
 
-    def iou(self, name: str) -> list[float]:
-        """A class's IoU of every run that has it."""
-        values = (result.iou.get(name, math.nan) for result in self.results)
+    def class_scores(self, name: str) -> list[float]:
+        """A class's score of every run that has it."""
+        values = (result.classes.get(name, math.nan) for result in self.results)
         return [value for value in values if not math.isnan(value)]
 
 
@@ -110,16 +104,19 @@ _NOTE = (
     "the finished runs; FLOPs of one forward pass for one image as the network sees it in training "
     "(two per multiplication and addition); time in training steps, compilation included."
 )
-_CLASS_NOTE = "Per class: IoU in percent of the first row, then differences to it in points."
+
+
+def _class_note(rows: Sequence[Row]) -> str:
+    titles = _names([r.class_score] for row in rows for r in row.results)
+    title = titles[0] if titles else "score"
+    return f"Per class: {title} in percent of the first row, then differences to it in points."
 
 
 def _main_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    extra = [name for name in _score_names(rows) if name not in (*_SHARES, *_CSV_ONLY)]
-    shares = _shares(rows)
+    scores = [score for score in _scores(rows).values() if score.main]
     heads = [
         *rows[0].settings,
-        *(f"{_SHARES[name]} %" for name in shares),
-        *(name.replace("_", " ") for name in extra),
+        *map(_title, scores),
         *("Parameters", "GFLOPs", "Time", "Images/s", "Runs"),
     ]
 
@@ -128,8 +125,12 @@ def _main_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         rate, _ = mean_and_spread([r.images_per_second for r in row.results])
         return [
             *row.settings.values(),
-            *(_score(row.scores(name), "{:.1f}", 100) for name in shares),
-            *(_score(row.scores(name), "{:.4g}") for name in extra),
+            *(
+                _score(row.scores(score.name), "{:.1f}", 100)
+                if score.unit == "%"
+                else _score(row.scores(score.name), "{:.4g}")
+                for score in scores
+            ),
             _NONE if row.parameters is None else f"{row.parameters:,}",
             _NONE if row.flops is None else f"{row.flops / 1e9:,.3g}",
             _duration(seconds),
@@ -141,11 +142,11 @@ def _main_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _class_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    names = _names(r.iou for row in rows for r in row.results)
-    first = {name: mean_and_spread(rows[0].iou(name))[0] for name in names}
+    names = _names(r.classes for row in rows for r in row.results)
+    first = {name: mean_and_spread(rows[0].class_scores(name))[0] for name in names}
 
     def cell(row: Row, name: str) -> str:
-        value = mean_and_spread(row.iou(name))[0] - (0 if row is rows[0] else first[name])
+        value = mean_and_spread(row.class_scores(name))[0] - (0 if row is rows[0] else first[name])
         if math.isnan(value):
             return _NONE
         points = round(100 * value, 1) + 0.0  # not -0.0
@@ -172,13 +173,18 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _shares(rows: Sequence[Row]) -> list[str]:
-    found = _score_names(rows)
-    return [name for name in _SHARES if name not in _WITH_CRF or name in found]
+def _scores(rows: Sequence[Row]) -> dict[str, Score]:
+    """What is known of each score that any run has, by name."""
+    return {
+        name: score
+        for row in reversed(rows)
+        for r in reversed(row.results)
+        for name, score in r.scores.items()
+    }
 
 
-def _score_names(rows: Sequence[Row]) -> list[str]:
-    return _names(r.scores for row in rows for r in row.results)
+def _title(score: Score) -> str:
+    return f"{score.title or score.name.replace('_', ' ')} {score.unit}".rstrip()
 
 
 def _names(mappings: Iterable[Iterable[str]]) -> list[str]:
@@ -188,9 +194,9 @@ def _names(mappings: Iterable[Iterable[str]]) -> list[str]:
 
 def _csv(rows: Sequence[Row]) -> str:
     """Raw numbers: fractions, seconds; empty where there is none."""
-    names = _names([_shares(rows), _score_names(rows)])
-    classes = _names(r.iou for row in rows for r in row.results)
-    first = {name: mean_and_spread(rows[0].iou(name))[0] for name in classes}
+    names = list(_scores(rows))
+    classes = _names(r.classes for row in rows for r in row.results)
+    first = {name: mean_and_spread(rows[0].class_scores(name))[0] for name in classes}
     table = [
         [
             *rows[0].settings,
@@ -209,7 +215,7 @@ def _csv(rows: Sequence[Row]) -> str:
         numbers += [mean_and_spread([r.seconds for r in row.results])[0]]
         numbers += [mean_and_spread([r.images_per_second for r in row.results])[0]]
         for name in classes:
-            mean, _ = mean_and_spread(row.iou(name))
+            mean, _ = mean_and_spread(row.class_scores(name))
             numbers += [mean, mean - first[name]]
         shown = ["" if math.isnan(number) else f"{number:.8g}" for number in numbers]
         counts = [str(len(row.results)), str(len(row.commands))]
@@ -235,7 +241,7 @@ def _markdown(title: str, facts: Sequence[str], rows: Sequence[Row]) -> list[str
         "",
         *table(*_main_table(rows)),
         "",
-        f"{_NOTE} {_CLASS_NOTE}",
+        f"{_NOTE} {_class_note(rows)}",
         "",
         *table(*_class_table(rows)),
         "",
@@ -267,7 +273,7 @@ def _latex(title: str, facts: Sequence[str], rows: Sequence[Row]) -> list[str]:
     return [
         *(f"% {text}" for text in (title, *facts, _NOTE)),
         *table(heads, body),
-        f"% {_CLASS_NOTE}",
+        f"% {_class_note(rows)}",
         *table(class_heads, [line(row_cells) for row_cells in class_cells]),
     ]
 
@@ -287,29 +293,29 @@ def _latex_text(text: str) -> str:
 
 def _plot(rows: Sequence[Row]) -> str:
     """An SVG with a panel for each score: runs as dots, their mean, a band of ± one deviation."""
-    names = [name for name in _names([_shares(rows), _score_names(rows)]) if name not in _CSV_ONLY]
-    names = [name for name in names if any(row.scores(name) for row in rows)]
+    scores = [score for score in _scores(rows).values() if score.main]
+    scores = [score for score in scores if any(row.scores(score.name) for row in rows)]
     left = 16 + 6.4 * max(len(row.label) for row in rows)
     wide, high, across = 190, 22 * len(rows) + 62, 4
-    width = left + wide * min(across, max(1, len(names)))
-    height = high * max(1, -(-len(names) // across))
+    width = left + wide * min(across, max(1, len(scores)))
+    height = high * max(1, -(-len(scores) // across))
     svg = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" '
         'font-family="system-ui, sans-serif" font-size="11" role="img" aria-label="scores">'
     ]
-    for number, name in enumerate(names):
+    for number, score in enumerate(scores):
         x, top = left + wide * (number % across), high * (number // across)
         if number % across == 0:
             for i, row in enumerate(rows):
                 svg.append(_text(left - 14, top + 45 + 22 * i, row.label, "end"))
-        svg += _panel(name, rows, x, top, wide - 24)
+        svg += _panel(score, rows, x, top, wide - 24)
     return "\n".join([*svg, "</svg>"])
 
 
-def _panel(name: str, rows: Sequence[Row], x: float, top: float, width: float) -> list[str]:
+def _panel(score: Score, rows: Sequence[Row], x: float, top: float, width: float) -> list[str]:
     """One score of all rows, from ``x`` to ``x + width``."""
-    share = 100 if name in _SHARES else 1
-    values = [[share * value for value in row.scores(name)] for row in rows]
+    factor = 100 if score.unit == "%" else 1
+    values = [[factor * value for value in row.scores(score.name)] for row in rows]
     ends = [value for row in values for value in row]
     for mean, spread in map(mean_and_spread, values):
         ends += [] if math.isnan(spread) else [mean - spread, mean + spread]
@@ -319,8 +325,7 @@ def _panel(name: str, rows: Sequence[Row], x: float, top: float, width: float) -
         return round(x + width * (value - marks[0]) / (marks[-1] - marks[0]), 1)
 
     bottom = top + 30 + 22 * len(rows)
-    title = f"{_SHARES[name]} %" if name in _SHARES else name.replace("_", " ")
-    svg = [_text(x, top + 16, title, "start")]
+    svg = [_text(x, top + 16, _title(score), "start")]
     for mark in marks:
         svg.append(f'<path d="M{place(mark)} {top + 26}V{bottom}" stroke="#e5e7eb"/>')
         svg.append(_text(place(mark), bottom + 14, f"{mark:.4g}", "middle"))
@@ -368,7 +373,7 @@ def _index(
             f"<section><h2>Scores</h2>{picture}</section>",
             f"<section><h2>Runs</h2>{_html_table(heads, cells, links)}<p>{_NOTE}</p></section>",
             f"<section><h2>Classes</h2>{_html_table(*_class_table(rows))}"
-            f"<p>{_CLASS_NOTE}</p></section>",
+            f"<p>{_class_note(rows)}</p></section>",
             f"<section><h2>Failed</h2><ul>{failures}</ul></section>" if failures else "",
             f"<section><h2>Commands</h2><pre>{commands}</pre></section>",
         ],

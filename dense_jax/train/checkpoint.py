@@ -22,8 +22,14 @@ class Checkpoints:
     complete, so a run that is killed while saving finds the step before.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, metric: str = "mean_iou") -> None:
-        self._metric = metric
+    def __init__(self, workdir: str | pathlib.Path, headline: str = "") -> None:
+        """Opens the folder, or makes it.
+
+        Args:
+          workdir: the run folder.
+          headline: name of the score, among a step's metrics, that decides which step is the best.
+        """
+        self._headline = headline
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(1),
@@ -143,7 +149,7 @@ class Checkpoints:
             raise _explain(error, self._manager.directory) from error
 
     def _score(self, metrics: dict[str, float]) -> float:
-        score = metrics.get(self._metric, -math.inf)
+        score = metrics.get(self._headline, -math.inf)
         return -math.inf if math.isnan(score) else score
 
 
@@ -152,12 +158,15 @@ def has_checkpoint(workdir: str | pathlib.Path) -> bool:
     return any(path.name.isdigit() for path in pathlib.Path(workdir).glob("checkpoints/*"))
 
 
-def read_variables(workdir: str | pathlib.Path, which: str = "last") -> tuple[dict[str, Any], int]:
+def read_variables(
+    workdir: str | pathlib.Path, which: str = "last", headline: str = ""
+) -> tuple[dict[str, Any], int]:
     """Reads the parameters of a run for evaluation (the average, where one was kept).
 
     Args:
       workdir: a run folder.
       which: "last" or "best".
+      headline: name of the score that decides which is the best.
 
     Returns:
       The variables {"params": ..., other collections} as host arrays, and their step.
@@ -168,7 +177,7 @@ def read_variables(workdir: str | pathlib.Path, which: str = "last") -> tuple[di
     folder = pathlib.Path(workdir)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} holds no checkpoints: give the folder of a run that was saved")
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, headline) as checkpoints:
         step = checkpoints.best_step if which == "best" else None
         step = checkpoints.latest_step if step is None else step
         if step is None:

@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ import jax
 import tyro
 
 from dense_jax.errors import UserError, printable
-from dense_jax.train.config import RunConfig
+from dense_jax.train.config import RunConfig, own_flags_first
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -34,6 +35,8 @@ def run(
       adapt: changes what the flags leave open; see `is_given`.
     """
     doc = doc or ""
+    for config_class in {type(preset) for preset in presets.values()}:
+        own_flags_first(config_class)
     with exit_on_user_error("interrupted; the same command goes on from the last checkpoint"):
         config = tyro.extras.overridable_config_cli(
             {name: (_first_line(preset), preset) for name, preset in presets.items()},
@@ -100,9 +103,21 @@ class exit_on_user_error:  # noqa: N801  (used like a function)
 
 
 def script_name() -> str:
-    """The dotted name of the running script, such as ``experiments.fcn``."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else pathlib.Path(sys.argv[0]).stem
+    """The dotted name of the running script, such as ``experiments.fcn``.
+
+    Of a file that is run by its path it is the file's name, and "__main__" in a notebook.
+    """
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    return spec.name if spec else pathlib.Path(file).stem if file else "__main__"
+
+
+def command() -> str:
+    """The command line of this process, to be run again."""
+    main = sys.modules["__main__"]
+    if spec := getattr(main, "__spec__", None):
+        return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
+    return shlex.join(["python", *sys.argv]) if getattr(main, "__file__", None) else "python"
 
 
 def set_up_jax() -> None:

@@ -1,8 +1,10 @@
 """The flags that every training script shares; a script adds its paper's ablations to them."""
 
 import dataclasses
+import inspect
 import typing
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.errors import UserError
@@ -34,6 +36,27 @@ _FREE_ON_RESUME = {
 }
 
 
+class Limit(NamedTuple):
+    """Which values a flag takes; stands in the annotation of its field.
+
+    Attributes:
+      holds: whether a value is one of them.
+      words: what to give instead of another.
+    """
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+Count = Annotated[int, Limit(lambda x: x >= 1, "at least 1")]
+CountOrZero = Annotated[int, Limit(lambda x: x >= 0, "0 or more")]
+Factor = Annotated[float, Limit(lambda x: x > 0, "a factor above 0")]
+AtLeastZero = Annotated[float, Limit(lambda x: x >= 0, "0 or more")]
+Rate = Annotated[float, Limit(lambda x: 0 <= x < 1, "a value in [0, 1)")]
+Share = Annotated[float, Limit(lambda x: 0 < x <= 1, "a share in (0, 1]")]
+Sides = Annotated[tuple[int, int] | None, Limit(lambda x: x is None or min(x) >= 1, "at least 1 1")]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Data, optimisation and bookkeeping of one run; written to ``config.json`` as it is."""
@@ -45,7 +68,7 @@ class RunConfig:
     """Folder of a local copy (see docs/data.md for the layouts)."""
     shapes: ShapesSpec = dataclasses.field(default_factory=ShapesSpec)
     """Difficulty of the generated images; only read when --dataset=shapes."""
-    scale: float = 1.0
+    scale: Factor = 1.0
     """The network sees images at this multiple of their size; scores are taken at full size."""
     normalisation: Literal[
         "torchvision",
@@ -63,17 +86,17 @@ class RunConfig:
     torchvision_vgg16_features) or of a dataset (dilation_*), or one grey channel of fixed scale
     (grey) or of mean 0 and deviation 1 in each image (grey_image). Unless it is given, that of the
     weights of --init."""
-    num_workers: int = 0
+    num_workers: CountOrZero = 0
     """Worker processes of the input pipeline; 0 uses threads of this process."""
-    num_threads: int = 2
+    num_threads: Count = 2
     """Reading threads of the input pipeline (per worker)."""
 
     # Optimisation.
-    num_steps: int = 1000
+    num_steps: Count = 1000
     """Optimiser steps. A finished run goes on when this is raised."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Images per optimiser step, over all devices and micro-batches."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Micro-batches per step: the same gradient, dropout aside, in less memory."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd decays weights inside the momentum (Caffe); adamw decouples it."""
@@ -91,11 +114,11 @@ class RunConfig:
     """Exponent of --schedule=poly: lr (1 - step / num_steps) ** power."""
     step_at: tuple[float, ...] = (0.6, 0.85)
     """--schedule=step divides by 10 at these fractions of num_steps."""
-    warmup_steps: int = 0
+    warmup_steps: CountOrZero = 0
     """Linear rise of the learning rate from zero."""
     loss_norm: Literal["valid", "batch", "sum", "weights"] = "valid"
     """What the summed loss is divided by: scored pixels, images, nothing, or their weights."""
-    ema_decay: float = 0.0
+    ema_decay: Rate = 0.0
     """Averaging of the parameters; the average is what is evaluated. 0 turns it off."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network; parameters and loss stay float32."""
@@ -103,41 +126,43 @@ class RunConfig:
     """Start from other weights: run:PATH, a run or what import-weights wrote; file:PATH, published
     weights; hub:OWNER/REPOSITORY, such weights of the Hugging Face Hub. Every parameter of equal
     name and shape is copied, and the rest is named. Images come as the weights expect them."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of the parameters, the data order and dropout."""
 
     # Bookkeeping.
     workdir: str | None = None
     """Run folder; the same command run again resumes it. Default: runs/SCRIPT-PRESET."""
-    eval_batch_size: int = 8
+    eval_batch_size: Count = 8
     """Images per evaluation step, over all devices."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between rows of metrics.jsonl."""
-    eval_every: int = 1000
+    eval_every: Count = 1000
     """Steps between evaluations on the validation split; the last step is always evaluated."""
-    save_every: int = 1000
+    save_every: Count = 1000
     """Steps between checkpoints; the last and the best are kept."""
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no run can use."""
-        counts = ("num_steps", "batch_size", "accumulate", "eval_batch_size")
-        for name in (*counts, "log_every", "eval_every", "save_every", "num_threads"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')}={getattr(self, name)}: give at least 1"
-                )
-        for name in ("num_workers", "warmup_steps", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)}: give 0 or more")
-        if self.scale <= 0:
-            raise UserError(f"--scale={self.scale}: give a factor above 0")
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            for limit in getattr(hint, "__metadata__", ()):
+                if isinstance(limit, Limit) and not limit.holds(value := getattr(self, name)):
+                    pair = isinstance(value, tuple)
+                    given = f" {' '.join(map(str, value))}" if pair else f"={value}"
+                    raise UserError(f"--{name.replace('_', '-')}{given}: give {limit.words}")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"--batch-size={self.batch_size} is not a multiple of "
                 f"--accumulate={self.accumulate}: make it one"
             )
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"--ema-decay={self.ema_decay}: give a value in [0, 1)")
+
+    def each_stage(self) -> Iterator[Self]:
+        """Yields what is trained one after another, each in its own folder; the last is the run."""
+        yield self
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Returns the fields of a ``config.json`` of an earlier version by their names of today."""
+        return values
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -153,7 +178,7 @@ def from_json(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     Raises:
       UserError: a field is not known to this version of the script.
     """
-    return _rebuild(cls, values)
+    return _rebuild(cls, cls.upgrade(dict(values)))
 
 
 def _rebuild(cls: type[Any], values: dict[str, Any]) -> Any:
@@ -174,16 +199,17 @@ def _rebuild(cls: type[Any], values: dict[str, Any]) -> Any:
     return cls(**fields)
 
 
-def check_resumable(old: dict[str, Any], new: dict[str, Any], workdir: str) -> None:
+def check_resumable(old: RunConfig, new: RunConfig, workdir: str) -> None:
     """Refuses to go on with a run whose settings were different.
 
     Raises:
       UserError: names the first settings that differ and both values.
     """
+    before, after = old.to_json(), new.to_json()
     changed = [
-        f"--{key.replace('_', '-')} was {old.get(key)!r} and is now {new.get(key)!r}"
-        for key in sorted(set(old) | set(new))
-        if key not in _FREE_ON_RESUME and _plain(old.get(key)) != _plain(new.get(key))
+        f"--{key.replace('_', '-')} was {before[key]!r} and is now {after[key]!r}"
+        for key in sorted(after)
+        if key not in _FREE_ON_RESUME and before[key] != after[key]
     ]
     if changed:
         raise UserError(
@@ -192,28 +218,80 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any], workdir: str) -> N
         )
 
 
-def _plain(value: Any) -> Any:
-    """JSON turns tuples into lists; compare them as equal."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A training stage before the last one; None takes what that one has."""
+
+    train_mode: str = "none"
+    """What it trains, as in --train-mode; none skips the stage."""
+    num_steps: int | None = None
+    """Optimiser steps."""
+    batch_size: int | None = None
+    """Images per step."""
+    accumulate: int | None = None
+    """Micro-batches per step."""
+    crop: tuple[int, int] | None = None
+    """Height and width of training images."""
+    learning_rate: float | None = None
+    """Peak learning rate."""
+    momentum: float | None = None
+    """Momentum of sgd."""
 
 
-# What presets have in common. Networks that learn from nothing, in minutes; the learning rate is
-# each network's own:
-FROM_SCRATCH: dict[str, Any] = dict(
-    optimizer="adamw",
-    weight_decay=1e-2,
-    schedule="cosine",
-    warmup_steps=50,
-    ema_decay=0.99,
-)
-# Two steps on tiny images, which show that everything runs:
-SMOKE: dict[str, Any] = dict(
-    shapes=ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2),
-    warmup_steps=0,
-    num_steps=2,
-    log_every=1,
-    eval_every=2,
-    save_every=1,
-)
+def stage_by_stage(config: ConfigT, before: dict[str, Stage], **changes: Any) -> Iterator[ConfigT]:
+    """Yields a configuration for each earlier stage, and then the last without them.
+
+    Each stage starts from the one before and has a folder of its own, named by what it trains.
+
+    Args:
+      config: the last stage; has ``train_mode``.
+      before: the earlier stages by the names of their fields.
+      **changes: further fields of the earlier stages.
+    """
+    alone: dict[str, Any] = {name: Stage() for name in before}
+    init, workdir = config.init, config.workdir
+    for stage in before.values():
+        if stage.train_mode != "none":
+            workdir = f"{config.workdir}/{stage.train_mode}"
+            own = {name: value for name, value in vars(stage).items() if value is not None}
+            folder = {"workdir": workdir, "init": init}
+            yield dataclasses.replace(config, **{**alone, **changes, **own, **folder})
+            init, workdir = f"run:{workdir}", f"{config.workdir}/{vars(config)['train_mode']}"
+    yield dataclasses.replace(config, **alone, workdir=workdir, init=init)
+
+
+def own_flags_first(cls: type[RunConfig]) -> None:
+    """Lists a script's own fields in front of the shared ones, as ``--help`` shows them.
+
+    All fields are given by keyword, so that their order matters to nobody else.
+    """
+    fields: dict[str, Any] = cls.__dict__["__dataclass_fields__"]
+    own = {name: fields.pop(name) for name in inspect.get_annotations(cls) if name in fields}
+    shared = dict(fields)
+    fields.clear()
+    fields.update(own | shared)
+
+
+def from_scratch(config: ConfigT) -> ConfigT:
+    """For networks that learn from nothing, in minutes; each has a learning rate of its own."""
+    return dataclasses.replace(
+        config,
+        optimizer="adamw",
+        weight_decay=1e-2,
+        schedule="cosine",
+        warmup_steps=50,
+        ema_decay=0.99,
+    )
+
+
+def smoke(config: ConfigT) -> ConfigT:
+    """Two steps on tiny images, which show that everything runs."""
+    return dataclasses.replace(
+        config,
+        shapes=ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2),
+        warmup_steps=0,
+        num_steps=2,
+        log_every=1,
+        eval_every=2,
+        save_every=1,
+    )

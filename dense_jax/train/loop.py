@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+import optax
 
 from dense_jax.errors import UserError
 from dense_jax.train.checkpoint import Checkpoints
 from dense_jax.train.config import RunConfig
 from dense_jax.train.log import CompileCounter, MetricsWriter, Throughput, progress_bar
-from dense_jax.train.schedules import build_schedule
 from dense_jax.train.state import TrainState
 from dense_jax.train.step import Batch, replicate, shard
 
@@ -53,6 +53,8 @@ def fit(
     batches: Batches,
     config: RunConfig,
     evaluate: Evaluate | None = None,
+    headline: str = "",
+    rate: optax.Schedule | None = None,
     refresh: Callable[[TrainState], TrainState] | None = None,
 ) -> TrainState:
     """Trains to ``config.num_steps`` and returns the final state, resuming what was begun.
@@ -66,8 +68,9 @@ def fit(
       step: compiled step of :func:`dense_jax.train.step.train_step`.
       batches: training batches, shaped by :func:`dense_jax.train.step.shard`.
       config: numbers of steps, micro-batches, and the run folder.
-      evaluate: (state, step) -> scores, called every ``eval_every`` steps and at the end;
-        "mean_iou" among them decides which checkpoint is the best.
+      evaluate: (state, step) -> scores, called every ``eval_every`` steps and at the end.
+      headline: name of the score that decides which checkpoint is the best; higher is better.
+      rate: the learning rate by step, which is logged; None where it is not known.
       refresh: recomputes what evaluation needs and training does not (batch statistics), a
         function of the state alone; called in front of each evaluation, whose state is saved.
 
@@ -78,7 +81,7 @@ def fit(
     CompileCounter.start()
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
-        checkpoints = stack.enter_context(Checkpoints(workdir))
+        checkpoints = stack.enter_context(Checkpoints(workdir, headline))
         if checkpoints.latest_step is not None:
             state, position = checkpoints.restore(state)
             batches.set_state(position)
@@ -94,7 +97,7 @@ def fit(
         bar = stack.enter_context(progress_bar(config.num_steps, start))
         stop = stack.enter_context(_stop_signals())
         losses = _LossWatch(batches)
-        throughput, rate = Throughput(), jax.jit(build_schedule(config))
+        throughput, rate = Throughput(), jax.jit(rate) if rate else None
         scores: dict[str, float] | None = None
         stream = _ahead(batches, config)
         done = start
@@ -112,7 +115,8 @@ def fit(
             if done % config.log_every == 0 or last:
                 row = {k: float(v) for k, v in jax.device_get(scalars).items()}
                 losses.check_all()
-                row["learning_rate"] = float(rate(done - 1))
+                if rate:
+                    row["learning_rate"] = float(rate(done - 1))
                 row["images_per_second"] = throughput.read()
                 row["programs_compiled"] = CompileCounter.programs
                 writer.write(done, "train", row)

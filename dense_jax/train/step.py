@@ -4,12 +4,13 @@ The state has no device axis: it goes in with ``in_axes=None`` and comes out wit
 ``out_axes=None``, so whatever leaves a step must be equal on all devices, that is, it has passed
 ``psum`` or ``pmean``. JAX does not check this; the tests compare the shards.
 
-Every loss is a numerator over a denominator. The denominator (scored pixels, say) is summed over
-all devices and micro-batches *before* anything is divided by it. Each device then returns its
-share of the loss, and the step adds up shares. The mean of per-device means would be another
+A loss is {name: (sum, count)}: what it adds up, and what that is divided by (scored pixels, say).
+Counts are summed over all devices and micro-batches *before* anything is divided by them, so a
+device that sees only ignored pixels weighs nothing. The mean of per-device means would be another
 loss wherever devices see different numbers of ignored pixels.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -26,52 +27,80 @@ AXIS = "devices"
 StateT = TypeVar("StateT")
 
 Batch = dict[str, Any]
-# (params, model_state, batch, denominator, rng) -> (share of the loss, (model_state, scalars)).
-# Scalars are shares too: the step adds them up over devices and micro-batches.
-LossFn = Callable[
-    [Any, Any, Batch, jax.Array, jax.Array],
-    tuple[jax.Array, tuple[Any, dict[str, jax.Array]]],
-]
+Losses = dict[str, tuple[jax.Array, jax.Array]]
+# (apply, batch, rng) -> losses of one micro-batch, a count of 0 standing for a division by 1.
+# `apply` calls the network in training mode: it takes what the network takes, images first, and
+# returns its outputs; ``method=`` calls a part of it.
+LossFn = Callable[[Callable[..., Any], Batch, jax.Array], Losses]
 
 
 def train_step(
-    loss_fn: LossFn,
-    denominator_fn: Callable[[Batch], jax.Array],
-    *,
-    ema_decay: float = 0.0,
-    devices: Sequence[jax.Device] | None = None,
+    loss_fn: LossFn, *, ema_decay: float = 0.0, devices: Sequence[jax.Device] | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the compiled step ``(state, batch) -> (state, scalars)``.
 
-    Batch leaves are [devices, micro-batches, images, ...] (see :func:`shard`). The state that
-    goes in is donated: use the one that comes out.
+    The step minimises the sum of all losses, each its sum over its count. Scalars are "loss" and,
+    of several, each by its name. Batch leaves are [devices, micro-batches, images, ...] (see
+    :func:`shard`). The state that goes in is donated: use the one that comes out.
 
     Args:
-      loss_fn: share of the loss of one micro-batch; see ``LossFn``.
-      denominator_fn: local sum of what the loss is divided by, over any leading axes.
+      loss_fn: losses of one micro-batch; see ``LossFn``. No gradient flows through counts.
       ema_decay: decay of the parameter average, applied once per step however many
         micro-batches it took; it starts smaller, min(decay, (1 + t) / (10 + t)).
       devices: what to run on; all local devices by default.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        denominator = lax.psum(denominator_fn(batch), AXIS)
         step_rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
-        def micro_step(model_state: Any, xs: tuple[jax.Array, Batch]) -> Any:
+        def losses_of(params: Any, model_state: Any, xs: Any) -> tuple[Losses, Any]:
             index, micro_batch = xs
             rng = jax.random.fold_in(step_rng, index)
-            (loss, (model_state, scalars)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, model_state, micro_batch, denominator, rng
-            )
-            return model_state, (grads, {"loss": loss, **scalars})
+            new_state = model_state
+
+            def apply(*inputs: Any, **options: Any) -> Any:
+                nonlocal new_state
+                options = {"train": True, "rngs": {"dropout": rng}} | options
+                variables = {"params": params, **new_state}
+                outputs, new_state = state.apply_fn(
+                    variables, *inputs, mutable=list(model_state), **options
+                )
+                return outputs
+
+            return loss_fn(apply, micro_batch, rng), new_state
+
+        def total_of(losses: Losses, counts: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+            each = {
+                name: value / jnp.where(counts[name] > 0, counts[name], 1).astype(value.dtype)
+                for name, (value, _) in losses.items()
+            }
+            total = functools.reduce(jnp.add, each.values())
+            return total, {"loss": total} | (each if len(each) > 1 else {})
+
+        def micro_step(counts: dict[str, jax.Array] | None, model_state: Any, xs: Any) -> Any:
+            def share(params: Any) -> tuple[jax.Array, Any]:
+                losses, new_state = losses_of(params, model_state, xs)
+                known = lax.psum(_counts(losses), AXIS) if counts is None else counts
+                total, scalars = total_of(losses, known)
+                return total, (new_state, scalars)
+
+            grads, (new_state, scalars) = jax.grad(share, has_aux=True)(state.params)
+            return new_state, (grads, scalars)
 
         accumulate = jax.tree.leaves(batch)[0].shape[0]
         if accumulate == 1:
             first = jax.tree.map(lambda x: x[0], batch)
-            model_state, sums = micro_step(state.model_state, (jnp.int32(0), first))
+            model_state, sums = micro_step(None, state.model_state, (jnp.int32(0), first))
         else:
-            model_state, sums = _scan_sum(micro_step, state.model_state, batch, accumulate)
+            # Counts come first, of all micro-batches. Where they follow from the batch alone, the
+            # compiler drops the network from this pass.
+            def count(model_state: Any, xs: Any) -> Any:
+                losses, new_state = losses_of(state.params, model_state, xs)
+                return new_state, _counts(losses)
+
+            _, counts = _scan_sum(count, state.model_state, batch, accumulate)
+            counted = functools.partial(micro_step, lax.psum(counts, AXIS))
+            model_state, sums = _scan_sum(counted, state.model_state, batch, accumulate)
         grads, scalars = lax.psum(sums, AXIS)
         state = state.apply_gradients(grads=grads, model_state=lax.pmean(model_state, AXIS))
         if state.ema_params is not None:
@@ -79,6 +108,10 @@ def train_step(
         return state, scalars
 
     return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
+
+
+def _counts(losses: Losses) -> dict[str, jax.Array]:
+    return {name: lax.stop_gradient(jnp.asarray(count)) for name, (_, count) in losses.items()}
 
 
 def eval_step(
@@ -99,7 +132,7 @@ def eval_step(
 
 
 def shard(
-    batch: dict[str, np.ndarray],
+    batch: Batch,
     accumulate: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Batch:
@@ -117,9 +150,9 @@ def shard(
     """
     count = jax.local_device_count() if devices is None else len(devices)
     lead = (count,) if accumulate is None else (accumulate, count)
-    batch = {k: v.reshape(*lead, -1, *v.shape[1:]) for k, v in batch.items()}
+    batch = jax.tree.map(lambda x: x.reshape(*lead, -1, *x.shape[1:]), batch)
     if accumulate is not None:
-        batch = {k: v.swapaxes(0, 1) for k, v in batch.items()}
+        batch = jax.tree.map(lambda x: x.swapaxes(0, 1), batch)
     if jax.process_count() > 1:  # pmap itself puts together what each process has
         return batch
     return jax.device_put(batch, _sharding(devices, AXIS))

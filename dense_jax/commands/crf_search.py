@@ -26,13 +26,14 @@ import numpy as np
 import tyro
 
 from dense_jax import runs
-from dense_jax.data import pipeline
 from dense_jax.data.dataset import Example, Source
 from dense_jax.errors import UserError
-from dense_jax.infer.crf import refine, with_crf
+from dense_jax.evaluation.batches import Predicts, eval_batches
+from dense_jax.infer.crf import check_crf, refine
 from dense_jax.metrics import semantic as metrics
 from dense_jax.ops.crf import CrfParams
-from dense_jax.tasks import prediction, semantic
+from dense_jax.tasks import trained
+from dense_jax.tasks.semantic import labelling
 from dense_jax.train.step import Batch, eval_step, replicate, shard
 
 AXES = ("w1", "sxy", "srgb", "w2", "sg")
@@ -85,12 +86,12 @@ def run(
     for name, value in (("num-images", num_images), ("rounds", rounds)):
         if value < 1:
             raise UserError(f"--{name}={value}: give at least 1")
-    opened = runs.load(run, checkpoint)
-    dataset = semantic.dataset_of(opened, data_dir)
+    opened = trained.load(run, checkpoint)
+    dataset = trained.dataset_of(opened, data_dir)
     source, config = Spread(dataset.split(split), num_images), opened.config
-    predict, _ = prediction.predict_of(opened, "none")
     lowest = at(crf_params, [low for low, _ in ranges])
-    with_crf(predict, lowest, config.normalisation)  # refuses what no CRF can have
+    check_crf(lowest, config.normalisation)
+    task = dataclasses.replace(labelling(opened.task, "crf-search"), crf=None)
     output = output or run / f"crf-search-{split}-{checkpoint}"
     fixed = {k: v for k, v in dataclasses.asdict(crf_params).items() if k not in AXES}
     table = Table(
@@ -104,10 +105,7 @@ def run(
             **fixed,
         },
     )
-    batches = prediction.eval_batches(source, config.eval_batch_size, config.normalisation)
-    unaries = Unaries(
-        output / "logits", batches, predict, opened.variables, crf_params, config.normalisation
-    )
+    unaries = Unaries(output / "logits", source, task, opened.variables, crf_params)
     with unaries:
         start = unaries.scores()
         print(f"mean IoU {start['mean_iou']:.4f} without CRF on {len(source)} {split} images")
@@ -225,25 +223,23 @@ class Unaries:
     def __init__(
         self,
         folder: pathlib.Path,
-        batches: pipeline.EvalBatches,
-        predict: prediction.PredictFn,
+        source: Source,
+        task: Predicts,
         variables: Any,
         params: CrfParams,
-        normalisation: str,
     ) -> None:
         """Nothing is computed before it is entered.
 
         Args:
           folder: of the logits, made anew and removed again.
-          batches: the images.
-          predict: the network.
+          source: the images.
+          task: labels them.
           variables: of the network.
           params: what a setting leaves as it is.
-          normalisation: of the images.
         """
-        self._folder, self._batches = folder, batches
-        self._predict, self._variables = predict, variables
-        self._params, self._normalisation = params, normalisation
+        self._folder, self._batches = folder, eval_batches(source, task.config)
+        self._task, self._variables = task, variables
+        self._params, self._normalisation = params, task.config.normalisation
         self._steps: dict[float | None, Any] = {}
 
     def __enter__(self) -> "Unaries":
@@ -251,7 +247,7 @@ class Unaries:
         self._folder.mkdir(parents=True)
 
         def logits_of(variables: Any, batch: Batch) -> tuple[Any, Any]:
-            return {}, self._predict(variables, batch["images"], batch["size"])
+            return {}, self._task.predict(variables, batch["images"], batch["size"])["logits"]
 
         step, variables = eval_step(logits_of), replicate(self._variables)
         for number, batch in enumerate(self._batches):

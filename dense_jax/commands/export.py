@@ -7,9 +7,10 @@ A JSON beside the file says what goes in, what comes out, and where it comes fro
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,9 +22,10 @@ from jax import export
 from dense_jax import runs
 from dense_jax.data.transforms import NORMALISATIONS
 from dense_jax.errors import UserError
-from dense_jax.infer import program
-from dense_jax.infer.crf import WithCrf
-from dense_jax.tasks import import_weights, onnx_file, prediction
+from dense_jax.infer import onnx_file, program
+from dense_jax.tasks import import_weights, trained
+from dense_jax.tasks.semantic import Semantic, labelling
+from dense_jax.tasks.task import Task
 from dense_jax.weights import rules
 
 Format = Literal["stablehlo", "safetensors", "onnx"]
@@ -38,7 +40,7 @@ def run(
     to: Format,
     out: pathlib.Path | None = None,
     checkpoint: Literal["last", "best"] = "last",
-    scores: program.Scores = "probabilities",
+    scores: Literal["probabilities", "logits"] = "probabilities",
     dtype: Literal["uint8", "float32"] = "uint8",
     shape: tuple[int, int, int] | None = None,
     overwrite: bool = False,
@@ -77,7 +79,7 @@ def run(
         raise UserError("--to=onnx is for images of one size: give --shape BATCH HEIGHT WIDTH")
     if shape is not None and min(shape) < 1:
         raise UserError(f"--shape {' '.join(map(str, shape))}: give at least 1 1 1")
-    opened = runs.load(run, checkpoint)
+    opened = trained.load(run, checkpoint)
     record = _origin(opened) | {"format": to}
     if to == "safetensors":
         file, facts = parameters(opened, record)
@@ -89,7 +91,7 @@ def run(
     print(f"{out}: {len(file) / 1e6:.1f} MB; {description.name} describes it")
 
 
-def _origin(opened: runs.Run) -> dict[str, Any]:
+def _origin(opened: trained.Run) -> dict[str, Any]:
     """What every export says of its run."""
     name = opened.config.normalisation
     statistics: dict[str, Any] = dict(zip(("mean", "std"), NORMALISATIONS[name], strict=True))
@@ -98,7 +100,7 @@ def _origin(opened: runs.Run) -> dict[str, Any]:
     return {
         "run": {
             "folder": str(opened.workdir.absolute()),
-            "script": opened.script.__name__,
+            "script": opened.script,
             "step": opened.step,
             "commit": runs.read_config(opened.workdir).get("commit"),
             "config": opened.config.to_json(),
@@ -109,7 +111,7 @@ def _origin(opened: runs.Run) -> dict[str, Any]:
     }
 
 
-def parameters(opened: runs.Run, record: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+def parameters(opened: trained.Run, record: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
     """Returns a run's parameters as a safetensors file, and what is to be said of them.
 
     Where torchvision has the network, names and layouts are torchvision's, and the counts of
@@ -133,7 +135,7 @@ def parameters(opened: runs.Run, record: dict[str, Any]) -> tuple[bytes, dict[st
     return safetensors.numpy.save(ordered, metadata), facts
 
 
-def _under_torchvisions_names(opened: runs.Run) -> tuple[str, dict[str, np.ndarray]] | None:
+def _under_torchvisions_names(opened: trained.Run) -> tuple[str, dict[str, np.ndarray]] | None:
     for release in import_weights.RELEASES:
         if not release.name.startswith("torchvision"):
             continue
@@ -147,17 +149,40 @@ def _under_torchvisions_names(opened: runs.Run) -> tuple[str, dict[str, np.ndarr
 
 
 def _program(
-    opened: runs.Run,
+    opened: trained.Run,
     to: Format,
-    scores: program.Scores,
+    scores: str,
     dtype: np.dtype,
     shape: tuple[int, int, int] | None,
 ) -> tuple[bytes, dict[str, Any]]:
     """Returns the network as a program, and what is to be said of it."""
-    has_crf = isinstance(prediction.predict_of(opened)[0], WithCrf)
-    predict, card = prediction.predict_of(opened, "none")
-    label = program.label_fn(predict, opened.variables, opened.config.normalisation, scores)
+    task, has_crf = opened.task, False
+    if isinstance(task, Semantic):
+        has_crf, task = task.crf is not None, dataclasses.replace(task, crf=None)
+    elif scores != "probabilities":
+        labelling(task, f"--scores={scores}")
+    left_out = {"probabilities": "logits", "logits": "probabilities"}[scores]
+
+    def answer(images: jax.Array, sizes: jax.Array, *inputs: jax.Array) -> dict[str, jax.Array]:
+        found = task.answers(task.predict(opened.variables, images, sizes, *inputs))
+        return {name: values for name, values in found.items() if name != left_out}
+
     axes = shape or ("b", "h", "w")
+    specs = {"images": (*axes, 3)} | {
+        name: (axes[0], *given.shape) for name, given in task.inputs.items()
+    }
+    if to == "onnx" or shape:  # sides by name stay open in StableHLO only
+        open_sides = [
+            name for name, sides in specs.items() if any(isinstance(s, str) for s in sides)
+        ]
+        if open_sides and to == "onnx":
+            raise UserError(
+                f"--to=onnx is for images alone, and this run also takes {open_sides[0]}"
+            )
+    dtypes = {"images": dtype} | {n: np.dtype(given.dtype) for n, given in task.inputs.items()}
+    inputs = _arguments(specs, dtypes)
+    label = program.program(answer, opened.config.normalisation)
+    outputs = jax.eval_shape(label, *inputs)
     facts: dict[str, Any] = {
         "input": {
             "name": "images",
@@ -165,45 +190,74 @@ def _program(
             "dtype": dtype.name,
             "values": "RGB, 0 to 255; normalised and padded inside",
         },
+        "further_inputs": {
+            name: {"shape": list(specs[name]), "dtype": given.dtype, "values": given.words}
+            for name, given in task.inputs.items()
+        },
         "outputs": {
-            "labels": {"shape": axes, "dtype": "uint8", "values": "places in the list of classes"},
-            scores: {"shape": [*axes, opened.classes.num_classes], "dtype": "float32"},
+            name: {"shape": [*map(_side, x.shape)], "dtype": x.dtype.name, **_meaning(name)}
+            for name, x in outputs.items()
         },
         "sizes": "this shape alone" if shape else _ANY_SIZE,
-        "test_time_options": card["test_time_options"],
+        **_card(task),
         "crf": "left out" if has_crf else "none",
     }
     if has_crf:
         print("the run's CRF is left out: labels and scores are the network's own")
     if to == "onnx":
-        file, apart = onnx_file.convert(label, jax.ShapeDtypeStruct((*axes, 3), dtype))
+        file, apart = onnx_file.convert(label, inputs[0])
         print(f"onnxruntime gives the same {scores}, to {apart:.1e} of the largest")
         return file, facts
     size = f"{shape[0]} x {shape[1]} x {shape[2]}" if shape else _ANY_SIZE
     print(f"{dtype.name} RGB images of {size}, on {', '.join(PLATFORMS)}")
-    return stablehlo(label, dtype, shape), facts | {"platforms": PLATFORMS}
+    return stablehlo(label, inputs, has_shape=shape is not None), facts | {"platforms": PLATFORMS}
+
+
+def _card(task: Task) -> dict[str, Any]:
+    return {"test_time_options": task.card["test_time_options"]}
+
+
+def _meaning(name: str) -> dict[str, str]:
+    return {"values": "places in the list of classes"} if name == "labels" else {}
+
+
+def _side(side: Any) -> Any:
+    return side if isinstance(side, int) else str(side)
+
+
+def _arguments(
+    specs: Mapping[str, tuple[Any, ...]], dtypes: Mapping[str, np.dtype]
+) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a program's arguments; sides that have a name are left open."""
+    names = sorted({side for sides in specs.values() for side in sides if isinstance(side, str)})
+    symbols = (
+        dict(zip(names, export.symbolic_shape(", ".join(names)), strict=True)) if names else {}
+    )
+    return [
+        jax.ShapeDtypeStruct([symbols.get(side, side) for side in sides], dtypes[name])
+        for name, sides in specs.items()
+    ]
 
 
 def stablehlo(
-    label: Callable[[jax.Array], dict[str, jax.Array]],
-    dtype: np.dtype,
-    shape: tuple[int, int, int] | None = None,
+    label: Callable[..., dict[str, jax.Array]],
+    inputs: Sequence[jax.ShapeDtypeStruct],
+    *,
+    has_shape: bool,
 ) -> bytes:
     """Returns a function of images [B, H, W, 3] as `jax.export` serialises it, for `PLATFORMS`.
 
     Args:
       label: the function.
-      dtype: of the images.
-      shape: batch, height and width; None leaves them open.
+      inputs: shapes and dtypes of its arguments.
+      has_shape: whether they are of one size.
 
     Raises:
       UserError: the function does something that no file can hold or that needs sizes to be known.
     """
-    sizes: Any = shape or export.symbolic_shape("b, h, w")
-    images = jax.ShapeDtypeStruct((*sizes, 3), dtype)
     try:
-        return bytes(export.export(jax.jit(label), platforms=PLATFORMS)(images).serialize())
+        return bytes(export.export(jax.jit(label), platforms=PLATFORMS)(*inputs).serialize())
     except Exception as error:  # JAX has no class of its own for what cannot be exported
         reason = str(error).splitlines()[0]
-        advice = "" if shape else ": --shape 1 480 640 fixes its sizes, which may help"
+        advice = "" if has_shape else ": --shape 1 480 640 fixes its sizes, which may help"
         raise UserError(f"this network cannot be exported ({reason:.200}){advice}") from error

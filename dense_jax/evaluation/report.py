@@ -1,12 +1,11 @@
-"""One HTML page for a run: curves, per-class table, confusion, best and worst images, protocol.
+"""One HTML page for a run: curves, then the scores, tables and pictures of its record.
 
-The page is a single file. Pictures and curves are inlined and nothing is fetched or scripted, so
+It shows what it is given and knows no task. The page is a single file. Pictures and curves are inlined and nothing is fetched or scripted, so
 it opens offline, can be mailed, and prints.
 """
 
 import base64
 import html
-import io
 import json
 import math
 import pathlib
@@ -16,29 +15,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dense_jax import viz
 from dense_jax.data.classes import ClassTable
 from dense_jax.errors import UserError
+from dense_jax.evaluation import record
 
 _NONE = "\N{EN DASH}"
 _TRAIN, _EVAL = "#94a3b8", "#1d4e89"
 _TITLES = {
     "loss": "Loss",
-    "mean_iou": "Mean IoU",
-    "pixel_accuracy": "Pixel accuracy",
-    "mean_accuracy": "Mean accuracy",
-    "frequency_weighted_iou": "Frequency-weighted IoU",
-    "boundary_f1": "Boundary F1",
     "learning_rate": "Learning rate",
     "images_per_second": "Images per second",
 }
-_HEADLINE = ("mean_iou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "boundary_f1")
-_KINDS = {
-    "crf": "Image, label, prediction before the CRF, and after: where it helped most",
-    "cells": "Image, true objects, predicted objects",
-    "weights": "Training image, its objects, carved where they touch, and weights of its pixels",
-}
-_CURVES = ("loss", "mean_iou", "pixel_accuracy", "learning_rate")
+_NUM_TILES = 6  # scores in large figures
+_NUM_CURVES = 2  # scores whose curves are not folded away
 
 Points = list[tuple[float, float]]
 
@@ -47,8 +36,8 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     """Writes ``report.html`` into a run folder and returns its path.
 
     Reads ``config.json`` (script, config, classes), ``metrics.jsonl`` (rows with ``step``, ``kind``
-    "train" or "eval", and scalars) and ``evaluation.json`` (protocol, scores, per_class, confusion,
-    images) with its pictures. A run without the last two gets a page without their sections.
+    "train" or "eval", and scalars) and ``evaluation.json`` (see `dense_jax.evaluation.record`) with
+    its pictures. A run without the last two gets a page without their sections.
 
     Raises:
       UserError: if there is no readable ``config.json``, or a file in the folder is damaged.
@@ -58,23 +47,21 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     if config is None:
         raise UserError(f"{run_dir} has no config.json: give the folder of a training run")
     classes = ClassTable.from_json(config["classes"])
-    evaluation = _read_json(run_dir / "evaluation.json") or {}
+    found = record.read(run_dir) or {}
     rows = _read_rows(run_dir / "metrics.jsonl")
+    main, further = _scores(found)
     body = [
-        _header(config, evaluation),
-        _tiles(evaluation.get("scores", {})),
-        _section("Training", _curves(rows, classes)),
-        _section("Classes", _class_table(evaluation, classes)),
-        _section("Confusion", _confusion(evaluation, classes)),
-        _section("Images", _gallery(evaluation, classes, run_dir)),
-        _section("Uncertainty", _uncertainty(run_dir)),
-        _section("Further scores", _further(evaluation.get("scores", {}))),
-        _section("Pictures", _pictures(run_dir)),
-        _section("How this was scored", _facts(evaluation.get("protocol", {}))),
+        _header(config, found),
+        _tiles(main[:_NUM_TILES]),
+        _section("Training", _curves(rows, found, classes)),
+        *(_section(table["title"], _table(table, classes)) for table in found.get("tables", ())),
+        *_galleries(found, classes, run_dir),
+        _section("Further scores", _facts(dict(main[_NUM_TILES:] + further))),
+        _section("How this was scored", _facts(found.get("protocol", {}))),
         _section("Settings", _details("All flags of this run", _facts(config.get("config", {})))),
     ]
     path = run_dir / "report.html"
-    path.write_text(page(_title(config, evaluation), body), encoding="utf-8")
+    path.write_text(page(_title(config, found), body), encoding="utf-8")
     return path
 
 
@@ -127,37 +114,37 @@ def _header(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def _tiles(scores: Mapping[str, float]) -> str:
+def _scores(found: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The (title, number with its unit) of the main scores, and of the others."""
+    main, further = [], []
+    for name, value in found.get("scores", {}).items():
+        about = found["about_scores"].get(name, {})
+        title = about.get("title") or name.replace("_", " ")
+        entry = (title, number(value, about.get("unit", "")))
+        (main if about.get("main") else further).append(entry)
+    return main, further
+
+
+def number(value: float | None, unit: str) -> str:
+    """A number with its unit, such as "86.4 %"; a dash where there is none."""
+    if value is None or math.isnan(value):
+        return _NONE
+    return f"{100 * value:.1f} %" if unit == "%" else f"{value:.4g} {unit}".rstrip()
+
+
+def _tiles(scores: Sequence[tuple[str, str]]) -> str:
     tiles = [
-        f"<div><b>{_percent(scores[name])}</b><span>{_TITLES[name]}</span></div>"
-        for name in _HEADLINE
-        if name in scores
+        f"<div><b>{value}</b><span>{html.escape(title)}</span></div>"
+        for title, value in scores
+        if value != _NONE
     ]
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
-def _further(scores: Mapping[str, float]) -> str:
-    """The scores that only some tasks have, under their own names."""
-    own = {name.replace("_", " "): f"{x:.4g}" for name, x in scores.items() if name not in _TITLES}
-    return _facts(own)
-
-
-def _pictures(run_dir: pathlib.Path) -> str:
-    """The pictures that only some tasks have, each kind under what it shows."""
-    parts = []
-    for kind, caption in _KINDS.items():
-        paths = sorted((run_dir / "pictures").glob(f"{kind}_*.png"))
-        parts += [f"<h3>{caption}</h3>"] if paths else []
-        parts += [
-            f'<figure class="images"><img alt="{caption}" src="{_data_uri(path.read_bytes())}">'
-            "</figure>"
-            for path in paths
-        ]
-    return "".join(parts)
-
-
-def _curves(rows: Sequence[Mapping[str, Any]], classes: ClassTable) -> str:
-    """A chart for each scalar, train and eval together; the usual ones first, the rest folded."""
+def _curves(
+    rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any], classes: ClassTable
+) -> str:
+    """A chart for each scalar, train and eval together; the usual ones first, the others folded."""
     series: dict[str, dict[str, Points]] = {}
     for row in rows:
         for name, value in row.items():
@@ -167,9 +154,10 @@ def _curves(rows: Sequence[Mapping[str, Any]], classes: ClassTable) -> str:
                     points.append((row["step"], value))
     if not series:
         return ""
+    about = found.get("about_scores", {})
     charts = {
         name: _chart(
-            _TITLES.get(name, name.replace("_", " ").capitalize()),
+            about.get(name, {}).get("title") or _TITLES.get(name, name.replace("_", " ")),
             [
                 (kind, kinds[kind], colour)
                 for kind, colour in (("train", _TRAIN), ("eval", _EVAL))
@@ -179,14 +167,19 @@ def _curves(rows: Sequence[Mapping[str, Any]], classes: ClassTable) -> str:
         for name, kinds in series.items()
         if "/" not in name
     }
-    per_class = [
-        (name, series[f"iou/{name}"].get("eval", []), _css(colour))
-        for name, colour in zip(classes.names, classes.colours, strict=True)
-        if f"iou/{name}" in series
-    ]
-    first = [charts.pop(name) for name in _CURVES if name in charts]
-    if per_class:
-        first.append(_chart("IoU of each class", per_class, key=False))
+    shown = [name for name in found.get("scores", {}) if about.get(name, {}).get("main")]
+    names = ("loss", *shown[:_NUM_CURVES], "learning_rate")
+    first = [charts.pop(name) for name in names if name in charts]
+    colours = dict(zip(classes.names, map(_css, classes.colours), strict=True))
+    for table in found.get("tables", ()):
+        if log := table["log"]:
+            lines = [
+                (str(row[0]), points, colours.get(str(row[0]), _EVAL))
+                for row in table["rows"]
+                if (points := series.get(f"{log}/{row[0]}", {}).get("eval"))
+            ]
+            head, value = (column["title"] for column in table["columns"][:2])
+            first.append(_chart(f"{value} of each {head.lower()}", lines, key=False))
     more = _details("More curves", _grid(charts.values())) if charts else ""
     return _grid(first) + more
 
@@ -277,92 +270,58 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def _class_table(evaluation: Mapping[str, Any], classes: ClassTable) -> str:
-    rows = evaluation.get("per_class")
-    if not rows:
-        return ""
-    confusion = np.asarray(evaluation["confusion"])
-    pixels = max(1, sum(row["pixels"] for row in rows))
-    cells = []
-    for i, row in enumerate(rows):
-        iou = row["iou"]
-        bar = f'<div class="bar"><i style="width:{100 * (iou or 0):.1f}%"></i></div>'
-        wrong = np.where(np.arange(len(rows)) == i, 0, confusion[i])
-        taken = _NONE
-        if wrong.any():
-            share = wrong.max() / row["pixels"]
-            taken = f"{html.escape(classes.names[int(wrong.argmax())])} {_percent(share)}"
-        cells.append(
-            f"<tr><td>{_swatch(classes, i)}</td><td>{_percent(iou)}</td><td>{bar}</td>"
-            f"<td>{_percent(row['accuracy'])}</td><td>{_percent(row['pixels'] / pixels)}</td>"
-            f"<td>{taken}</td></tr>"
-        )
-    head = "<th>Class<th>IoU<th><th>Accuracy<th>Share of pixels<th>Most often taken for"
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(cells)}</table></div>'
-
-
-def _confusion(evaluation: Mapping[str, Any], classes: ClassTable) -> str:
-    if "confusion" not in evaluation:
-        return ""
-    confusion = np.asarray(evaluation["confusion"])
-    cell = 68 if len(confusion) <= 30 else max(8, 2000 // len(confusion))
-    picture = viz.confusion_picture(confusion, classes.names, cell=cell)
-    source = _png(picture)
-    return (
-        "<p>Rows are true classes, columns predicted ones; percent of the true class.</p>"
-        f'<img class="confusion" style="max-width:min(100%,{picture.shape[1] // 2}px)" '
-        f'src="{source}" alt="confusion matrix">'
+def _table(table: Mapping[str, Any], classes: ClassTable) -> str:
+    """A table of a record; names of classes get their colour, the first percentages a bar."""
+    columns = table["columns"]
+    bar = next((i for i, column in enumerate(columns) if column["unit"] == "%"), None)
+    heads = "".join(
+        f"<th>{html.escape(column['title'])}" + ("<th>" if i == bar else "")
+        for i, column in enumerate(columns)
     )
+    rows = []
+    for row in table["rows"]:
+        cells = []
+        for i, (cell, column) in enumerate(zip(row, columns, strict=True)):
+            if isinstance(cell, str):
+                is_class = i == 0 and cell in classes.names
+                text = _swatch(classes, classes.names.index(cell)) if is_class else cell
+                cells.append(text if is_class else html.escape(cell))
+            else:
+                cells.append(number(cell, column["unit"]))
+            if i == bar:
+                width = 100 * min(max(cell or 0, 0), 1)
+                cells.append(f'<div class="bar"><i style="width:{width:.1f}%"></i></div>')
+        rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    note = f"<p>{html.escape(table['note'])}</p>" if table["note"] else ""
+    return f'<div class="wide"><table><tr>{heads}</tr>{"".join(rows)}</table></div>{note}'
 
 
-def _gallery(evaluation: Mapping[str, Any], classes: ClassTable, run_dir: pathlib.Path) -> str:
-    """Best and worst images; each picture shows image, label, prediction and errors."""
-    images = evaluation.get("images")
-    if not images:
-        return ""
+def _galleries(found: Mapping[str, Any], classes: ClassTable, run_dir: pathlib.Path) -> list[str]:
+    """The pictures of a record, a section for each group; the first has the legend of classes."""
+    groups: dict[str, list[str]] = {}
+    for picture in found.get("pictures", ()):
+        path, caption = run_dir / picture["file"], html.escape(picture["caption"])
+        if not path.exists():
+            raise UserError(f"{path} is missing: evaluate the run again")
+        with Image.open(path) as opened:  # small pictures are enlarged: show their pixels
+            width = opened.width
+        parts = picture["parts"]
+        style = "image-rendering:pixelated" if width < 800 and parts else ""
+        if not parts:  # as large as it was drawn, for a screen of two pixels to one
+            style = f"width:auto;margin:6px auto 0;max-width:min(100%,{max(width // 2, 320)}px)"
+        heads = "".join(f"<span>{html.escape(part)}</span>" for part in parts)
+        strip = f'<div class="heads" style="--parts:{len(parts)}">{heads}</div>' if parts else ""
+        groups.setdefault(picture["group"], []).append(
+            f'<figure class="images"><figcaption><b>{caption}</b></figcaption>{strip}'
+            f'<img src="{_data_uri(path.read_bytes())}" alt="{caption}" style="{style}"></figure>'
+        )
     legend = "".join(_swatch(classes, i) for i in range(classes.num_classes))
     void = f'<span class="class"><i style="background:{_css(classes.palette()[255])}"></i>void'
-    parts = [f'<p class="legend">{legend}{void}</span></p>']
-    for kind in ("worst", "best"):
-        chosen = [image for image in images if image["kind"] == kind]
-        parts.append(f"<h3>{kind.capitalize()}</h3>" if chosen else "")
-        for image in chosen:
-            path, name = run_dir / image["triplet"], html.escape(str(image["name"]))
-            if not path.exists():
-                raise UserError(f"{path} is missing: evaluate the run again")
-            with Image.open(path) as picture:  # small pictures are enlarged: show their pixels
-                style = "image-rendering:pixelated" if picture.width < 800 else ""
-            parts.append(
-                f'<figure class="images"><figcaption><b>{name}</b>'
-                f"<span>mean IoU {_percent(image['score'])}</span></figcaption>"
-                '<div class="heads"><span>image</span><span>label</span>'
-                "<span>prediction</span><span>errors red, void white</span></div>"
-                f'<img src="{_data_uri(path.read_bytes())}" alt="{name}" style="{style}"></figure>'
-            )
-    return "".join(parts)
-
-
-def _uncertainty(run_dir: pathlib.Path) -> str:
-    """Accuracy by confidence, and pictures of the variance, where a run has measured them."""
-    found = _read_json(run_dir / "uncertainty.json")
-    if found is None:
-        return ""
-    accuracies = found["band_accuracies"]
-    step = 100 // len(accuracies)
-    rows = [
-        f"<tr><td>{i * step}-{(i + 1) * step} %</td><td>{_percent(accuracy)}</td></tr>"
-        for i, accuracy in enumerate(accuracies)
-    ]
-    heads = "<th>Pixels, most confident first<th>Accuracy"
-    pictures = [
-        '<figure class="images"><img alt="image, label, prediction, errors, variance" '
-        f'src="{_data_uri(path.read_bytes())}"></figure>'
-        for path in sorted((run_dir / "pictures").glob("uncertainty_*.png"))
-    ]
-    return (
-        f'<div class="wide"><table><tr>{heads}</tr>{"".join(rows)}</table></div>'
-        "<p>Image, label, prediction, errors and variance:</p>" + "".join(pictures)
-    )
+    sections = []
+    for name, figures in groups.items():
+        head = "" if sections else f'<p class="legend">{legend}{void}</span></p>'
+        sections.append(_section(html.escape(name), head + "".join(figures)))
+    return sections
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
@@ -397,16 +356,6 @@ def _swatch(classes: ClassTable, index: int) -> str:
 
 def _css(colour: Sequence[int] | np.ndarray) -> str:
     return "#" + bytes(int(channel) for channel in colour).hex()
-
-
-def _percent(value: float | None) -> str:
-    return _NONE if value is None or math.isnan(value) else f"{100 * value:.1f} %"
-
-
-def _png(picture: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
-    return _data_uri(buffer.getvalue())
 
 
 def _data_uri(png: bytes) -> str:
@@ -456,9 +405,9 @@ td{border-top:1px solid #eef0f3;padding:7px 12px;text-align:right;white-space:no
 th:first-child,td:first-child{text-align:left;padding-left:0}
 .bar{width:min(220px,18vw);height:9px;border-radius:5px;background:#eceff3}
 .bar i{display:block;height:100%;border-radius:5px;background:#1d4e89}
-img{max-width:100%;display:block} .confusion{margin:6px auto 0}
+img{max-width:100%;display:block}
 .images{margin-top:14px} .images img{width:100%;border-radius:4px}
-.heads{display:grid;grid-template-columns:repeat(4,1fr);font-size:12px;color:#6b7280;
+.heads{display:grid;grid-template-columns:repeat(var(--parts),1fr);font-size:12px;color:#6b7280;
 text-align:center}
 dl{display:grid;grid-template-columns:minmax(120px,max-content) 1fr;gap:4px 22px;margin:0;
 font-size:14px}

@@ -1,12 +1,12 @@
-"""Per-pixel losses, and what a training step divides their sum by.
+"""Losses of pixels: softmax cross-entropy, and what its sum is divided by.
 
-A step's loss is ``sum(per-pixel loss) / denominator``. The denominator is added up over all
-devices and micro-batches before dividing, so that a device which sees only ignored pixels weighs
-nothing; that is why the functions here return sums and leave the division to the step.
+A loss is {name: (sum, count)}. The training step adds up the counts over all devices and
+micro-batches before it divides (`dense_jax.train.step`), so a device that sees only ignored pixels
+weighs nothing.
 """
 
-from collections.abc import Iterable
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def softmax_cross_entropy(
       pixel_weights: [B, H, W] factor for each pixel.
 
     Returns:
-      [B, H, W] float32 or wider, to be summed and divided by `resolve_denominator`.
+      [B, H, W] float32 or wider, to be summed and divided by `count_pixels`.
 
     Raises:
       ValueError: if the shapes do not fit each other.
@@ -106,7 +106,7 @@ def softmax_cross_entropy(
     return jnp.where(is_scored, loss, 0.0)
 
 
-def loss_denominator(
+def count_pixels(
     labels: jax.Array,
     valid: jax.Array,
     norm: LossNorm,
@@ -115,13 +115,11 @@ def loss_denominator(
     class_weights: jax.Array | None = None,
     pixel_weights: jax.Array | None = None,
 ) -> jax.Array:
-    """This device's share of what the summed loss is divided by.
-
-    Add the shares of all devices and micro-batches, then call `resolve_denominator`.
+    """What the summed loss of these pixels is divided by.
 
     Args:
-      labels: [..., B, H, W] integer class ids; leading axes (micro-batches) are summed over.
-      valid: [..., B] bool, False for examples that only fill up the batch.
+      labels: [B, H, W] integer class ids.
+      valid: [B] bool, False for examples that only fill up the batch.
       norm: "valid" counts labelled pixels (padding an image with ignore changes nothing), "batch"
         counts images (FCN's released VGG networks: ``normalize: false`` divides by the batch size,
         which is one there), "sum" divides by one, "weights" sums the weights of labelled pixels.
@@ -130,13 +128,13 @@ def loss_denominator(
       pixel_weights: shaped as `labels`, as given to the loss; only "weights" looks at them.
 
     Returns:
-      float32 scalar; 0 for "sum".
+      float32 scalar; 0, which divides by one, for "sum".
     """
     if norm == "sum":
         return jnp.zeros((), jnp.float32)
     if norm == "batch":
         return jnp.sum(valid, dtype=jnp.int32).astype(jnp.float32)
-    is_scored = (labels != ignore_label) & valid[..., None, None]
+    is_scored = (labels != ignore_label) & valid[:, None, None]
     if norm == "valid":  # counted as integers: a float32 sum is inexact above 2**24
         return jnp.sum(is_scored, dtype=jnp.int32).astype(jnp.float32)
     if norm != "weights":
@@ -149,9 +147,42 @@ def loss_denominator(
     return jnp.sum(weights)
 
 
-def resolve_denominator(total: jax.Array, norm: LossNorm) -> jax.Array:
-    """The divisor itself: one for "sum", and one where nothing was scored, so the loss is 0."""
-    return jnp.where((total > 0) & (norm != "sum"), total, 1.0)
+def cross_entropy(
+    outputs: Mapping[str, jax.Array],
+    batch: Mapping[str, Any],
+    *,
+    norm: LossNorm = "valid",
+    terms: Sequence[LossTerm] = (LossTerm(),),
+    class_weights: np.ndarray | None = None,
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The softmax losses of a network's outputs, {name of the output: (sum, count)}.
+
+    Args:
+      outputs: scores [B, h, w, C] by name.
+      batch: "labels" [B, H, W], "valid" [B] and, where pixels are weighted, "weights" [B, H, W].
+      norm: what is counted; see `count_pixels`.
+      terms: which outputs are compared with the labels.
+      class_weights: [C] factor for pixels of each true class, or None.
+    """
+    weights = None if class_weights is None else jnp.asarray(class_weights, jnp.float32)
+    losses = {}
+    for term in terms:
+        logits = outputs[term.output]
+        size = (logits.shape[1], logits.shape[2])
+        pixels = {
+            name: labels_at(batch[name], size, align_corners=term.align_corners)
+            for name in ("labels", "weights")
+            if name in batch
+        }
+        labels, pixel_weights = pixels["labels"], pixels.get("weights")
+        pixel_loss = softmax_cross_entropy(
+            logits, labels, class_weights=weights, pixel_weights=pixel_weights
+        )
+        count = count_pixels(
+            labels, batch["valid"], norm, class_weights=weights, pixel_weights=pixel_weights
+        )
+        losses[term.output] = (term.weight * jnp.sum(pixel_loss), count)
+    return losses
 
 
 def median_frequency_weights(

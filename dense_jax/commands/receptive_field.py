@@ -9,10 +9,10 @@ from PIL import Image
 from dense_jax import viz
 from dense_jax.analysis import receptive_field as fields
 from dense_jax.analysis import receptive_field_figures as figures
+from dense_jax.commands.networks import Network, network
 from dense_jax.data.files import read_image
 from dense_jax.data.transforms import Normalise, num_channels
 from dense_jax.errors import UserError
-from dense_jax.tasks.networks import Network, network
 
 _WHOLE = 512  # Side of the image for a map that sees all of any image.
 
@@ -55,17 +55,17 @@ def run(
     if num_noise < 1:
         raise UserError(f"--num-noise={num_noise}: give at least 1")
     chosen = network(run, script, preset, flags, num_classes)
-    channels = num_channels(chosen.config.normalisation)
-    found = fields.analyse(chosen.model, channels=channels)
+    channels = num_channels(chosen.task.config.normalisation)
+    found = fields.analyse(chosen.task.model, channels=channels)
     print(format_analysis(found, output))
     if not effective:
         return
     panels = []
     for name in output or ("logits",):
         least = side or max(_room(axis) for axis in found.field(name))
-        least = fields.fitting_side(chosen.model, least, channels)
+        least = fields.fitting_side(chosen.task.model, least, channels)
         panels += _panels(
-            chosen, name, _inputs(image, num_noise, least, chosen.config.normalisation)
+            chosen, name, _inputs(image, num_noise, least, chosen.task.config.normalisation)
         )
     Image.fromarray(
         viz.contact_sheet(panels, columns=len(panels) // len(output or "1"), gap=12)
@@ -149,13 +149,13 @@ def _fitted(image: np.ndarray, side: int) -> np.ndarray:
 def _panels(chosen: Network, name: str, inputs: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
     images, picture = inputs
     size, channels = images.shape[1:3], images.shape[3]
-    box = fields.box(chosen.model, size, output=name, channels=channels)
-    weights = {"random weights": fields.random_variables(chosen.model, size, channels)}
+    box = fields.box(chosen.task.model, size, output=name, channels=channels)
+    weights = {"random weights": fields.random_variables(chosen.task.model, size, channels)}
     if chosen.run is not None:
         weights[f"trained, step {chosen.run.step}"] = chosen.run.variables
     panels = []
     for title, variables in weights.items():
-        field = fields.effective_field(chosen.model, variables, images, output=name)
+        field = fields.effective_field(chosen.task.model, variables, images, output=name)
         if not field.any():
             raise UserError(f"no gradient of {name!r} reaches the image: choose another --output")
         found = fields.spread(field)

@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from dense_jax.sweep.plan import Run, load_script, plan
+from dense_jax import scripts
+from dense_jax.sweep.plan import Run, plan
 from dense_jax.sweep.results import Scoring, Summary, is_trained
 
 
@@ -56,8 +57,8 @@ def run(
     """
     # This process counts layers and no more: it must not hold the accelerator's memory.
     jax.config.update("jax_platforms", "cpu")
-    module = load_script(script)
-    planned = plan(module, script, preset, flags, vary, seeds, out)
+    module = scripts.load(script)
+    planned = plan(module, preset, flags, vary, seeds, out)
     if dry_run:
         for item in planned:
             print(item.command)

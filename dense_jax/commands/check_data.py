@@ -1,0 +1,42 @@
+"""``python -m dense_jax check-data``: what is wrong or odd with a dataset."""
+
+import dataclasses
+import pathlib
+import sys
+
+from PIL import Image
+
+from dense_jax.data import check
+from dense_jax.data import dataset as datasets
+from dense_jax.data.datasets.shapes import ShapesSpec
+from dense_jax.errors import UserError
+from dense_jax.train.config import DatasetName
+
+
+def run(
+    *,
+    dataset: DatasetName,
+    data_dir: str | None = None,
+    shapes: ShapesSpec | None = None,
+    sheet: pathlib.Path | None = None,
+) -> None:
+    """Look through a dataset: wrong values, damaged files, sizes, frequencies, duplicates.
+
+    Exits with status 1 if a file is wrong. Training does the same check when it first reads a
+    dataset, and stops.
+
+    Args:
+      dataset: name of the dataset.
+      data_dir: folder of the dataset.
+      shapes: difficulty of the generated images, with --dataset=shapes.
+      sheet: write training images under their labels to this PNG, to look at.
+    """
+    if sheet is not None and sheet.suffix.lower() != ".png":
+        raise UserError(f"--sheet={sheet}: give a name that ends in .png")
+    options = dataclasses.asdict(shapes or ShapesSpec()) if dataset == "shapes" else {}
+    found = check.check_dataset(dataset, data_dir, **options)
+    print(found)
+    if found.errors:
+        sys.exit(1)
+    if sheet is not None:
+        Image.fromarray(check.sheet(datasets.load(dataset, data_dir, **options))).save(sheet)

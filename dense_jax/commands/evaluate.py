@@ -1,0 +1,87 @@
+"""``python -m dense_jax evaluate``: a run, or several as one, scored on a split."""
+
+import dataclasses
+import pathlib
+import shutil
+from typing import Any, Literal
+
+from dense_jax.commands.crf_flags import CrfFlag, CrfFlags, with_flags
+from dense_jax.errors import UserError
+from dense_jax.evaluation import labels, report
+from dense_jax.ops.crf import CrfParams
+from dense_jax.tasks import semantic, trained
+from dense_jax.tasks.semantic import Combine, labelling
+
+
+def run(
+    *,
+    run: pathlib.Path,
+    split: str = "val",
+    data_dir: str | None = None,
+    checkpoint: Literal["last", "best"] = "last",
+    absent: labels.Absent = "skip",
+    bf_match: labels.BoundaryMatch = "distance",
+    ensemble: tuple[pathlib.Path, ...] = (),
+    combine: Combine = "mean_prob",
+    output: pathlib.Path | None = None,
+    crf: CrfFlag = None,
+    crf_params: CrfFlags = CrfParams(),  # noqa: B008  (frozen)
+) -> None:
+    """Score a run, or several runs as one, on a split of its dataset and write a report.
+
+    Args:
+      run: folder of a training run.
+      ensemble: folders of runs of the same classes and normalisation that decide together with it.
+      combine: how: mean_prob takes the mean of the class probabilities, product_score the product
+        of the scores of two runs, negative ones of the second counting as zero (DeconvNet with
+        FCN-8s; arXiv:1505.04366).
+      split: train, val or test.
+      data_dir: where the dataset lies now; by default where it lay in training.
+      checkpoint: which parameters to use.
+      absent: a class without pixels is left out of the mean (FCN), or counts as zero (SegNet).
+      bf_match: how boundary pixels are matched; assignment is one to one and slow.
+      output: folder to write; by default RUN/evaluate-SPLIT-CHECKPOINT, or RUN/ensemble-..., with
+        -crf or -no-crf behind it.
+      crf: refine by this fully connected CRF, or by none; by default as the run's script does.
+      crf_params: its parameters; crf-search finds them.
+    """
+    opened = trained.load(run, checkpoint)
+    others = [trained.load(folder, checkpoint) for folder in ensemble]
+    dataset = trained.dataset_of(opened, data_dir)
+    task, variables = opened.task, opened.variables
+    if others:
+        task, variables = _together([opened, *others], combine, crf is not None)
+    task = with_flags(task, crf, crf_params)
+    for flag, name, value in (
+        ("absent", "absent", absent),
+        ("bf-match", "boundary_match", bf_match),
+    ):
+        labels_only = labelling(task, f"--{flag}") if value not in ("skip", "distance") else task
+        if isinstance(labels_only, semantic.Semantic):
+            task = dataclasses.replace(labels_only, **{name: value})
+    kind = f"ensemble-{combine}" if others else "evaluate"
+    suffix = {None: "", True: "-crf", False: "-no-crf"}[crf]
+    output = output or run / f"{kind}-{split}-{checkpoint}{suffix}"
+    record = task.evaluator(dataset, split)(variables, True)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "metrics.jsonl"):  # the report shows them
+        if (run / name).exists():
+            shutil.copy(run / name, output / name)
+    record.write(output, opened.step)
+    record.tell(opened.step)
+    print(f"report: {report.write_report(output)}")
+
+
+def _together(
+    members: list[trained.Run], combine: Combine, without_crf: bool
+) -> tuple[semantic.Semantic, tuple[Any, ...]]:
+    """Several runs as one task, with the variables of each."""
+    for other in members[1:]:
+        if other.classes.names != members[0].classes.names:
+            first = members[0].workdir
+            raise UserError(f"--ensemble: {other.workdir} and {first} label other classes")
+    tasks = [labelling(member.task, "--ensemble") for member in members]
+    if without_crf:
+        tasks = [dataclasses.replace(task, crf=None) for task in tasks]
+    task = semantic.together(tasks, [str(member.workdir) for member in members], combine)
+    return task, tuple(member.variables for member in members)

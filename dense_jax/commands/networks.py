@@ -1,0 +1,43 @@
+"""The network that a command line names: that of a run, or of a script's preset and flags."""
+
+import pathlib
+import shlex
+from typing import NamedTuple
+
+from dense_jax import scripts
+from dense_jax.errors import UserError
+from dense_jax.tasks import trained
+from dense_jax.tasks.task import Task
+
+
+class Network(NamedTuple):
+    """What a network is built for; `run` has its weights, if it is trained."""
+
+    task: Task
+    run: trained.Run | None
+
+
+def network(
+    run: pathlib.Path | None, script: str, preset: str, flags: str, num_classes: int
+) -> Network:
+    """Builds a network.
+
+    Args:
+      run: folder of a training run; if given, the others are not used.
+      script: script that defines the network.
+      preset: one of its presets.
+      flags: more of its flags, in one string, such as "--stride=32 --pad-mode=same".
+      num_classes: number of classes.
+
+    Raises:
+      UserError: one of these does not exist.
+    """
+    if run is not None:
+        opened = trained.load(run)
+        return Network(opened.task, opened)
+    found = scripts.load(script)
+    try:
+        words = shlex.split(flags)
+    except ValueError as error:
+        raise UserError(f"--flags={flags}: {error}; close it") from error
+    return Network(found.build(found.parse([preset, *words]), num_classes), None)

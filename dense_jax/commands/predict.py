@@ -1,0 +1,52 @@
+"""``python -m dense_jax predict``: a run on a folder of images."""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Literal
+
+from dense_jax.commands.crf_flags import CrfFlag, CrfFlags, with_flags
+from dense_jax.infer import predictor
+from dense_jax.ops.crf import CrfParams
+from dense_jax.tasks import trained
+
+
+def run(
+    *,
+    run: pathlib.Path,
+    input: pathlib.Path,
+    output: pathlib.Path,
+    checkpoint: Literal["last", "best"] = "last",
+    overlays: bool = True,
+    probabilities: bool = False,
+    crf: CrfFlag = None,
+    crf_params: CrfFlags = CrfParams(),  # noqa: B008  (frozen)
+) -> None:
+    """Predict a folder of images: palette PNGs of class ids or masks of objects, and overlays.
+
+    Runs that find objects write masks and results.json in COCO's format.
+
+    Args:
+      run: folder of a training run.
+      input: folder of images, of any sizes.
+      output: folder to write; made if it does not exist.
+      checkpoint: which parameters to use.
+      overlays: also write the images under what was found in them.
+      probabilities: also write the probabilities (.npz, float16).
+      crf: refine by this fully connected CRF, or by none; by default as the run's script does.
+      crf_params: its parameters.
+    """
+    opened = trained.load(run, checkpoint)
+    opened = dataclasses.replace(opened, task=with_flags(opened.task, crf, crf_params))
+    summary = predictor.predict_folder(
+        opened.predictor,
+        opened.classes,
+        input,
+        output,
+        inputs_of=opened.task.inputs_in(input),
+        overlays=overlays,
+        probabilities=probabilities,
+    )
+    print(summary)
+    if summary.failures:
+        sys.exit(1)

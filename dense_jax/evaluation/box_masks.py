@@ -1,0 +1,221 @@
+"""Scores of masks in given boxes, one for each object of an image.
+
+A box is moved at random but always in the same way for an image, as a detector's might be.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dense_jax.data import boxes as box_data
+from dense_jax.data import pipeline
+from dense_jax.data.classes import IGNORE_LABEL
+from dense_jax.data.dataset import Dataset, Example
+from dense_jax.errors import UserError
+from dense_jax.evaluation import labels
+from dense_jax.evaluation.record import Findings, Record, Score
+from dense_jax.infer.predictor import SIZE_MULTIPLE, pad
+
+_MAX_SHAPES = 4
+_FEW = 8  # The number of boxes is rounded up to a multiple of this: few shapes to compile.
+
+# (variables, images [1, H, W, C], boxes [1, N, 4], classes [1, N]) -> heat maps [1, N, S, S]
+Heatmaps = Callable[[Any, np.ndarray, np.ndarray, np.ndarray], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """The masks of an image's objects.
+
+    Attributes:
+      objects: the ground truth.
+      boxes: float32 [N, 4], those given to the network, in pixels of the original image.
+      heatmaps: float32 [N, S, S] probabilities, over the boxes.
+    """
+
+    objects: box_data.Objects
+    boxes: np.ndarray
+    heatmaps: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageScore:
+    """The scores of one image.
+
+    Attributes:
+      ious: [N] of the masks with their objects, over labelled pixels.
+      box_ious: [N], were everything in the box the object.
+      log_loss: sum of -log p over the labelled pixels in the heat maps.
+      num_pixels: their number.
+      labels: uint8 [H, W], the masks pasted as classes, the surest last.
+    """
+
+    ious: np.ndarray
+    box_ious: np.ndarray
+    log_loss: float
+    num_pixels: int
+    labels: np.ndarray
+
+
+def score_image(predicted: Predicted, label: np.ndarray, threshold: float) -> ImageScore:
+    """Pastes the heat maps into their boxes and compares them with the objects.
+
+    Args:
+      predicted: masks of the image.
+      label: uint8 [H, W] class ids; pixels of the ignore label do not count.
+      threshold: least probability of the pixels of a mask.
+    """
+    objects, counted = predicted.objects, label != IGNORE_LABEL
+    ious, box_ious, pasted, log_loss, num_pixels = [], [], [], 0.0, 0
+    for i, (box, heatmap) in enumerate(zip(predicted.boxes, predicted.heatmaps, strict=True)):
+        truth = objects.mask(i)
+        inside = box_data.paste(heatmap, box, label.shape)
+        mask = inside >= threshold
+        ious.append(_iou(mask & counted, truth & counted))
+        filled = box_data.paste(np.ones_like(heatmap), box, label.shape) > 0
+        box_ious.append(_iou(filled & counted, truth & counted))
+        pasted.append((float(inside[mask].mean()) if mask.any() else 0.0, mask))
+        target = box_data.targets(truth, label, box, len(heatmap))
+        right = np.where(target == 1, heatmap, 1 - heatmap)[target >= 0]
+        log_loss -= float(np.log(np.maximum(right, np.finfo(np.float32).tiny)).sum())
+        num_pixels += right.size
+    labels = np.zeros(label.shape, np.uint8)
+    for i in sorted(range(len(pasted)), key=lambda i: pasted[i][0]):
+        labels[pasted[i][1]] = objects.categories[i] + 1
+    return ImageScore(np.array(ious), np.array(box_ious), log_loss, num_pixels, labels)
+
+
+def _iou(mask: np.ndarray, truth: np.ndarray) -> float:
+    union = np.count_nonzero(mask | truth)
+    return np.count_nonzero(mask & truth) / union if union else 1.0
+
+
+def mask_scores(ious: np.ndarray, box_ious: np.ndarray) -> list[Score]:
+    """Scores of all objects [N]: mean IoU, the share of at least 0.5 and 0.7, and of bare boxes.
+
+    With a box of the right category for each object, the shares are what AP^r at these thresholds
+    would be for a perfect detector.
+    """
+    return [
+        Score("mask_iou", float(np.mean(ious)), "Mask IoU"),
+        Score("masks_at_50", float(np.mean(ious >= 0.5)), "Masks of IoU 0.5"),
+        Score("masks_at_70", float(np.mean(ious >= 0.7)), "Masks of IoU 0.7"),
+        Score("box_iou", float(np.mean(box_ious)), "IoU of bare boxes"),
+    ]
+
+
+def draw_boxes(image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Returns a uint8 image [H, W, 3] with its boxes [N, 4] outlined."""
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    for x0, y0, x1, y1 in np.rint(boxes).astype(int):
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=(255, 235, 59))
+    return np.asarray(picture)
+
+
+class MaskEvaluator:
+    """Scores the masks of a split; compiled once for each of a few padded shapes."""
+
+    def __init__(
+        self,
+        heatmaps: Heatmaps,
+        dataset: Dataset,
+        split: str,
+        *,
+        normalisation: str,
+        min_iou: float,
+        threshold: float,
+    ) -> None:
+        """Prepares for the images of a split.
+
+        Args:
+          heatmaps: predicts the masks of the objects of an image, each in its box.
+          dataset: the images and their objects.
+          split: which of them.
+          normalisation: of the images.
+          min_iou: least IoU of the boxes with the objects' own.
+          threshold: least probability of the pixels of a mask.
+        """
+        self._heatmaps, self._dataset, self._split = heatmaps, dataset, split
+        self._source, self._normalisation = dataset.split(split), normalisation
+        self._min_iou, self._threshold = min_iou, threshold
+        sizes = [self._source.size(i) for i in range(len(self._source))]
+        self._shapes = pipeline.padded_shapes(sizes, SIZE_MULTIPLE, _MAX_SHAPES)
+
+    def boxes_of(self, index: int, objects: box_data.Objects) -> np.ndarray:
+        """Returns the boxes of an image, a function of its index."""
+        return box_data.jitter(objects.boxes, self._min_iou, np.random.default_rng(index))
+
+    def predict(self, variables: Any, index: int, example: Example) -> Predicted:
+        """Predicts the masks of all objects of an image."""
+        objects = box_data.find_objects(example)
+        boxes, shape = self.boxes_of(index, objects), self._shapes[example["label"].shape]
+        images = pad(example["image"], self._normalisation, shape)
+        heatmaps = self._heatmaps(variables, images, *in_batch(boxes, objects.categories + 1))
+        return Predicted(objects, boxes, np.asarray(heatmaps)[0, : len(boxes)])
+
+    def __call__(self, variables: Any, card: dict[str, Any], headline: str) -> Record:
+        """Scores the masks and, as a labelling of the image, the masks pasted into it.
+
+        Raises:
+          UserError: no image has an object.
+        """
+        dataset, num_classes = self._dataset, self._dataset.classes.num_classes
+        confusion = np.zeros((num_classes, num_classes), np.int64)
+        best, worst = labels.Top(), labels.Top()
+        ious, box_ious, log_loss, num_pixels = [], [], 0.0, 0
+        for index in range(len(self._source)):
+            example = self._source[index]
+            predicted = self.predict(variables, index, example)
+            score = score_image(predicted, example["label"], self._threshold)
+            counted = example["label"] < num_classes
+            pairs = example["label"][counted].astype(np.int64) * num_classes + score.labels[counted]
+            confusion += np.bincount(pairs, minlength=num_classes**2).reshape(confusion.shape)
+            if len(score.ious):
+                best.offer(float(score.ious.mean()), index, score.labels)
+                worst.offer(-float(score.ious.mean()), index, score.labels)
+            ious.extend(score.ious)
+            box_ious.extend(score.box_ious)
+            log_loss += score.log_loss
+            num_pixels += score.num_pixels
+        if not ious:
+            raise UserError(
+                f"no {self._split} image of {dataset.name} shows an object: give other data"
+            )
+        counts = labels.Counts(
+            confusion=confusion,
+            loss=log_loss / max(1, num_pixels),
+            num_images=len(self._source),
+            shapes=set(self._shapes.values()),
+            best=best.items(),
+            worst=[(-score, index, pasted) for score, index, pasted in worst.items()],
+        )
+        masks = Findings(mask_scores(np.array(ious), np.array(box_ious)))
+        pasted = labels.findings(counts, dataset, self._split, draw=self._draw)
+        protocol = {
+            "objects_scored": len(ious),
+            "boxes": f"of the ground truth, edges moved at random to an IoU >= {self._min_iou}",
+            "mask_threshold": self._threshold,
+            "class_scores": "of the masks pasted into the image, the surest on top",
+            **card,
+        }
+        found = [masks, pasted]
+        return labels.record(counts, found, dataset, self._split, headline, protocol)
+
+    def _draw(self, index: int, example: Example) -> np.ndarray:
+        boxes = self.boxes_of(index, box_data.find_objects(example))
+        return draw_boxes(example["image"], boxes)
+
+
+def in_batch(boxes: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns boxes [1, M, 4] and classes [1, M] of N objects, M a multiple of 8: few shapes.
+
+    Places without an object have class 0, the background.
+    """
+    room = max(_FEW, -(-len(boxes) // _FEW) * _FEW)
+    filled, ids = np.zeros((1, room, 4), np.float32), np.zeros((1, room), np.int32)
+    filled[0, : len(boxes)], ids[0, : len(boxes)] = boxes, classes
+    return filled, ids

@@ -1,0 +1,134 @@
+"""What a run on touching cells adds to its scores: objects, membranes, and pictures of both.
+
+Class 1 of the labels is the inside of cells and class 0 what lies between them; in a dataset with
+a third class that is the border of touching cells. Objects are connected components of class 1.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dense_jax import viz
+from dense_jax.data.border import BorderWeights, SeparateTouching
+from dense_jax.data.classes import voc_colours
+from dense_jax.data.dataset import Dataset, Source
+from dense_jax.data.transforms import Normalise, Transform, to_uint8
+from dense_jax.evaluation.batches import Predicts, predict_split
+from dense_jax.evaluation.record import Findings, Picture, Score
+from dense_jax.metrics import em, instances
+
+_INSIDE, _BORDER = 1, 2
+_NUM_PICTURES = 4
+_NUM_COLOURS = 20
+
+
+def measure(
+    task: Predicts, variables: Any, dataset: Dataset, split: str, *, membranes: bool
+) -> Findings:
+    """Predicts a split whose examples have "instances", and scores and draws its objects.
+
+    Args:
+      task: predicts the images.
+      variables: parameters and batch statistics.
+      dataset: the images and their objects.
+      split: which of them.
+      membranes: whether the measures of ISBI 2012 are wanted too.
+    """
+    source = dataset.split(split)
+    chosen = set(np.linspace(0, len(source) - 1, _NUM_PICTURES).round().astype(int).tolist())
+    truths, predictions, labels, insides, shown = [], [], [], [], {}
+    for index, outputs in predict_split(task, variables, source):
+        example, objects = source[index], objects_of(outputs["logits"])
+        truths.append(example["instances"])
+        predictions.append(objects)
+        if index in chosen:
+            shown[index] = objects
+        if membranes:
+            labels.append((example["label"] == _INSIDE).astype(np.uint8))
+            insides.append(np.asarray(jax.nn.softmax(outputs["logits"]))[..., _INSIDE])
+    scores = instances.scores(truths, predictions)
+    scores |= em.scores(labels, insides) if membranes else {}
+    pictures = [
+        Picture(
+            f"cells_{rank}.png",
+            functools.partial(_objects_picture, source, index, objects),
+            "Objects",
+            source[index]["name"],
+            ("image", "true objects", "predicted objects"),
+        )
+        for rank, (index, objects) in enumerate(sorted(shown.items()), 1)
+    ]
+    return Findings([Score(name, value, unit="") for name, value in scores.items()], (), pictures)
+
+
+def _objects_picture(source: Source, index: int, predicted: np.ndarray) -> np.ndarray:
+    example = source[index]
+    row = [_visible(example["image"]), colours(example["instances"]), colours(predicted)]
+    return viz.contact_sheet(row, columns=len(row))
+
+
+def objects_of(logits: np.ndarray) -> np.ndarray:
+    """Numbers the objects that logits [H, W, 2 or 3] show, int32 [H, W], 0 = none."""
+    border = _BORDER if logits.shape[-1] > _BORDER else None
+    return instances.from_semantic(logits.argmax(-1), object_class=_INSIDE, border_class=border)
+
+
+def colours(objects: np.ndarray) -> np.ndarray:
+    """A colour for each object number [H, W], neighbouring numbers apart, uint8 [H, W, 3]."""
+    palette = np.array(voc_colours(1 + _NUM_COLOURS), np.uint8)
+    return palette[np.where(objects > 0, 1 + (objects - 1) % _NUM_COLOURS, 0)]
+
+
+def _visible(image: np.ndarray) -> np.ndarray:
+    """The picture in grey of middling contrast: many microscopes' are almost black."""
+    return to_uint8(Normalise("grey_image")({"image": image})["image"], "grey_image")
+
+
+def training_pictures(
+    task: Predicts, variables: Any, dataset: Dataset, split: str, *, transforms: Sequence[Transform]
+) -> Findings:
+    """Draws training images, their objects, the ridges between them and the weights of pixels.
+
+    Args:
+      task, variables, split: not looked at.
+      dataset: its training split is drawn.
+      transforms: of training; of these, what separates and what weighs is shown, on whole images.
+    """
+    del task, variables, split
+    source = dataset.split("train")
+    shown = [t for t in transforms if isinstance(t, SeparateTouching | BorderWeights)]
+    pictures = [
+        Picture(
+            f"weights_{index + 1}.png",
+            functools.partial(_training_picture, source, index, shown),
+            "Training images",
+            source[index]["name"],
+            ("image", *(_SHOWS[type(t)] for t in (None, *shown))),
+        )
+        for index in range(min(_NUM_PICTURES, len(source)) if shown else 0)
+    ]
+    return Findings(pictures=pictures)
+
+
+_SHOWS = {
+    type(None): "objects",
+    SeparateTouching: "separated where they touch",
+    BorderWeights: "weights of the pixels",
+}
+
+
+def _training_picture(source: Source, index: int, shown: Sequence[Transform]) -> np.ndarray:
+    example, rng = source[index], np.random.default_rng(0)
+    row = [_visible(example["image"]), colours(example["instances"])]
+    for transform in shown:
+        example = transform(example, rng)
+        if isinstance(transform, SeparateTouching):
+            row.append(colours(example["instances"]))
+    if "weights" in example:
+        high = float(example["weights"].max())
+        row += [viz.heat(example["weights"], high)]
+        row[-1] = np.concatenate([row[-1], viz.heat_scale(high, len(row[-1]))], axis=1)
+    return viz.contact_sheet(row, columns=len(row))

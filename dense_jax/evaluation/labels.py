@@ -1,0 +1,304 @@
+"""Scores and pictures of a network that labels pixels, on a split."""
+
+import dataclasses
+import functools
+import heapq
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dense_jax import viz
+from dense_jax.data.classes import ClassTable
+from dense_jax.data.dataset import Dataset, Example, Source
+from dense_jax.errors import UserError
+from dense_jax.evaluation.batches import Predicts, eval_batches
+from dense_jax.evaluation.record import Cell, Column, Findings, Picture, Record, Score, Table
+from dense_jax.metrics import boundary
+from dense_jax.metrics import semantic as metrics
+from dense_jax.objectives import pixels
+from dense_jax.train.step import Batch, eval_step, replicate, shard
+
+BoundaryMatch = Literal["none", "distance", "assignment"]
+Absent = Literal["skip", "zero"]
+
+_NUM_PICTURES = 4  # best and worst images shown in a report, each
+_PARTS = ("image", "label", "prediction", "errors red, void white")
+_ABSENT = {
+    "skip": "left out of the mean where neither labelled nor predicted",
+    "zero": "count as zero in the mean",
+}
+
+
+@dataclasses.dataclass
+class Counts:
+    """Counts and pictures of one pass over a split.
+
+    Attributes:
+      confusion: [C, C], row = label.
+      loss: the mean over scored pixels.
+      num_images: how many were scored.
+      shapes: the padded sizes that were computed.
+      best: (score, index, prediction) of the best images, and `worst` of the worst.
+      boundary_f1: NaN if it was not asked for.
+      before_crf: the confusion without the CRF, where there is one.
+      sharpened: (gain in mean IoU, index, predictions before and after the CRF [2, H, W]) of the
+        images that it helped most.
+    """
+
+    confusion: np.ndarray
+    loss: float
+    num_images: int
+    shapes: set[tuple[int, int]]
+    best: list[tuple[float, int, np.ndarray]]
+    worst: list[tuple[float, int, np.ndarray]]
+    boundary_f1: float = math.nan
+    before_crf: np.ndarray | None = None
+    sharpened: list[tuple[float, int, np.ndarray]] = dataclasses.field(default_factory=list)
+
+
+class Counter:
+    """Counts a network's labels on a split: every image once, at its own size, in few shapes."""
+
+    def __init__(self, task: Predicts, source: Source, classes: ClassTable) -> None:
+        self._classes = classes
+        self._batches = eval_batches(source, task.config)
+
+        count = jax.vmap(
+            functools.partial(metrics.confusion_counts, num_classes=classes.num_classes)
+        )
+
+        def counts(variables: Any, batch: Batch) -> tuple[Any, Any]:
+            outputs = task.predict(variables, batch["images"], batch["size"])
+            sums, per_image = {}, {}
+            if "before_crf" in outputs:
+                unrefined = jnp.argmax(outputs["before_crf"], axis=-1).astype(jnp.uint8)
+                confusion = count(batch["labels"], unrefined)
+                sums["before_crf"] = jnp.sum(confusion, axis=0)
+                per_image = {"confusion_before_crf": confusion, "before_crf": unrefined}
+            predictions = jnp.argmax(outputs["logits"], axis=-1).astype(jnp.uint8)
+            confusion = count(batch["labels"], predictions)
+            loss = jnp.sum(pixels.softmax_cross_entropy(outputs["logits"], batch["labels"]))
+            sums |= {
+                "confusion": jnp.sum(confusion, axis=0),
+                "loss": loss,
+                "num_images": jnp.sum(batch["valid"], dtype=jnp.int32),
+            }
+            return sums, per_image | {"confusion": confusion, "predictions": predictions}
+
+        self._step = eval_step(counts)
+
+    def __call__(self, variables: Any, boundary_match: BoundaryMatch = "none") -> Counts:
+        """Counts with ``variables``; boundary F1 is computed on the host and takes longer."""
+        confusion, before_crf, loss, num_images = None, None, 0.0, 0
+        shapes: set[tuple[int, int]] = set()
+        best, worst, sharpened, boundaries = Top(), Top(), Top(), []
+        variables = replicate(variables)  # once, and not with every batch
+        for batch in self._batches:
+            arrays = {k: batch[k] for k in ("images", "labels", "valid", "size")}
+            sums, per_image = jax.device_get(self._step(variables, shard(arrays)))
+            confusion = metrics.add(confusion, sums["confusion"])
+            if "before_crf" in sums:
+                before_crf = metrics.add(before_crf, sums["before_crf"])
+            loss += float(sums["loss"])
+            num_images += int(sums["num_images"])
+            shapes.add(batch["images"].shape[1:3])
+            flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in per_image.items()}
+            for i, index in enumerate(batch["index"]):
+                if index < 0:
+                    continue
+                height, width = batch["size"][i]
+                prediction = flat["predictions"][i, :height, :width]
+                score = metrics.summarise(flat["confusion"][i])["mean_iou"]
+                if not np.isnan(score):
+                    best.offer(score, int(index), prediction)
+                    worst.offer(-score, int(index), prediction)
+                    if "before_crf" in flat:
+                        without = metrics.summarise(flat["confusion_before_crf"][i])["mean_iou"]
+                        pair = np.stack([flat["before_crf"][i, :height, :width], prediction])
+                        sharpened.offer(score - without, int(index), pair)
+                if boundary_match != "none":
+                    labels = batch["labels"][i, :height, :width]
+                    boundaries.append(
+                        boundary.image_boundary_f1(
+                            labels, prediction, self._classes.num_classes, match=boundary_match
+                        )
+                    )
+        if confusion is None:
+            raise UserError("the split to evaluate has no images")
+        finite = [b for b in boundaries if not np.isnan(b)]
+        return Counts(
+            confusion=confusion,
+            loss=loss / max(int(confusion.sum()), 1),
+            num_images=num_images,
+            shapes=shapes,
+            best=best.items(),
+            worst=[(-score, index, image) for score, index, image in worst.items()],
+            boundary_f1=float(np.mean(finite)) if finite else math.nan,
+            before_crf=before_crf,
+            sharpened=sharpened.items(),
+        )
+
+
+class Top:
+    """Keeps the few predictions of highest score, so that memory does not grow with the split."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Any]] = []
+
+    def offer(self, score: float, index: int, prediction: Any) -> None:
+        """Considers a prediction."""
+        heapq.heappush(self._heap, (score, -index, prediction))
+        if len(self._heap) > _NUM_PICTURES:
+            heapq.heappop(self._heap)
+
+    def items(self) -> list[tuple[float, int, Any]]:
+        """Returns (score, index, prediction), the highest score first."""
+        return [(s, -i, p) for s, i, p in sorted(self._heap, key=lambda x: x[:2], reverse=True)]
+
+
+def findings(
+    counts: Counts,
+    dataset: Dataset,
+    split: str,
+    absent: Absent = "skip",
+    draw: Callable[[int, Example], np.ndarray] | None = None,
+) -> Findings:
+    """Returns the scores, tables and pictures of a labelling.
+
+    Args:
+      counts: of the split.
+      dataset: what was scored.
+      split: which part of it.
+      absent: whether classes without pixels count in the mean.
+      draw: (index, example) -> the image to show, uint8 [H, W, 3]; by default as it is.
+    """
+    source, classes = dataset.split(split), dataset.classes
+    summary = metrics.summarise(counts.confusion, classes.names, absent=absent)
+    scores = [
+        Score("mean_iou", summary["mean_iou"], "Mean IoU"),
+        Score("pixel_accuracy", summary["pixel_accuracy"], "Pixel accuracy"),
+        Score("mean_accuracy", summary["mean_accuracy"], "Mean accuracy"),
+        Score("boundary_f1", counts.boundary_f1, "Boundary F1"),
+        Score(
+            "frequency_weighted_iou",
+            summary["frequency_weighted_iou"],
+            "Frequency-weighted IoU",
+            main=False,
+        ),
+        Score("loss", counts.loss, "Loss", unit="", main=False),
+    ]
+    if counts.before_crf is not None:
+        without = metrics.summarise(counts.before_crf, absent=absent)["mean_iou"]
+        scores.append(Score("mean_iou_before_crf", without, "Mean IoU without CRF"))
+    pictures = [
+        Picture(
+            f"{split}_{group.lower()}_{rank}.png",
+            functools.partial(_compare, source, index, prediction, classes, draw),
+            group,
+            f"{source[index]['name']}, {100 * score:.1f} %",
+            _PARTS,
+        )
+        for group, items in (("Worst", counts.worst), ("Best", counts.best))
+        for rank, (score, index, prediction) in enumerate(items, 1)
+    ]
+    pictures += [
+        Picture(
+            f"crf_{split}_{rank}.png",
+            functools.partial(_sharpening, source, index, pair, classes),
+            "Where the CRF helped most",
+            source[index]["name"],
+            ("image", "label", "before the CRF", "after it"),
+        )
+        for rank, (_, index, pair) in enumerate(counts.sharpened, 1)
+    ]
+    pictures.append(
+        Picture(
+            f"confusion_{split}.png",
+            functools.partial(_confusion, counts.confusion, classes),
+            "Confusion",
+            "Rows are true classes, columns predicted ones; percent of the true class.",
+        )
+    )
+    return Findings(scores, [class_table(summary, counts.confusion)], pictures)
+
+
+def class_table(summary: Mapping[str, Any], confusion: np.ndarray) -> Table:
+    """Returns IoU and accuracy of each class, its share of the pixels, and its worst mistake."""
+    names = [row["name"] for row in summary["per_class"]]
+    pixels = max(1, sum(row["pixels"] for row in summary["per_class"]))
+    rows: list[list[Cell]] = []
+    for i, row in enumerate(summary["per_class"]):
+        wrong = np.where(np.arange(len(names)) == i, 0, confusion[i])
+        taken = None
+        if wrong.any():
+            taken = f"{names[wrong.argmax()]} {100 * wrong.max() / row['pixels']:.1f} %"
+        rows.append([row["name"], row["iou"], row["accuracy"], row["pixels"] / pixels, taken])
+    heads = [Column("Class"), Column("IoU", "%"), Column("Accuracy", "%")]
+    heads += [Column("Share of pixels", "%"), Column("Most often taken for")]
+    return Table("Classes", heads, rows, log="iou")
+
+
+def record(
+    counts: Counts,
+    found: list[Findings],
+    dataset: Dataset,
+    split: str,
+    headline: str,
+    card: Mapping[str, Any],
+    absent: Absent = "skip",
+) -> Record:
+    """Returns the record of a labelling.
+
+    Args:
+      counts: of the split.
+      found: what is told of it, the main scores first.
+      dataset: what was scored.
+      split: which part of it.
+      headline: name of the score that decides which checkpoint is the best.
+      card: how the network was used, added to the protocol.
+      absent: whether classes without pixels count in the mean.
+    """
+    classes = dataset.classes
+    protocol = {
+        "dataset": dataset.name,
+        "description": dataset.description,
+        "fingerprint": dataset.fingerprint,
+        "split": split,
+        "images_scored": counts.num_images,
+        "images_in_split": len(dataset.split(split)),
+        "resolution": "native size; padded for computing to "
+        + ", ".join(f"{h}x{w}" for h, w in sorted(counts.shapes)),
+        "ignored": f"label {classes.ignore_label} in no count",
+        "absent_classes": _ABSENT[absent],
+        **card,
+    }
+    summary = metrics.summarise(counts.confusion, classes.names, absent=absent)
+    data = {"per_class": summary["per_class"], "confusion": counts.confusion.tolist()}
+    return Record(headline, found, protocol, data)
+
+
+def _compare(
+    source: Source,
+    index: int,
+    prediction: np.ndarray,
+    classes: ClassTable,
+    draw: Callable[[int, Example], np.ndarray] | None,
+) -> np.ndarray:
+    example = source[index]
+    image = draw(index, example) if draw else example["image"]
+    return viz.comparison(image, example["label"], prediction, classes.palette())
+
+
+def _sharpening(source: Source, index: int, pair: np.ndarray, classes: ClassTable) -> np.ndarray:
+    example, palette = source[index], classes.palette()
+    maps = [viz.colourise(labels, palette) for labels in (example["label"], *pair)]
+    return viz.contact_sheet([example["image"], *maps], columns=4)
+
+
+def _confusion(confusion: np.ndarray, classes: ClassTable) -> np.ndarray:
+    cell = 68 if len(confusion) <= 30 else max(8, 2000 // len(confusion))
+    return viz.confusion_picture(confusion, classes.names, cell=cell)

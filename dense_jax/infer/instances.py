@@ -1,0 +1,103 @@
+"""Objects found in an image: boxes, classes, masks and scores, as people and programs read them."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dense_jax import runs
+from dense_jax.data import rle
+from dense_jax.data.boxes import paste
+from dense_jax.data.classes import ClassTable, voc_colours
+
+_COLOURS = 20
+_ALPHA = 0.55
+
+
+@dataclasses.dataclass(frozen=True)
+class Instances:
+    """The objects of an image, the surest first.
+
+    Attributes:
+      image: uint8 [H, W, 3].
+      boxes: float32 [N, 4], x0 y0 x1 y1 in pixels, from outer edge to outer edge.
+      class_ids: int32 [N], those of `classes`.
+      scores: float32 [N] in [0, 1].
+      heatmaps: float32 [N, S, S], the probability of each cell of a box to lie in the object.
+      threshold: least probability of the pixels of a mask.
+      classes: names and colours.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    class_ids: np.ndarray
+    scores: np.ndarray
+    heatmaps: np.ndarray
+    threshold: float
+    classes: ClassTable
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    @functools.cached_property
+    def masks(self) -> np.ndarray:
+        """The pixels of each object, bool [N, H, W]."""
+        size = self.image.shape[:2]
+        pasted = [
+            paste(heatmap, box, size) >= self.threshold
+            for heatmap, box in zip(self.heatmaps, self.boxes, strict=True)
+        ]
+        return np.stack(pasted) if pasted else np.zeros((0, *size), bool)
+
+    def overlay(self) -> np.ndarray:
+        """Returns the image with masks and boxes in a colour each, and names and scores."""
+        picture = self.image.astype(np.float32)
+        palette = np.array(voc_colours(1 + _COLOURS)[1:], np.float32)
+        for i in reversed(range(len(self))):  # the surest on top
+            mask = self.masks[i]
+            picture[mask] = (1 - _ALPHA) * picture[mask] + _ALPHA * palette[i % _COLOURS]
+        drawn = Image.fromarray(np.rint(picture).astype(np.uint8))
+        draw, font = ImageDraw.Draw(drawn), ImageFont.load_default(11)
+        for i in reversed(range(len(self))):
+            x0, y0, x1, y1 = (int(edge) for edge in np.rint(self.boxes[i]))
+            colour = tuple(int(channel) for channel in palette[i % _COLOURS])
+            draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour)
+            text = f"{self.classes.names[self.class_ids[i]]} {self.scores[i]:.2f}"
+            left, top, right, bottom = draw.textbbox((x0 + 2, max(y0, 1)), text, font=font)
+            draw.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=colour)
+            draw.text((x0 + 2, max(y0, 1)), text, fill="white", font=font)
+        return np.asarray(drawn)
+
+    def results(self) -> list[dict[str, Any]]:
+        """Returns the objects as COCO's results, without the image: box, class, mask, score."""
+        return [
+            {
+                "category_id": int(self.class_ids[i]),
+                "bbox": [round(float(x), 2) for x in (x0, y0, x1 - x0, y1 - y0)],
+                "segmentation": rle.encode(self.masks[i]),
+                "score": round(float(self.scores[i]), 6),
+            }
+            for i, (x0, y0, x1, y1) in enumerate(self.boxes)
+        ]
+
+    def save(self, folder: pathlib.Path, stem: str, *, probabilities: bool) -> list[dict[str, Any]]:
+        """Writes ``masks/STEM.png`` (object numbers, the surest on top) and returns the results.
+
+        With ``probabilities`` also ``probabilities/STEM.npz`` with the heat maps, float16.
+        """
+        runs.make_folder(folder / "masks")
+        numbers = np.zeros(self.image.shape[:2], np.uint16)
+        for i in reversed(range(len(self))):
+            numbers[self.masks[i]] = i + 1
+        Image.fromarray(numbers).save(folder / "masks" / f"{stem}.png")
+        if probabilities:
+            runs.make_folder(folder / "probabilities")
+            np.savez_compressed(
+                folder / "probabilities" / stem,
+                boxes=self.boxes,
+                heatmaps=self.heatmaps.astype(np.float16),
+            )
+        return self.results()

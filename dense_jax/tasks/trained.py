@@ -1,0 +1,188 @@
+"""A trained run, opened to be used: ``dense_jax.load(folder).predict(image)``."""
+
+import dataclasses
+import functools
+import inspect
+import os
+import pathlib
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from dense_jax import runs, scripts
+from dense_jax.data.classes import ClassTable
+from dense_jax.data.dataset import Dataset
+from dense_jax.data.files import decode_image
+from dense_jax.errors import UserError
+from dense_jax.infer.predictor import Prediction, Predictor
+from dense_jax.tasks import training
+from dense_jax.tasks.task import Task
+from dense_jax.train.checkpoint import read_variables
+from dense_jax.train.config import RunConfig, from_json
+
+Picture = np.ndarray | Image.Image | str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished or stopped run.
+
+    Attributes:
+      workdir: its folder.
+      task: what it is, as built by its script.
+      variables: parameters and batch statistics, host arrays.
+      step: the step they were saved at.
+      classes: the classes it labels.
+      script: the module that trained it.
+    """
+
+    workdir: pathlib.Path
+    task: Task
+    variables: Any
+    step: int
+    classes: ClassTable
+    script: str
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration it was trained with."""
+        return self.task.config
+
+    @functools.cached_property
+    def predictor(self) -> Predictor:
+        """Predicts single images; compiles once for each padded shape."""
+
+        @jax.jit
+        def answer(variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array) -> Any:
+            answers = self.task.answers(self.task.predict(variables, images, sizes, *inputs))
+            return {name: answers[name] for name in self.task.reads}
+
+        variables, names = jax.device_put(self.variables), tuple(self.task.inputs)
+
+        def run(images: np.ndarray, sizes: np.ndarray, **inputs: np.ndarray) -> Any:
+            return answer(variables, images, sizes, *(inputs[name] for name in names))
+
+        def read(answers: dict[str, np.ndarray], image: np.ndarray) -> Prediction:
+            return self.task.read(answers, image, self.classes)
+
+        return Predictor(run, read, self.config.normalisation)
+
+    def predict(self, images: Picture | Sequence[Picture], **inputs: Any) -> Any:
+        """Predicts images as the run's script says: normalised, scaled, padded, in tiles, with CRF.
+
+        Args:
+          images: one image, or a list of them: uint8 RGB [H, W, 3], a Pillow image, or the path of
+            a file.
+          **inputs: what else the task needs, such as "boxes", for one image or a list for several.
+
+        Returns:
+          A `dense_jax.infer.predictor.Labels` with "labels", "probabilities" and "overlay()", or
+          what the task's `read` returns; a list of them for a list of images.
+
+        Raises:
+          UserError: an image is no picture of 0 to 255, or an input is missing.
+        """
+        several = isinstance(images, list | tuple)
+        pictures: list[Any] = list(images) if several else [images]
+        if unknown := sorted(set(inputs) - set(self.task.inputs)):
+            raise UserError(f"this run takes no {unknown[0]}: leave it out")
+        if missing := sorted(set(self.task.inputs) - set(inputs)):
+            words = self.task.inputs[missing[0]].words
+            raise UserError(f"this run also needs {missing[0]}, {words}: give {missing[0]}=...")
+        found = []
+        for i, picture in enumerate(pictures):
+            own = {name: values[i] if several else values for name, values in inputs.items()}
+            arrays: dict[str, Any] = {
+                name: np.asarray(values, self.task.inputs[name].dtype)[None]
+                for name, values in own.items()
+            }
+            found.append(self.predictor(_as_image(picture), **arrays))
+        return found if several else found[0]
+
+
+def load(
+    workdir: str | os.PathLike[str],
+    checkpoint: str = "last",
+    *,
+    task: Task | Callable[[Any, int], Task] | None = None,
+) -> Run:
+    """Opens a run folder.
+
+    Args:
+      workdir: the folder.
+      checkpoint: which parameters: "last" or "best".
+      task: what the run is, for one whose script is not there: a task, or the function
+        (configuration, number of classes) -> task that built it.
+
+    Raises:
+      UserError: the folder is no run, or its script cannot be imported.
+    """
+    folder = pathlib.Path(workdir).expanduser()
+    record = runs.read_config(folder)
+    if checkpoint not in ("last", "best"):
+        raise UserError(f"checkpoint {checkpoint!r}: give 'last' or 'best'")
+    classes = ClassTable.from_json(record["classes"])
+    if not isinstance(task, Task):
+        if task is None:
+            try:
+                script = scripts.reopen(record["script"], record.get("script_file"))
+            except UserError as error:
+                raise UserError(f"{folder}: {error}") from error
+            build, config_class = script.build, script.config_class
+        else:
+            build, config_class = task, _config_class(task)
+        task = build(from_json(config_class, record["config"]), classes.num_classes)
+    variables, step = read_variables(folder, checkpoint, task.headline)
+    return Run(folder, task, variables, step, classes, record["script"])
+
+
+def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:
+    """Opens the dataset of a run; ``data_dir`` is where it lies now, if it has moved.
+
+    Raises:
+      UserError: it cannot be opened, or has other classes than the run labels.
+    """
+    config = run.config if data_dir is None else dataclasses.replace(run.config, data_dir=data_dir)
+    dataset = training.load_dataset(config)
+    if dataset.classes.names != run.classes.names:
+        raise UserError(
+            f"{run.workdir} labels {', '.join(run.classes.names)} but the dataset has "
+            f"{', '.join(dataset.classes.names)}: give the --data-dir of the same classes"
+        )
+    return dataset
+
+
+def _config_class(build: Callable[[Any, int], Task]) -> type[RunConfig]:
+    """The class of the configuration that a function builds from, by its annotation."""
+    first = next(iter(inspect.signature(build).parameters))
+    found = typing.get_type_hints(build).get(first)
+    if not (isinstance(found, type) and issubclass(found, RunConfig)):
+        raise UserError(
+            f"task={build!r}: annotate its first argument with the class of the configuration"
+        )
+    return found
+
+
+def _as_image(picture: Picture) -> np.ndarray:
+    """Returns uint8 [H, W, 3].
+
+    Raises:
+      UserError: it is no such image; floats are refused, since their range would be a guess.
+    """
+    if isinstance(picture, str | os.PathLike):
+        path = pathlib.Path(picture).expanduser()
+        try:
+            return decode_image(path.read_bytes(), path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): give an image") from error
+    array = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise UserError(
+            f"an image of {array.dtype} {list(array.shape)} was given: give uint8 RGB [H, W, 3] of "
+            "0 to 255, a Pillow image or a file's path"
+        )
+    return array

@@ -1,0 +1,240 @@
+"""How any task is trained: its data, its state, its loop, and the folder that it leaves."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from dense_jax import runs
+from dense_jax.data import dataset as datasets
+from dense_jax.data import pipeline
+from dense_jax.data.dataset import Dataset, Source
+from dense_jax.data.transforms import Transform
+from dense_jax.errors import UserError
+from dense_jax.evaluation import report
+from dense_jax.tasks import import_weights
+from dense_jax.tasks.task import Task
+from dense_jax.train import cli
+from dense_jax.train.checkpoint import has_checkpoint
+from dense_jax.train.config import RunConfig
+from dense_jax.train.loop import fit
+from dense_jax.train.schedules import build_optimizer, build_schedule
+from dense_jax.train.state import TrainState, load_matching, num_parameters
+from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard, train_step
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+_STATISTICS_BATCHES = 500  # as DeconvNet's release takes
+_NUM_WARNINGS = 5  # lines of the label doctor shown before training
+
+
+def main(
+    build: Callable[[ConfigT, int], Task], presets: Mapping[str, ConfigT], doc: str | None
+) -> None:
+    """Runs a script from the command line: ``PRESET --flag=value ...``.
+
+    Args:
+      build: (configuration, number of classes) -> what the run is.
+      presets: configurations by name; each preset's fields are its flags' defaults.
+      doc: the script's docstring, shown by ``--help``.
+    """
+    cli.run(lambda config: run(build, config), presets, doc, adapt=_follow_weights)
+
+
+def run(build: Callable[[ConfigT, int], Task], config: ConfigT) -> TrainState:
+    """Trains, evaluates and reports each stage of a configuration; returns the last state."""
+    dataset = load_dataset(config)
+    for stage in config.each_stage():
+        state = train(build(stage, dataset.classes.num_classes), dataset)
+        if int(state.step) < stage.num_steps:  # stopped by a signal: go on from here next time
+            break
+    return state
+
+
+def train(
+    task: Task,
+    dataset: Dataset | None = None,
+    *,
+    loss: LossFn | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> TrainState:
+    """Trains a task and leaves a run folder with scores, pictures and a report.
+
+    Args:
+      task: what to train.
+      dataset: its "train" split is trained on, its "val" split evaluated; by default that of the
+        task's configuration.
+      loss: in place of the task's own, (apply, batch, rng) -> {name: (sum, count)}; see
+        `dense_jax.train.step.LossFn`.
+      optimizer: in place of the configuration's; its flags for optimisation then have no effect.
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: the batch cannot be shared by the devices, or the folder is another run's.
+    """
+    config = task.config
+    dataset = task.training_data(dataset or load_dataset(config))
+    tx = optimizer or build_optimizer(config, task.groups)
+    own = {"loss": loss, "optimizer": optimizer}
+    notes = {f"own_{name}": getattr(x, "__qualname__", str(x)) for name, x in own.items() if x}
+    workdir, batches, state = _begin(task, dataset, tx, notes)
+    step = train_step(loss or task.loss(dataset), ema_decay=config.ema_decay)
+    evaluate_on_val = task.evaluator(dataset, "val")
+    card: dict[str, Any] = {"input_shape": list(batches.example["images"].shape[1:])}
+    refresh = None
+    if task.posthoc_batch_stats:
+        card["batch_statistics"] = "averaged over the training split after training"
+        train_split = dataset.split("train")
+        refresh = posthoc_statistics(task.model, train_split, task.transforms, config)
+
+    def evaluate(state: TrainState, step: int) -> dict[str, float]:
+        record = evaluate_on_val(state.eval_variables(), step == config.num_steps)
+        record = dataclasses.replace(record, protocol={**record.protocol, **card, **notes})
+        record.write(workdir, step)
+        record.tell(step)
+        return record.row()
+
+    rate = None if optimizer else build_schedule(config)
+    state = fit(state, step, batches, config, evaluate, task.headline, rate, refresh)
+    print(f"report: {report.write_report(workdir)}")
+    return state
+
+
+def load_dataset(config: RunConfig) -> Dataset:
+    """Opens the dataset of a configuration, looking for broken files and labels first.
+
+    Raises:
+      UserError: files or labels are wrong; names the first of them and what to do.
+    """
+    options = dataclasses.asdict(config.shapes) if config.dataset == "shapes" else {}
+    dataset = datasets.load(config.dataset, config.data_dir, **options)
+    for line in dataset.warnings[:_NUM_WARNINGS]:
+        print(f"check-data: {line}")
+    if (more := len(dataset.warnings) - _NUM_WARNINGS) > 0:
+        print(f"check-data: and {more} more; python -m dense_jax check-data lists them")
+    return dataset
+
+
+def _begin(
+    task: Task, dataset: Dataset, tx: optax.GradientTransformation, notes: Mapping[str, Any]
+) -> tuple[pathlib.Path, pipeline.TrainBatches, TrainState]:
+    """Makes the run folder, the training batches and the state to start from.
+
+    Raises:
+      UserError: the batch cannot be shared by the devices, or the folder is another run's.
+    """
+    config = task.config
+    if config.batch_size % (jax.device_count() * config.accumulate):
+        raise UserError(
+            f"--batch-size={config.batch_size} cannot be shared by {jax.device_count()} devices "
+            f"in {config.accumulate} micro-batches: make it a multiple of their product"
+        )
+    source = dataset.split("train")
+    dataset.split("val")  # asked for now, and not after hours of training
+    batches = pipeline.train_batches(
+        source,
+        task.transforms,
+        config.batch_size // jax.process_count(),
+        config.seed,
+        num_threads=config.num_threads,
+        num_workers=config.num_workers,
+    )
+    shape = batches.example["images"].shape[1:]
+    state = TrainState.init(task.model, tx, shape, seed=config.seed, ema=config.ema_decay > 0)
+    if config.init and not has_checkpoint(pathlib.Path(config.workdir or "")):
+        state = _initialise_from(config.init, state, tx, config.normalisation)
+    workdir = runs.prepare(config, dataset, notes)  # now that nothing else can be wrong
+    size = f"{num_parameters(state.params):,} parameters"
+    print(f"{type(task.model).__name__}: {size}; run in {workdir}")
+    return workdir, batches, state
+
+
+def posthoc_statistics(
+    model: nn.Module, source: Source, transforms: Sequence[Transform], config: RunConfig
+) -> Callable[[TrainState], TrainState]:
+    """Returns what replaces the batch statistics of a state by their average over ``source``.
+
+    One pass (of at most 500 batches) in training mode, each batch's own mean and variance, all
+    batches weighing the same
+    (SegNet, Badrinarayanan et al., PAMI 2017, arXiv:1511.00561: the authors' release keeps no
+    running averages). Training itself does not look at the result. The network has an attribute
+    ``bn_momentum``.
+    """
+    own = model.clone(bn_momentum=0.0)  # the new statistics are then those of the batch
+
+    def statistics(variables: Any, batch: Batch) -> tuple[Any, Any]:
+        _, new = own.apply(
+            variables,
+            batch["images"],
+            train=True,
+            rngs={"dropout": jax.random.key(0)},
+            mutable=["batch_stats"],
+        )
+        return jax.tree.map(lambda x: x / jax.device_count(), new["batch_stats"]), {}
+
+    step = eval_step(statistics)
+
+    def refresh(state: TrainState) -> TrainState:
+        size = config.batch_size // config.accumulate
+        num_batches = min(max(1, len(source) // size), _STATISTICS_BATCHES)
+        batches = pipeline.train_batches(
+            source,
+            transforms,
+            size // jax.process_count(),
+            config.seed,
+            num_threads=config.num_threads,
+            num_workers=config.num_workers,
+        )
+        total = None
+        with contextlib.closing(batches):
+            for batch, _ in zip(batches, range(num_batches), strict=False):
+                arrays = {"images": batch["images"]}
+                sums, _ = jax.device_get(step(state.eval_variables(), shard(arrays)))
+                sums = jax.tree.map(lambda x: x.astype(np.float64), sums)
+                total = sums if total is None else jax.tree.map(np.add, total, sums)
+        mean = jax.tree.map(lambda x: (x / num_batches).astype(np.float32), total)
+        return replicate(state.replace(model_state={**state.model_state, "batch_stats": mean}))
+
+    return refresh
+
+
+def _follow_weights(config: ConfigT) -> ConfigT:
+    """Lets images come as the weights of ``--init`` expect them, or as the run began with."""
+    if not config.init or cli.is_given("--normalisation"):
+        return config
+    workdir = pathlib.Path(next(config.each_stage()).workdir or "")
+    if has_checkpoint(workdir):
+        expected = runs.read_config(workdir)["config"].get("normalisation")
+    else:
+        expected = import_weights.normalisation_of(config.init or "")
+    if expected in (None, config.normalisation):
+        return config
+    config = dataclasses.replace(config, normalisation=expected)
+    print(f"init: --normalisation={expected}, as these weights expect images")
+    return config
+
+
+def _initialise_from(source: str, state: TrainState, tx: Any, normalisation: str) -> TrainState:
+    """Copies parameters and batch statistics of equal name and shape from ``--init``."""
+    ours = {"params": dict(state.params), **state.model_state}
+    theirs, expected = import_weights.initial(source, ours)
+    if expected not in (None, normalisation):
+        print(
+            f"init: warning: these weights expect --normalisation={expected}, and this run has "
+            f"--normalisation={normalisation}"
+        )
+    variables = load_matching(ours, theirs)
+    params = variables.pop("params")
+    ema = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
+    return state.replace(
+        params=params, model_state=variables, ema_params=ema, opt_state=tx.init(params)
+    )
