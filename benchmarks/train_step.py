@@ -22,7 +22,6 @@ import optax
 import tyro
 
 from benchmarks import dilation_twins, timing, twins
-from dense_jax import losses
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.models import (
     deconvnet,
@@ -36,6 +35,7 @@ from dense_jax.models import (
     unet,
     vgg,
 )
+from dense_jax.objectives import pixels
 
 NUM_CLASSES = 21
 LEARNING_RATE = 1e-4
@@ -177,7 +177,7 @@ def build_ours(
             rngs={"dropout": jax.random.key(0)},
             mutable=list(stats),
         )
-        loss = losses.softmax_cross_entropy(outputs[trained], labels)
+        loss = pixels.softmax_cross_entropy(outputs[trained], labels)
         return jnp.sum(loss) / jnp.sum(labels != IGNORE_LABEL), stats
 
     @partial(jax.jit, donate_argnums=(0, 1, 2))

@@ -4,8 +4,8 @@
     python -m examples.finetune_camvid camvid --data-dir=/data/camvid --learning-rate=3e-3 \
         --workdir=runs/scratch
 
-What to learn: a script needs `Config`, `PRESETS`, `build_model` and `main`, and its runs resume,
-predict and evaluate like those of experiments/ (`python -m dense_jax predict --run ...`). Weights
+What to learn: a script needs `Config`, `PRESETS` and `build`, and its runs resume, predict and
+evaluate like those of experiments/ (`python -m dense_jax predict --run ...`). Weights
 come in as a folder that --init reads: parameters by their paths here and what images they expect.
 Those of another shape, here the scores of 21 classes, start anew, and the run says so.
 
@@ -17,12 +17,12 @@ without the batch normalisation that the release has folded into its kernels.
 import dataclasses
 import pathlib
 
-from flax import linen as nn
-
-from dense_jax.data.transforms import Transform, whole_images
-from dense_jax.tasks import import_weights, semantic
+from dense_jax.data.transforms import whole_images
+from dense_jax.tasks import import_weights, training
+from dense_jax.tasks.semantic import LabelConfig, Semantic
+from dense_jax.train import cli
 from dense_jax.train.checkpoint import has_checkpoint
-from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
+from dense_jax.train.config import from_scratch, smoke
 from dense_jax.train.state import TrainState
 from examples import mobilenet_deeplab
 from examples.mobilenet_deeplab import MobileNetDeepLab
@@ -31,7 +31,7 @@ _IMAGES = "none"  # 0 to 255: the network's first line brings them to -1..1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(LabelConfig):
     """Flags of this script, then the shared ones."""
 
     weights: str | None = None
@@ -40,29 +40,19 @@ class Config(RunConfig):
     """Height and width of training images, at best 8 m + 1."""
 
 
+_SCRATCH = from_scratch(Config(normalisation=_IMAGES))
 PRESETS = {
-    "camvid": Config(
-        **FROM_SCRATCH,
-        dataset="camvid",
-        scale=0.5,
-        normalisation=_IMAGES,
-        learning_rate=1e-3,
-        num_steps=800,
-        eval_every=400,
-        save_every=400,
+    "camvid": dataclasses.replace(
+        _SCRATCH, dataset="camvid", scale=0.5, num_steps=800, eval_every=400
     ),
-    "smoke": Config(**FROM_SCRATCH | SMOKE, normalisation=_IMAGES, crop=(33, 33)),
+    "smoke": smoke(dataclasses.replace(_SCRATCH, crop=(33, 33))),
 }
 
 
-def build_model(config: Config, num_classes: int) -> nn.Module:
-    """The network of a configuration."""
-    return MobileNetDeepLab(num_classes, dtype=config.dtype)
-
-
-def build_transforms(config: Config) -> list[Transform]:
-    """Training transforms: images of 0.75 to 1.5 times their size, crops, mirrors."""
-    return whole_images(config.normalisation, config.scale, "mirror_scale", config.crop)
+def build(config: Config, num_classes: int) -> Semantic:
+    """The network, and its training images: 0.75 to 1.5 times their size, cropped and flipped."""
+    transforms = whole_images(config.normalisation, config.scale, "mirror_scale", config.crop)
+    return Semantic(config, MobileNetDeepLab(num_classes, dtype=config.dtype), transforms)
 
 
 def main(config: Config) -> TrainState:
@@ -74,10 +64,8 @@ def main(config: Config) -> TrainState:
             told = {"from": config.weights, "normalisation": _IMAGES, "account": account.summary()}
             import_weights.save(start, variables, told)
         config = dataclasses.replace(config, init=f"run:{start}")
-    dataset = semantic.load_dataset(config)
-    model = build_model(config, dataset.classes.num_classes)
-    return semantic.train_and_evaluate(config, model, dataset, build_transforms(config))
+    return training.run(build, config)
 
 
 if __name__ == "__main__":
-    semantic.run(main, PRESETS, __doc__)
+    cli.run(main, PRESETS, __doc__)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dense_jax import losses
+from dense_jax.objectives import pixels as losses
 
 
 def shapes_of(model: nn.Module, image_shape: Sequence[int]):

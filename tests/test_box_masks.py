@@ -1,17 +1,22 @@
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from PIL import Image
 
-from dense_jax import runs
-from dense_jax.data import boxes, crops
+from dense_jax.commands import evaluate, export, predict
+from dense_jax.data import boxes, crops, given_boxes, rle
 from dense_jax.data.datasets import shapes
 from dense_jax.errors import UserError
-from dense_jax.tasks import box_masks
+from dense_jax.evaluation import box_masks
+from dense_jax.objectives.box_masks import mask_loss
+from dense_jax.tasks import trained, training
+from dense_jax.tasks.box_masks import BoxMasks
 from dense_jax.train.schedules import build_optimizer
 from experiments import hypercolumns as script
 from tests import contract
@@ -112,15 +117,6 @@ def test_an_image_without_objects_has_boxes_that_do_not_count():
     assert np.all(drawn["targets"] == -1)
 
 
-class Fixed(nn.Module):
-    """A network whose output is one of its variables."""
-
-    def apply(self, variables, *inputs, train, **options):
-        assert train
-        assert len(inputs) == 3
-        return {"log_probabilities": variables["params"]}, {}
-
-
 @pytest.mark.parametrize("norm", ["batch", "valid", "weights", "sum"])
 def test_loss_is_the_formula_of_the_release(norm):
     rng = np.random.default_rng(0)
@@ -134,11 +130,9 @@ def test_loss_is_the_formula_of_the_release(norm):
         "box_valid": np.array([[True, True, False], [True, True, True]]),
     }
     batch["targets"][0, 2], batch["box_weights"][0, 2] = -1, 0
-    config = dataclasses.replace(SMOKE, loss_norm=norm)
-    loss_fn, denominator_fn = box_masks.mask_loss(Fixed(), config)
     log_p = jnp.log(np.stack([1 - p, p], axis=-1))
-    denominator = denominator_fn(jax.tree.map(jnp.asarray, batch))
-    loss, _ = loss_fn(log_p, {}, batch, denominator, jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, batch)
+    loss, count = mask_loss(log_p, batch, norm)["masks"]
 
     total, pixels, weights = 0.0, 0, 0.0
     for index in np.ndindex(p.shape):
@@ -147,7 +141,8 @@ def test_loss_is_the_formula_of_the_release(norm):
             total -= weight * np.log(p[index] if target else 1 - p[index])
             pixels, weights = pixels + 1, weights + weight
     divisor = {"batch": 5, "valid": pixels, "weights": weights, "sum": 1}[norm]
-    np.testing.assert_allclose(loss, total / divisor, rtol=1e-5)
+    np.testing.assert_allclose(loss, total, rtol=1e-5)
+    np.testing.assert_allclose(count, 0 if norm == "sum" else divisor, rtol=1e-5)
 
 
 def test_scores_of_masks_by_hand():
@@ -165,7 +160,7 @@ def test_scores_of_masks_by_hand():
     strict = box_masks.score_image(predicted, shown["label"], 0.95)
     np.testing.assert_allclose(strict.ious, [0, 1.0])
     scores = box_masks.mask_scores(np.array([0.4, 0.6, 0.8]), np.array([0.5, 0.5, 0.5]))
-    assert {k: round(v, 4) for k, v in scores.items()} == {
+    assert {score.name: round(score.value, 4) for score in scores} == {
         "mask_iou": 0.6, "masks_at_50": 0.6667, "masks_at_70": 0.3333, "box_iou": 0.5
     }  # fmt: skip
 
@@ -174,7 +169,7 @@ def test_scores_of_masks_by_hand():
 def smoke_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("box") / "run"
     with jax.numpy_dtype_promotion("standard"):  # AdamW raises a float to an integer power
-        script.main(dataclasses.replace(SMOKE, workdir=str(workdir), eval_every=1))
+        training.run(script.build, dataclasses.replace(SMOKE, workdir=str(workdir), eval_every=1))
     return workdir
 
 
@@ -186,27 +181,42 @@ def test_a_run_leaves_masks_scores_and_a_report(smoke_run):
     assert protocol["objects_scored"] >= 6
     assert "IoU >= 0.7" in protocol["boxes"]
     assert np.sum(evaluation["confusion"]) > 0
-    assert all((smoke_run / image["triplet"]).exists() for image in evaluation["images"])
+    assert evaluation["headline"] == "mask_iou"
+    assert len(evaluation["pictures"]) == 9
+    assert all((smoke_run / picture["file"]).exists() for picture in evaluation["pictures"])
     rows = [json.loads(row) for row in (smoke_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "mask_iou" in row] == [1, 2]
     assert "data:image/png;base64" in (smoke_run / "report.html").read_text()
 
 
-def test_a_box_run_does_not_label_images(smoke_run):
-    opened = runs.load(smoke_run)
-    with pytest.raises(UserError, match="mode=box"):
-        opened.script.build_predict(opened.config, opened.model)
+def test_the_best_checkpoint_is_that_of_the_best_masks(smoke_run):
+    rows = [json.loads(row) for row in (smoke_run / "metrics.jsonl").read_text().splitlines()]
+    ious = {row["step"]: row["mask_iou"] for row in rows if "mask_iou" in row}
+    assert trained.load(smoke_run, "best").step == max(ious, key=lambda step: (ious[step], step))
+
+
+def val_of(config):
+    return shapes.load(**dataclasses.asdict(config.shapes))
 
 
 def test_evaluation_boxes_are_the_same_every_time(smoke_run):
-    opened = runs.load(smoke_run)
-    source = shapes.load(**dataclasses.asdict(opened.config.shapes)).split("val")
-    predictor = box_masks.Predictor(opened.model, opened.config, 0.7, source)
-    once, again = (predictor(opened.variables, 2, source[2]) for _ in range(2))
+    opened = trained.load(smoke_run)
+    dataset = val_of(opened.config)
+    example = dataset.split("val")[2]
+    evaluator = evaluator_of(opened.task, dataset)
+    once, again = (evaluator.predict(opened.variables, 2, example) for _ in range(2))
     np.testing.assert_array_equal(once.boxes, again.boxes)
     np.testing.assert_array_equal(once.heatmaps, again.heatmaps)
     assert once.heatmaps.shape == (len(once.objects.boxes), 10, 10)
     assert np.all((once.heatmaps > 0) & (once.heatmaps < 1))
+
+
+def evaluator_of(task, dataset):
+    def heatmaps(variables, images, *inputs):
+        return task.predict(variables, images, jnp.zeros((1, 2), jnp.int32), *inputs)["masks"]
+
+    options = dict(normalisation=task.config.normalisation, min_iou=0.7, threshold=0.5)
+    return box_masks.MaskEvaluator(heatmaps, dataset, "val", **options)
 
 
 class Echo(nn.Module):
@@ -218,15 +228,115 @@ class Echo(nn.Module):
 
 
 def test_boxes_are_scaled_with_the_images():
-    source = shapes.load(**dataclasses.asdict(SMOKE.shapes)).split("val")
+    dataset = val_of(SMOKE)
+    example = dataset.split("val")[2]
     at_full, at_half = (
-        box_masks.Predictor(Echo(), dataclasses.replace(SMOKE, scale=s), 0.7, source)(
-            {}, 2, source[2]
-        )
-        for s in (1.0, 0.5)
+        evaluator_of(
+            BoxMasks(dataclasses.replace(SMOKE, scale=scale), Echo(), []), dataset
+        ).predict({}, 2, example)
+        for scale in (1.0, 0.5)
     )
     np.testing.assert_array_equal(at_full.boxes, at_half.boxes)
     np.testing.assert_allclose(at_half.heatmaps, at_full.heatmaps / 2, rtol=1e-5)
+
+
+def test_a_box_run_is_evaluated_again_as_any_other(smoke_run):
+    evaluate.run(run=smoke_run)
+    again = json.loads((smoke_run / "evaluate-val-last" / "evaluation.json").read_text())
+    first = json.loads((smoke_run / "evaluation.json").read_text())
+    assert again["scores"] == first["scores"]
+    for flags in ({"crf": True}, {"absent": "zero"}, {"ensemble": (smoke_run,)}):
+        with pytest.raises(UserError, match="runs that label pixels"):
+            evaluate.run(run=smoke_run, **flags)
+
+
+def test_a_box_run_predicts_the_objects_in_given_boxes(smoke_run, tmp_path):
+    example = val_of(SMOKE).split("val")[0]
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    height, width = 21, 30
+    Image.fromarray(example["image"][:height, :width]).save(images / "a.png")
+    Image.fromarray(example["image"]).save(images / "b.png")
+    with pytest.raises(UserError, match=r"boxes\.json cannot be read.*write them there"):
+        predict.run(run=smoke_run, input=images, output=out)
+    given = [
+        {"file_name": "a.png", "category_id": 2, "bbox": [3, 4, 12, 10]},
+        {"file_name": "a.png", "category_id": 1, "bbox": [0.5, 0, 20, 21]},
+    ]
+    (images / "boxes.json").write_text(json.dumps(given))
+    with pytest.raises(SystemExit):  # b has no boxes, and is told
+        predict.run(run=smoke_run, input=images, output=out, probabilities=True)
+    results = json.loads((out / "results.json").read_text())
+    assert {r["file_name"] for r in results} == {"a.png"}
+    assert sorted((r["category_id"], *r["bbox"]) for r in results) == [
+        (1, 0.5, 0, 20, 21), (2, 3, 4, 12, 10)
+    ]  # fmt: skip
+    scores = [r["score"] for r in results]
+    assert scores == sorted(scores, reverse=True)
+    masks = [rle.decode(r["segmentation"]) for r in results]
+    numbers = np.asarray(Image.open(out / "masks" / "a.png"))
+    assert numbers.shape == masks[0].shape == (height, width)
+    np.testing.assert_array_equal(numbers > 0, masks[0] | masks[1])
+    assert np.asarray(Image.open(out / "overlays" / "a.png")).shape == (height, width, 3)
+    assert np.load(out / "probabilities" / "a.npz")["heatmaps"].shape == (2, 10, 10)
+    # The same from Python, and results are boxes for another prediction.
+    run = trained.load(smoke_run)
+    boxes = np.array([[3, 4, 15, 14], [0.5, 0, 20.5, 21]], np.float32)
+    found = run.predict(example["image"][:height, :width], boxes=boxes, classes=[2, 1])
+    assert found.results() == [{k: r[k] for k in found.results()[0]} for r in results]
+    with pytest.raises(UserError, match="also needs boxes"):
+        run.predict(example["image"])
+    shutil.copy(out / "results.json", images / "boxes.json")
+    (images / "b.png").unlink()
+    predict.run(run=smoke_run, input=images, output=tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "results.json").read_text()) == results
+
+
+def test_a_box_run_leaves_as_a_program_of_images_boxes_and_classes(smoke_run, tmp_path):
+    file = tmp_path / "x.stablehlo"
+    export.run(run=smoke_run, to="stablehlo", out=file)
+    program = jax.export.deserialize(bytearray(file.read_bytes()))
+    image = np.random.default_rng(0).integers(0, 256, (1, 40, 33, 3), np.uint8)
+    boxes, classes = np.array([[[2, 3, 20, 30]]], np.float32), np.array([[1]], np.int32)
+    outputs = program.call(image, boxes, classes)
+    run = trained.load(smoke_run)
+    found = run.predict(image[0], boxes=boxes[0], classes=classes[0])
+    np.testing.assert_allclose(outputs["masks"][0], found.heatmaps, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(outputs["scores"][0], found.scores, rtol=1e-4)
+    record = json.loads((tmp_path / "x.stablehlo.json").read_text())
+    assert record["further_inputs"]["boxes"]["shape"] == ["b", "n", 4]
+    with pytest.raises(UserError, match="also takes boxes"):
+        export.run(run=smoke_run, to="onnx", out=tmp_path / "x.onnx", shape=(1, 32, 32))
+    with pytest.raises(UserError, match="runs that label pixels"):
+        export.run(run=smoke_run, to="stablehlo", out=tmp_path / "y.stablehlo", scores="logits")
+
+
+@pytest.mark.parametrize(
+    ("entries", "match"),
+    [
+        ("{", "is no JSON"),
+        ([{"file_name": "a.png", "category_id": 1}], "no 'bbox'"),
+        ([{"file_name": "a.png", "category_id": 9, "bbox": [0, 0, 1, 1]}], "category_id 9"),
+        ([{"file_name": "a.png", "category_id": 1, "bbox": [0, 0, 0, 1]}], "sides above 0"),
+        ({"images": [], "annotations": [{"image_id": 7}]}, "no 7"),
+    ],
+)
+def test_boxes_that_cannot_be_read_are_named(entries, match, tmp_path):
+    path = tmp_path / "boxes.json"
+    path.write_text(entries if isinstance(entries, str) else json.dumps(entries))
+    with pytest.raises(UserError, match=match):
+        given_boxes.read(path, 3)
+
+
+def test_boxes_come_as_annotations_too(tmp_path):
+    path = tmp_path / "boxes.json"
+    images = [{"id": 4, "file_name": "sub/a.png"}, {"id": 5, "file_name": "b.png"}]
+    annotations = [{"image_id": 4, "category_id": 2, "bbox": [1, 2, 3, 4]}]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    found = given_boxes.read(path, 3)
+    np.testing.assert_array_equal(found["a.png"][0], [[1, 2, 4, 6]])
+    np.testing.assert_array_equal(found["a.png"][1], [2])
+    assert found["b.png"][0].shape == (0, 4)  # an image without objects
 
 
 def test_a_box_is_drawn_on_the_image():
@@ -242,9 +352,9 @@ def test_frozen_trunk_and_rates_of_the_release():
     config = dataclasses.replace(
         script.PRESETS["sds_vgg"], width=1 / 64, heatmap=4, learning_rate=1.0, weight_decay=0.0
     )
-    params = contract.shapes_of(script.build_model(config, 3), (1, 32, 32, 3))[1]["params"]
+    params = contract.shapes_of(script.build(config, 3).model, (1, 32, 32, 3))[1]["params"]
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
-    tx = build_optimizer(config, script.build_groups(config))
+    tx = build_optimizer(config, script.build(config, 4).groups)
     updates, _ = jax.jit(lambda p: tx.update(p, tx.init(p), p))(ones)
     rates = {
         f"{layer}/{kind}": -float(x.ravel()[0])
@@ -260,10 +370,10 @@ def test_frozen_trunk_and_rates_of_the_release():
 
 
 def test_the_release_has_its_number_of_parameters():
-    model = script.build_model(script.PRESETS["sds_vgg"], 21)
+    model = script.build(script.PRESETS["sds_vgg"], 21).model
     params = contract.shapes_of(model, (1, 64, 64, 3))[1]["params"]
     assert sum(x.size for x in jax.tree.leaves(params)) == 137_718_044
-    paper = script.build_model(script.PRESETS["paper"], 21)
+    paper = script.build(script.PRESETS["paper"], 21).model
     params = contract.shapes_of(paper, (1, 64, 64, 3))[1]["params"]
     assert sum(x.size for x in jax.tree.leaves(params)) == 134_360_063
 
@@ -281,7 +391,7 @@ def test_the_release_has_its_number_of_parameters():
 )
 def test_flags_that_no_run_can_have_are_refused(flags, word):
     with pytest.raises(UserError, match=f"--{word}"):
-        script.build_model(dataclasses.replace(script.PRESETS["smoke"], **flags), 4)
+        dataclasses.replace(script.PRESETS["smoke"], **flags)
 
 
 @pytest.mark.parametrize(
@@ -296,33 +406,34 @@ def test_flags_that_no_run_can_have_are_refused(flags, word):
 )
 def test_flags_build_box_networks(flag, values):
     for value in values:
-        model = script.build_model(dataclasses.replace(SMOKE, **{flag: value}), 4)
+        model = script.build(dataclasses.replace(SMOKE, **{flag: value}), 4).model
         outputs, variables = contract.shapes_of(model.clone(axis_name=None), (1, 32, 32, 3))
         assert outputs["log_probabilities"].shape == (1, 1, 10, 10, 2)
         assert ("batch_stats" in variables) == (value == "bn")
 
 
 def test_flags_of_boxes_reach_the_transforms():
-    last = script.build_transforms(SMOKE)[-1]
+    last = script.build(SMOKE, 4).transforms[-1]
     assert last == boxes.SampleBoxes(5, 10, 0.7, True)
     config = dataclasses.replace(
         SMOKE, box_weight="off", boxes_per_image=3, heatmap=7, box_iou=0.5, augment="mirror"
     )
-    changed = script.build_transforms(config)
+    changed = script.build(config, 4).transforms
     assert changed[-1] == boxes.SampleBoxes(3, 7, 0.5, False)
     assert len(changed) == 3
     assert not any(
-        isinstance(t, boxes.SampleBoxes) for t in script.build_transforms(script.PRESETS["smoke"])
+        isinstance(t, boxes.SampleBoxes)
+        for t in list(script.build(script.PRESETS["smoke"], 4).transforms)
     )
 
 
 def test_the_grid_of_a_run_spans_images_and_not_their_padding():
     config = dataclasses.replace(script.PRESETS["smoke"], scale=0.5)
-    model = script.build_model(config, 3)
-    variables = contract.random_variables(model, (1, 32, 64, 3))
+    task = script.build(config, 3)
+    variables = contract.random_variables(task.model, (1, 32, 64, 3))
     images = np.random.default_rng(0).standard_normal((2, 32, 64, 3)).astype(np.float32)
-    predict = jax.jit(script.build_predict(config, model))
-    whole, half = (predict(variables, images, np.array([[32, w]] * 2)) for w in (64, 32))
+    run = jax.jit(task.predict)
+    whole, half = (run(variables, images, np.array([[32, w]] * 2))["logits"] for w in (64, 32))
     assert np.any(np.abs(whole - half) > 1e-4)
-    assert "2x2" in script.test_time(config)
-    assert "2x2" not in script.test_time(dataclasses.replace(config, grid=1))
+    assert "2x2" in script.build(config, 4).test_time
+    assert "2x2" not in script.build(dataclasses.replace(config, grid=1), 4).test_time

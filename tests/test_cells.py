@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from dense_jax.data.border import BorderWeights, SeparateTouching
-from dense_jax.data.dataset import Example
+from dense_jax.data.classes import ClassTable
+from dense_jax.data.dataset import Dataset, Example
 from dense_jax.data.transforms import (
     ElasticDeformation,
     GreyJitter,
@@ -19,8 +21,10 @@ from dense_jax.data.transforms import (
     RandomScale,
 )
 from dense_jax.errors import UserError
-from dense_jax.tasks import cells
+from dense_jax.evaluation import cells
+from dense_jax.evaluation.record import Record
 from experiments import unet
+from tests import contract
 
 SAME = unet.PRESETS["smoke"]
 PAPER = unet.PRESETS["paper"]
@@ -46,24 +50,39 @@ class TwoCells:
 VARIABLES = {"threshold": np.float32(100)}
 
 
-def from_red(variables, images, sizes):
+class FromRed:
     """Finds the cells of `TwoCells` exactly."""
-    inside = images[..., :1] - variables["threshold"]
-    return jnp.concatenate([-inside, inside], axis=-1)
+
+    config = dataclasses.replace(SAME, normalisation="none", eval_batch_size=4)
+
+    def predict(self, variables, images, sizes):
+        del sizes
+        inside = images[..., :1] - variables["threshold"]
+        return {"logits": jnp.concatenate([-inside, inside], axis=-1)}
+
+
+DATASET = Dataset(
+    "two", ClassTable(["between", "inside"]), {"train": TwoCells(), "val": TwoCells()}, "", ""
+)
+
+
+def written(findings, folder):
+    """The names of the pictures in a record's folder."""
+    Record("x", [findings], {"images_scored": 3, "split": "val"}).write(folder, 1)
+    return sorted(path.name for path in (folder / "pictures").iterdir())
 
 
 def test_objects_and_membranes_are_scored(tmp_path):
-    config = dataclasses.replace(SAME, normalisation="none", eval_batch_size=4)
-    found = cells.measure(from_red, VARIABLES, TwoCells(), config, membranes=True)
+    found = cells.measure(FromRed(), VARIABLES, DATASET, "val", membranes=True)
+    scores = {score.name: score.value for score in found.scores}
     # Two images show one object of 12x6 for two; the other is right.
-    assert found.scores["num_objects"] == 6
-    assert found.scores["num_predicted"] == 4
-    assert found.scores["average_precision_50"] == pytest.approx((0 + 1 + 0) / 3)
-    assert found.scores["pixel_error"] == pytest.approx(0)
-    found.write(tmp_path, TwoCells())
-    assert len(list(tmp_path.glob("pictures/cells_*.png"))) == 3
-    without = cells.measure(from_red, VARIABLES, TwoCells(), config, membranes=False)
-    assert "pixel_error" not in without.scores
+    assert scores["num_objects"] == 6
+    assert scores["num_predicted"] == 4
+    assert scores["average_precision_50"] == pytest.approx((0 + 1 + 0) / 3)
+    assert scores["pixel_error"] == pytest.approx(0)
+    assert written(found, tmp_path) == [f"cells_{i}.png" for i in (1, 2, 3)]
+    without = cells.measure(FromRed(), VARIABLES, DATASET, "val", membranes=False)
+    assert "pixel_error" not in {score.name for score in without.scores}
 
 
 def test_a_third_class_is_the_border_between_objects():
@@ -80,14 +99,17 @@ def test_a_third_class_is_the_border_between_objects():
 
 
 def test_pictures_of_weights_and_of_cells_carved_apart(tmp_path):
-    cells.write_training_pictures(tmp_path, TwoCells(), [SeparateTouching(1), BorderWeights()])
-    assert len(list(tmp_path.glob("pictures/weights_*.png"))) == 3
+    def draw(transforms):
+        return cells.training_pictures(FromRed(), {}, DATASET, "val", transforms=transforms)
+
+    found = draw([SeparateTouching(1), BorderWeights()])
+    assert written(found, tmp_path) == [f"weights_{i}.png" for i in (1, 2, 3)]
+    assert [len(picture.parts) for picture in found.pictures] == [4, 4, 4]
     picture = np.asarray(Image.open(tmp_path / "pictures/weights_1.png"))
     width = (picture.shape[1] - 3 * 4) // 4
     black = [(picture[6, i * (width + 4) : i * (width + 4) + width] == 0).all(-1) for i in (1, 2)]
     assert black[1].sum() == black[0].sum() + 1  # the ridge
-    cells.write_training_pictures(tmp_path / "none", TwoCells(), [Normalise("grey")])
-    assert not list((tmp_path / "none").glob("pictures/*"))
+    assert not draw([Normalise("grey")]).pictures
 
 
 def test_flags_reach_the_network():
@@ -95,14 +117,14 @@ def test_flags_reach_the_network():
         SAME, variant="release", up="nearest_conv", depth=4, width=16, norm="group",
         dropout_rate=0.25, kernel_init="xavier", dtype="bfloat16", shapes=PAPER.shapes,
     )  # fmt: skip
-    net = unet.build_model(config, 7)
+    net = unet.build(config, 7).model
     for field in ("variant", "padding", "up", "depth", "width", "norm", "dropout_rate"):
         assert getattr(net, field) == getattr(config, field)
     assert (net.num_classes, net.kernel_init, net.dtype) == (7, "xavier", "bfloat16")
 
 
 def test_flags_reach_the_transforms():
-    transforms = {type(t): t for t in unet.build_transforms(PAPER)}
+    transforms = {type(t): t for t in unet.build(PAPER, 4).transforms}
     assert list(transforms) == [
         Normalise, GreyJitter, ElasticDeformation, BorderWeights, RandomCrop, RandomFlip,
         RandomRotate90,
@@ -114,20 +136,20 @@ def test_flags_reach_the_transforms():
         SAME, tile=24, loss_weight="class", ridge=3, elastic_grid=5, elastic_std=2.0,
         augment="mirror", grey_jitter=0.5, scale=0.5, mirror="symmetric",
     )  # fmt: skip
-    assert unet.build_transforms(changed) == [
+    assert list(unet.build(changed, 4).transforms) == [
         RandomScale(0.5, 0.5), Normalise("torchvision"), GreyJitter(0.5, 0.5),
         ElasticDeformation(5, 2.0), SeparateTouching(3), BorderWeights(0.0, 5.0),
         RandomCrop(24, 0, "symmetric"), RandomFlip(),
     ]  # fmt: skip
     plain = dataclasses.replace(SAME, loss_weight="none", ridge=0, elastic="off", augment="none")
-    assert unet.build_transforms(plain) == [Normalise("torchvision")]
+    assert list(unet.build(plain, 4).transforms) == [Normalise("torchvision")]
 
 
 def test_tiles_of_training_fit_the_network():
     rng = np.random.default_rng(0)
     config = dataclasses.replace(PAPER, tile=316)
     example: Example = TwoCells()[0]
-    for transform in unet.build_transforms(config):
+    for transform in unet.build(config, 4).transforms:
         example = transform(example, rng)
     assert example["image"].shape == (316, 316, 1)
     assert example["label"].shape == example["weights"].shape == (132, 132)
@@ -144,9 +166,13 @@ def test_tiles_of_training_fit_the_network():
 )
 def test_prediction_is_what_the_flags_say(changes, said):
     config = dataclasses.replace(SAME, **changes)
-    assert said in unet.test_time(config)
-    predict = unet.build_predict(config, unet.build_model(config, 3))
-    assert callable(predict)
+    assert said in unet.build(config, 4).test_time
+    side = config.tile or 16
+    images, sizes = jnp.zeros((1, side, side, 3)), jnp.array([[side, side]])
+    task = unet.build(config, 3)
+    variables = contract.shapes_of(task.model, images.shape)[1]
+    outputs = jax.eval_shape(task.predict, variables, images, sizes)
+    assert outputs["logits"].shape == (1, side, side, 3)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +199,7 @@ def test_values_that_no_run_can_have(changes, message):
 
 def test_images_that_do_not_fit_are_refused_before_training():
     config = dataclasses.replace(SAME, depth=5)
-    with pytest.raises(UserError, match=r"an image is seen whole .*16 pixels.*32 and up"):
-        unet.check_images(config, unet.build_model(config, 2), TwoCells())
+    with pytest.raises(UserError, match=r"images of 16x16 are seen whole.*16 pixels.*32 and up"):
+        unet.build(config, 2).training_data(DATASET)
     tiled = dataclasses.replace(config, tile=32)
-    unet.check_images(tiled, unet.build_model(tiled, 2), TwoCells())
+    unet.build(tiled, 2).training_data(DATASET)

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dense_jax import __main__ as commands
 from dense_jax import runs
+from dense_jax.commands import summary
 from dense_jax.data import dataset, pipeline
 from dense_jax.data.transforms import Normalise
 from dense_jax.errors import UserError
+from dense_jax.tasks import training
 from dense_jax.train import checkpoint, cli
 from dense_jax.train.state import load_matching
 from experiments import fcn
@@ -67,7 +68,7 @@ def own(tmp_path):
 )
 def test_impossible_flags_name_themselves(flags, match):
     with pytest.raises(UserError, match=match):
-        fcn.build_model(dataclasses.replace(SMOKE, **flags), 4)
+        dataclasses.replace(SMOKE, **flags)
 
 
 def test_an_untrained_folder_takes_other_settings_and_a_trained_one_does_not(run, tmp_path):
@@ -82,7 +83,7 @@ def test_an_untrained_folder_takes_other_settings_and_a_trained_one_does_not(run
 def test_a_damaged_config_is_named(text, tmp_path):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(UserError, match=r"config\.json is damaged"):
-        commands.summary(run=tmp_path)
+        summary.run(run=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["state/_METADATA", "state/manifest.ocdbt", "data/metadata"])
@@ -103,7 +104,7 @@ def test_biases_alone_do_not_initialise_a_network():
 
 def test_staged_training_starts_from_init():
     config = dataclasses.replace(SMOKE, train="staged", workdir="w", init="run:x")
-    assert [s.init for s in fcn.stages(config)] == ["run:x", "run:w/fcn32s", "run:w/fcn16s"]
+    assert [s.init for s in config.each_stage()] == ["run:x", "run:w/fcn32s", "run:w/fcn16s"]
 
 
 def test_images_of_many_sizes_ask_for_a_crop(own):
@@ -192,12 +193,12 @@ def test_bugs_keep_their_traceback():
 
 
 def test_commands_refuse_what_they_cannot_use(tmp_path):
-    with pytest.raises(UserError, match="--script=os"):
-        commands.summary(script="os")
+    with pytest.raises(UserError, match="os trains no network"):
+        summary.run(script="os")
     with pytest.raises(UserError, match="--size 0 5"):
-        commands.summary(size=(0, 5))
+        summary.run(size=(0, 5))
     with pytest.raises(UserError, match="holds no checkpoints"):
         checkpoint.read_variables(tmp_path)
     config = dataclasses.replace(SMOKE, workdir=str(tmp_path), batch_size=jax.device_count() + 1)
     with pytest.raises(UserError, match="cannot be shared by"):
-        fcn.main(config)
+        training.run(fcn.build, config)

@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import json
-import types
 from typing import Any
 
 import jax
@@ -11,14 +10,14 @@ import pytest
 
 from dense_jax.data import crops
 from dense_jax.errors import UserError
-from dense_jax.infer import ensemble
-from dense_jax.infer.crf import WithCrf, with_crf
+from dense_jax.infer import ensemble, proposals
+from dense_jax.infer.whole_image import ONE_PASS
 from dense_jax.layers import init
 from dense_jax.layers.conv import conv, up_conv
 from dense_jax.models import deconvnet
 from dense_jax.ops.crf import CrfParams
 from dense_jax.ops.pool import max_pool, max_pool_with_switches, max_unpool
-from dense_jax.tasks import prediction, semantic
+from dense_jax.tasks import training
 from experiments import deconvnet as script
 from tests import contract
 
@@ -258,10 +257,10 @@ def test_initial_values_are_those_of_the_release():
 
 def test_paper_preset_builds_the_paper_network():
     paper = script.PRESETS["paper"]
-    _, variables = contract.shapes_of(script.build_model(paper, 21), FULL)
+    _, variables = contract.shapes_of(script.build(paper, 21).model, FULL)
     assert count(variables["params"]) == 251_805_653
     assert paper.batch_size // paper.accumulate == 8
-    first, second = script.stages(dataclasses.replace(paper, workdir="runs/x"))
+    first, second = (dataclasses.replace(paper, workdir="runs/x")).each_stage()
     assert (first.num_steps, second.num_steps) == (20_000, 40_000)
     drops = [round(f * s.num_steps) for s in (first, second) for f in s.step_at]
     assert drops == [9_000, 18_000, 10_000, 20_000, 30_000]
@@ -281,7 +280,7 @@ def test_network_flags_reach_the_network():
         fc_width=32,
         width=0.5,
     )
-    model = script.build_model(changed(**flags), 4)
+    model = script.build(changed(**flags), 4).model
     assert (model.bn, model.unpool, model.input_size) == (False, "bilinear", 64)
     assert (model.decoder_init, model.bn_epsilon) == ("gaussian", 1e-5)
     _, variables = contract.shapes_of(model, (1, 64, 64, 3))
@@ -296,7 +295,7 @@ def test_transforms_of_windows_and_of_whole_images():
 
     def shape(config):
         result = example
-        for transform in script.build_transforms(config):
+        for transform in script.build(config, 4).transforms:
             result = transform(result, np.random.default_rng(0))
         return result["image"].shape
 
@@ -310,16 +309,16 @@ def test_transforms_of_windows_and_of_whole_images():
     assert 0.75 * 90 <= scaled[0] <= 1.5 * 90
 
 
-def test_windows_of_the_stages():
-    dataset = semantic.load_dataset(SMOKE)
+def test_windows_of_the_stages(monkeypatch):
+    dataset = training.load_dataset(SMOKE)
     source = dataset.split("train")
     found = crops.find_objects(source, 0)
     rare = next(item for item in found if item.label == 1)
     objects = [item for item in found if item.label != 1 or item is rare]
+    monkeypatch.setattr(crops, "find_objects", lambda *_: objects)
 
     def train(**flags) -> Any:
-        config = changed(**flags)
-        return script.build_dataset(config, dataset, objects).splits["train"]
+        return script.build(changed(**flags), 6).training_data(dataset).splits["train"]
 
     assert train(stages="whole") is source
     first = train(stages="stage1_only", balance="off")
@@ -358,8 +357,8 @@ def test_wrong_flags_are_refused(flags, message):
 @pytest.fixture(scope="module")
 def labelled():
     """(variables, source) of the smoke preset; the network is not trained."""
-    source = semantic.load_dataset(SMOKE).split("val")
-    variables = contract.random_variables(script.build_model(SMOKE, 6), (1, 32, 32, 3))
+    source = training.load_dataset(SMOKE).split("val")
+    variables = contract.random_variables(script.build(SMOKE, 6).model, (1, 32, 32, 3))
     return variables, source
 
 
@@ -367,11 +366,10 @@ def test_one_box_is_one_pass_of_an_image_of_the_input_size(labelled):
     variables, source = labelled
     images = np.stack([np.float32(source[i]["image"]) / 128 - 1 for i in range(2)])
     sizes = np.full((2, 2), 32, np.int32)
-    model = script.build_model(SMOKE, 6)
     boxes, one_pass = (
-        jax.jit(script.build_predict(changed(proposal_source=source), model))(
-            variables, images, sizes
-        )
+        jax.jit(script.build(changed(proposal_source=source), 6).predict)(variables, images, sizes)[
+            "logits"
+        ]
         for source in ("whole", "none")
     )
     assert boxes.shape == (2, 32, 32, 6)
@@ -402,28 +400,39 @@ def test_inference_flags_reach_the_aggregation(monkeypatch, flags, num, num_vali
         np.testing.assert_array_equal(boxes[:, 0], [[0, 0, 32, 32], [0, 0, 30, 20]])
         return images
 
-    monkeypatch.setattr(script.proposals, "aggregate", aggregate)
-    predict = script.build_predict(config, script.build_model(config, 6))
-    predict({}, jnp.zeros((2, 32, 32, 3)), sizes)
+    monkeypatch.setattr(proposals, "aggregate", aggregate)
+    script.build(config, 6).predict({}, jnp.zeros((2, 32, 32, 3)), sizes)
 
 
 def test_scores_with_boxes_known_for_a_dataset(labelled, tmp_path, monkeypatch):
     variables, source = labelled
-    other = semantic.load_dataset(SMOKE).split("test")
-    gt, unused = changed(proposal_source="gt", min_box=8), prediction.whole_image(thin())
-    score = script.extra_scores(gt, unused, variables, source)
-    assert 0 <= score["boxes_mean_iou"] <= 1
+    dataset = training.load_dataset(SMOKE)
 
+    def score(split="val", **flags):
+        task = script.build(changed(**flags), 6)
+        return [
+            score.value
+            for measure in task.measures
+            for score in measure(task, variables, dataset, split).scores
+            if score.name == "boxes_mean_iou"
+        ]
+
+    gt = {"proposal_source": "gt", "min_box": 8}
+    (of_objects,) = score(**gt)
+    assert 0 <= of_objects <= 1
     boxes = {source[i]["name"]: [] for i in range(len(source))}
     for item in crops.find_objects(source, 0):
         boxes[item.name].append(list(item.box))
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps(boxes))
-    from_file = dataclasses.replace(gt, proposal_source="file", proposals=str(path))
-    assert script._known_boxes(from_file, source) == script._known_boxes(gt, source)
+    shared = {"background": 0, "factor": 1.2}
+    from_file = crops.known_boxes(source, proposals=str(path), **shared)
+    assert from_file == crops.known_boxes(source, proposals=None, **shared)
+    given = gt | {"proposal_source": "file", "proposals": str(path)}
+    assert score(**given) == [of_objects]
     with pytest.raises(UserError, match="no boxes for image"):
-        script.extra_scores(from_file, unused, variables, other)
-    assert script.extra_scores(SMOKE, unused, variables, source) == {}
+        score("test", **given)
+    assert score() == []
     # Their scores are refined where those of sliding windows are.
     seen = []
 
@@ -431,47 +440,39 @@ def test_scores_with_boxes_known_for_a_dataset(labelled, tmp_path, monkeypatch):
         seen.append((scores.shape, images.shape, sizes.shape, crf, normalisation))
         return jnp.zeros_like(scores).at[..., 3].set(1.0)
 
-    monkeypatch.setattr(script.proposals, "refine", refine)
-    refined = with_crf(unused, CrfParams(w1=1.0), SMOKE.normalisation)
-    changed_score = script.extra_scores(gt, refined, variables, source)
-    assert changed_score != score
+    monkeypatch.setattr(proposals, "refine", refine)
+    params = CrfParams(w1=1.0)
+    assert score(**gt, post="crf", crf=params) != [of_objects]
     shapes = (1, 32, 32, 6), (1, 32, 32, 3), (1, 2)
-    assert seen == [(*shapes, refined.params, SMOKE.normalisation)]
+    assert seen == [(*shapes, params, SMOKE.normalisation)]
 
 
 def test_the_crf_refines_what_boxes_decide_together():
-    model = script.build_model(SMOKE, 6)
-    assert not isinstance(script.build_predict(SMOKE, model), WithCrf)
+    assert script.build(SMOKE, 6).crf is None
     for source in ("sliding", "whole", "none"):
         config = changed(proposal_source=source, post="crf", crf=CrfParams(w1=2.0))
-        predict = script.build_predict(config, model)
-        assert isinstance(predict, WithCrf)
-        assert (predict.params, predict.normalisation) == (config.crf, config.normalisation)
+        assert script.build(config, 6).crf == config.crf
     release = script.PRESETS["paper"].crf
     assert (release.w1, release.sxy, release.srgb, release.w2, release.sg) == (5, 20, 3, 3, 3)
 
 
 def test_protocol_names_what_was_done():
-    assert "largest 5" in script.test_time(SMOKE)
-    assert "one box" in script.test_time(changed(proposal_source="whole"))
+    assert "largest 5" in script.build(SMOKE, 4).test_time
+    assert "one box" in script.build(changed(proposal_source="whole"), 4).test_time
     none = changed(proposal_source="none")
-    assert script.test_time(none) == prediction.ONE_PASS
+    assert script.build(none, 4).test_time == ONE_PASS
 
 
-def test_stage_2_starts_from_stage_1(monkeypatch):
-    calls = []
-
-    def train(config, model, dataset, transforms, **options):
-        calls.append((config, dataset.splits["train"], options))
-        return types.SimpleNamespace(step=config.num_steps)
-
-    monkeypatch.setattr(semantic, "train_and_evaluate", train)
-    script.main(changed(stages="two", stage1_steps=7, bn_stats="posthoc", workdir="x"))
-    (first, objects, options), (second, windows, _) = calls
+def test_stage_2_starts_from_stage_1():
+    config = changed(stages="two", stage1_steps=7, bn_stats="posthoc", workdir="x")
+    first, second = config.each_stage()
     assert (first.num_steps, first.init, first.workdir) == (7, None, "x/stage1")
     assert (second.num_steps, second.init, second.workdir) == (2, "run:x/stage1", "x")
+    dataset = training.load_dataset(config)
+    objects, windows = (
+        script.build(stage, 6).training_data(dataset).split("train") for stage in (first, second)
+    )
     assert len(windows) > len(objects)
-    assert options["posthoc_batch_stats"]
-    assert "sliding windows" in options["test_time"]
-    script.main(changed(stages="whole", bn="off", bn_stats="posthoc"))
-    assert not calls[2][2]["posthoc_batch_stats"]
+    assert script.build(first, 6).posthoc_batch_stats
+    assert "sliding windows" in script.build(first, 6).test_time
+    assert not script.build(changed(bn="off", bn_stats="posthoc"), 6).posthoc_batch_stats

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from dense_jax import losses
 from dense_jax.errors import UserError
-from dense_jax.infer.crf import WithCrf
+from dense_jax.objectives import pixels as losses
 from dense_jax.ops.crf import CrfParams
 from dense_jax.train.schedules import build_optimizer, build_schedule
 from experiments import deeplab
@@ -32,9 +31,9 @@ def rates(config):
         schedule="constant",
         warmup_steps=0,
     )
-    shapes = contract.shapes_of(deeplab.build_model(config, 3).clone(axis_name=None), (1, 9, 9, 3))
+    shapes = contract.shapes_of(deeplab.build(config, 3).model.clone(axis_name=None), (1, 9, 9, 3))
     params = jax.tree.map(lambda _: np.float32(0), shapes[1]["params"])
-    optimizer = build_optimizer(config, deeplab.build_groups(config))
+    optimizer = build_optimizer(config, deeplab.build(config, 4).groups)
     grads = jax.tree.map(lambda _: np.float32(1), params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     flat: dict[str, Any] = traverse_util.flatten_dict(updates, sep="/")
@@ -92,8 +91,9 @@ def test_rates_fall_as_published():
 )
 def test_losses_are_of_outputs_that_there_are(flags, weights, loss_at):
     config = dataclasses.replace(SMOKE, loss_at=loss_at, **flags)
-    terms = deeplab.build_loss_terms(config)
-    outputs, _ = contract.shapes_of(deeplab.build_model(config, 4), (1, 33, 33, 3))
+    task = deeplab.build(config, 4)
+    terms = task.loss_terms
+    outputs, _ = contract.shapes_of(task.model, (1, 33, 33, 3))
     assert [term.weight for term in terms] == weights
     sizes = [outputs[term.output].shape[1] for term in terms]
     first = {"units": 5, "pixels": 33}[loss_at]
@@ -104,32 +104,31 @@ def test_losses_are_of_outputs_that_there_are(flags, weights, loss_at):
 
 def test_units_are_compared_with_every_eighth_label():
     labels = jnp.arange(321 * 321, dtype=jnp.int32).reshape(1, 321, 321)
-    (term,) = deeplab.build_loss_terms(deeplab.Config())
+    (term,) = deeplab.build(deeplab.Config(), 4).loss_terms
     picked = losses.labels_at(labels, (41, 41), align_corners=term.align_corners)
     np.testing.assert_array_equal(picked, labels[:, ::8, ::8])
 
 
 def test_crf_and_tiles_are_what_a_run_predicts_with():
     config = dataclasses.replace(SMOKE, post="crf", crf=CrfParams(w1=5.0))
-    model = deeplab.build_model(config, 4)
-    predict = deeplab.build_predict(config, model)
-    assert isinstance(predict, WithCrf)
-    assert (predict.params.w1, predict.normalisation) == (5.0, "torchvision")
-    assert "one pass" in deeplab.test_time(config)
+    assert deeplab.build(config, 4).crf == CrfParams(w1=5.0)
+    assert "one pass" in deeplab.build(config, 4).test_time
     tiles = dataclasses.replace(SMOKE, tile=33, tile_context=8, msc_inputs="max")
-    assert deeplab.test_time(tiles) == "tiles of 33 pixels, no flips, scales 1, 0.75 and 0.5"
+    assert (
+        deeplab.build(tiles, 4).test_time == "tiles of 33 pixels, no flips, scales 1, 0.75 and 0.5"
+    )
 
 
 def test_tiles_with_enough_context_do_not_show():
     """The network sees 259 pixels; so do tiles with 136 around them, whatever their size."""
     config = dataclasses.replace(SMOKE, head="largefov", rates=(1,), tile=288, tile_context=136)
-    model = deeplab.build_model(config, 3).clone(axis_name=None)
+    model = deeplab.build(config, 3).model.clone(axis_name=None)
     images = np.random.default_rng(0).standard_normal((1, 20, 9, 3)).astype(np.float32)
     variables, sizes = contract.random_variables(model, images.shape), jnp.array([[20, 9]])
     first, second = (
-        jax.jit(deeplab.build_predict(dataclasses.replace(config, tile=tile), model))(
+        jax.jit(deeplab.build(dataclasses.replace(config, tile=tile), 3).predict)(
             variables, images, sizes
-        )
+        )["logits"]
         for tile in (288, 296)
     )
     assert first.shape == (1, 20, 9, 3)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dense_jax.losses import LossTerm
-from dense_jax.tasks.semantic import cross_entropy_loss
+from dense_jax.objectives.pixels import LossTerm
+from dense_jax.tasks.semantic import pixel_loss
 from dense_jax.train import schedules, step
 from dense_jax.train.state import TrainState
 from experiments import fcn, segnet
@@ -49,14 +49,14 @@ def results(request):
     """(losses, state) of five steps, by number of devices."""
     script = request.param
     config = dataclasses.replace(script.PRESETS["smoke"], **_COMMON, **_CHANGES[script])
-    model = script.build_model(config, NUM_CLASSES)
-    tx = schedules.build_optimizer(config, script.build_groups(config))
-    start = jax.device_get(TrainState.init(model, tx, (SIZE, SIZE, 3), ema=True))
-    loss = cross_entropy_loss(model, config)
+    task = script.build(config, NUM_CLASSES)
+    tx = schedules.build_optimizer(config, task.groups)
+    start = jax.device_get(TrainState.init(task.model, tx, (SIZE, SIZE, 3), ema=True))
+    loss = pixel_loss(config.loss_norm, task.loss_terms)
 
     def train(num_devices):
         devices = jax.devices()[:num_devices]
-        train_step = step.train_step(*loss, ema_decay=config.ema_decay, devices=devices)
+        train_step = step.train_step(loss, ema_decay=config.ema_decay, devices=devices)
         state, values = step.replicate(start, devices), []
         for number in range(5):
             batch = step.shard(make_batch(number), config.accumulate, devices)
@@ -104,7 +104,7 @@ def test_each_loss_term_has_its_own_denominator(num_devices):
     model, batch = TwoOutputs(), make_batch(0)
     terms = (LossTerm(), LossTerm("coarse", 0.5))
     devices = jax.devices()[:num_devices]
-    train_step = step.train_step(*cross_entropy_loss(model, config, terms=terms), devices=devices)
+    train_step = step.train_step(pixel_loss(config.loss_norm, terms), devices=devices)
     tx = schedules.build_optimizer(config)
     state = jax.device_get(TrainState.init(model, tx, (SIZE, SIZE, 3)))
     outputs: Any = model.apply({"params": state.params}, batch["images"], train=True)

@@ -11,6 +11,7 @@ from typing import Any
 import chex
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 from PIL import Image
@@ -18,7 +19,7 @@ from PIL import Image
 from dense_jax.errors import UserError
 from dense_jax.metrics import semantic as metrics
 from dense_jax.ops.resize import resize_bilinear
-from dense_jax.tasks import semantic
+from dense_jax.tasks import training
 from dense_jax.weights import rules
 from examples import (
     finetune_camvid,
@@ -252,10 +253,11 @@ def test_deeplab_is_measured(deeplab, data_root):
 
 
 def test_training_starts_from_the_weights_and_another_head(tmp_path, capsys, monkeypatch):
-    def before_training(config, model, dataset, transforms):
-        return semantic.begin(config, model, dataset, transforms, ())[2]
+    def before_training(build, config):
+        task, dataset = build(config, 6), training.load_dataset(config)
+        return training._begin(task, dataset, optax.sgd(0.1), {})[2]
 
-    monkeypatch.setattr(semantic, "train_and_evaluate", before_training)
+    monkeypatch.setattr(training, "run", before_training)
     network = mobilenet_deeplab.MobileNetDeepLab()
     variables = contract.random_variables(network, (1, 33, 33, 3))
     path = tmp_path / "tensors.npz"

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dense_jax import __main__ as commands
 from dense_jax import viz
+from dense_jax.commands import check_data, evaluate, predict, summary
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.transforms import RandomPixelKeep
 from dense_jax.errors import UserError
+from dense_jax.tasks import training
 from dense_jax.train.checkpoint import Checkpoints
 from dense_jax.train.log import read_metrics
 
@@ -33,7 +34,7 @@ def script(name):
 
 
 FILES = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py"))
-SCRIPTS = [name for name in FILES if hasattr(script(name), "PRESETS")]  # those that train
+SCRIPTS = [name for name in FILES if name != "conv_arithmetic"]  # those that train
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,8 @@ def smoke_runs(tmp_path_factory):
     def run(name):
         workdir = tmp_path_factory.mktemp(name) / "run"
         module = script(name)
-        module.main(dataclasses.replace(module.PRESETS["smoke"], workdir=str(workdir)))
+        config = dataclasses.replace(module.PRESETS["smoke"], workdir=str(workdir))
+        training.run(module.build, config)
         return workdir
 
     return run
@@ -127,13 +129,11 @@ def test_every_flag_value_builds(name, field, value):
     config = module.PRESETS["smoke"]
     flags = {field: value} | NEEDED.get((name, field), {}) | NEEDED.get((name, field, value), {})
     config = dataclasses.replace(config, **flags)
-    assert module.build_transforms(config)
-    if hasattr(module, "build_groups"):
-        module.build_groups(config)
-    model = module.build_model(config, 4)
+    task = module.build(config, 4)
+    assert task.transforms
     side, out = SIDES.get((name, field, value), (32, 32))
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    init = functools.partial(model.init_with_output, train=False)
+    init = functools.partial(task.model.init_with_output, train=False)
     outputs, _ = jax.eval_shape(init, jax.random.key(0), images)
     assert outputs["logits"].shape == (1, out, out, 4)
 
@@ -147,9 +147,9 @@ def test_fcn_stages_start_from_one_another(tmp_path, capsys):
         class_balance="on",
         workdir=str(tmp_path / "staged"),
     )
-    rates = [stage.learning_rate for stage in fcn.stages(config)]
+    rates = [stage.learning_rate for stage in config.each_stage()]
     np.testing.assert_allclose(rates, [config.learning_rate, config.learning_rate / 100])
-    fcn.main(config)
+    training.run(fcn.build, config)
     printed = capsys.readouterr().out
     assert "new here: score_pool4/bias, score_pool4/kernel" in printed
     assert (tmp_path / "staged" / "fcn16s" / "report.html").exists()
@@ -168,10 +168,10 @@ def test_fcn_pixel_keep_ignores_a_share():
 def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(smoke_runs, capsys):
     fcn, workdir = script("fcn"), smoke_runs("fcn")
     config = dataclasses.replace(fcn.PRESETS["smoke"], workdir=str(workdir))
-    fcn.main(config)
+    training.run(fcn.build, config)
     assert "at step 2 of 2" in capsys.readouterr().out
     with pytest.raises(UserError, match="--stride was 8 and is now 16"):
-        fcn.main(dataclasses.replace(config, stride=16))
+        training.run(fcn.build, dataclasses.replace(config, stride=16))
 
 
 def test_predict_labels_any_size_and_reports_the_bad_file(smoke_runs, tmp_path):
@@ -183,7 +183,7 @@ def test_predict_labels_any_size_and_reports_the_bad_file(smoke_runs, tmp_path):
         Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(images / f"{name}.png")
     (images / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(SystemExit) as status:
-        commands.predict(run=smoke_runs("fcn"), input=images, output=tmp_path / "out")
+        predict.run(run=smoke_runs("fcn"), input=images, output=tmp_path / "out")
     assert status.value.code == 1
     for name, size in sizes.items():
         assert viz.load_label_png(tmp_path / "out" / "labels" / f"{name}.png").shape == size
@@ -191,26 +191,26 @@ def test_predict_labels_any_size_and_reports_the_bad_file(smoke_runs, tmp_path):
 
 def test_evaluate_gives_the_score_of_the_run_again(smoke_runs):
     workdir = smoke_runs("fcn")
-    commands.evaluate(run=workdir)
+    evaluate.run(run=workdir)
     again = json.loads((workdir / "evaluate-val-last" / "evaluation.json").read_text())
     first = json.loads((workdir / "evaluation.json").read_text())
     assert again["confusion"] == first["confusion"]
     assert again["scores"] == first["scores"]
     assert (workdir / "evaluate-val-last" / "report.html").exists()
     with pytest.raises(UserError, match="no split 'dev'"):
-        commands.evaluate(run=workdir, split="dev")
+        evaluate.run(run=workdir, split="dev")
 
 
 def test_summary_prints_the_published_count(capsys):
-    commands.summary(script="experiments.fcn", preset="paper")
+    summary.run(script="experiments.fcn", preset="paper")
     assert "134,362,751" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--preset=nothing"):
-        commands.summary(preset="nothing")
+    with pytest.raises(UserError, match="has no preset nothing"):
+        summary.run(preset="nothing")
 
 
 def test_check_data_prints_frequencies(capsys):
     spec = ShapesSpec(size=(32, 32), num_train=4, num_val=2, num_test=2)
-    commands.check_data(dataset="shapes", shapes=spec)
+    check_data.run(dataset="shapes", shapes=spec)
     assert "background" in capsys.readouterr().out
 
 
@@ -252,12 +252,12 @@ def test_a_users_mistake_is_one_line_without_traceback(tmp_path):
 def test_a_run_decides_with_itself_as_it_does_alone(smoke_runs):
     workdir = smoke_runs("fcn")
     alone = json.loads((workdir / "evaluation.json").read_text())
-    commands.evaluate(run=workdir, ensemble=(workdir,), bf_match="none")
+    evaluate.run(run=workdir, ensemble=(workdir,), bf_match="none")
     record = json.loads((workdir / "ensemble-mean_prob-val-last" / "evaluation.json").read_text())
     assert record["confusion"] == alone["confusion"]
     assert record["protocol"]["ensemble"] == f"mean_prob of {workdir} and {workdir}"
     # The product of scores is another matter: negative ones of the second run count as zero.
-    commands.evaluate(run=workdir, ensemble=(workdir,), combine="product_score", bf_match="none")
+    evaluate.run(run=workdir, ensemble=(workdir,), combine="product_score", bf_match="none")
     path = workdir / "ensemble-product_score-val-last" / "evaluation.json"
     assert np.sum(json.loads(path.read_text())["confusion"]) == np.sum(alone["confusion"])
 
@@ -265,15 +265,15 @@ def test_a_run_decides_with_itself_as_it_does_alone(smoke_runs):
 def test_runs_that_cannot_decide_together_are_refused(smoke_runs, tmp_path):
     workdir = smoke_runs("fcn")
     with pytest.raises(UserError, match="joins two runs"):
-        commands.evaluate(run=workdir, ensemble=(workdir, workdir), combine="product_score")
+        evaluate.run(run=workdir, ensemble=(workdir, workdir), combine="product_score")
     other = tmp_path / "other"
     shutil.copytree(workdir, other)
     record = json.loads((other / "config.json").read_text())
     record["config"]["normalisation"] = "caffe"
     (other / "config.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="takes images as caffe"):
-        commands.evaluate(run=workdir, ensemble=(other,))
+        evaluate.run(run=workdir, ensemble=(other,))
     record["classes"]["names"][0] = "sea"
     (other / "config.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="label other classes"):
-        commands.evaluate(run=workdir, ensemble=(other,))
+        evaluate.run(run=workdir, ensemble=(other,))

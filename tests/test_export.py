@@ -22,11 +22,12 @@ from jax.extend import core
 from PIL import Image
 
 from dense_jax import runs
+from dense_jax.commands import export
 from dense_jax.data.transforms import NORMALISATIONS, Normalise
 from dense_jax.errors import UserError
-from dense_jax.infer import predictor, program
+from dense_jax.infer import onnx_file, predictor, program
 from dense_jax.ops.resize import rescaled, resize_bilinear
-from dense_jax.tasks import export, import_weights, onnx_file, prediction, semantic
+from dense_jax.tasks import import_weights, semantic, trained, training
 from dense_jax.train.checkpoint import Checkpoints
 from dense_jax.weights import files, rules
 from tests import contract, torchvision_names
@@ -54,9 +55,9 @@ def make_run(workdir, name, **flags):
     """A run folder with parameters from NumPy, as training would leave it."""
     script = importlib.import_module(f"experiments.{name}")
     config = dataclasses.replace(script.PRESETS["smoke"], workdir=str(workdir), **flags)
-    dataset = semantic.load_dataset(config)
+    dataset = training.load_dataset(config)
     runs.prepare(config, dataset)
-    model = script.build_model(config, dataset.classes.num_classes)
+    model = script.build(config, dataset.classes.num_classes).model
     side = flags.get("tile", 32)
     state, params = flax.core.pop(contract.random_variables(model, (1, side, side, 3)), "params")
     with Checkpoints(workdir) as checkpoints:
@@ -85,20 +86,23 @@ def images(shape):
 
 def predicted(run, pictures, folder):
     """The run's own logits of each picture, and its labels as files."""
-    opened = runs.load(run)
-    predict = jax.jit(prediction.predict_of(opened, "none")[0], compiler_options=QUICK)
+    opened = trained.load(run)
+    task = dataclasses.replace(semantic.labelling(opened.task, ""), crf=None)
+    predict = jax.jit(task.predict, compiler_options=QUICK)
     seen = []
 
     def keep(*inputs) -> Any:
-        seen.append(np.asarray(predict(opened.variables, *inputs)))
-        return seen[-1]
+        outputs = predict(opened.variables, *inputs)
+        seen.append(np.asarray(outputs["logits"]))
+        return task.answers(outputs)
 
     folder.mkdir()
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(folder / f"{i}.png")
-    predictor.predict_folder(
-        keep, opened.classes, opened.config.normalisation, folder, folder / "out", overlays=False
+    each = predictor.Predictor(
+        keep, lambda *x: task.read(*x, opened.classes), opened.config.normalisation
     )
+    predictor.predict_folder(each, opened.classes, folder, folder / "out", overlays=False)
     labels = [np.asarray(Image.open(folder / f"out/labels/{i}.png")) for i in range(len(pictures))]
     height, width = pictures.shape[1:3]
     return np.concatenate(seen)[:, :height, :width], np.stack(labels)
@@ -169,9 +173,10 @@ def test_the_description_says_what_goes_in_and_comes_out(run_of, tmp_path, capsy
 
 
 def test_statistics_of_each_image_are_told_as_such(run_of):
-    opened = runs.load(run_of("fcn"))
+    opened = trained.load(run_of("fcn"))
     config = dataclasses.replace(opened.config, normalisation="grey_image")
-    told = export._origin(dataclasses.replace(opened, config=config))["normalisation"]
+    task = dataclasses.replace(opened.task, config=config)
+    told = export._origin(dataclasses.replace(opened, task=task))["normalisation"]
     assert told["name"] == "grey_image"
     assert told["mean"].startswith("of each image")
 
@@ -194,18 +199,18 @@ def test_images_are_normalised_as_in_training(name):
 
 
 def test_a_program_pads_with_the_mean_colour_and_tells_sizes():
-    def predict(variables, images, sizes):
+    def answer(images, sizes, extra):
         assert images.shape == (2, 32, 64, 3)
-        one = jnp.sum(images, axis=-1, keepdims=True) + variables
+        one = jnp.sum(images, axis=-1, keepdims=True) + extra
         two = jnp.broadcast_to(sizes[:, None, None, :1].astype(jnp.float32), one.shape)
-        return jnp.concatenate([one, two], axis=-1).at[:, 5:].set(jnp.inf)
+        logits = jnp.concatenate([one, two], axis=-1).at[:, 5:].set(jnp.inf)
+        return {"labels": jnp.argmax(logits, axis=-1), "logits": logits, "extra": extra}
 
-    label = program.label_fn(predict, jnp.float32(1.0), "none")
-    outputs = label(jnp.full((2, 5, 33, 3), 2, jnp.uint8))
-    assert outputs["labels"].shape == (2, 5, 33)
-    np.testing.assert_array_equal(outputs["labels"], 0)  # 2 + 2 + 2 + 1 > 5, the height
-    probability = 1 / (1 + np.exp(5 - 7))
-    np.testing.assert_allclose(outputs["probabilities"][..., 0], probability, rtol=1e-6)
+    run = program.program(answer, "none")
+    outputs = run(jnp.full((2, 5, 33, 3), 2, jnp.uint8), jnp.float32(1.0))
+    np.testing.assert_array_equal(outputs["labels"], np.zeros((2, 5, 33)))  # 2 + 2 + 2 + 1 > 5
+    np.testing.assert_array_equal(outputs["logits"][0, 0, 0], [7, 5])  # 5, the height
+    assert outputs["extra"] == 1  # is no picture, and not cut
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -229,7 +234,7 @@ def test_lengths_are_scaled_in_whole_numbers():
 def test_parameters_under_torchvisions_names_come_back(run_of, tmp_path):
     file = tmp_path / "x.safetensors"
     export.run(run=run_of("deeplab fcn"), to="safetensors", out=file)
-    variables = runs.load(run_of("deeplab fcn")).variables
+    variables = trained.load(run_of("deeplab fcn")).variables
     found = files.read(file)
     names = set(torchvision_names.torch_shapes(variables))
     assert names < set(found.tensors)
@@ -253,7 +258,7 @@ def test_parameters_of_other_networks_keep_our_names(run_of, tmp_path, capsys):
     file = tmp_path / "x.safetensors"
     export.run(run=run_of("fcn"), to="safetensors", out=file)
     assert "names and layouts: dense_jax" in capsys.readouterr().out
-    found, params = files.read(file), runs.load(run_of("fcn")).variables["params"]
+    found, params = files.read(file), trained.load(run_of("fcn")).variables["params"]
     np.testing.assert_array_equal(
         found.tensors["params/conv1_1/kernel"], params["conv1_1"]["kernel"]
     )
@@ -304,9 +309,10 @@ def test_a_network_that_calls_back_is_refused():
         return {"labels": jax.pure_callback(np.float32, shape, images)}
 
     with pytest.raises(UserError, match=r"cannot be exported \(.*callback.*\)$"):
-        export.stablehlo(label, np.dtype("uint8"), (1, 2, 2))
+        export.stablehlo(label, [jax.ShapeDtypeStruct((1, 2, 2, 3), np.uint8)], has_shape=True)
+    inputs = export._arguments({"images": ("b", "h", "w", 3)}, {"images": np.dtype("uint8")})
     with pytest.raises(UserError, match="--shape 1 480 640 fixes its sizes"):
-        export.stablehlo(lambda x: {"labels": x[: int(x.shape[1])]}, np.dtype("uint8"))
+        export.stablehlo(lambda x: {"labels": x[: int(x.shape[1])]}, inputs, has_shape=False)
 
 
 @jax.custom_vjp

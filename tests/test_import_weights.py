@@ -20,7 +20,7 @@ from dense_jax import runs
 from dense_jax.data import dataset
 from dense_jax.errors import UserError
 from dense_jax.models import deeplabv3, resnet
-from dense_jax.tasks import import_weights, semantic
+from dense_jax.tasks import import_weights, training
 from dense_jax.train import cli
 from dense_jax.train.state import TrainState
 from dense_jax.weights import hub, rules
@@ -60,7 +60,7 @@ def start(template_model, source, normalisation="torchvision"):
         ema_params=None,
         seed=jax.numpy.uint32(0),
     )
-    return semantic._initialise_from(source, state, tx, normalisation)
+    return training._initialise_from(source, state, tx, normalisation)
 
 
 def test_imported_weights_start_a_run(resnet_file, tmp_path, capsys):
@@ -246,7 +246,7 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path):
         fcn.PRESETS["smoke"], init="run:nowhere", workdir=str(tmp_path / "run")
     )
     with pytest.raises(UserError, match="nowhere"):
-        fcn.main(config)
+        training.run(fcn.build, config)
     assert not (tmp_path / "run").exists()
 
 

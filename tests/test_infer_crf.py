@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import types
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +11,21 @@ import pytest
 from flax import linen as nn
 from PIL import Image
 
-from dense_jax import __main__ as commands
 from dense_jax import runs, viz
+from dense_jax.commands import crf_search, evaluate, predict
+from dense_jax.commands.crf_flags import with_flags
 from dense_jax.data import dataset as datasets
 from dense_jax.data.datasets import shapes
 from dense_jax.data.transforms import NORMALISATIONS, Normalise
 from dense_jax.errors import UserError
 from dense_jax.infer import crf as infer_crf
-from dense_jax.infer.crf import WithCrf, with_crf, without_crf
+from dense_jax.infer.crf import check_crf, with_crf
+from dense_jax.infer.whole_image import whole_image
 from dense_jax.ops import crf as ops_crf
 from dense_jax.ops import permutohedral
 from dense_jax.ops.crf import CrfParams
-from dense_jax.tasks import crf_search, prediction
+from dense_jax.tasks import semantic, trained
+from dense_jax.tasks.semantic import Semantic
 from experiments import fcn
 
 SIDE = 24
@@ -52,7 +53,7 @@ class Noisy(nn.Module):
 
 
 VARIABLES = {"params": {"bias": np.float32(0)}}
-noisy = prediction.whole_image(Noisy())
+noisy = whole_image(Noisy())
 
 
 @pytest.fixture
@@ -69,15 +70,15 @@ def exact(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, exact):
-    """A run folder of the noisy network, which `runs.load` opens without a checkpoint."""
+    """A run folder of the noisy network, which opens without a checkpoint."""
     workdir = tmp_path / "run"
     config = dataclasses.replace(CONFIG, workdir=str(workdir))
     options = dataclasses.asdict(config.shapes)
     dataset = datasets.load("shapes", **options)
     runs.prepare(config, dataset)
-    script: Any = types.SimpleNamespace()
-    opened = runs.Run(workdir, config, Noisy(), VARIABLES, 2, dataset.classes, script)
-    monkeypatch.setattr(runs, "load", lambda *_: opened)
+    task = Semantic(config, Noisy(), [])
+    opened = trained.Run(workdir, task, VARIABLES, 2, dataset.classes, "experiments.fcn")
+    monkeypatch.setattr(trained, "load", lambda *_: opened)
     return opened
 
 
@@ -106,7 +107,7 @@ def test_grey_comes_back_in_three_channels():
     assert found.shape == pixels.shape
     np.testing.assert_allclose(found, np.broadcast_to(luma[..., None], found.shape), atol=1)
     with pytest.raises(UserError, match="--normalisation=grey_image"):
-        with_crf(noisy, PARAMS, "grey_image")
+        check_crf(PARAMS, "grey_image")
 
 
 @pytest.mark.parametrize(
@@ -120,14 +121,14 @@ def test_grey_comes_back_in_three_channels():
 )
 def test_impossible_parameters_name_themselves(values, match):
     with pytest.raises(UserError, match=match):
-        with_crf(noisy, CrfParams(**values), "torchvision")
+        check_crf(CrfParams(**values), "torchvision")
 
 
 def test_padding_and_neighbours_in_the_batch_change_nothing(monkeypatch):
     monkeypatch.setattr(permutohedral, "_SHARES", (1,))  # one program to compile, not five
     images, sizes, pixels = batch_of("torchvision", [(17, 20), (SIDE, 9), (0, 0)])
-    found = jax.jit(with_crf(noisy, PARAMS, "torchvision"))(VARIABLES, images, sizes)
-    logits = noisy(VARIABLES, images, sizes)
+    found = jax.jit(with_crf(noisy, PARAMS, "torchvision"))(VARIABLES, images, sizes)["logits"]
+    logits = noisy(VARIABLES, images, sizes)["logits"]
     height, width = sizes[0]
     alone = jax.jit(functools.partial(ops_crf.mean_field, params=PARAMS))(
         logits[:1, :height, :width], jnp.asarray(pixels[:1, :height, :width], jnp.float32)
@@ -139,63 +140,57 @@ def test_padding_and_neighbours_in_the_batch_change_nothing(monkeypatch):
 
 def test_a_crf_without_weights_or_iterations_is_the_softmax(exact):
     images, sizes, _ = batch_of("torchvision", [(SIDE, SIDE)])
-    soft = jax.nn.log_softmax(noisy(VARIABLES, images, sizes))
+    logits = noisy(VARIABLES, images, sizes)["logits"]
     for off in (CrfParams(w1=0.0, w2=0.0), CrfParams(iterations=0)):
         plain = with_crf(noisy, off, "torchvision")
-        np.testing.assert_allclose(plain(VARIABLES, images, sizes), soft, atol=1e-5)
-
-
-def test_a_crf_takes_the_place_of_another():
-    first = with_crf(noisy, PARAMS, "torchvision")
-    second = with_crf(first, CrfParams(), "torchvision")
-    assert second == WithCrf(noisy, CrfParams(), "torchvision")
-    assert without_crf(second) is without_crf(noisy) is noisy
+        outputs = plain(VARIABLES, images, sizes)
+        np.testing.assert_allclose(outputs["logits"], jax.nn.log_softmax(logits), atol=1e-5)
+        np.testing.assert_array_equal(outputs["before_crf"], logits)
 
 
 def own_crf(run):
-    """The run of a script that ends in a CRF itself."""
-    script: Any = types.SimpleNamespace(
-        build_predict=lambda config, model: with_crf(noisy, PARAMS, config.normalisation),
-        test_time=lambda config: "one pass",
-    )
-    return dataclasses.replace(run, script=script)
+    """The task of a script that ends in a CRF itself."""
+    return dataclasses.replace(run.task, crf=PARAMS)
 
 
 def test_the_command_decides_or_leaves_it_to_the_run(run):
-    def found(opened, choice):
-        predict, card = prediction.predict_of(opened, choice)
-        params = predict.params if isinstance(predict, WithCrf) else None
-        assert card["crf"] == (dataclasses.asdict(params) if params else "none")
-        return params
+    def found(task, crf, params=CrfParams()):  # noqa: B008
+        task = with_flags(task, crf, params)
+        card = "none" if task.crf is None else dataclasses.asdict(task.crf)
+        assert task.card["crf"] == card
+        return task.crf
 
     other = CrfParams(w1=1.0)
-    assert [found(run, choice) for choice in ("run", "none", other)] == [None, None, other]
-    own = own_crf(run)
-    assert [found(own, choice) for choice in ("run", "none", other)] == [PARAMS, None, other]
+    choices = ((None,), (False,), (True, other))
+    assert [found(run.task, *choice) for choice in choices] == [None, None, other]
+    assert [found(own_crf(run), *choice) for choice in choices] == [PARAMS, None, other]
 
 
 def test_an_ensemble_is_refined_as_a_whole(run):
     images, sizes, _ = batch_of("torchvision", [(SIDE, SIDE)])
-    members = [own_crf(run), run]
+    members, names = [own_crf(run), run.task], ["a", "b"]
     variables = (VARIABLES, VARIABLES)
-    each, card = prediction.ensemble_of(members, "mean_prob")
-    assert card["crf"] == "none"
-    assert card["crf_of_each_member"].endswith("; none")
-    mean = np.log((np.exp(with_crf(noisy, PARAMS, "torchvision")(VARIABLES, images, sizes))
-                   + jax.nn.softmax(noisy(VARIABLES, images, sizes))) / 2)  # fmt: skip
-    np.testing.assert_allclose(each(variables, images, sizes), mean, atol=1e-4)
-    whole, card = prediction.ensemble_of(members, "mean_prob", PARAMS)
-    assert card["crf"] == dataclasses.asdict(PARAMS)
-    alone = with_crf(noisy, PARAMS, "torchvision")(VARIABLES, images, sizes)
-    np.testing.assert_allclose(whole(variables, images, sizes), alone, atol=1e-3)
+    each = semantic.together(members, names, "mean_prob")
+    assert each.card["crf"] == "none"
+    assert each.card["crf_of_each_member"].endswith("; none")
+    refined = with_crf(noisy, PARAMS, "torchvision")(VARIABLES, images, sizes)["logits"]
+    plain = noisy(VARIABLES, images, sizes)["logits"]
+    mean = np.log((np.exp(refined) + jax.nn.softmax(plain)) / 2)
+    found = each.predict(variables, images, sizes)["logits"]
+    np.testing.assert_allclose(found, mean, atol=1e-4)
+    without = [dataclasses.replace(task, crf=None) for task in members]
+    whole = dataclasses.replace(semantic.together(without, names, "mean_prob"), crf=PARAMS)
+    assert whole.card["crf"] == dataclasses.asdict(PARAMS)
+    found = whole.predict(variables, images, sizes)["logits"]
+    np.testing.assert_allclose(found, refined, atol=1e-3)
 
 
 def test_evaluate_scores_before_and_after(run):
-    commands.evaluate(run=run.workdir, bf_match="none")
+    evaluate.run(run=run.workdir, bf_match="none")
     plain = json.loads((run.workdir / "evaluate-val-last" / "evaluation.json").read_text())
     assert plain["protocol"]["crf"] == "none"
     assert "mean_iou_before_crf" not in plain["scores"]
-    commands.evaluate(run=run.workdir, bf_match="none", crf=True, crf_params=PARAMS)
+    evaluate.run(run=run.workdir, bf_match="none", crf=True, crf_params=PARAMS)
     folder = run.workdir / "evaluate-val-last-crf"
     refined = json.loads((folder / "evaluation.json").read_text())
     assert refined["protocol"]["crf"] == dataclasses.asdict(PARAMS)
@@ -203,17 +198,17 @@ def test_evaluate_scores_before_and_after(run):
     assert refined["scores"]["mean_iou"] > plain["scores"]["mean_iou"] + 0.05
     page = (folder / "report.html").read_text()
     assert "sxy 8.0, srgb 20.0" in page
-    assert "prediction before the CRF, and after" in page
+    assert "Where the CRF helped most" in page
     assert len(list((folder / "pictures").glob("crf_val_*.png"))) == 4
     with pytest.raises(UserError, match="give --crf too"):
-        commands.evaluate(run=run.workdir, crf_params=PARAMS)
+        evaluate.run(run=run.workdir, crf_params=PARAMS)
 
 
 def test_predict_refines_and_leaves_sizes_alone(run, tmp_path):
     source = datasets.load("shapes", **dataclasses.asdict(CONFIG.shapes)).split("val")
     image = source[0]["image"][:20, :17]
     Image.fromarray(image).save(tmp_path / "a.png")
-    out = functools.partial(commands.predict, run=run.workdir, input=tmp_path / "a.png")
+    out = functools.partial(predict.run, run=run.workdir, input=tmp_path / "a.png")
     out(output=tmp_path / "plain", overlays=False)
     out(output=tmp_path / "crf", overlays=False, crf=True, crf_params=PARAMS)
     plain, refined = (
@@ -299,7 +294,7 @@ def test_search_command_finds_what_evaluate_confirms(run, capsys):
     rows = (folder / "table.csv").read_text().splitlines()
     assert len(rows) == 1 + 3 + 1  # the best of the first three is at an end
     assert "w1=5 is at the end of its range" in printed
-    commands.evaluate(
+    evaluate.run(
         run=run.workdir, crf=True, crf_params=dataclasses.replace(PARAMS, w1=w1), bf_match="none"
     )
     record = json.loads((run.workdir / "evaluate-val-last-crf" / "evaluation.json").read_text())

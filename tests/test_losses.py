@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dense_jax import losses
+from dense_jax.objectives import pixels as losses
 
 
 def slow_cross_entropy(logits, labels, class_weights=None, pixel_weights=None):
@@ -107,26 +107,17 @@ def test_denominators():
     labels = jnp.array([[[0, 255, 1]], [[2, 2, 2]]])
     valid = jnp.array([True, False])
     keep = jnp.array([[[0.5, 1, 0]], [[1, 1, 1]]])
-    assert losses.loss_denominator(labels, valid, "valid") == 2
-    assert losses.loss_denominator(labels[None], valid[None], "valid") == 2
-    assert losses.loss_denominator(labels, valid, "valid", pixel_weights=keep) == 2
-    assert losses.loss_denominator(labels, valid, "weights") == 2
-    assert losses.loss_denominator(labels, valid, "weights", pixel_weights=keep) == 0.5
+    assert losses.count_pixels(labels, valid, "valid") == 2
+    assert losses.count_pixels(labels, valid, "valid", pixel_weights=keep) == 2
+    assert losses.count_pixels(labels, valid, "weights") == 2
+    assert losses.count_pixels(labels, valid, "weights", pixel_weights=keep) == 0.5
     classes = jnp.array([3.0, 5.0, 7.0])
     weights = {"class_weights": classes, "pixel_weights": keep + 1}
-    assert losses.loss_denominator(labels, valid, "weights", **weights) == 3 * 1.5 + 5 * 1
-    assert losses.loss_denominator(labels, valid, "batch") == 1
-    assert losses.loss_denominator(labels, valid, "sum") == 0
+    assert losses.count_pixels(labels, valid, "weights", **weights) == 3 * 1.5 + 5 * 1
+    assert losses.count_pixels(labels, valid, "batch") == 1
+    assert losses.count_pixels(labels, valid, "sum") == 0
     with pytest.raises(ValueError, match="mean"):
-        losses.loss_denominator(labels, valid, "mean")  # pyrefly: ignore
-
-
-@pytest.mark.parametrize(
-    ("total", "norm", "divisor"),
-    [(7.0, "valid", 7), (0.0, "valid", 1), (0.5, "valid", 0.5), (0.0, "sum", 1), (2.0, "batch", 2)],
-)
-def test_resolved_denominator(total, norm, divisor):
-    assert losses.resolve_denominator(jnp.float32(total), norm) == divisor
+        losses.count_pixels(labels, valid, "mean")  # pyrefly: ignore
 
 
 def test_labels_are_picked_where_the_units_of_smaller_scores_sit():
@@ -150,7 +141,7 @@ def test_padding_with_ignore_leaves_the_valid_mean():
     pad = ((0, 0), (0, 3), (0, 2))
 
     def mean(logits, labels):
-        total = losses.loss_denominator(labels, jnp.ones(2, bool), "valid")
+        total = losses.count_pixels(labels, jnp.ones(2, bool), "valid")
         return losses.softmax_cross_entropy(logits, labels).sum() / total
 
     padded = mean(jnp.pad(logits, (*pad, (0, 0))), jnp.pad(labels, pad, constant_values=255))

@@ -9,16 +9,25 @@ from PIL import Image
 from dense_jax import viz
 from dense_jax.data.classes import ClassTable
 from dense_jax.errors import UserError
-from dense_jax.infer.predictor import predict_folder
+from dense_jax.infer.predictor import Labels, Predictor, predict_folder
 
 CLASSES = ClassTable(["red", "green", "blue"], ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
 
 
 @jax.jit
-def predict(images, sizes):
+def answer(images, sizes):
     """The brightest channel is the class; padding would be class 0."""
     del sizes
-    return images
+    return {"labels": jnp.argmax(images, axis=-1), "probabilities": jax.nn.softmax(images)}
+
+
+def read(answers, image):
+    height, width = image.shape[:2]
+    labels, soft = (answers[name][:height, :width] for name in ("labels", "probabilities"))
+    return Labels(image, labels.astype(np.uint8), soft, CLASSES)
+
+
+PREDICTOR = Predictor(answer, read, "none")
 
 
 def save(path, height, width, **options):
@@ -29,7 +38,7 @@ def save(path, height, width, **options):
 
 
 def run(source, target, **options):
-    return predict_folder(predict, CLASSES, "none", source, target, **options)
+    return predict_folder(PREDICTOR, CLASSES, source, target, **options)
 
 
 def test_every_size_keeps_its_size_in_few_shapes(tmp_path):
@@ -61,9 +70,10 @@ def test_images_are_normalised_by_name(tmp_path):
     def spy(images, sizes):
         seen.append(images)
         np.testing.assert_array_equal(sizes, [[4, 4]])
-        return jnp.asarray(images)
+        return answer(images, sizes)
 
-    predict_folder(spy, CLASSES, "caffe", tmp_path / "a.png", tmp_path / "out")
+    caffe = Predictor(spy, read, "caffe")
+    predict_folder(caffe, CLASSES, tmp_path / "a.png", tmp_path / "out")
     mean = np.array([122.679, 116.669, 104.007], np.float32)
     assert seen[0].shape == (1, 32, 32, 3)
     np.testing.assert_allclose(seen[0][0, :4, :4], pixels - mean, atol=1e-4)
@@ -114,11 +124,10 @@ def test_nothing_to_do_or_nowhere_to_write(tmp_path):
 
 def test_network_of_another_number_of_classes(tmp_path):
     save(tmp_path / "a.png", 2, 3)
-    with pytest.raises(ValueError, match=r"\(1, 32, 32, 2\)"):
-        predict_folder(
-            lambda x, _: jnp.asarray(x)[..., :2],
-            CLASSES,
-            "none",
-            tmp_path / "a.png",
-            tmp_path / "o",
-        )
+
+    def two(images, sizes):
+        answers = answer(images, sizes)
+        return answers | {"probabilities": answers["probabilities"][..., :2]}
+
+    with pytest.raises(ValueError, match=r"\(2, 3, 2\)"):
+        predict_folder(Predictor(two, read, "none"), CLASSES, tmp_path / "a.png", tmp_path / "o")

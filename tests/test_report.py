@@ -1,15 +1,17 @@
 import html.parser
 import itertools
 import json
+import math
 import re
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from dense_jax import report, viz
+from dense_jax import viz
 from dense_jax.data.classes import ClassTable
 from dense_jax.errors import UserError
+from dense_jax.evaluation import labels, report
+from dense_jax.evaluation.record import Findings, Picture, Record, Score
 from dense_jax.metrics import semantic
 
 CLASSES = ClassTable(["sky & <sea>", "road", "absent"], ((1, 2, 3), (200, 0, 0), (0, 0, 200)))
@@ -38,28 +40,33 @@ class Balance(html.parser.HTMLParser):
         self.words.append(data)
 
 
+LABELS = np.array([[0, 0, 1, 255], [1, 1, 1, 0]])
+PREDICTIONS = np.array([[0, 1, 1, 0], [1, 1, 0, 0]])
+CONFUSION = np.asarray(semantic.confusion_counts(LABELS, PREDICTIONS, 3))
+
+
 @pytest.fixture
 def run_dir(tmp_path):
-    labels = np.array([[0, 0, 1, 255], [1, 1, 1, 0]])
-    predictions = np.array([[0, 1, 1, 0], [1, 1, 0, 0]])
-    confusion = np.asarray(semantic.confusion_counts(labels, predictions, 3))
-    summary = semantic.summarise(confusion, CLASSES.names)
     image = np.zeros((2, 4, 3), np.uint8)
-    (tmp_path / "pictures").mkdir()
-    picture = viz.comparison(image, labels, predictions, CLASSES.palette())
-    Image.fromarray(picture).save(tmp_path / "pictures" / "a.png")
-    write(tmp_path / "config.json", script="experiments.fcn", classes=CLASSES.to_json())
-    write(
-        tmp_path / "evaluation.json",
-        protocol={"dataset": "tiny", "images_scored": 1, "images_in_split": 1, "split": "val"},
-        scores={"mean_iou": summary["mean_iou"], "boundary_f1": float("nan")},
-        per_class=summary["per_class"],
-        confusion=confusion.tolist(),
-        images=[
-            {"name": "<b>.png", "kind": kind, "score": 0.5, "triplet": "pictures/a.png"}
-            for kind in ("best", "worst")
+    summary = semantic.summarise(CONFUSION, CLASSES.names)
+    triplet = viz.comparison(image, LABELS, PREDICTIONS, CLASSES.palette())
+    parts = ("image", "label", "prediction", "errors")
+    found = Findings(
+        [
+            Score("mean_iou", summary["mean_iou"], "Mean IoU"),
+            Score("boundary_f1", math.nan, "Boundary F1"),
+            Score("v_rand", 0.87654, unit="", main=False),
+        ],
+        [labels.class_table(summary, CONFUSION)],
+        [
+            Picture("a.png", lambda: triplet, "Worst", "<b>.png, 50.0 %", parts),
+            Picture("b.png", lambda: triplet, "Best", "c", parts),
+            Picture("cells.png", lambda: image, "Objects & more"),
         ],
     )
+    protocol = {"dataset": "tiny", "images_scored": 1, "images_in_split": 1, "split": "val"}
+    Record("mean_iou", [found], protocol).write(tmp_path, 3)
+    write(tmp_path / "config.json", script="experiments.fcn", classes=CLASSES.to_json())
     rows: list[dict[str, object]] = [
         {"step": s, "kind": "train", "loss": 2 / s, "learning_rate": 0.1} for s in range(1, 100)
     ]
@@ -67,6 +74,25 @@ def run_dir(tmp_path):
     lines = [json.dumps(row) for row in rows] + ['{"step": 100, "ki']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     return tmp_path
+
+
+@pytest.fixture
+def old_run_dir(run_dir):
+    """The same as versions before the record wrote it."""
+    summary = semantic.summarise(CONFUSION, CLASSES.names)
+    protocol = {"dataset": "tiny", "images_scored": 1, "images_in_split": 1, "split": "val"}
+    write(
+        run_dir / "evaluation.json",
+        protocol=protocol | {"step": 3},
+        scores={"mean_iou": summary["mean_iou"], "boundary_f1": float("nan"), "v_rand": 0.87654},
+        per_class=summary["per_class"],
+        confusion=CONFUSION.tolist(),
+        images=[
+            {"name": "<b>.png", "kind": kind, "score": 0.5, "triplet": f"pictures/{name}.png"}
+            for kind, name in (("best", "b"), ("worst", "a"))
+        ],
+    )
+    return run_dir
 
 
 def write(path, **values):
@@ -83,7 +109,7 @@ def parse(path):
 def test_page_is_complete_and_self_contained(run_dir):
     page = parse(report.write_report(run_dir))
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
-    assert len(page.links) == 3  # confusion, best, worst
+    assert len(page.links) == 3  # best, worst, objects
     assert not page.tags & {"script", "link", "iframe"}
     words = " ".join(page.words)
     for expected in ("fcn on tiny", "1 of 1 val images", "sky & <sea>", "<b>.png", "55.0 %"):
@@ -92,14 +118,27 @@ def test_page_is_complete_and_self_contained(run_dir):
     assert page.words.count("Loss") == 1
 
 
-def test_what_only_some_tasks_have_is_shown_too(run_dir):
-    evaluation = json.loads((run_dir / "evaluation.json").read_text())
-    evaluation["scores"]["v_rand"] = 0.87654
-    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
-    Image.new("L", (4, 4)).save(run_dir / "pictures" / "cells_1.png")
+def test_a_record_says_what_it_holds(run_dir):
+    found = json.loads((run_dir / "evaluation.json").read_text())
+    assert found["headline"] == "mean_iou"
+    assert found["scores"]["boundary_f1"] is None  # JSON has no NaN
+    assert found["about_scores"]["mean_iou"] == {"title": "Mean IoU", "unit": "%", "main": True}
+    assert [picture["group"] for picture in found["pictures"]] == [
+        "Worst",
+        "Best",
+        "Objects & more",
+    ]
+    assert found["tables"][0]["rows"][0][0] == "sky & <sea>"
     page = parse(report.write_report(run_dir))
-    assert {"v rand", "0.8765", "Image, true objects, predicted objects"} <= set(page.words)
-    assert len(page.links) == 4  # one more
+    assert {"v rand", "0.8765", "Objects & more"} <= set(page.words)  # its name for a title
+
+
+def test_a_run_of_an_earlier_version_has_its_page(old_run_dir):
+    page = parse(report.write_report(old_run_dir))
+    words = " ".join(page.words)
+    for expected in ("Mean iou", "<b>.png, 50.0 %", "V rand", "0.8765", "Cells", "sky & <sea>"):
+        assert expected in words
+    assert len(page.links) == 3
 
 
 def test_run_that_was_never_evaluated_still_has_a_page(run_dir):
@@ -107,7 +146,7 @@ def test_run_that_was_never_evaluated_still_has_a_page(run_dir):
     (run_dir / "metrics.jsonl").unlink()
     words = parse(report.write_report(run_dir)).words
     assert "Settings" in words
-    assert "Confusion" not in words
+    assert "Worst" not in words
 
 
 @pytest.mark.parametrize("name", ["config.json", "evaluation.json"])

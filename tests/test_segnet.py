@@ -12,16 +12,19 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
-from dense_jax import losses
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
 from dense_jax.data.datasets import camvid
 from dense_jax.data.transforms import Normalise
 from dense_jax.errors import UserError
+from dense_jax.evaluation.record import Record
+from dense_jax.infer.whole_image import ONE_PASS
 from dense_jax.models import segnet
 from dense_jax.models.segnet import SegNet, SegNetBasic
+from dense_jax.objectives import pixels as losses
 from dense_jax.ops.pool import max_pool_with_switches, max_unpool
-from dense_jax.tasks import prediction, semantic
+from dense_jax.tasks import training
+from dense_jax.train.config import from_json
 from experiments import segnet as script
 from tests import contract
 
@@ -391,7 +394,7 @@ def config(**changes):
 
 
 def build(**changes):
-    return script.build_model(config(**changes), 4)
+    return script.build(config(**changes), 4).model
 
 
 def test_flags_reach_the_network():
@@ -407,19 +410,27 @@ def test_flags_reach_the_network():
     rates = {build(dropout=value).dropout_rate for value in ("enc_dec", "bayes")}
     assert rates == {0.5}
     assert build(dropout="none").dropout_rate == 0
-    assert build(input_norm="lrn").input_lrn
-    assert not build(input_norm="none").input_lrn
+    assert build(input_lrn="on", normalisation="none").input_lrn
+    assert not build().input_lrn
 
 
-def test_input_norm_decides_the_normalisation():
-    assert config(input_norm="meanstd").normalisation == "torchvision"
-    raw = config(input_norm="lrn")
-    assert raw.normalisation == "none"
-    assert dataclasses.replace(raw, input_norm="none").normalisation == "none"
-    assert dataclasses.replace(raw, input_norm="meanstd").normalisation == "torchvision"
-    assert Normalise("none") in script.build_transforms(raw)
-    with pytest.raises(UserError, match="--input-norm=meanstd with --normalisation=caffe"):
-        config(input_norm="lrn", normalisation="caffe")
+def test_pixels_normalised_over_channels_are_those_of_0_to_255():
+    raw = config(input_lrn="on", normalisation="none")
+    assert Normalise("none") in script.build(raw, 4).transforms
+    with pytest.raises(UserError, match="--input-lrn=on takes pixels of 0-255"):
+        config(input_lrn="on", normalisation="caffe")
+
+
+@pytest.mark.parametrize(
+    ("norm", "normalisation", "lrn"),
+    [("lrn", "none", "on"), ("none", "none", "off"), ("meanstd", "torchvision", "off")],
+)
+def test_runs_with_input_norm_open(norm, normalisation, lrn):
+    """Earlier versions had one flag for both, and wrote the normalisation that it meant."""
+    old = config(normalisation=normalisation).to_json()
+    del old["input_lrn"], old["post"], old["crf"]
+    opened = from_json(script.Config, old | {"input_norm": norm})
+    assert opened == config(normalisation=normalisation, input_lrn=lrn)
 
 
 @pytest.mark.parametrize(
@@ -457,7 +468,7 @@ def test_class_balance():
 
 def test_rates_and_decays_are_those_of_the_release():
     for preset, shift_decay in (("paper", 1.0), ("paper_segnet", 0.0)):
-        groups = script.build_groups(script.PRESETS[preset])
+        groups = script.build(script.PRESETS[preset], 4).groups
         found = {
             name: next(g for g in groups if re.search(g.pattern, name))
             for name in ("conv1_bn/scale", "conv1_bn/bias")
@@ -468,30 +479,30 @@ def test_rates_and_decays_are_those_of_the_release():
         assert script.PRESETS[preset].bias_lr == 2
 
 
-def test_main_hands_over_what_the_flags_say(monkeypatch, tmp_path):
-    given = {}
-    monkeypatch.setattr(
-        semantic, "train_and_evaluate", lambda *args, **options: given.update(options)
-    )
-    script.main(config(dropout="none", bn_stats="running", class_balance="median_pixels"))
-    assert not given["posthoc_batch_stats"]
-    assert given["class_weights"].shape == (6,)
-    assert given["test_time"] == prediction.ONE_PASS
-    assert given["extra_scores"]({}, []) == {}
+def test_a_task_is_what_the_flags_say(tmp_path):
+    flags = dict(dropout="none", bn_stats="running", class_balance="median_pixels")
+    task = script.build(config(**flags), 6)
+    dataset = training.load_dataset(task.config)
+    assert not task.posthoc_batch_stats
+    weights = task.class_weights(dataset)
+    assert weights is not None
+    assert weights.shape == (6,)
+    assert task.test_time == ONE_PASS
+    assert not task.measures
 
-    bayes = config(dropout="bayes", bn_stats="posthoc", workdir=str(tmp_path))
-    script.main(bayes)
-    assert given["posthoc_batch_stats"]
-    assert "2 passes" in given["test_time"]
-    source = semantic.load_dataset(bayes).split("val")
-    model = script.build_model(bayes, 6)
-    variables = contract.random_variables(model.clone(axis_name=None), (1, 32, 32, 3))
-    scores = given["extra_scores"](variables, source)
-    assert scores == script.extra_scores(bayes, given["predict"], variables, source)
+    bayes = script.build(config(dropout="bayes", bn_stats="posthoc"), 6)
+    assert bayes.posthoc_batch_stats
+    assert "2 passes" in bayes.test_time
+    variables = contract.random_variables(bayes.model.clone(axis_name=None), (1, 32, 32, 3))
+    (measure,) = bayes.measures
+    found = measure(bayes, variables, dataset, "val")
+    scores = {score.name: score.value for score in found.scores}
     assert 0 <= scores["accuracy_doubtful_tenth"] <= 1
     assert scores["variance_wrong"] > 0
+    Record("mean_iou", [found], {}).write(tmp_path, 1)
     record = json.loads((tmp_path / "uncertainty.json").read_text())
     assert record["scores"] == scores
+    source = dataset.split("val")
     labels = [source[i]["label"] for i in range(len(source))]
     assert record["pixels"] == sum(np.count_nonzero(label != 255) for label in labels)
     assert "0-10 %" in (tmp_path / "uncertainty.md").read_text()

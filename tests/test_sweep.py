@@ -15,11 +15,14 @@ import xml.etree.ElementTree
 
 import pytest
 
-from dense_jax import __main__ as commands
+from dense_jax import __main__ as program
+from dense_jax import scripts
 from dense_jax.analysis import cost
+from dense_jax.commands import sweep as command
 from dense_jax.data.classes import ClassTable, voc_colours
 from dense_jax.errors import UserError
-from dense_jax.sweep import command, plan, results, tables
+from dense_jax.evaluation.record import Score
+from dense_jax.sweep import plan, results, tables
 from dense_jax.train import cli
 from experiments import fcn
 
@@ -29,7 +32,7 @@ DEFAULT = results.Scoring("val", "skip", "distance")
 
 
 def planned(out="out", flags=(), vary=(), seeds=1):
-    return plan.plan(fcn, SCRIPT, "smoke", flags, vary, seeds, pathlib.Path(out))
+    return plan.plan(scripts.load(SCRIPT), "smoke", flags, vary, seeds, pathlib.Path(out))
 
 
 def leave_run(item, mean_iou=0.5, folder=None, **protocol):
@@ -45,8 +48,20 @@ def leave_run(item, mean_iou=0.5, folder=None, **protocol):
         **{"commit": "abc"},
     } | protocol
     scores = {"mean_iou": mean_iou, "boundary_f1": math.nan, "loss": 1.0, "rand_error": 0.03}
-    per_class = [{"name": "sky", "iou": mean_iou + 0.1}, {"name": "sea & air", "iou": None}]
-    evaluation = {"protocol": protocol, "scores": scores, "per_class": per_class}
+    about = {
+        "mean_iou": {"title": "Mean IoU", "unit": "%", "main": True},
+        "boundary_f1": {"title": "Boundary F1", "unit": "%", "main": True},
+        "loss": {"title": "Loss", "unit": "", "main": False},
+        "rand_error": {"title": "", "unit": "", "main": True},
+    }
+    table = {
+        "title": "Classes",
+        "columns": [{"title": "Class", "unit": ""}, {"title": "IoU", "unit": "%"}],
+        "rows": [["sky", mean_iou + 0.1], ["sea & air", None]],
+        "log": "iou",
+        "note": "",
+    }
+    evaluation = {"protocol": protocol, "scores": scores, "about_scores": about, "tables": [table]}
     folder = folder or workdir
     folder.mkdir(exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
@@ -162,7 +177,7 @@ def test_a_dry_run_lists_the_commands(tmp_path, monkeypatch, capsys, ran):
     words = ["sweep", SCRIPT, "smoke", "--vary", "stride=8,32", "--vary", "fuse=max"]
     words += ["--out", str(tmp_path / "out"), "--dry-run", "--", "--num-steps=5"]
     monkeypatch.setattr(sys, "argv", ["dense_jax", *words])
-    commands.main()
+    program.main()
     expected = planned(tmp_path / "out", ["--num-steps=5"], ("stride=8,32", "fuse=max"))
     assert capsys.readouterr().out.splitlines() == [item.command for item in expected]
     assert not ran
@@ -193,7 +208,7 @@ def test_a_failure_stops_nothing_and_only_it_is_run_again(tmp_path, ran, capsys)
     for item in planned(tmp_path, vary=("stride=8,16,32",), seeds=2):
         row = next(row for row in rows if row["stride"] == item.settings["stride"])
         assert item.command in row["commands"]
-    layers = cost.summarise(fcn.build_model(fcn.PRESETS["smoke"], 2), (1, 32, 32, 3))
+    layers = cost.summarise(fcn.build(fcn.PRESETS["smoke"], 2).model, (1, 32, 32, 3))
     assert int(first["parameters"]) == sum(layer.num_params for layer in layers)
     assert int(first["flops"]) == sum(layer.flops for layer in layers)
 
@@ -246,9 +261,9 @@ def test_nothing_finished_is_still_a_table(tmp_path):
 
 
 def test_the_score_without_crf_is_shown_where_there_is_one(tmp_path):
-    refined = tables.Result(
-        0, {"mean_iou": 0.5, "mean_iou_before_crf": 0.475}, {}, 1.0, 1.0, tmp_path
-    )
+    scores = (Score("mean_iou", 0.5), Score("before", 0.475, "Mean IoU without CRF"))
+    found = {score.name: score for score in scores}
+    refined = tables.Result(0, found, {}, "", 1.0, 1.0, tmp_path)
     rows = [tables.Row({"post": "none"}, ["c"], [], []), tables.Row({"post": "crf"}, ["c"], [], [])]
     tables.write(tmp_path, "t", [], rows[:1])
     assert "CRF" not in (tmp_path / "table.md").read_text()

@@ -14,13 +14,14 @@ import optax
 import pytest
 from jax import lax
 
-from dense_jax import losses
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.transforms import Normalise
 from dense_jax.errors import UserError
+from dense_jax.infer.whole_image import whole_image
 from dense_jax.layers.conv import Conv
-from dense_jax.tasks import prediction, semantic
-from dense_jax.tasks.semantic import cross_entropy_loss
+from dense_jax.objectives import pixels
+from dense_jax.tasks import training
+from dense_jax.tasks.semantic import pixel_loss
 from dense_jax.train import config as config_lib
 from dense_jax.train import loop, schedules, step
 from dense_jax.train.checkpoint import Checkpoints, read_variables
@@ -93,14 +94,14 @@ def predict(params, images) -> jax.Array:
 
 
 def make_step(config):
-    return step.train_step(*cross_entropy_loss(Tiny(), config), ema_decay=config.ema_decay)
+    return step.train_step(pixel_loss(config.loss_norm), ema_decay=config.ema_decay)
 
 
 def run_steps(config, num_devices, num_steps=5):
     """Final state and losses on the first ``num_devices`` virtual devices."""
     devices = jax.devices()[:num_devices]
-    parts = cross_entropy_loss(Tiny(), config)
-    train_step = step.train_step(*parts, ema_decay=config.ema_decay, devices=devices)
+    loss = pixel_loss(config.loss_norm)
+    train_step = step.train_step(loss, ema_decay=config.ema_decay, devices=devices)
     state, values = step.replicate(make_state(config), devices), []
     for number in range(num_steps):
         batch = step.shard(make_batch(number), config.accumulate, devices)
@@ -135,7 +136,7 @@ def test_mean_of_device_means_would_be_another_loss():
     batch, config = make_batch(0), RunConfig()
     state = make_state(config)
     logits = predict(state.params, batch["images"])
-    pixel_loss = losses.softmax_cross_entropy(logits, jnp.asarray(batch["labels"]))
+    pixel_loss = pixels.softmax_cross_entropy(logits, jnp.asarray(batch["labels"]))
     count = np.sum(batch["labels"] != 255, axis=(1, 2))
     whole = float(jnp.sum(pixel_loss)) / count.sum()
     halves = [float(jnp.sum(pixel_loss[i : i + 4])) / count[i : i + 4].sum() for i in (0, 4)]
@@ -241,7 +242,10 @@ def evaluate(state, step):
 
 def fit(config, **kwargs):
     pathlib.Path(config.workdir).mkdir(exist_ok=True)
-    return loop.fit(make_state(config), make_step(config), FakeBatches(**kwargs), config, evaluate)
+    batches, rate = FakeBatches(**kwargs), schedules.build_schedule(config)
+    return loop.fit(
+        make_state(config), make_step(config), batches, config, evaluate, "mean_iou", rate
+    )
 
 
 def test_a_resumed_run_ends_with_the_same_bits(config, tmp_path):
@@ -264,10 +268,10 @@ def test_a_run_is_not_shortened(config):
 
 def test_last_and_best_are_kept(config):
     fit(config)
-    with Checkpoints(config.workdir) as checkpoints:
+    with Checkpoints(config.workdir, "mean_iou") as checkpoints:
         assert (checkpoints.latest_step, checkpoints.best_step) == (7, 3)
     averaged: Any
-    averaged, at = read_variables(config.workdir, "best")
+    averaged, at = read_variables(config.workdir, "best", "mean_iou")
     assert at == 3
     assert set(averaged["params"]) == {"conv1", "score"}
 
@@ -275,7 +279,7 @@ def test_last_and_best_are_kept(config):
 def test_a_run_that_starts_from_another_averages_from_there(config):
     trained: Any = fit(config)
     fresh = make_state(dataclasses.replace(config, seed=1))
-    state = semantic._initialise_from(f"run:{config.workdir}", fresh, fresh.tx, "caffe")
+    state = training._initialise_from(f"run:{config.workdir}", fresh, fresh.tx, "caffe")
     chex.assert_trees_all_equal(state.params, trained.ema_params)
     chex.assert_trees_all_equal(state.ema_params, state.params)
     make_step(config)(step.replicate(state), step.shard(make_batch(0), 1))  # owns its arrays
@@ -288,8 +292,8 @@ def test_a_network_sees_images_at_its_scale():
 
     images = jnp.zeros((1, 8, 6, 3))
     for scale, height in ((1.0, 8), (0.5, 4), (0.01, 1)):
-        logits = prediction.whole_image(Height(), scale)({}, images, jnp.array([[8, 6]]))
-        chex.assert_trees_all_close(logits, jnp.full(images.shape, height, jnp.float32))
+        outputs = whole_image(Height(), scale)({}, images, jnp.array([[8, 6]]))
+        chex.assert_trees_all_close(outputs["logits"], jnp.full(images.shape, height, jnp.float32))
 
 
 class Normalised(nn.Module):
@@ -310,7 +314,7 @@ def test_posthoc_statistics_are_those_of_the_training_split(config, tmp_path):
     source: Any = [{"image": p, "label": label, "name": str(i)} for i, p in enumerate(pixels)]
     config = dataclasses.replace(config, batch_size=4)
     state = TrainState.init(Normalised(), optax.sgd(0.1), (4, 4, 3))
-    refresh = semantic.posthoc_statistics(Normalised(), source, [Normalise("caffe")], config)
+    refresh = training.posthoc_statistics(Normalised(), source, [Normalise("caffe")], config)
     first, second = (refresh(s) for s in (state, refresh(state)))
     chex.assert_trees_all_equal(first.model_state, second.model_state)  # of the parameters alone
     found = first.model_state["batch_stats"]["bn"]
@@ -354,11 +358,12 @@ def test_a_checkpoint_of_another_network_is_refused(config):
 
 
 def test_settings_that_changed_are_named():
-    old = RunConfig(seed=0).to_json()
-    config_lib.check_resumable(old, RunConfig(seed=0, num_steps=9, log_every=3).to_json(), "w")
-    config_lib.check_resumable(json.loads(json.dumps(old)), old, "w")
+    old = RunConfig(seed=0)
+    config_lib.check_resumable(old, RunConfig(seed=0, num_steps=9, log_every=3), "w")
+    from_file = config_lib.from_json(RunConfig, json.loads(json.dumps(old.to_json())))
+    config_lib.check_resumable(from_file, old, "w")
     with pytest.raises(UserError, match="--seed was 0 and is now 1"):
-        config_lib.check_resumable(old, RunConfig(seed=1).to_json(), "w")
+        config_lib.check_resumable(old, RunConfig(seed=1), "w")
 
 
 def test_config_survives_json():

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dense_jax import report
 from dense_jax.data.datasets import shapes
+from dense_jax.evaluation import report, uncertainty
+from dense_jax.evaluation.record import Record
 from dense_jax.infer.monte_carlo import MonteCarlo
-from dense_jax.tasks import uncertainty
+from dense_jax.train.config import RunConfig
 
 
 def noisy(variables, images, sizes, key):
@@ -27,20 +28,21 @@ def test_monte_carlo_is_the_mean_and_variance_of_its_samples():
         [[noisy(variables, x[None], sizes, key)[0] for x in images] for key in keys], np.float64
     )
     samples = np.exp(samples) / np.exp(samples).sum(-1, keepdims=True)
-    found = jax.jit(predict.with_variance)(variables, images, sizes)
-    np.testing.assert_allclose(np.exp(found[..., :-1]), samples.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(found[..., -1], samples.var(0).mean(-1), rtol=1e-4)
+    found = jax.jit(predict)(variables, images, sizes)
+    np.testing.assert_allclose(np.exp(found["logits"]), samples.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(found["variance"], samples.var(0).mean(-1), rtol=1e-4)
     # An image alone gives what it gives in a batch.
     alone = predict(variables, images[1:2], sizes[1:2])
-    np.testing.assert_allclose(alone, found[1:2, ..., :-1], rtol=1e-4)
-    one = MonteCarlo(noisy, num_samples=1).with_variance(variables, images, sizes)
-    assert not np.any(one[..., -1])
+    np.testing.assert_allclose(alone["logits"], found["logits"][1:2], rtol=1e-4)
+    one = MonteCarlo(noisy, num_samples=1)(variables, images, sizes)
+    assert not np.any(one["variance"])
 
 
 def test_monte_carlo_stays_finite_without_any_probability():
     images = jnp.array([[[[1e4, 0.0]]]])
     predict = MonteCarlo(noisy, num_samples=2)
-    assert np.all(np.isfinite(predict({"scale": jnp.float32(0)}, images, jnp.zeros((1, 2)))))
+    outputs = predict({"scale": jnp.float32(0)}, images, jnp.zeros((1, 2)))
+    assert np.all(np.isfinite(outputs["logits"]))
 
 
 def test_bands_sort_pixels_by_confidence():
@@ -48,22 +50,33 @@ def test_bands_sort_pixels_by_confidence():
     variance = rng.permutation(1000).astype(np.float32)
     bands = uncertainty.band_accuracies(variance, variance < 250)
     np.testing.assert_allclose(bands, [1, 1, 0.5, *[0] * 7])
-    lines = uncertainty.table(bands).splitlines()
+    lines = uncertainty.markdown(bands).splitlines()
     assert lines[4] == "| 20-30 % | 50.00 | 83.33 |"
     assert len(lines) == 12
     assert np.isnan(uncertainty.band_accuracies(variance[:3], variance[:3] < 2)[-1])
 
 
+class Unsure:
+    """Labels every pixel right, and doubts the lower ones more."""
+
+    config = RunConfig(normalisation="none", eval_batch_size=4)
+
+    def predict(self, variables, images, sizes):
+        del variables, sizes
+        colours = jnp.array(shapes.CLASSES.colours, jnp.float32).reshape(1, 1, 1, 6, 3)
+        logits = -jnp.sum((images[:, :, :, None] - colours) ** 2, axis=-1)
+        rows = jnp.arange(images.shape[1], dtype=jnp.float32).reshape(1, -1, 1)
+        return {"logits": logits, "variance": jnp.broadcast_to(rows / 1000, images.shape[:3])}
+
+
 def test_report_shows_the_bands_and_the_pictures(tmp_path):
-    spec = shapes.ShapesSpec(size=(24, 20), num_val=2)
-    source, classes = shapes.load(None, size=spec.size, num_val=2).splits["val"], shapes.CLASSES
-    pictures = {i: (source[i]["label"], np.full(spec.size, 0.1, np.float32)) for i in range(2)}
-    bands = np.array([*np.linspace(1, 0.2, 9), np.nan])
-    found = uncertainty.Uncertainty({"variance_right": 0.1}, bands, 960, pictures)
-    found.write(tmp_path, source, classes)
-    config = {"script": "experiments.segnet", "config": {}, "classes": classes.to_json()}
+    dataset = shapes.load(None, size=(24, 20), num_train=1, num_val=2, num_test=1)
+    found = uncertainty.measure(Unsure(), {}, dataset, "val")
+    assert [score.name for score in found.scores][2:] == ["variance_right", "variance_wrong"]
+    Record("mean_iou", [found], {"images_scored": 2, "split": "val"}).write(tmp_path, 1)
+    config = {"script": "experiments.segnet", "config": {}, "classes": dataset.classes.to_json()}
     (tmp_path / "config.json").write_text(json.dumps(config))
     page = report.write_report(tmp_path).read_text()
     assert "Uncertainty" in page
-    assert "<td>80-90 %</td><td>20.0 %</td>" in page
+    assert "<td>80-90 %</td><td>" in page
     assert page.count("data:image/png;base64") == 2

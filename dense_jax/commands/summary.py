@@ -30,5 +30,5 @@ def run(
     if min(size) < 1:
         raise UserError(f"--size {size[0]} {size[1]}: give at least 1 1")
     chosen = network(run, script, preset, flags, num_classes)
-    shape = (1, *size, num_channels(chosen.config.normalisation))
+    shape = (1, *size, num_channels(chosen.task.config.normalisation))
     print(cost.format_table(cost.summarise(chosen.task.model, shape)))

@@ -37,13 +37,15 @@ def read(path: pathlib.Path, num_classes: int) -> dict[str, tuple[np.ndarray, np
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}): write {_FORM}") from error
     try:
-        names = {}
+        names = None
         if isinstance(entries, Mapping):
             names = {image["id"]: image["file_name"] for image in entries["images"]}
             entries = entries["annotations"]
-        found: dict[str, list[tuple[list[float], int]]] = {name: [] for name in names.values()}
+        found: dict[str, list[tuple[list[float], int]]] = {
+            name: [] for name in (names or {}).values()
+        }
         for entry in entries:
-            name = names[entry["image_id"]] if names else entry["file_name"]
+            name = entry["file_name"] if names is None else names[entry["image_id"]]
             found.setdefault(name, []).append(_box(entry, num_classes, path))
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: an entry has no {error}: write {_FORM}") from error

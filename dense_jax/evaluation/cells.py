@@ -93,7 +93,9 @@ def training_pictures(
     """Draws training images, their objects, the ridges between them and the weights of pixels.
 
     Args:
-      task, variables, split: not looked at.
+      task: not looked at.
+      variables: nor these.
+      split: nor this.
       dataset: its training split is drawn.
       transforms: of training; of these, what separates and what weighs is shown, on whole images.
     """

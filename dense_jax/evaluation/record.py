@@ -198,7 +198,7 @@ def _upgrade(record: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     table = {
         "title": "Classes",
         "columns": [{"title": title, "unit": unit} for title, unit in columns],
-        "rows": [[row["name"], row["iou"], row["accuracy"]] for row in record["per_class"]],
+        "rows": [[row["name"], row["iou"], row.get("accuracy")] for row in record["per_class"]],
         "log": "iou",
         "note": "",
     }
@@ -210,7 +210,7 @@ def _upgrade(record: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
             "parts": ["image", "label", "prediction", "errors red, void white"],
         }
         for kind in ("worst", "best")
-        for image in record["images"]
+        for image in record.get("images", ())
         if image["kind"] == kind
     ]
     told = {picture["file"] for picture in pictures}

@@ -1,7 +1,7 @@
 """One HTML page for a run: curves, then the scores, tables and pictures of its record.
 
-It shows what it is given and knows no task. The page is a single file. Pictures and curves are inlined and nothing is fetched or scripted, so
-it opens offline, can be mailed, and prints.
+It shows what it is given and knows no task. The page is a single file. Pictures and curves are
+inlined and nothing is fetched or scripted, so it opens offline, can be mailed, and prints.
 """
 
 import base64

@@ -54,6 +54,13 @@ class Labels:
     probabilities: np.ndarray
     classes: ClassTable
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for maps of another size or number of classes."""
+        expected = (*self.image.shape[:2], self.classes.num_classes)
+        if self.probabilities.shape != expected or self.labels.shape != expected[:2]:
+            shapes = self.labels.shape, self.probabilities.shape
+            raise ValueError(f"labels and probabilities {shapes} are not of {expected}")
+
     def overlay(self) -> np.ndarray:
         """Returns the image tinted by its labels, uint8 [H, W, 3]."""
         return viz.overlay(self.image, self.labels, self.classes.palette())

@@ -120,7 +120,9 @@ def in_two_parts(
       front: the first part; its output is "final".
       finish: (variables, scores of all tiles, height and width, sizes) -> logits.
       refine: (variables, logits, images, sizes) -> logits, such as a learned CRF.
-      tile, context, stride: see `overlap_tile`.
+      tile: see `overlap_tile`.
+      context: likewise.
+      stride: likewise.
     """
     scores = overlap_tile(
         front, tile=tile, context=context, grid=stride, output="final", stride=stride

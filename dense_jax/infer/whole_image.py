@@ -10,10 +10,10 @@ from flax import linen as nn
 from dense_jax.ops.resize import rescaled, resize_bilinear
 
 Variables = dict[str, Any]
-# (variables, images [B, H, W, C], sizes int32 [B, 2]) -> outputs by name, "logits" [B, H, W, classes]
-# among them. Images are normalised; sizes are their heights and widths before the padding that made
-# the images of a batch equally large. Variables are those of the network, or a tuple of those of
-# several.
+# (variables, images [B, H, W, C], sizes int32 [B, 2]) -> outputs by name, among them "logits"
+# [B, H, W, classes]. Images are normalised; sizes are their heights and widths before the padding
+# that made the images of a batch equally large. Variables are those of the network, or a tuple of
+# those of several.
 PredictFn = Callable[[Any, jax.Array, jax.Array], dict[str, jax.Array]]
 
 ONE_PASS = "none: one pass, no flips, no scales"

@@ -286,9 +286,9 @@ class BoxHypercolumns(nn.Module):
         height, width = vgg.image_size(images)
         if boxes is None or categories is None:
             whole = jnp.array([0, 0, width, height], jnp.float32).reshape(1, 1, 4)
-            boxes = jnp.broadcast_to(whole, (len(images), 1, 4))
-            categories = jnp.zeros((len(images), 1), jnp.int32)
-        if boxes.shape != (len(images), *categories.shape[1:], 4):
+            boxes = jnp.broadcast_to(whole, (images.shape[0], 1, 4))
+            categories = jnp.zeros((images.shape[0], 1), jnp.int32)
+        if boxes.shape != (images.shape[0], *categories.shape[1:], 4):
             raise ValueError(
                 f"Expected boxes [B, N, 4] and categories [B, N] of images {images.shape}, "
                 f"received {boxes.shape} and {categories.shape}."

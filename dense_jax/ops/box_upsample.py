@@ -50,7 +50,7 @@ def box_upsample(maps: jax.Array, boxes: jax.Array, size: Pair) -> jax.Array:
     Raises:
       ValueError: the shapes are others.
     """
-    if maps.ndim != 4 or boxes.shape != (len(maps), *boxes.shape[1:2], 4):
+    if maps.ndim != 4 or boxes.shape != (maps.shape[0], *boxes.shape[1:2], 4):
         raise ValueError(
             f"Expected maps [B, H, W, C] and boxes [B, N, 4], received {maps.shape}, {boxes.shape}."
         )

@@ -106,10 +106,13 @@ _NOTE = (
 )
 
 
+def _class_score(rows: Sequence[Row]) -> str:
+    return next((r.class_score for row in rows for r in row.results if r.class_score), "score")
+
+
 def _class_note(rows: Sequence[Row]) -> str:
-    titles = _names([r.class_score] for row in rows for r in row.results)
-    title = titles[0] if titles else "score"
-    return f"Per class: {title} in percent of the first row, then differences to it in points."
+    score = _class_score(rows)
+    return f"Per class: {score} in percent of the first row, then differences to it in points."
 
 
 def _main_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -197,13 +200,14 @@ def _csv(rows: Sequence[Row]) -> str:
     names = list(_scores(rows))
     classes = _names(r.classes for row in rows for r in row.results)
     first = {name: mean_and_spread(rows[0].class_scores(name))[0] for name in classes}
+    kind = _class_score(rows).lower().replace(" ", "_")
     table = [
         [
             *rows[0].settings,
             *("runs_finished", "runs"),
             *(f"{name}_{kind}" for name in names for kind in ("mean", "sd")),
             *("parameters", "flops", "train_seconds", "images_per_second"),
-            *(f"{kind}/{name}" for name in classes for kind in ("iou", "iou_difference")),
+            *(f"{kind}{end}/{name}" for name in classes for end in ("", "_difference")),
             "commands",
         ]
     ]

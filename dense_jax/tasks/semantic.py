@@ -105,18 +105,7 @@ class Semantic(Task):
     def loss(self, dataset: Dataset) -> LossFn:
         """Returns the weighted cross-entropy of each of the loss terms."""
         weights = self.class_weights(dataset)
-
-        def loss_fn(apply: Callable[..., Any], batch: Batch, rng: jax.Array) -> Losses:
-            del rng
-            return pixels.cross_entropy(
-                apply(batch["images"]),
-                batch,
-                norm=self.config.loss_norm,
-                terms=self.loss_terms,
-                class_weights=weights,
-            )
-
-        return loss_fn
+        return pixel_loss(self.config.loss_norm, self.loss_terms, weights)
 
     def predict(
         self, variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
@@ -162,6 +151,23 @@ class Semantic(Task):
             )
 
         return evaluate
+
+
+def pixel_loss(
+    norm: pixels.LossNorm,
+    terms: Sequence[LossTerm] = (LossTerm(),),
+    class_weights: np.ndarray | None = None,
+) -> LossFn:
+    """Returns the softmax losses of a network of images; see `pixels.cross_entropy`."""
+
+    def loss_fn(apply: Callable[..., Any], batch: Batch, rng: jax.Array) -> Losses:
+        del rng
+        outputs = apply(batch["images"])
+        return pixels.cross_entropy(
+            outputs, batch, norm=norm, terms=terms, class_weights=class_weights
+        )
+
+    return loss_fn
 
 
 def check_sides(check: Callable[[int], None], sides: Sequence[int], flag: str) -> None:

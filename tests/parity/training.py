@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from benchmarks import train_step as benchmark
 from benchmarks import twins
-from dense_jax.losses import LossTerm
+from dense_jax.objectives.pixels import LossTerm
 from dense_jax.tasks import import_weights, semantic
 from dense_jax.train import step as steps
 from dense_jax.train.config import RunConfig
@@ -124,8 +124,8 @@ def ours(run: Run, dtype: Any = np.float64) -> tuple[list[float], Any]:
             ema_params=None,
             seed=jnp.uint32(0),
         )
-        loss_fn, denominator_fn = semantic.cross_entropy_loss(model, config, terms=[term])
-        step = steps.train_step(loss_fn, denominator_fn, devices=devices)
+        loss = semantic.pixel_loss(config.loss_norm, [term])
+        step = steps.train_step(loss, devices=devices)
         state, losses = steps.replicate(state, devices), []
         for images, labels in batches(run, dtype):
             batch = {"images": images, "labels": labels, "valid": np.ones(run.batch, bool)}
