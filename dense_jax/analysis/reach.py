@@ -83,6 +83,7 @@ _CALLS = {  # Primitives that call a program, and the parameter that holds it.
     "custom_vjp_call": "call_jaxpr",
     "jit": "jaxpr",
     "pjit": "jaxpr",
+    "remat2": "jaxpr",  # JAX 0.11's name of "checkpoint".
 }
 
 
@@ -152,19 +153,31 @@ class _Walk:
         return outputs
 
     def _scan(self, eqn: core.JaxprEqn, inputs: list[Value], scope: str) -> list[Value]:
-        """Unrolls a loop of known length."""
-        body, first = eqn.params["jaxpr"], eqn.params["num_consts"]
-        last = first + eqn.params["num_carry"]
+        """Unrolls a loop of known length.
+
+        Its inputs are constants, then the carry, then stacks of which a step gets one item; its
+        outputs are the carry, then stacks. Parameters that count them differ between JAX releases.
+        """
+        body = eqn.params["jaxpr"]
+        num_carry = len(eqn.outvars) - _num_stacks(eqn.outvars, body.jaxpr.outvars)
+        last = len(inputs) - _num_stacks(eqn.invars, body.jaxpr.invars)
+        first = last - num_carry
         carry, stacks = inputs[first:last], inputs[last:]
         steps: list[list[Value]] = []
         for step in range(eqn.params["length"])[:: -1 if eqn.params["reverse"] else 1]:
             slices = [_item(stack, step) for stack in stacks]
             found = self.run(body.jaxpr, body.consts, [*inputs[:first], *carry, *slices], scope)
-            carry = found[: last - first]
-            steps.append(found[last - first :])
+            carry = found[:num_carry]
+            steps.append(found[num_carry:])
         if eqn.params["reverse"]:
             steps.reverse()
         return [*carry, *(_stack(items) for items in zip(*steps, strict=True))]
+
+
+def _num_stacks(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """Counts the variables that have one more axis outside of a loop than inside."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(rules.shape_of(a)) > len(rules.shape_of(b)) for a, b in pairs)
 
 
 def _is_inexact(variable) -> bool:
