@@ -26,7 +26,7 @@ HOMES = {
     "tensorflow_datasets": {"data"},
     "grain": {"data"},
     "orbax": {"train"},
-    "optax": {"train", "tests"},
+    "optax": {"train", "analysis", "tests"},  # analysis trains the decoders that it compares
 }
 FILES = sorted(
     p

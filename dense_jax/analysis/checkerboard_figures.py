@@ -1,14 +1,19 @@
 """Pictures of checkerboards: overlap of kernels, gradients of strided layers, measured levels."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
+from PIL import Image
 
+from dense_jax import viz
 from dense_jax.analysis import checkerboard
+from dense_jax.analysis.decoders import Outputs
 from dense_jax.analysis.drawing import Drawing, mix
 
 _EDGE, _BLANK, _GREY = 24, "#ffffff", "#64748b"
+_MEASURES = ("untrained_constant", "trained_constant", "trained_smooth")
 
 
 def overlaps() -> Drawing:
@@ -111,6 +116,51 @@ def levels(rows: dict[str, list[tuple[float, ...]]], names: tuple[str, ...]) -> 
         for (line, colour), run in itertools.product(enumerate(colours), runs):
             dot(left + wide * (run[line] - low) / (high - low), y + 8 + 16 * line, colour)
     return d
+
+
+def decoders(rows: Sequence[dict]) -> Drawing:
+    """Plots the levels of trained decoders.
+
+    Args:
+      rows: "upsample" and what `decoders.measure` returns, for each way and seed.
+    """
+    runs: dict[str, list[tuple[float, ...]]] = {row["upsample"]: [] for row in rows}
+    for row in rows:
+        runs[row["upsample"]].append(tuple(row[measure] for measure in _MEASURES))
+    return levels(runs, tuple(" input, ".join(reversed(m.split("_"))) for m in _MEASURES))
+
+
+def outputs(columns: Sequence[tuple[str, Outputs]]) -> Image.Image:
+    """Draws outputs of decoders, one column each under its name.
+
+    Constant inputs before training at full contrast, after training at 16 times the contrast, and
+    a picture after training.
+    """
+    rows = (
+        [_enlarged(output.before, None) for _, output in columns],
+        [_enlarged(output.after, 16) for _, output in columns],
+        [_enlarged(output.picture, 1) for _, output in columns],
+    )
+    sheet = viz.contact_sheet(list(itertools.chain(*rows)), columns=len(columns))
+    heading = Drawing(sheet.shape[1], 28, "")
+    for column, (name, _) in enumerate(columns):
+        heading.text((column + 0.5) * sheet.shape[1] / len(columns), 14, name, size=15)
+    return Image.fromarray(np.concatenate([heading.picture(1), sheet])).quantize(256)
+
+
+def _enlarged(y: jax.Array, contrast: float | None) -> np.ndarray:
+    """Returns the middle 48 x 48 pixels of the first picture, each 4 x 4, as uint8 [192, 192, 3].
+
+    Contrast 1 shows the picture as it is. Other values show the difference from its mean, times
+    the contrast; None scales the difference to the full range.
+    """
+    edge = (np.shape(y)[1] - 48) // 2
+    y = checkerboard.interior(y, edge)[0]
+    if contrast != 1:
+        y = y - y.mean((0, 1))
+        y = y * (contrast or 0.5 / max(float(np.abs(y).max()), 1e-3))  # not the rounding
+    pixels = np.clip((y + 0.5) * 255, 0, 255).astype(np.uint8)
+    return pixels.repeat(4, axis=0).repeat(4, axis=1)
 
 
 def _runs(mask: np.ndarray) -> Iterator[tuple[int, int, int]]:

@@ -5,6 +5,7 @@ another share one SVG element, which keeps a figure of a thousand cells at a few
 """
 
 import itertools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 from xml.sax.saxutils import escape
@@ -115,6 +116,11 @@ class Drawing:
             else:
                 _paint_polygon(draw, shape, fine)
         return np.asarray(image.resize(size, Image.Resampling.BOX))
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes PATH.svg and PATH.png."""
+        path.with_suffix(".svg").write_text(self.svg())
+        Image.fromarray(self.picture()).save(path.with_suffix(".png"))
 
 
 def _number(value: float) -> str:

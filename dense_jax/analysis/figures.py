@@ -8,10 +8,12 @@ Reference: Dumoulin, Visin, "A guide to convolution arithmetic for deep learning
 """
 
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from dense_jax.analysis import arithmetic, checkerboard_figures
 from dense_jax.analysis.arithmetic import INSERTED, PADDING, RELATIONSHIPS, Layer
@@ -383,4 +385,17 @@ def animation(name: str, scale: int = 1) -> list[np.ndarray]:
     return [_show_windows(title, number, layer, unit).picture(scale) for unit in outputs]
 
 
+def _save_animation(name: str, path: pathlib.Path) -> None:
+    first, *others = map(Image.fromarray, animation(name))
+    first.save(path, save_all=True, append_images=others, duration=700, loop=0)
+
+
 ANIMATIONS = tuple(_WINDOWS)
+
+
+def save(folder: pathlib.Path, *, animate: bool = False) -> None:
+    """Writes every figure as SVG and PNG, and those with a window as GIF too if asked to."""
+    for name, build in FIGURES.items():
+        build().save(folder / name)
+    for name in ANIMATIONS if animate else ():
+        _save_animation(name, folder / f"{name}.gif")
