@@ -424,7 +424,7 @@ def test_whole_images_and_unknown_operations():
     assert found.field("number").rows.size is None
     assert found.fields["above"] == found.fields["behind"] == "cumsum"
     assert "switch" not in found.fields  # No gradient passes.
-    with pytest.raises(UserError, match="'behind' sees is not known, for it comes from 'cumsum'"):
+    with pytest.raises(UserError, match="'behind' is unknown, because the operation 'cumsum'"):
         found.field("behind")
     with pytest.raises(UserError, match="no map 'logits': it has local, whole"):
         found.field("logits")

@@ -17,10 +17,10 @@ _COLUMNS = {
 
 
 def sizes() -> str:
-    """Returns the fifteen relationships and the number of layers whose output size they give.
+    """Returns the fifteen relationships, each with the number of layers that confirm it.
 
     Raises:
-      ValueError: one of them does not hold.
+      ValueError: a relationship does not hold for a layer.
     """
     lines = ["| # | case | formula | layers checked |", "|---|---|---|---|"]
     for row in arithmetic.RELATIONSHIPS:
@@ -35,7 +35,7 @@ def decoders(rows: Sequence[dict]) -> str:
     """Returns the mean and standard deviation over seeds for each way of upsampling.
 
     Args:
-      rows: "upsample" and what `decoders.measure` returns, for each way and seed.
+      rows: for each run, "upsample" and the values that `decoders.measure` returns.
     """
     lines = ["| upsample | parameters | " + " | ".join(_COLUMNS.values()) + " |", "|---" * 8 + "|"]
     for kind in dict.fromkeys(row["upsample"] for row in rows):
@@ -50,7 +50,7 @@ def decoders(rows: Sequence[dict]) -> str:
 
 
 def gradients(num_seeds: int) -> str:
-    """Returns the levels of the pattern in input gradients; see `checkerboard.gradient_levels`."""
+    """Returns the checkerboard levels of input gradients (`checkerboard.gradient_levels`)."""
     lines = ["| layer | random | ones |", "|---|---|---|"]
     for name, (random, ones) in checkerboard.gradient_levels(num_seeds).items():
         lines.append(f"| {name} | {random:.1f} | {'' if ones is None else f'{ones:.1f}'} |")

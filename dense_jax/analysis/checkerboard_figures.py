@@ -1,4 +1,4 @@
-"""Pictures of checkerboards: overlap of kernels, gradients of strided layers, measured levels."""
+"""Figures of checkerboards: overlap of kernels, gradients of strided layers, measured levels."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ _MEASURES = ("untrained_constant", "trained_constant", "trained_smooth")
 
 
 def overlaps() -> Drawing:
-    """Draws the copies on each pixel, for kernels of 2 to 6 taps and strides 2 to 4."""
+    """Draws the number of copies on each pixel, for kernels of 2 to 6 taps and strides 2 to 4."""
     kernels, strides, cell, box, name = range(2, 7), (2, 3, 4), 8, 152, "Overlap of kernels"
     d = Drawing(_EDGE + 40 + len(kernels) * box, 110 + len(strides) * (box + 12), name)
     title = "Copies of a k x k kernel on each output pixel, at stride s"
@@ -83,11 +83,13 @@ def backward() -> Drawing:
 
 
 def levels(rows: dict[str, list[tuple[float, ...]]], names: tuple[str, ...]) -> Drawing:
-    """Plots levels in decibels, a line of dots for each key and name; right is more pattern.
+    """Plots levels in decibels, with a line of dots for each key and name.
+
+    Dots further to the right show a stronger pattern.
 
     Args:
-      rows: for each key the levels of every run, one for each name.
-      names: what is measured; at most four.
+      rows: for each key the levels of every run, with one level for each name.
+      names: names of the measures, at most four.
     """
     low, high, left, wide, top = checkerboard.FLOOR, 0, 190, 580, 124
     colours = ("#94a3b8", "#d97706", "#2563eb", "#16a34a")[: len(names)]
@@ -122,7 +124,7 @@ def decoders(rows: Sequence[dict]) -> Drawing:
     """Plots the levels of trained decoders.
 
     Args:
-      rows: "upsample" and what `decoders.measure` returns, for each way and seed.
+      rows: for each run, "upsample" and the values that `decoders.measure` returns.
     """
     runs: dict[str, list[tuple[float, ...]]] = {row["upsample"]: [] for row in rows}
     for row in rows:
@@ -131,10 +133,10 @@ def decoders(rows: Sequence[dict]) -> Drawing:
 
 
 def outputs(columns: Sequence[tuple[str, Outputs]]) -> Image.Image:
-    """Draws outputs of decoders, one column each under its name.
+    """Draws the outputs of each decoder in a column under its name.
 
-    Constant inputs before training at full contrast, after training at 16 times the contrast, and
-    a picture after training.
+    The rows show a constant input before training at full contrast, a constant input after training
+    at 16 times the contrast, and a picture after training.
     """
     rows = (
         [_enlarged(output.before, None) for _, output in columns],
@@ -149,22 +151,22 @@ def outputs(columns: Sequence[tuple[str, Outputs]]) -> Image.Image:
 
 
 def _enlarged(y: jax.Array, contrast: float | None) -> np.ndarray:
-    """Returns the middle 48 x 48 pixels of the first picture, each 4 x 4, as uint8 [192, 192, 3].
+    """Returns the middle 48 x 48 pixels of the first image, enlarged to uint8 [192, 192, 3].
 
-    Contrast 1 shows the picture as it is. Other values show the difference from its mean, times
-    the contrast; None scales the difference to the full range.
+    A contrast of 1 shows the image unchanged. Other values show its difference from the mean, times
+    the contrast. None scales the difference to the full range.
     """
     edge = (np.shape(y)[1] - 48) // 2
     y = checkerboard.interior(y, edge)[0]
     if contrast != 1:
         y = y - y.mean((0, 1))
-        y = y * (contrast or 0.5 / max(float(np.abs(y).max()), 1e-3))  # not the rounding
+        y = y * (contrast or 0.5 / max(float(np.abs(y).max()), 1e-3))  # no rounding errors
     pixels = np.clip((y + 0.5) * 255, 0, 255).astype(np.uint8)
     return pixels.repeat(4, axis=0).repeat(4, axis=1)
 
 
 def _runs(mask: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Yields (row, first column, column after the last) of each run of True."""
+    """Yields (row, first column, column after the last) for each run of True."""
     for row, line in enumerate(mask):
         edges = np.flatnonzero(np.diff(line.astype(int), prepend=0, append=0))
         for start, stop in edges.reshape(-1, 2):

@@ -1,4 +1,4 @@
-"""Files that a comparison of decoders leaves: a record, tables, a plot and pictures."""
+"""Files that a comparison of decoders writes: a record, tables, a plot and pictures."""
 
 import json
 import pathlib
@@ -22,11 +22,11 @@ def write(
     Args:
       folder: where to write.
       config: options of the comparison, for the record.
-      rows: "upsample", "seed" and what `decoders.measure` returns, for each decoder.
+      rows: for each run, "upsample", "seed" and the values that `decoders.measure` returns.
       columns: names and outputs of the decoders to show.
 
     Returns:
-      The tables, as in checkerboard.md. That of gradients has as many random kernels as `rows`
+      The tables in checkerboard.md. The table of gradients uses as many random kernels as `rows`
       has seeds.
     """
     record = {"config": config, "jax": jax.__version__, "rows": rows}

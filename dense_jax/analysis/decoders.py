@@ -1,7 +1,4 @@
-"""Small decoders that enlarge pictures: how they are trained, and what is measured of each.
-
-`checkerboard.Decoder` says what a decoder is; two of them differ only in how they upsample.
-"""
+"""Training and measurement of small decoders that enlarge pictures (`checkerboard.Decoder`)."""
 
 import functools
 from collections.abc import Sequence
@@ -41,10 +38,10 @@ class Outputs(NamedTuple):
 
 
 def pictures(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images around zero, reduced and in full size.
+    """Returns images with values between -0.5 and 0.5, at reduced and at full size.
 
     Args:
-      images: uint8 [H, W, 3] each, all of one size, multiples of FACTOR.
+      images: uint8 [H, W, 3] each. All have the same size, a multiple of FACTOR.
 
     Returns:
       float32 [N, H / FACTOR, W / FACTOR, 3] (means over FACTOR x FACTOR pixels) and [N, H, W, 3].
@@ -55,7 +52,7 @@ def pictures(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return large.reshape(blocks).mean((2, 4)), large
 
 
-# Compiled once for each model, not for each seed.
+# These functions are compiled once for each model, not for each seed.
 @functools.partial(jax.jit, static_argnums=0)
 def _init(model: Decoder, key: jax.Array, x: jax.Array) -> Any:
     return model.init(key, x)
@@ -93,12 +90,12 @@ def train(
 
     Args:
       model: the decoder.
-      optimizer: pass the same object for every seed, since each one compiles its own step.
+      optimizer: the optimiser. A new object compiles the step again, so share one between seeds.
       small: pictures [N, h, w, 3].
       large: the same pictures [N, FACTOR h, FACTOR w, 3].
-      seed: of the initial variables and of the order of the pictures.
-      num_steps: training steps.
-      batch_size: pictures in a step.
+      seed: seed of the initial variables and of the order of the pictures.
+      num_steps: number of training steps.
+      batch_size: number of pictures in a step.
     """
     first = _init(model, jax.random.key(seed), small[:1])
     rng, variables, state = np.random.default_rng(seed), first, optimizer.init(first)
@@ -109,11 +106,16 @@ def train(
 
 
 def measure(decoder: Trained, small: np.ndarray, large: np.ndarray) -> dict[str, float]:
-    """Measures a decoder on `checkerboard.probes` and on pictures that it was not trained on.
+    """Measures a decoder on `checkerboard.probes` and on validation pictures.
+
+    Args:
+      decoder: the decoder.
+      small: pictures [N, h, w, 3] that were not used for training.
+      large: the same pictures [N, FACTOR h, FACTOR w, 3].
 
     Returns:
-      "parameters", their number; "untrained_NAME" and "trained_NAME" for each NAME of
-      `checkerboard.measure`; and "psnr" of the enlarged pictures in decibels.
+      "parameters" is the number of parameters. "untrained_NAME" and "trained_NAME" are the values
+      NAME of `checkerboard.measure`. "psnr" is that of the enlarged pictures, in decibels.
     """
     model, before, after = decoder
     row: dict[str, float] = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(before))}
