@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from dense_jax.analysis import arithmetic, figures
+from dense_jax.analysis import arithmetic, arithmetic_tables, figures
 from dense_jax.analysis.arithmetic import INSERTED, PADDING, RELATIONSHIPS, Layer
 from dense_jax.analysis.drawing import Drawing, mix
 from dense_jax.layers.conv import conv
 from dense_jax.models.vgg import Grid
-from experiments import conv_arithmetic
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -269,6 +269,20 @@ def test_animation_shows_every_output():
     assert all(np.any(frame != frames[0]) for frame in frames[1:])
 
 
+def test_figures_are_saved_as_svg_png_and_gif(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", {"wiring": figures.FIGURES["wiring"]})
+    monkeypatch.setattr(figures, "ANIMATIONS", ("transposed_full",))
+    figures.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"wiring.svg", "wiring.png"}
+    figures.save(tmp_path, animate=True)
+    with Image.open(tmp_path / "transposed_full.gif") as gif:
+        assert getattr(gif, "n_frames", 1) == 9
+    drawing = figures.FIGURES["wiring"]()
+    assert (tmp_path / "wiring.svg").read_text() == drawing.svg()
+    with Image.open(tmp_path / "wiring.png") as png:
+        np.testing.assert_array_equal(np.asarray(png), drawing.picture())
+
+
 def test_drawing_writes_the_same_shapes_as_svg_and_pixels():
     drawing = Drawing(40, 30, "a < b")
     drawing.rectangle(10, 5, 20, 10, fill="#ff0000")
@@ -287,6 +301,6 @@ def test_drawing_writes_the_same_shapes_as_svg_and_pixels():
 
 
 def test_sizes_table_has_every_relationship():
-    table = conv_arithmetic.sizes_table()
+    table = arithmetic_tables.sizes()
     assert all(f"| {row.number} | {row.case} |" in table for row in RELATIONSHIPS)
     assert table in (ROOT / "docs" / "conv_arithmetic.md").read_text()

@@ -156,9 +156,21 @@ def test_components_take_the_place_of_missing_instances():
     assert "instances" in SeparateTouching()({"label": label})
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
 def test_any_integers_number_objects(dtype):
-    instances = blobs(12, 12, 4, 0).astype(dtype)
-    example = {"label": (instances > 0).astype(np.uint8), "instances": instances}
-    weights = BorderWeights()(SeparateTouching()(example))["weights"]
-    assert np.isfinite(weights).all()
+    reference = blobs(12, 12, 4, 0)
+    label = (reference > 0).astype(np.uint8)
+    instances = reference.astype(dtype)
+    np.testing.assert_array_equal(touching_ridge(instances), touching_ridge(reference))
+    np.testing.assert_array_equal(two_nearest(instances, 9), two_nearest(reference, 9))
+    np.testing.assert_array_equal(class_balance(label.astype(dtype)), class_balance(label))
+    separated, expected = (
+        SeparateTouching()({"label": label, "instances": numbers})
+        for numbers in (instances, reference)
+    )
+    assert separated["instances"].dtype == dtype
+    np.testing.assert_array_equal(separated["instances"], expected["instances"])
+    np.testing.assert_array_equal(separated["label"], expected["label"])
+    np.testing.assert_array_equal(
+        BorderWeights()(separated)["weights"], BorderWeights()(expected)["weights"]
+    )

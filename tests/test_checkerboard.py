@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dense_jax.analysis import checkerboard
+from dense_jax.analysis import checkerboard, decoders
 from dense_jax.analysis.checkerboard_figures import levels
 from dense_jax.errors import UserError
 from dense_jax.layers.upsample import Kind, Upsample2x, depth_to_space
@@ -190,9 +190,17 @@ def test_plot_has_a_dot_for_each_level():
     assert all(f">{word}</text>" in svg for word in ("a", "b", "one", "two", "-20 dB"))
 
 
+def test_pictures_are_reduced_by_means():
+    images = np.random.default_rng(0).integers(256, size=(2, 8, 12, 3), dtype=np.uint8)
+    small, large = decoders.pictures(list(images))
+    chex.assert_shape((small, large), [(2, 2, 3, 3), (2, 8, 12, 3)])
+    np.testing.assert_allclose(large, images / 255 - 0.5, atol=1e-6)
+    np.testing.assert_allclose(small[1, 1, 2], large[1, 4:8, 8:].mean((0, 1)), atol=1e-6)
+
+
 def test_comparison_leaves_table_plot_and_pictures(tmp_path, capsys):
     config = dataclasses.replace(
-        conv_arithmetic.COMMANDS["smoke"],
+        conv_arithmetic.COMMANDS["smoke"][1],
         workdir=str(tmp_path / "new" / "folder"),
         figures=False,
         upsample=("deconv_k3s2", "resize_nearest_conv"),

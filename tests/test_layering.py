@@ -34,7 +34,7 @@ HOMES = {
     "tensorflow_datasets": {"data"},
     "grain": {"data"},
     "orbax": {"train"},
-    "optax": {"train", "tasks"},
+    "optax": {"train", "tasks", "analysis"},  # analysis trains the decoders that it compares
 }
 FILES = sorted(
     p

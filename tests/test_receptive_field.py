@@ -424,7 +424,7 @@ def test_whole_images_and_unknown_operations():
     assert found.field("number").rows.size is None
     assert found.fields["above"] == found.fields["behind"] == "cumsum"
     assert "switch" not in found.fields  # No gradient passes.
-    with pytest.raises(UserError, match="'behind' sees is not known, for it comes from 'cumsum'"):
+    with pytest.raises(UserError, match="'behind' is unknown, because the operation 'cumsum'"):
         found.field("behind")
     with pytest.raises(UserError, match="no map 'logits': it has local, whole"):
         found.field("logits")
@@ -446,6 +446,31 @@ def test_a_loop_is_walked_through():
     assert found.field("out").rows == rf.Axis(7, 1, 3, True)
     assert found.field("edge").rows == rf.Axis(5, 1, 2, True)
     assert found.field("edge").columns.size == 1
+
+
+def test_a_loop_reads_its_constants_and_may_run_backwards():
+    class Loop(nn.Module):
+        def __call__(self, images, *, train):
+            def shift(x, scale):
+                moved = jnp.pad(x[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
+                return moved, scale * (moved + images)  # A constant of the loop is the image.
+
+            x, items = jax.lax.scan(shift, images, jnp.arange(1.0, 4.0), reverse=True)
+            return {"out": x, "last": items[0], "first": items[-1]}
+
+    model = Loop()
+    assert rf.box(model, (40, 40), (5, 5), output="out") == rf.Box(8, 5, 8, 5)
+    assert rf.box(model, (40, 40), (5, 5), output="last") == rf.Box(5, 5, 8, 5)
+    assert rf.box(model, (40, 40), (5, 5), output="first") == rf.Box(5, 5, 6, 5)
+
+
+def test_a_checkpoint_is_walked_through():
+    class Checkpoint(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            return {"out": nn.remat(Conv)(1, 3)(jax.checkpoint(lambda x: x[:, 1:-1])(images))}
+
+    assert rf.analyse(Checkpoint()).field("out").rows == rf.Axis(3, 1, 1, True)
 
 
 def test_a_network_that_takes_no_such_image():

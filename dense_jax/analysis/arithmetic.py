@@ -1,11 +1,10 @@
-"""Convolution arithmetic, read off the library's own layers.
+"""Convolution arithmetic, computed with the library's own layers.
 
-`RELATIONSHIPS` holds the guide's fifteen formulas of output sizes beside the layers they speak of.
-Everything else is what `conv`, `up_conv` and `max_pool` answer to unit images: which input pixel
-reaches which output pixel through which tap (`wiring`), the dense matrix (`matrix`), the copies of
-the kernel that an up-convolution places (`copies`) and how many of them lie on each pixel
-(`overlap`). Nothing is drawn or counted by hand, so a figure made from it cannot be wrong about
-the layer.
+`RELATIONSHIPS` lists the guide's fifteen formulas for output sizes and the layers they apply to.
+All other functions run `conv`, `up_conv` and `max_pool` on unit images. `wiring` shows which input
+pixel reaches which output pixel through which tap. `matrix` returns the dense matrix. `copies`
+returns the copies of the kernel that an up-convolution places, and `overlap` counts them on each
+pixel. No value is entered by hand, so figures made from them always agree with the layers.
 
 Reference: Dumoulin, Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285.
 """
@@ -23,7 +22,7 @@ import numpy as np
 from dense_jax.layers.conv import conv, up_conv
 from dense_jax.ops.pool import max_pool
 
-PADDING, INSERTED = -1, -2  # What `laid_out` says of cells that hold no pixel.
+PADDING, INSERTED = -1, -2  # Values of `laid_out` for cells without a pixel.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,13 +30,13 @@ class Layer:
     """A square layer: convolution, up-convolution or max pooling.
 
     Attributes:
-      size: input pixels along an axis (i; of an up-convolution i').
+      size: input pixels along an axis (i, or i' for an up-convolution).
       kernel: taps along an axis (k).
-      stride, padding, dilation: s, p and d; for an up-convolution those of the convolution whose
+      stride, padding, dilation: s, p and d. An up-convolution has those of the convolution whose
         transpose it is.
-      remainder: rows and columns added at the bottom and right of an up-convolution (a; torch's
-        output_padding).
-      kind: which of the library's functions it is.
+      remainder: rows and columns added at the bottom and right of an up-convolution (a, called
+        output_padding in torch).
+      kind: the library function that computes the layer.
     """
 
     size: int
@@ -56,7 +55,7 @@ class Layer:
     def __call__(self, x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
         """Runs the layer on [B, i, i, C] with [k, k, C, F]; returns [B, o, o, F].
 
-        Max pooling looks at the size of the kernel only.
+        Max pooling uses only the size of the kernel.
         """
         return np.asarray(self._run(jnp.asarray(x), jnp.asarray(kernel)))
 
@@ -65,9 +64,9 @@ class Layer:
         return self(x[None, :, :, None], kernel[:, :, None, None])[0, :, :, 0]
 
     @property
-    @functools.cache  # noqa: B019 (a layer is a handful of numbers, and equal layers share it)
+    @functools.cache  # noqa: B019 (layers are small, and equal layers share an entry)
     def output_size(self) -> int:
-        """The output size o, asked of the layer and not of a formula."""
+        """The output size o, computed by the layer and not by a formula."""
         arguments = (
             jax.ShapeDtypeStruct((1, self.size, self.size, 1), jnp.float32),
             jax.ShapeDtypeStruct((self.kernel, self.kernel, 1, 1), jnp.float32),
@@ -85,15 +84,15 @@ class Layer:
 
 
 class Relationship(NamedTuple):
-    """One row of the guide's arithmetic.
+    """One relationship of the guide between input size and output size.
 
     Attributes:
-      number: 1 to 15, the guide's order.
-      case: what it is about.
-      formula: as text.
-      kind: the layers that it speaks of.
-      holds_for: whether it speaks of such a layer.
-      size: the output size that it gives.
+      number: 1 to 15, in the guide's order.
+      case: description of the layers.
+      formula: the formula as text.
+      kind: kind of the layers.
+      holds_for: whether the relationship applies to a layer of this kind.
+      size: returns the output size that the formula gives.
     """
 
     number: int
@@ -218,10 +217,10 @@ RELATIONSHIPS = tuple(
 
 
 def layers(relationship: Relationship, largest: int) -> Iterator[Layer]:
-    """Yields every layer up to `largest` input pixels of which a relationship speaks.
+    """Yields every layer up to `largest` input pixels to which a relationship applies.
 
-    Kernels have up to 4 taps, strides go to 3, dilations (of the last row) to 3, and remainders
-    are below the stride. Left out are layers without any output.
+    Kernels have up to 4 taps, and strides go up to 3. Dilations go up to 3 in the last relationship
+    and are 1 in all others. Remainders are below the stride. Layers without output are skipped.
     """
     dilations = (1, 2, 3) if relationship.number == len(RELATIONSHIPS) else (1,)
     for size, k, s, d in itertools.product(
@@ -244,15 +243,15 @@ def layers(relationship: Relationship, largest: int) -> Iterator[Layer]:
 
 
 def units(size: int) -> np.ndarray:
-    """Returns float32 [size^2, size, size, 1]: for each pixel the image in which it alone is 1."""
+    """Returns float32 [size^2, size, size, 1]: for each pixel an image that is 1 only there."""
     return np.eye(size * size, dtype=np.float32).reshape(-1, size, size, 1)
 
 
 def wiring(layer: Layer) -> np.ndarray:
     """Returns bool [o, o, i, i, k, k]: which input pixel reaches which output through which tap.
 
-    The unit images go through a filter bank in which each filter is one tap. Max pooling has no
-    taps to tell apart: [o, o, i, i, 1, 1] says which pixels a window holds.
+    The unit images pass through a filter bank in which each filter has one tap. Max pooling has no
+    separate taps: [o, o, i, i, 1, 1] shows which pixels a window contains.
     """
     k = 1 if layer.kind == "max_pool" else layer.kernel
     bank = np.eye(k * k, dtype=np.float32).reshape(k, k, 1, k * k)
@@ -264,32 +263,38 @@ def wiring(layer: Layer) -> np.ndarray:
 
 
 def matrix(layer: Layer, kernel: np.ndarray) -> np.ndarray:
-    """Returns [o^2, i^2]: W with layer(x) = W x for images read row by row; kernel is [k, k]."""
+    """Returns the matrix W [o^2, i^2] with layer(x) = W x, for images flattened row by row.
+
+    The kernel is [k, k].
+    """
     answers = layer(units(layer.size), kernel[:, :, None, None])
     return answers.reshape(layer.size**2, -1).T
 
 
 def copies(layer: Layer, x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Returns [i, i, o, o]: what each pixel of x [i, i] alone adds to the output."""
+    """Returns [i, i, o, o]: what each pixel of x [i, i] adds to the output."""
     answers = layer(units(layer.size) * x.reshape(-1, 1, 1, 1), kernel[:, :, None, None])
     return answers.reshape(layer.size, layer.size, *answers.shape[1:3])
 
 
 def overlap(layer: Layer) -> np.ndarray:
-    """Returns int [o, o]: ones under a kernel of ones, the number of taps on each output pixel."""
+    """Returns int [o, o]: the number of taps that reach each output pixel.
+
+    The layer maps an image of ones with a kernel of ones.
+    """
     ones = np.ones((layer.size, layer.size), np.float32)
     return layer.image(ones, np.ones((layer.kernel, layer.kernel), np.float32)).astype(int)
 
 
 def laid_out(layer: Layer) -> np.ndarray:
-    """Returns int [n, n]: the input as a convolution without padding sees it.
+    """Returns int [n, n]: the input with explicit padding and inserted zeros.
 
-    A cell holds a pixel's number (row i + column), PADDING, or INSERTED: one of the s - 1 zeros
-    that a fractional stride puts between pixels. With `direct`, the same sums appear as windows
-    that slide over these cells; an up-convolution slides with stride 1.
+    A cell holds the index of a pixel (row i + column), PADDING or INSERTED. INSERTED marks the
+    s - 1 zeros that a fractional stride puts between pixels. `direct` computes the layer's output
+    from windows that slide over these cells. For an up-convolution these windows have stride 1.
 
     Raises:
-      ValueError: for max pooling, whose padding is not zero.
+      ValueError: the layer is max pooling, whose padding is not zero.
     """
     if layer.kind == "max_pool":
         raise ValueError("max pooling pads with minus infinity; it has no direct form")
@@ -311,9 +316,10 @@ def laid_out(layer: Layer) -> np.ndarray:
 
 
 def direct(layer: Layer) -> Layer:
-    """Returns the convolution without padding over `laid_out` cells that equals the layer.
+    """Returns the convolution without padding that equals the layer on its `laid_out` cells.
 
-    For an up-convolution its kernel is the layer's turned by 180 degrees (both axes flipped).
+    For an up-convolution, its kernel is the layer's kernel rotated by 180 degrees (both axes
+    flipped).
     """
     stride = 1 if layer.kind == "up_conv" else layer.stride
     size = len(laid_out(layer))

@@ -1,9 +1,9 @@
-"""Checkerboard artefacts: where copies of a kernel pile up, and how much of it an image shows.
+"""Checkerboard artefacts: where copies of a kernel overlap, and how strongly an image shows it.
 
-`overlap_map` counts the copies; `energy_share` measures the pattern in any image by its spectrum:
-what an s-fold upsampling leaves behind repeats every s pixels, so that its energy lies around the
-multiples of 1/s cycles per pixel, where smooth images have next to none. The same measure reads
-the gradients of strided convolutions and of max pooling, which make such patterns backwards.
+`overlap_map` counts the copies. `energy_share` measures the pattern in any image by its spectrum.
+An s-fold upsampling leaves a pattern that repeats every s pixels. Its energy lies near the
+multiples of 1/s cycles per pixel, where smooth images have almost none. The same measure applies
+to the input gradients of strided convolutions and of max pooling, which have such patterns too.
 
 Reference: Odena, Dumoulin, Olah, "Deconvolution and checkerboard artifacts", Distill 2016,
 doi:10.23915/distill.00003.
@@ -22,13 +22,13 @@ from dense_jax.layers.conv import Conv, conv
 from dense_jax.layers.upsample import Kind, Upsample2x
 from dense_jax.ops.pool import max_pool
 
-FLOOR = -100.0  # Decibels below which float32 arithmetic measures its own rounding.
+FLOOR = -100.0  # In decibels. Lower values would measure the rounding of float32.
 
 
 def overlap_map(kernel: int, stride: int, size: int) -> np.ndarray:
     """Returns int [o, o], o = stride (size - 1) + kernel: copies of a kernel on each output pixel.
 
-    Ones through the library's up-convolution with a kernel of ones.
+    The library's up-convolution maps an image of ones with a kernel of ones.
     """
     layer = arithmetic.Layer(size=size, kernel=kernel, stride=stride, kind="up_conv")
     return arithmetic.overlap(layer)
@@ -44,22 +44,22 @@ def inner_counts(kernel: int, stride: int) -> np.ndarray:
 def energy_share(images: np.ndarray, period: int = 2, band: float = 1 / 16) -> np.ndarray:
     """Returns [B]: share of each image's energy that repeats with `period`, between 0 and 1.
 
-    The energy |F|^2 of all channels, mean included, within `band` of the frequencies
-    (a, b) / period cycles per pixel, a and b not both multiples of the period, over that at all
-    frequencies.
-    A Hann window keeps the jump between opposite edges, which is not in the image, out of it.
+    The numerator is the energy |F|^2 within `band` of the frequencies (a, b) / period cycles per
+    pixel, where a and b are not both multiples of the period. The denominator is the energy at all
+    frequencies, including the mean. Both sum over channels. A Hann window suppresses the jump
+    between opposite edges, which is not part of the image.
 
     Args:
-      images: [B, H, W, C], at least 2 / band pixels high and wide for the lines to be told apart.
-      period: of the pattern in pixels; the stride of the upsampling.
-      band: half width in cycles per pixel, for patterns that fade in and out over the image.
+      images: [B, H, W, C]. Height and width are at least 2 / band pixels, to resolve the bands.
+      period: period of the pattern in pixels, which is the stride of the upsampling.
+      band: half width in cycles per pixel, for patterns whose strength varies over the image.
     """
     images = np.asarray(images, np.float64)
     near = []
     for axis, length in ((1, images.shape[1]), (2, images.shape[2])):
         window = np.sin(np.pi * (np.arange(length) + 0.5) / length) ** 2
         images = images * np.expand_dims(window, [a for a in range(4) if a != axis])
-        frequency = np.fft.fftfreq(length) * period  # a pattern of this period has whole numbers
+        frequency = np.fft.fftfreq(length) * period  # whole numbers for a pattern of this period
         near.append(np.abs(frequency - np.rint(frequency)) <= band * period)
         near[-1] = np.where(near[-1], np.rint(frequency) % period, -1)
     energy = np.sum(np.abs(np.fft.fft2(images, axes=(1, 2))) ** 2, axis=3)
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
     """A small decoder: 3x3 convolution, `num_doublings` x (upsample, ReLU), 3x3 convolution.
 
     Attributes:
-      upsample: how each step doubles the size.
+      upsample: the layer that doubles the size in each step.
       width: channels between the layers.
       num_doublings: number of upsampling steps.
       features: output channels.
@@ -98,14 +98,15 @@ class Decoder(nn.Module):
 
 
 def interior(images: jax.typing.ArrayLike, margin: int) -> np.ndarray:
-    """Returns [B, H, W, C] without `margin` pixels on each side, where zero padding is seen."""
+    """Returns [B, H, W, C] without the `margin` pixels on each side that zero padding affects."""
     return np.asarray(images)[:, margin:-margin, margin:-margin]
 
 
 def probes(size: int = 24) -> dict[str, np.ndarray]:
     """Returns inputs without detail, float32 [8, size, size, 3] between -1 and 1.
 
-    "constant" holds eight colours, "smooth" sums of waves of 8 pixels or longer.
+    "constant" has eight images of one colour each. "smooth" has sums of waves whose wavelengths are
+    at least 8 pixels.
     """
     rng = np.random.default_rng(0)
     constant = np.broadcast_to(rng.uniform(-0.5, 0.5, (8, 1, 1, 3)), (8, size, size, 3))
@@ -120,15 +121,16 @@ def probes(size: int = 24) -> dict[str, np.ndarray]:
 
 
 def measure(decode: Callable[[np.ndarray], jax.Array], factor: int = 4) -> dict[str, float]:
-    """Measures the pattern that a decoder makes of `probes`.
+    """Measures the pattern in the outputs of a decoder for `probes`.
 
     Args:
-      decode: maps [B, H, W, 3] to [B, factor H, factor W, C]; what it pads may reach 16 pixels.
-      factor: of the enlargement, the longest period of its pattern.
+      decode: maps [B, H, W, 3] to [B, factor H, factor W, C]. Its padding may affect up to 16
+        pixels along the edges.
+      factor: enlargement factor, which is the longest period of the pattern.
 
     Returns:
-      "constant" and "smooth": level in decibels (`energy_share`, mean over the probes), and
-      "ripple": standard deviation of the output on constant input, in levels of 255.
+      "constant" and "smooth": level in decibels, from the mean `energy_share` over the probes.
+      "ripple": standard deviation of the output for constant inputs, in levels of 255.
     """
     outputs = {name: interior(decode(x), 16) for name, x in probes().items()}
     result = {n: float(decibels(energy_share(y, factor).mean())) for n, y in outputs.items()}
@@ -142,11 +144,11 @@ def gradient_map(
     """Returns [1, i, i, 1]: the gradient of the sum of a layer's outputs with respect to its input.
 
     Args:
-      kind: the layer; a convolution of one channel, or max pooling of a random image.
-      kernel: its taps along an axis.
-      stride: its stride; there is no padding.
+      kind: a convolution of one channel, or max pooling of a random image.
+      kernel: taps along an axis.
+      stride: stride of the layer, which has no padding.
       size: input pixels along an axis.
-      seed: of a normally distributed kernel or image; None takes a kernel of ones.
+      seed: seed of a normally distributed kernel or image. None: a kernel of ones.
     """
     rng = np.random.default_rng(seed)
     taps = np.ones((kernel, kernel)) if seed is None else rng.normal(size=(kernel, kernel))
@@ -162,11 +164,12 @@ def gradient_map(
 
 
 def gradient_levels(num_seeds: int) -> dict[str, tuple[float, float | None]]:
-    """Measures the pattern in input gradients of layers of stride 2.
+    """Measures the pattern in input gradients of layers with stride 2.
 
     Returns:
-      For each layer the level in decibels for random kernels (or, of pooling, random images), mean
-      share over `num_seeds` of them, and that for a kernel of ones, which pooling has not.
+      For each layer two levels in decibels. The first is the level of the mean share over
+      `num_seeds` random kernels, or random images for pooling. The second is the level for a kernel
+      of ones, or None for pooling.
     """
 
     def level(kind: Literal["conv", "max_pool"], kernel: int, seeds: Sequence[int | None]) -> float:

@@ -1,18 +1,23 @@
-"""Pictures of checkerboards: overlap of kernels, gradients of strided layers, measured levels."""
+"""Figures of checkerboards: overlap of kernels, gradients of strided layers, measured levels."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
+from PIL import Image
 
+from dense_jax import viz
 from dense_jax.analysis import checkerboard
+from dense_jax.analysis.decoders import Outputs
 from dense_jax.analysis.drawing import Drawing, mix
 
 _EDGE, _BLANK, _GREY = 24, "#ffffff", "#64748b"
+_MEASURES = ("untrained_constant", "trained_constant", "trained_smooth")
 
 
 def overlaps() -> Drawing:
-    """Draws the copies on each pixel, for kernels of 2 to 6 taps and strides 2 to 4."""
+    """Draws the number of copies on each pixel, for kernels of 2 to 6 taps and strides 2 to 4."""
     kernels, strides, cell, box, name = range(2, 7), (2, 3, 4), 8, 152, "Overlap of kernels"
     d = Drawing(_EDGE + 40 + len(kernels) * box, 110 + len(strides) * (box + 12), name)
     title = "Copies of a k x k kernel on each output pixel, at stride s"
@@ -78,11 +83,13 @@ def backward() -> Drawing:
 
 
 def levels(rows: dict[str, list[tuple[float, ...]]], names: tuple[str, ...]) -> Drawing:
-    """Plots levels in decibels, a line of dots for each key and name; right is more pattern.
+    """Plots levels in decibels, with a line of dots for each key and name.
+
+    Dots further to the right show a stronger pattern.
 
     Args:
-      rows: for each key the levels of every run, one for each name.
-      names: what is measured; at most four.
+      rows: for each key the levels of every run, with one level for each name.
+      names: names of the measures, at most four.
     """
     low, high, left, wide, top = checkerboard.FLOOR, 0, 190, 580, 124
     colours = ("#94a3b8", "#d97706", "#2563eb", "#16a34a")[: len(names)]
@@ -113,8 +120,53 @@ def levels(rows: dict[str, list[tuple[float, ...]]], names: tuple[str, ...]) -> 
     return d
 
 
+def decoders(rows: Sequence[dict]) -> Drawing:
+    """Plots the levels of trained decoders.
+
+    Args:
+      rows: for each run, "upsample" and the values that `decoders.measure` returns.
+    """
+    runs: dict[str, list[tuple[float, ...]]] = {row["upsample"]: [] for row in rows}
+    for row in rows:
+        runs[row["upsample"]].append(tuple(row[measure] for measure in _MEASURES))
+    return levels(runs, tuple(" input, ".join(reversed(m.split("_"))) for m in _MEASURES))
+
+
+def outputs(columns: Sequence[tuple[str, Outputs]]) -> Image.Image:
+    """Draws the outputs of each decoder in a column under its name.
+
+    The rows show a constant input before training at full contrast, a constant input after training
+    at 16 times the contrast, and a picture after training.
+    """
+    rows = (
+        [_enlarged(output.before, None) for _, output in columns],
+        [_enlarged(output.after, 16) for _, output in columns],
+        [_enlarged(output.picture, 1) for _, output in columns],
+    )
+    sheet = viz.contact_sheet(list(itertools.chain(*rows)), columns=len(columns))
+    heading = Drawing(sheet.shape[1], 28, "")
+    for column, (name, _) in enumerate(columns):
+        heading.text((column + 0.5) * sheet.shape[1] / len(columns), 14, name, size=15)
+    return Image.fromarray(np.concatenate([heading.picture(1), sheet])).quantize(256)
+
+
+def _enlarged(y: jax.Array, contrast: float | None) -> np.ndarray:
+    """Returns the middle 48 x 48 pixels of the first image, enlarged to uint8 [192, 192, 3].
+
+    A contrast of 1 shows the image unchanged. Other values show its difference from the mean, times
+    the contrast. None scales the difference to the full range.
+    """
+    edge = (np.shape(y)[1] - 48) // 2
+    y = checkerboard.interior(y, edge)[0]
+    if contrast != 1:
+        y = y - y.mean((0, 1))
+        y = y * (contrast or 0.5 / max(float(np.abs(y).max()), 1e-3))  # no rounding errors
+    pixels = np.clip((y + 0.5) * 255, 0, 255).astype(np.uint8)
+    return pixels.repeat(4, axis=0).repeat(4, axis=1)
+
+
 def _runs(mask: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Yields (row, first column, column after the last) of each run of True."""
+    """Yields (row, first column, column after the last) for each run of True."""
     for row, line in enumerate(mask):
         edges = np.flatnonzero(np.diff(line.astype(int), prepend=0, append=0))
         for start, stop in edges.reshape(-1, 2):

@@ -1,10 +1,10 @@
-"""What a network costs: parameters and arithmetic of each layer, without running it.
+"""The cost of a network: parameters and arithmetic of each layer, without running it.
 
-Counting rule. One multiplication and one addition are two operations (FLOPs). Counted are
-convolutions and matrix products as the traced program holds them, taps that fall on padding
-included, for one forward pass. An up-convolution counts each input value once per kernel tap of
-its group, however it is computed. Everything else (bias, ReLU, pooling, sums) is left out, as is
-usual: in VGG-16 it is below one percent.
+Counting rule: one multiplication and one addition are two operations (FLOPs). The count includes
+the convolutions and matrix products of the traced program for one forward pass, with the taps that
+fall on padding. An up-convolution counts each input value once for each kernel tap and output
+channel of its group, whatever its implementation. Everything else (bias, ReLU, pooling, sums) is
+not counted, as is usual. In VGG-16 it is less than one percent.
 """
 
 import functools
@@ -21,11 +21,11 @@ from jax.extend import core
 
 from dense_jax.layers.conv import UpConv
 
-_MARK = "layer:"  # Opens the scope name by which an operation tells its layer.
+_MARK = "layer:"  # Prefix of the scope name that identifies an operation's layer.
 
 
 class Row(NamedTuple):
-    """One layer: path of names, shape of its output, number of parameters and of operations."""
+    """One layer: path of its names, output shape, number of parameters, number of operations."""
 
     name: str
     shape: tuple[int, ...] | None
@@ -53,14 +53,14 @@ _FLOPS = {"conv_general_dilated": _conv_flops, "dot_general": _dot_flops}
 
 
 def _walk(jaxpr: core.Jaxpr, scope: str = "", times: int = 1) -> Iterator[tuple[str, int]]:
-    """Yields (scope, operations) of each counted equation, those of inner programs included."""
+    """Yields (scope, operations) for each counted equation, including those of inner programs."""
     for eqn in jaxpr.eqns:
         inside = f"{scope}/{eqn.source_info.name_stack}"
         if eqn.primitive.name in _FLOPS:
             yield inside, times * _FLOPS[eqn.primitive.name](eqn)
         repeats = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         programs = list(core.jaxprs_in_params(eqn.params))
-        if eqn.primitive.name == "cond":  # forms for other platforms; the last is the plain one
+        if eqn.primitive.name == "cond":  # one branch for each platform; the last is the default
             programs = programs[-1:]
         for inner in programs:
             yield from _walk(inner, inside, times * repeats)
@@ -73,11 +73,11 @@ def _up_conv_flops(layer: UpConv, x: jax.Array) -> int:
 
 
 def summarise(model: nn.Module, image_shape: tuple[int, int, int, int]) -> list[Row]:
-    """Returns one row per layer that holds parameters or does counted work, in order of use.
+    """Returns one row for each layer that has parameters or counted operations, in order of use.
 
     Args:
       model: a network, called as `model(images, train=False)`.
-      image_shape: [B, H, W, C]; nothing of this size is computed or allocated.
+      image_shape: [B, H, W, C]. The network is only traced; no array of this size is allocated.
     """
     shapes: dict[str, tuple[int, ...] | None] = {}
     up_conv_flops = Counter[str]()
@@ -114,7 +114,7 @@ def summarise(model: nn.Module, image_shape: tuple[int, int, int, int]) -> list[
 
 
 def format_table(rows: list[Row]) -> str:
-    """Returns the rows as text: a header, one line per layer and the sums."""
+    """Returns the rows as text: a header, one line per layer, and the totals."""
     total = Row("total", None, sum(r.num_params for r in rows), sum(r.flops for r in rows))
     lines = [("layer", "output", "parameters", "GFLOPs")]
     for row in [*rows, total]:

@@ -1,10 +1,11 @@
-"""Plain drawings: one list of shapes, written as SVG or painted as pixels.
+"""Simple drawings: one list of shapes, written as SVG or rendered to pixels.
 
-Coordinates are pixels from the top left corner; colours are "#rrggbb". Like shapes that follow one
-another share one SVG element, which keeps a figure of a thousand cells at a few kilobytes.
+Coordinates are pixels from the top left corner. Colours are "#rrggbb". Consecutive shapes of the
+same style share one SVG element, so that a figure of a thousand cells needs only a few kilobytes.
 """
 
 import itertools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 from xml.sax.saxutils import escape
@@ -43,12 +44,12 @@ class _Text(NamedTuple):
 
 
 class Drawing:
-    """A white sheet on which shapes are put one over another.
+    """A white sheet with shapes, where later shapes cover earlier ones.
 
     Attributes:
-      width: pixels.
-      height: pixels.
-      title: what is drawn, for readers who cannot see it.
+      width: width in pixels.
+      height: height in pixels.
+      title: a description for readers who cannot see the drawing.
     """
 
     def __init__(self, width: float, height: float, title: str):
@@ -65,12 +66,12 @@ class Drawing:
         dashed: bool = False,
         opacity: float = 1.0,
     ) -> None:
-        """Adds a closed shape; two points are a line. `opacity` is that of the filling."""
+        """Adds a polygon, or a line if there are two points. `opacity` applies to the fill."""
         shape = _Polygon(tuple(points), fill, stroke, width, dashed, opacity)
         self._shapes.append(shape)
 
     def rectangle(self, x: float, y: float, width: float, height: float, **style) -> None:
-        """Adds a rectangle; the style is that of `polygon`, whose `width` is here `line`."""
+        """Adds a rectangle. Options are those of `polygon`, but the line width is named `line`."""
         style["width"] = style.pop("line", 1.0)
         right, bottom = x + width, y + height
         self.polygon([(x, y), (right, y), (right, bottom), (x, bottom)], **style)
@@ -86,11 +87,11 @@ class Drawing:
         anchor: Literal["start", "middle", "end"] = "middle",
         bold: bool = False,
     ) -> None:
-        """Adds a line of text whose middle lies at height y."""
+        """Adds a line of text that is vertically centred at y."""
         self._shapes.append(_Text((x, y), string, size, colour, anchor, bold))
 
     def svg(self) -> str:
-        """Returns the drawing as a document of its own, without scripts, links or fonts."""
+        """Returns the drawing as an SVG document without scripts, links or embedded fonts."""
         size = f'width="{self.width:g}" height="{self.height:g}"'
         lines = [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} '
@@ -105,7 +106,7 @@ class Drawing:
 
     def picture(self, scale: int = 2) -> np.ndarray:
         """Returns the drawing as uint8 RGB [scale height, scale width, 3]."""
-        fine = 2 * scale  # Pillow's lines have steps: painted twice as large, then reduced
+        fine = 2 * scale  # Pillow does not smooth lines, so draw twice as large, then reduce
         size = (round(self.width * scale), round(self.height * scale))
         image = Image.new("RGB", (2 * size[0], 2 * size[1]), "white")
         draw = ImageDraw.Draw(image, "RGBA")
@@ -115,6 +116,11 @@ class Drawing:
             else:
                 _paint_polygon(draw, shape, fine)
         return np.asarray(image.resize(size, Image.Resampling.BOX))
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes PATH.svg and PATH.png."""
+        path.with_suffix(".svg").write_text(self.svg())
+        Image.fromarray(self.picture()).save(path.with_suffix(".png"))
 
 
 def _number(value: float) -> str:
@@ -145,7 +151,7 @@ def _element(shapes: list) -> str:
 
 
 def _path(shape: _Polygon) -> str:
-    """Relative steps, of which those along an axis are short."""
+    """Returns SVG path data of relative steps; steps along an axis use the short commands."""
     x, y = shape.points[0]
     steps = [f"M{_number(x)} {_number(y)}"]
     for right, down in shape.points[1:]:
@@ -179,7 +185,7 @@ def _paint_polygon(draw: ImageDraw.ImageDraw, shape: _Polygon, scale: int) -> No
 
 
 def _dashes(start: Point, end: Point, scale: int) -> list[tuple[Point, Point]]:
-    """Cuts a line into pieces of 3 pixels with gaps of 2, as in SVG."""
+    """Splits a line into dashes of 3 pixels with gaps of 2, as in the SVG."""
     (x, y), (dx, dy) = start, (end[0] - start[0], end[1] - start[1])
     length = max(np.hypot(dx, dy), 1e-9)
     pieces = []
@@ -198,7 +204,7 @@ def _paint_text(draw: ImageDraw.ImageDraw, text: _Text, scale: int) -> None:
 
 
 def mix(low: str, high: str, share: float) -> str:
-    """Returns the colour that lies `share` (0 to 1) of the way from one to another."""
+    """Returns the colour between `low` and `high`, where share 0 gives `low` and 1 gives `high`."""
     pairs = zip(_rgb(low)[:3], _rgb(high)[:3], strict=True)
     return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
 
@@ -214,19 +220,19 @@ def grid(
     size: float | None = None,
     stroke: str = "#64748b",
 ) -> None:
-    """Draws a table [rows, columns] of numbers or strings; empty strings leave a cell blank.
+    """Draws a table of numbers or strings.
 
     Args:
-      drawing: where to.
+      drawing: the drawing to add it to.
       x: left edge.
       y: upper edge.
-      cells: what is written, numbers or strings.
-      side: of a cell in pixels.
-      colour: the filling of cell (row, column).
-      size: of the writing; None: fits the side.
+      cells: numbers or strings [rows, columns]. An empty string leaves its cell blank.
+      side: side of a cell in pixels.
+      colour: returns the fill colour of cell (row, column).
+      size: font size. None: it follows from the side.
       stroke: colour of the lines.
     """
-    places = sorted(np.ndindex(cells.shape), key=lambda at: colour(*at))  # like next to like
+    places = sorted(np.ndindex(cells.shape), key=lambda at: colour(*at))  # groups equal styles
     for row, column in places:
         left, top = x + column * side, y + row * side
         drawing.rectangle(left, top, side, side, fill=colour(row, column), stroke=stroke)

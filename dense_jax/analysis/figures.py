@@ -1,17 +1,19 @@
-"""The lecture's pictures of convolutions, drawn from what the library's layers compute.
+"""Lecture figures of convolutions, drawn from the results of the library's layers.
 
 Each entry of `FIGURES` makes one drawing. Sizes, positions of taps, inserted zeros, matrices,
-copies and every number in a cell come from `dense_jax.analysis.arithmetic`, hence from running the
-layer; this file decides only where on the sheet they stand and in which colour.
+copies and all numbers in cells come from `dense_jax.analysis.arithmetic`, which runs the layers.
+This file chooses only their positions and colours.
 
 Reference: Dumoulin, Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285.
 """
 
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from dense_jax.analysis import arithmetic, checkerboard_figures
 from dense_jax.analysis.arithmetic import INSERTED, PADDING, RELATIONSHIPS, Layer
@@ -25,13 +27,13 @@ IMAGE = np.array(
 KERNEL = np.array([[0, 1, 2], [2, 2, 0], [0, 1, 2]], np.float32)
 _COUNTING = np.arange(1, 10, dtype=np.float32).reshape(
     3, 3
-)  # A kernel whose weights tell its taps.
+)  # A kernel in which every tap has its own weight.
 
 _INPUT, _OUTPUT, _KERNEL = ("#dbeafe", "#7db4f5"), ("#d1fae5", "#4cc79a"), "#fde68a"
 _COUNT = ("#ffffff", "#f59e0b")
-_TAP = ("#fff1d0", "#fbbf5d")  # A window's cells.
+_TAP = ("#fff1d0", "#fbbf5d")  # Cells of a window.
 _ZERO, _BLANK, _FRAME, _BROWN, _GREY = "#eef1f5", "#ffffff", "#d97706", "#92400e", "#64748b"
-# Nine colours that stay apart on white and under black digits; the first four serve for copies.
+# Nine colours that differ clearly on white and below black digits. Copies use the first four.
 _HUES = (
     "#fca5a5",
     "#93c5fd",
@@ -47,7 +49,7 @@ _EDGE = 24
 
 
 class _View(NamedTuple):
-    """One position of one window: a layer, the output (row, column) it fills, words below."""
+    """One position of a window: a layer, its output unit (row, column), and a caption."""
 
     layer: Layer
     unit: tuple[int, int]
@@ -55,7 +57,7 @@ class _View(NamedTuple):
 
 
 def _image(size: int) -> np.ndarray:
-    """The guide's example where it fits, else small numbers of no meaning."""
+    """Returns the guide's example if it has this size, else arbitrary small numbers."""
     if size == len(IMAGE):
         return IMAGE
     row, column = np.ogrid[:size, :size]
@@ -63,7 +65,7 @@ def _image(size: int) -> np.ndarray:
 
 
 def _shades(values: np.ndarray, ends: tuple[str, str]) -> Callable[[int, int], str]:
-    """A colour for each cell: the larger the value, the nearer to the second end."""
+    """Returns a function of (row, column) that maps larger values closer to the second colour."""
     low, range_ = values.min(), max(np.ptp(values), 1)
     return lambda row, column: mix(*ends, float((values[row, column] - low) / range_))
 
@@ -73,7 +75,7 @@ def _draw_cells(
 ) -> np.ndarray:
     """Draws the input with its padding and inserted zeros; returns the values [n, n].
 
-    The cells of `taps`, rows (row, column, ...), are those of the window.
+    Each row of `taps` starts with the (row, column) of a cell in the window.
     """
     cells, image = arithmetic.laid_out(layer), _image(layer.size)
     values = np.where(cells >= 0, image.ravel()[np.maximum(cells, 0)], 0)
@@ -105,7 +107,7 @@ def _draw_view(d: Drawing, top: float, view: _View, side: float) -> None:
     row, column = view.unit
     cell = (out_x + column * side, out_y + row * side)
 
-    # Where each tap lies on the cells, the box around them, the beam from there to the output.
+    # The cell of each tap, the box around these cells, the beam from the box to the output.
     taps = np.argwhere(arithmetic.wiring(arithmetic.direct(layer))[view.unit])
     (first, last), (start, end) = (
         (origin + axis.min() * side, origin + (axis.max() + 1) * side)
@@ -130,7 +132,7 @@ def _draw_view(d: Drawing, top: float, view: _View, side: float) -> None:
     d.text(out_x + o * side / 2, out_y + o * side + 15, f"output {o} x {o}", colour=_GREY)
     turned = ", turned" if layer.kind == "up_conv" else ""
     d.text(k_x + 1.5 * side, k_y + 3 * side + 15, f"kernel{turned}", colour=_GREY)
-    is_pixel = arithmetic.laid_out(layer) >= 0  # sums leave out what is zero by construction
+    is_pixel = arithmetic.laid_out(layer) >= 0  # sums omit cells that are always zero
     on_pixels = [(r, c, a, b) for r, c, a, b in taps if is_pixel[r, c]]
     products = [f"{weights[a, b]:g}\u00b7{values[r, c]:g}" for r, c, a, b in on_pixels]
     total = " + ".join(products or ["0"]) + f" = {output[view.unit]:g}"
@@ -138,9 +140,9 @@ def _draw_view(d: Drawing, top: float, view: _View, side: float) -> None:
 
 
 def _windows(title: str, formula: str, views: Sequence[_View], side: float = 34) -> Drawing:
-    """A heading, then the views one below another."""
+    """Draws a heading and the views below it."""
     sizes = [(len(arithmetic.laid_out(v.layer)), v.layer.output_size) for v in views]
-    width = max(n + o for n, o in sizes) + 7  # with the gaps and a kernel of 3 x 3
+    width = max(n + o for n, o in sizes) + 7  # includes the gaps and a kernel of 3 x 3
     heights = [n * side + 58 for n, _ in sizes]
     d = Drawing(max(width * side + 2 * _EDGE, 560), 78 + sum(heights), title)
     d.text(_EDGE, 26, title, size=18, anchor="start", bold=True)
@@ -153,7 +155,7 @@ def _windows(title: str, formula: str, views: Sequence[_View], side: float = 34)
 
 
 def _symbols(layer: Layer, number: int) -> str:
-    """A relationship's formula, the layer's numbers, and the size that the layer really has."""
+    """Returns the formula of a relationship, the layer's options, and its computed output size."""
     row, mark = RELATIONSHIPS[number - 1], "'" if layer.kind == "up_conv" else ""
     if row.size(layer) != layer.output_size:
         raise ValueError(f"relationship {number} does not hold for {layer}")
@@ -191,7 +193,7 @@ def _dilations() -> Drawing:
 
 
 def _matrices() -> Drawing:
-    """W and its transpose between an image and its output, each read row by row."""
+    """Draws W and its transpose between an image and its output, both flattened row by row."""
     layer, up = Layer(size=4, kernel=3), Layer(size=2, kernel=3, kind="up_conv")
     w, x = arithmetic.matrix(layer, _COUNTING), _image(4).reshape(-1, 1)
     transposed, z = arithmetic.matrix(up, _COUNTING), _image(2).reshape(-1, 1)
@@ -205,7 +207,7 @@ def _matrices() -> Drawing:
     middle = top + 8 * side
 
     def table(x_at: float, cells: np.ndarray, ends: tuple[str, str] | None, name: str) -> float:
-        """Draws a table, centred in height; returns where its right edge is."""
+        """Draws a vertically centred table; returns the position of its right edge."""
         y_at = middle - len(cells) * side / 2
         if ends:
             grid(d, x_at, y_at, cells, side, _shades(cells, ends), size=11)
@@ -239,7 +241,7 @@ def _matrices() -> Drawing:
 
 
 def _copies() -> Drawing:
-    """An up-convolution as weighted copies of the kernel, placed and summed."""
+    """Draws an up-convolution as a sum of weighted copies of the kernel."""
     layer, x = (
         Layer(size=2, kernel=3, stride=2, kind="up_conv"),
         _COUNTING.ravel()[:4].reshape(2, 2),
@@ -300,7 +302,7 @@ def _copies() -> Drawing:
 
 
 def _wirings() -> Drawing:
-    """One axis of several layers: a line for each tap from input pixel to output pixel."""
+    """Draws one axis of several layers, with a line from input to output pixel for each tap."""
     conv, up = functools.partial(Layer, size=7), functools.partial(Layer, size=4, kind="up_conv")
     panels = [
         ("convolution, k = 3", conv(kernel=3, padding=1)),
@@ -347,7 +349,7 @@ def _up(size: int, **geometry: int) -> Layer:
     return Layer(size=size, kernel=3, kind="up_conv", **geometry)
 
 
-# Name: (title, number of the relationship, layer, outputs whose windows are shown).
+# Name: (title, number of the relationship, layer, output units whose windows are drawn).
 _WINDOWS: dict[str, tuple] = {
     "no_padding": ("No padding", 1, Layer(size=5, kernel=3), (0, 0), (1, 2)),
     "half_padding": ("Half padding keeps the size", 3, Layer(size=5, kernel=3, padding=1),
@@ -377,10 +379,28 @@ FIGURES: dict[str, Callable[[], Drawing]] = {
 
 
 def animation(name: str, scale: int = 1) -> list[np.ndarray]:
-    """Returns one picture for each output of a figure with a window, in reading order."""
+    """Returns one picture for each output unit of a figure with a window, in row-major order."""
     title, number, layer, *_ = _WINDOWS[name]
     outputs = np.ndindex(layer.output_size, layer.output_size)
     return [_show_windows(title, number, layer, unit).picture(scale) for unit in outputs]
 
 
+def _save_animation(name: str, path: pathlib.Path) -> None:
+    first, *others = map(Image.fromarray, animation(name))
+    first.save(path, save_all=True, append_images=others, duration=700, loop=0)
+
+
 ANIMATIONS = tuple(_WINDOWS)
+
+
+def save(folder: pathlib.Path, *, animate: bool = False) -> None:
+    """Writes every figure as SVG and PNG.
+
+    Args:
+      folder: where to write.
+      animate: also write a GIF of each figure with a window.
+    """
+    for name, build in FIGURES.items():
+        build().save(folder / name)
+    for name in ANIMATIONS if animate else ():
+        _save_animation(name, folder / f"{name}.gif")

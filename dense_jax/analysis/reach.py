@@ -1,20 +1,20 @@
-"""Which part of the image each value of a traced program sees.
+"""The part of the image that each value of a traced program depends on.
 
-`trace` walks a program (a jaxpr) with sets of pixels in place of numbers. An image-dependent value
-keeps, for each of its elements, the first and the last image row that it can change with, and the
-same for columns. Data movement moves these bounds, sums and maxima join them, convolutions and
-poolings join them over the window. What does not depend on the image is either known (sizes,
-indices, interpolation matrices: computed, but only when asked for) or free (parameters: any value).
-No layer is known by name: a program is understood if it is made of the operations below, and what
-is not understood says which operation it was.
+`trace` interprets a program (a jaxpr) on sets of pixels instead of numbers. For each element of an
+image-dependent value, it stores the first and the last image row that the element depends on, and
+likewise for columns. Data movement moves these bounds. Sums and maxima take their union, and
+convolutions and poolings take the union over each window. A value that does not depend on the image
+is either known or free. Sizes, indices and interpolation matrices are known, and are computed only
+on demand. Parameters are free: they may have any value. The interpreter knows operations and no
+layers. It marks values behind an unsupported operation with the name of that operation.
 
-What counts is what a gradient passes: comparisons, indices and switches pass nothing on. Where
-training stops a gradient (`stop_gradient`), the value goes on all the same.
+Dependence means that a gradient can flow: comparisons, indices and switches pass none. Values
+behind `stop_gradient` count as dependent all the same.
 
-Rows and columns are followed apart from each other, and along an axis on which bounds do not vary
-one copy is kept, so that an image of thousands of pixels costs as much as one of its rows. The
-price: a unit that sees only padding along one axis may be told pixels along the other. Bounds of
-units none of whose paths ends in padding are exact.
+Rows and columns are tracked separately. Along an axis on which the bounds do not vary, only one
+copy is stored, so that an image of thousands of pixels costs as much as one of its rows. There is
+one drawback: if a unit sees only padding along one axis, it may still have bounds along the other.
+Bounds are exact for units that have no path from padding.
 """
 
 import functools
@@ -30,11 +30,11 @@ from dense_jax.analysis.reach_rules import FREE, Known, Opaque, Seen, Value
 
 
 class Join(NamedTuple):
-    """Image-dependent values that were added, compared or concatenated.
+    """Image-dependent values that an operation adds, compares or concatenates.
 
     Attributes:
-      primitive: the operation.
-      scope: names of the modules around it.
+      primitive: name of the operation.
+      scope: names of the modules that contain it.
       parts: the values.
     """
 
@@ -44,15 +44,15 @@ class Join(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What `trace` found.
+    """Result of `trace`.
 
     Attributes:
       outputs: one value for each output of the program.
       joins: every sum, difference, maximum, minimum or concatenation of image-dependent values,
-        but for those inside of custom gradients: max pooling is one operation, though it is made
-        of shifted images.
-      widest: how much of a map's side the widest window spans, 0 to 1 or more.
-      is_global: whether somewhere a whole side of a map is reduced at once.
+        except those in functions with custom gradients. Max pooling thus counts as one operation,
+        although it compares shifted images.
+      widest: span of the widest window as a share of its map's side; it may exceed 1.
+      is_global: whether an operation reduces a whole side of a map at once.
     """
 
     outputs: list[Value]
@@ -62,7 +62,7 @@ class Trace(NamedTuple):
 
 
 def trace(program: core.ClosedJaxpr, image: int) -> Trace:
-    """Follows the image [B, H, W, C], argument number `image`, through a program."""
+    """Traces the image [B, H, W, C], which is argument number `image`, through a program."""
     arguments: list[Value] = [FREE] * len(program.jaxpr.invars)
     rows, columns = (np.arange(n) for n in program.jaxpr.invars[image].aval.shape[1:3])
     arguments[image] = Seen(
@@ -76,23 +76,24 @@ def trace(program: core.ClosedJaxpr, image: int) -> Trace:
 
 _FLAT = frozenset({"ceil", "floor", "round", "sign"})  # Their gradient is zero.
 _JOINS = frozenset({"add", "add_any", "sub", "max", "min", "concatenate"})
-_CALLS = {  # Primitives that call a program, and the parameter that holds it.
+_CALLS = {  # Primitives that call a program, and the name of the parameter with that program.
     "checkpoint": "jaxpr",
     "closed_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "jit": "jaxpr",
     "pjit": "jaxpr",
+    "remat2": "jaxpr",  # "checkpoint" in JAX 0.11.
 }
 
 
 class _Walk:
-    """One walk through a program."""
+    """State of one walk through a program."""
 
     def __init__(self) -> None:
         self.joins: list[Join] = []
         self.notes = rules.Notes()
-        self._depth = 0  # Number of custom gradients around.
+        self._depth = 0  # Number of enclosing functions with custom gradients.
 
     def run(self, jaxpr: core.Jaxpr, consts, arguments: Sequence[Value], scope: str) -> list[Value]:
         """Returns the outputs of a program."""
@@ -116,7 +117,7 @@ class _Walk:
         for value in inputs:
             if isinstance(value, Opaque):
                 return [value] * count
-        if name == "platform_index":  # The last form is the plain one, for any platform.
+        if name == "platform_index":  # The last branch is the default for all platforms.
             return [Known(functools.partial(np.int32, len(eqn.params["platforms"]) - 1))]
         if name == "cond" and isinstance(inputs[0], Known):
             chosen = eqn.params["branches"][int(inputs[0].value)]
@@ -152,19 +153,32 @@ class _Walk:
         return outputs
 
     def _scan(self, eqn: core.JaxprEqn, inputs: list[Value], scope: str) -> list[Value]:
-        """Unrolls a loop of known length."""
-        body, first = eqn.params["jaxpr"], eqn.params["num_consts"]
-        last = first + eqn.params["num_carry"]
+        """Unrolls a loop of known length.
+
+        The inputs are constants, then the carry, then stacks with one item for each step. The
+        outputs are the carry, then stacks. Shapes show which is which, because the parameters that
+        count them differ between JAX releases.
+        """
+        body = eqn.params["jaxpr"]
+        num_carry = len(eqn.outvars) - _num_stacks(eqn.outvars, body.jaxpr.outvars)
+        last = len(inputs) - _num_stacks(eqn.invars, body.jaxpr.invars)
+        first = last - num_carry
         carry, stacks = inputs[first:last], inputs[last:]
         steps: list[list[Value]] = []
         for step in range(eqn.params["length"])[:: -1 if eqn.params["reverse"] else 1]:
             slices = [_item(stack, step) for stack in stacks]
             found = self.run(body.jaxpr, body.consts, [*inputs[:first], *carry, *slices], scope)
-            carry = found[: last - first]
-            steps.append(found[last - first :])
+            carry = found[:num_carry]
+            steps.append(found[num_carry:])
         if eqn.params["reverse"]:
             steps.reverse()
         return [*carry, *(_stack(items) for items in zip(*steps, strict=True))]
+
+
+def _num_stacks(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """Returns the number of variables that have one more axis outside a loop than inside it."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(rules.shape_of(a)) > len(rules.shape_of(b)) for a, b in pairs)
 
 
 def _is_inexact(variable) -> bool:
@@ -185,7 +199,7 @@ def _item(stack: Value, index: int) -> Value:
 
 
 def _stack(items: Sequence[Value]) -> Value:
-    """Puts items together along a new first axis."""
+    """Stacks items along a new first axis."""
     seen = [item for item in items if isinstance(item, Seen)]
     opaque = [item for item in items if isinstance(item, Opaque)]
     if opaque or not seen:

@@ -1,7 +1,7 @@
-"""How each operation changes which part of the image its values see; `reach` says what for.
+"""Rules of `reach`: how each operation transforms the image bounds of its inputs.
 
-A rule is a function (notes, equation, inputs) -> outputs on `Value`s, called when at least one of
-the inputs depends on the image. `RULES` has them by the name of the primitive.
+A rule is a function (notes, equation, inputs) -> outputs on `Value`s. It is called if at least one
+input depends on the image. `RULES` maps names of primitives to rules.
 """
 
 import functools
@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-NOTHING = 2**30  # Bound of what sees no pixel: it loses every minimum.
+NOTHING = 2**30  # Bound of an element that sees no pixel; neutral for the minimum.
 
 
 class Seen(NamedTuple):
-    """What the elements of an image-dependent value see.
+    """The part of the image that each element of a value sees.
 
     Attributes:
-      rows: int32 [2, ...], the first row and minus the last row that each element sees, so that
-        a union is a minimum. Axes of size 1 stand for any size.
+      rows: int32 [2, ...], the first row and minus the last row that each element sees. The minimum
+        of such bounds is thus their union. An axis of size 1 represents any size.
       columns: the same for columns.
     """
 
@@ -31,14 +31,14 @@ class Seen(NamedTuple):
 
 
 class Known:
-    """A value that depends on nothing; computed when asked for."""
+    """A value that depends on no input of the program; computed on demand."""
 
     def __init__(self, compute: Callable[[], Any]):
         self._compute = compute
 
     @functools.cached_property
     def value(self) -> np.ndarray:
-        """The value; axes of size 1 stand for any size."""
+        """The value. An axis of size 1 represents any size."""
         return np.asarray(self._compute())
 
 
@@ -47,14 +47,14 @@ class Free(NamedTuple):
 
 
 class Opaque(NamedTuple):
-    """An image-dependent value behind an operation that is not understood."""
+    """An image-dependent value behind an unsupported operation."""
 
     primitive: str
 
 
 Value = Seen | Known | Free | Opaque
 FREE = Free()
-# Operations on elements; several inputs may be image-dependent.
+# Elementwise operations; several inputs may depend on the image.
 _ARITHMETIC = "add add_any sub mul div rem max min pow atan2 clamp select_n"
 _FUNCTIONS = (
     "abs cbrt cos erf erf_inv erfc exp exp2 expm1 integer_pow log log1p logistic neg rsqrt sin "
@@ -65,14 +65,14 @@ ELEMENTWISE = frozenset(f"{_ARITHMETIC} {_FUNCTIONS} {_DISCRETE}".split())
 
 
 class Notes:
-    """What a walk through a program remembers beside values: see `reach.Trace`."""
+    """Facts that a walk collects besides values; see `reach.Trace`."""
 
     def __init__(self) -> None:
         self.widest = 0.0
         self.is_global = False
 
     def window(self, bounds: np.ndarray, axis: int, size: int, w: "_Window") -> np.ndarray:
-        """Joins bounds over the windows along one axis, that of a map of `size`."""
+        """Returns the union of bounds over each window along one axis of a map of `size`."""
         if bounds.shape[axis] == 1:
             return bounds
         count = w.count(size)
@@ -89,14 +89,23 @@ class Notes:
 
 
 class _Window(NamedTuple):
-    """Windows along one axis: `spread` and `dilation` are distances of pixels and of taps."""
+    """Windows along one axis.
+
+    Attributes:
+      size: number of taps.
+      stride: distance between windows.
+      padding: padding before and after the map.
+      spread: distance between pixels of the map (fractional stride).
+      dilation: distance between taps.
+      taps: indices of the taps that are not known to be zero.
+    """
 
     size: int
     stride: int
     padding: tuple[int, int]
     spread: int
     dilation: int
-    taps: np.ndarray  # Numbers of the taps that are not known to be zero.
+    taps: np.ndarray
 
     @property
     def span(self) -> int:
@@ -117,7 +126,7 @@ def _map(function: Callable[[np.ndarray], np.ndarray], value: Seen) -> list[Valu
 
 
 def known(eqn: core.JaxprEqn, inputs: list[Known]) -> list[Value]:
-    """Computes an operation on known values, later."""
+    """Returns the outputs of an operation on known values; they are computed on demand."""
     name, params = eqn.primitive.name, eqn.params
     if name == "iota":
         shape = [1] * len(params["shape"])
@@ -142,7 +151,7 @@ def known(eqn: core.JaxprEqn, inputs: list[Known]) -> list[Value]:
 
 
 def _spread(value: np.ndarray, eqn: core.JaxprEqn) -> np.ndarray:
-    """Puts the axes of a value where broadcast_in_dim puts them, the others being 1."""
+    """Moves the axes of a value as broadcast_in_dim does; all other axes have size 1."""
     shape = [1] * len(eqn.params["shape"])
     for size, axis in zip(value.shape, eqn.params["broadcast_dimensions"], strict=True):
         shape[axis] = size
@@ -150,7 +159,11 @@ def _spread(value: np.ndarray, eqn: core.JaxprEqn) -> np.ndarray:
 
 
 def _masked(bounds: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Leaves nothing where the mask is false; where bounds do not vary, it is joined first."""
+    """Returns the bounds where the mask is true, else NOTHING.
+
+    Along axes on which the bounds do not vary, the mask is first reduced to whether any value is
+    true.
+    """
     if mask.ndim:
         flat = tuple(a for a, size in enumerate(bounds.shape[1:]) if size == 1)
         mask = np.any(mask, flat, keepdims=True)
@@ -158,7 +171,7 @@ def _masked(bounds: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def elementwise(name: str, inputs: list[Value]) -> Seen:
-    """Joins what the operands see, but for those that are multiplied by known zeros."""
+    """Returns the union of the operands' bounds, except where known zeros multiply them."""
     masks: dict[int, np.ndarray] = {}
     if name == "select_n":
         choice, *inputs = inputs
@@ -183,7 +196,7 @@ def elementwise(name: str, inputs: list[Value]) -> Seen:
 
 
 def _of_first(function: Callable[[np.ndarray, core.JaxprEqn, Notes], np.ndarray]) -> "Rule":
-    """Returns the rule of an operation by what it does to the bounds of its first operand."""
+    """Returns the rule of an operation that transforms the bounds of its first operand."""
 
     def rule(notes: Notes, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Value]:
         if not isinstance(inputs[0], Seen):
@@ -226,7 +239,7 @@ def _reshape(bounds: np.ndarray, eqn: core.JaxprEqn, notes: Notes) -> np.ndarray
 def _common_factors(
     old: Sequence[int], new: Sequence[int]
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Yields the least (axes of old, sizes of new) that hold the same elements."""
+    """Yields the smallest groups (axes of old, sizes of new) with the same number of elements."""
     axes, sizes, rest = [], [], list(new)
     for axis in range(len(old)):
         axes.append(axis)
@@ -326,7 +339,7 @@ def _conv(notes: Notes, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Value]:
 
     def move(bounds: np.ndarray) -> np.ndarray:
         bounds = bounds.transpose(0, *(axis + 1 for axis in places.lhs_spec))
-        if bounds.shape[2] > 1:  # Channels differ: join those of a group.
+        if bounds.shape[2] > 1:  # Bounds vary with the channel: take the union over each group.
             grouped = bounds.reshape(*bounds.shape[:2], groups, -1, *bounds.shape[3:]).min(3)
             bounds = grouped if groups == 1 else np.repeat(grouped, taps[0] // groups, 2)
         for i in range(2, len(size)):
@@ -341,12 +354,12 @@ def _conv(notes: Notes, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Value]:
 def _dot(notes: Notes, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Value]:
     contracted, batch = eqn.params["dimension_numbers"]
     ranks = [len(shape_of(v)) for v in eqn.invars]
-    axes = []  # Of either operand: batch, free and contracted ones.
+    axes = []  # For each operand: batch, free and contracted axes.
     for rank, c, b in zip(ranks, contracted, batch, strict=True):
         axes.append((tuple(b), tuple(a for a in range(rank) if a not in (*b, *c)), tuple(c)))
 
     def product(bounds: np.ndarray, side: int) -> np.ndarray:
-        """Joins over the axes contracted, where the other factor is not known to be zero."""
+        """Returns the union over the contracted axes where the other factor may be nonzero."""
         (b, free, c), (other_b, other_free, other_c) = axes[side], axes[1 - side]
         other = inputs[1 - side]
         bounds = bounds.transpose(0, *(a + 1 for a in (*b, *free, *c)))
@@ -358,7 +371,7 @@ def _dot(notes: Notes, eqn: core.JaxprEqn, inputs: list[Value]) -> list[Value]:
             flat = [a for a in range(mask.ndim) if bounds.shape[a + 1] == 1]
             own = range(len(b) + len(free), len(b) + len(free) + len(other_free))
             mask = np.any(mask, tuple(a for a in flat if a not in own), keepdims=True)
-            for axis in own:  # So that rows do not vary where only columns are interpolated.
+            for axis in own:  # Keeps rows constant if only columns are interpolated.
                 first = mask.take([0], axis)
                 mask = first if np.all(mask == first) else mask
             bounds = np.where(mask, bounds, NOTHING)

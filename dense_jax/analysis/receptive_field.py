@@ -1,12 +1,13 @@
-"""Receptive fields: how large, how far apart and where, read off a network's own program.
+"""Sizes, strides and centres of receptive fields, derived from a network's traced program.
 
-`analyse` traces a network on an image that is large enough for its middle to be untouched by
-padding, follows the image through the program (`reach`), and reads from the units in the middle
-what each named output sees. Nothing is known of layers; branches, dilation, fractional strides,
-crops, pooling and resizing are in the program. Where branches meet, their centres are compared: a
-crop that is one unit off is found, whatever the layers are called.
+`analyse` traces a network on an image that is so large that padding does not affect its middle. It
+follows the image through the program (`reach`) and reads the receptive field of each named output
+from the units in the middle. It needs no list of layers: branches, dilation, fractional strides,
+crops, pooling and resizing are part of the program. Where branches meet, it compares their centres.
+This detects a crop that is one unit off.
 
-`effective_field` is what a unit makes of what it could see: its gradient, averaged over images.
+`effective_field` measures how strongly a unit responds to each pixel: its gradient, averaged over
+images.
 
 Reference: Araujo, Norris, Sim, "Computing receptive fields of convolutional neural networks",
 Distill 2019; Luo, Li, Urtasun, Zemel, "Understanding the effective receptive field in deep
@@ -28,22 +29,23 @@ from dense_jax.errors import UserError
 from dense_jax.layers import init
 
 _FIRST_SIDE, _LAST_SIDE = 1024, 16384
-_MARGIN = 4  # An image is large enough if no field, and no window on a map, exceeds a quarter.
+_MARGIN = 4  # No field may exceed a quarter of the image, no window a quarter of its map.
 _MAX_PERIOD = 128
 
 
 class Axis(NamedTuple):
-    """What the units of a map see along one axis of the image, in pixels.
+    """Receptive fields of a map's units along one axis of the image, in pixels.
+
+    Units may differ, as they do behind an interpolation. Then `size` is the maximum, and `stride`
+    and `first` are means over one period.
 
     Attributes:
-      size: from the first to the last pixel that a unit sees (the most, where units differ);
-        None: the whole side of the image.
-      stride: between the centres of neighbouring units.
-      first: centre of unit 0, as if there were image all around it; pixel centres are whole
-        numbers. Both are means over a period where units differ, as they do behind an
-        interpolation; nan where every unit sees the whole side.
-      is_even: whether the units repeat with a period. They do not where a map is enlarged by a
-        factor that is not a whole number.
+      size: number of pixels from the first to the last that a unit sees. None: the whole side.
+      stride: distance between the centres of neighbouring units; NaN if units see the whole side.
+      first: centre of unit 0 in an image without borders; NaN if units see the whole side. Pixel
+        centres are whole numbers.
+      is_even: whether the units repeat periodically. They do not if a map is enlarged by a factor
+        that is not a whole number.
     """
 
     size: int | None
@@ -64,12 +66,12 @@ class Field(NamedTuple):
 
     @property
     def is_even(self) -> bool:
-        """Whether the units repeat with a period along both axes."""
+        """Whether the units repeat periodically along both axes."""
         return self.rows.is_even and self.columns.is_even
 
 
 class Box(NamedTuple):
-    """The pixels from (top, left) to (bottom, right), both inside."""
+    """The pixels from (top, left) to (bottom, right), inclusive."""
 
     top: int
     left: int
@@ -88,14 +90,14 @@ class Box(NamedTuple):
 
 
 class Meeting(NamedTuple):
-    """Branches that are added, compared or concatenated.
+    """An operation that adds, compares or concatenates branches.
 
     Attributes:
-      primitive: the operation.
-      scope: names of the modules around it.
-      fields: of the branches.
-      offset: pixels from the centres of the first branch to the farthest of the others, down and
-        to the right, in the middle of the image.
+      primitive: name of the operation.
+      scope: names of the modules that contain it.
+      fields: receptive fields of the branches.
+      offset: largest difference between the centres of another branch and of the first, in pixels
+        down and to the right, in the middle of the image.
     """
 
     primitive: str
@@ -104,18 +106,18 @@ class Meeting(NamedTuple):
     offset: tuple[float, float]
 
     def is_aligned(self, tolerance: float = 0.25) -> bool:
-        """Whether the centres agree within a number of pixels."""
+        """Whether the centres agree within `tolerance` pixels."""
         return max(map(abs, self.offset)) <= tolerance
 
 
 class Analysis(NamedTuple):
-    """What `analyse` found.
+    """Result of `analyse`.
 
     Attributes:
-      side: height and width of the image that was enough.
-      fields: of the network's outputs, in their order, if they are maps; a string names an
-        operation behind which the field is not known.
-      meetings: of branches, in the order of the program.
+      side: height and width of the traced image.
+      fields: receptive fields of those outputs that are maps, in the network's order. A string is
+        the name of an unsupported operation that makes the field unknown.
+      meetings: operations at which branches meet, in program order.
     """
 
     side: int
@@ -123,18 +125,18 @@ class Analysis(NamedTuple):
     meetings: list[Meeting]
 
     def field(self, name: str) -> Field:
-        """Returns the field of one output.
+        """Returns the receptive field of one output.
 
         Raises:
-          UserError: there is no such map, or its field is not known.
+          UserError: there is no such map, or its receptive field is unknown.
         """
         if name not in self.fields:
             raise UserError(f"the network has no map {name!r}: it has {', '.join(self.fields)}")
         found = self.fields[name]
         if isinstance(found, str):
             raise UserError(
-                f"what {name!r} sees is not known, for it comes from {found!r}: "
-                "ask for a map in front of that"
+                f"the receptive field of {name!r} is unknown, because the operation {found!r} is "
+                "not supported: choose a map before it"
             )
         return found
 
@@ -144,25 +146,26 @@ def analyse(model: nn.Module, *, channels: int = 3) -> Analysis:
 
     Args:
       model: a network, called as `model(images, train=False)`, that returns maps [B, h, w, ...] by
-        name. Nothing is computed or allocated; the full-size network is only traced.
-      channels: of the image.
+        name. The full-size network is only traced; nothing is computed or allocated.
+      channels: number of image channels.
 
     Raises:
-      UserError: no size of image was accepted by the network, or large enough for it.
+      UserError: the network accepts no image size, or none is large enough for its fields.
     """
     least = _FIRST_SIDE
     while least <= _LAST_SIDE:
         found, enough = _best(model, least, channels)
         if enough <= found.side:
             return found
-        least = 32 * math.ceil(enough / 25)  # More, as in a small image fields are cut off.
+        least = 32 * math.ceil(enough / 25)  # Extra, since a small image truncates fields.
     raise UserError(f"images of {_LAST_SIDE} pixels are too small for the network's fields")
 
 
 def _best(model: nn.Module, least: int, channels: int) -> tuple[Analysis, int]:
-    """Analyses at the first side from `least` on that the network accepts, or at the next.
+    """Analyses an image with the first side from `least` that the network accepts, or the next.
 
-    Half-pixel enlargement is even on multiples of the stride, aligned corners are one beyond.
+    Half-pixel enlargement is even if the side is a multiple of the stride. Enlargement with aligned
+    corners is even if the side is one more than a multiple.
     """
     found, enough = _analyse_at(model, least, channels)
     if all(field.is_even for field in found.fields.values() if isinstance(field, Field)):
@@ -176,7 +179,7 @@ def _best(model: nn.Module, least: int, channels: int) -> tuple[Analysis, int]:
 
 
 def _analyse_at(model: nn.Module, least: int, channels: int) -> tuple[Analysis, int]:
-    """Returns what is found at one side, and the side that would have been enough for it."""
+    """Returns the analysis for one side, and the side that would be large enough."""
     side, variables = _fit(model, least, channels)
     names, trace = _trace(model, variables, (side, side), channels)
     enough = math.ceil(_MARGIN * trace.widest * side)
@@ -192,16 +195,16 @@ def _analyse_at(model: nn.Module, least: int, channels: int) -> tuple[Analysis, 
 
 
 def fitting_side(model: nn.Module, least: int, channels: int = 3) -> int:
-    """Returns the smallest side, `least` pixels or up to 63 more, of images that a network takes.
+    """Returns the smallest side from `least` to `least` + 63 pixels that a network accepts.
 
     Raises:
-      UserError: there is none.
+      UserError: the network accepts none of them.
     """
     return _fit(model, least, channels)[0]
 
 
 def _fit(model: nn.Module, least: int, channels: int) -> tuple[int, Any]:
-    """Returns the side, and the network's variables as shapes."""
+    """Returns the side, and the shapes of the network's variables."""
     problem: Exception | None = None
     for side in range(least, least + 64):
         try:
@@ -212,7 +215,7 @@ def _fit(model: nn.Module, least: int, channels: int) -> tuple[int, Any]:
 
 
 def _shapes(model: nn.Module, size: tuple[int, int], channels: int) -> tuple[Any, Any]:
-    """Returns a network's outputs and variables as shapes."""
+    """Returns the shapes of a network's outputs and variables."""
     images = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
     run = functools.partial(model.init_with_output, train=False)
     return jax.eval_shape(run, jax.random.key(0), images)
@@ -221,7 +224,7 @@ def _shapes(model: nn.Module, size: tuple[int, int], channels: int) -> tuple[Any
 def _trace(
     model: nn.Module, variables: Any, size: tuple[int, int], channels: int
 ) -> tuple[list[str], reach.Trace]:
-    """Follows the image through a network; returns its outputs' names in their order too."""
+    """Traces the image through a network; returns the names of the outputs and the trace."""
     names: list[str] = []
 
     def run(variables: Any, images: jax.Array) -> list[jax.Array]:
@@ -240,9 +243,9 @@ def _field(value: Seen, side: int, is_global: bool) -> Field:
 
 
 def _line(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the first and the last pixel that each unit sees, along the axis on which they vary.
+    """Returns the first and the last pixel that each unit sees, along the first axis that varies.
 
-    That is the first axis that varies; others, as channels of a concatenation, are joined.
+    Along other axes that vary, such as channels of a concatenation, the union is taken.
     """
     vary = [axis for axis, size in enumerate(bounds.shape) if axis > 0 and size > 1]
     low, high = bounds.min(tuple(a for a in range(1, bounds.ndim) if a not in vary[:1]))
@@ -254,7 +257,7 @@ def _axis(bounds: np.ndarray, side: int, is_global: bool) -> Axis:
     sees = low < NOTHING
     if is_global and np.all((high - low)[sees] >= 0.9 * side):
         return Axis(None, math.nan, math.nan, True)
-    # The middle quarter sees nothing of the edges: no field is wider than a quarter of the image.
+    # Units in the middle quarter do not see the edges: no field exceeds a quarter of the image.
     middle = np.arange(3 * len(low) // 8, max(5 * len(low) // 8, 3 * len(low) // 8 + 1))
     middle = middle[sees[middle]]
     if not len(middle):
@@ -274,7 +277,7 @@ def _axis(bounds: np.ndarray, side: int, is_global: bool) -> Axis:
 
 
 def _meeting(join: reach.Join, side: int, is_global: bool) -> Meeting | None:
-    """Compares the centres of branches; None if all but one see the whole image."""
+    """Compares the centres of branches; returns None if at most one sees less than the image."""
     fields, offset = [_field(part, side, is_global) for part in join.parts], []
     for axis in ("rows", "columns"):
         lines = [
@@ -301,12 +304,12 @@ def box(
     Args:
       model: the network.
       size: height and width of the image.
-      unit: (row, column) in the map; by default the one in the middle.
+      unit: (row, column) in the map. None: the unit in the middle.
       output: name of the map.
-      channels: of the image.
+      channels: number of image channels.
 
     Raises:
-      UserError: there is no such map, its field is not known, or the unit sees nothing.
+      UserError: there is no such map, its receptive field is unknown, or the unit sees no pixel.
     """
     names, trace = _trace(model, _shapes(model, size, channels)[1], size, channels)
     known = {n: v for n, v in zip(names, trace.outputs, strict=True) if not isinstance(v, Free)}
@@ -314,7 +317,10 @@ def box(
         raise UserError(f"the network has no map {output!r}: it has {', '.join(known)}")
     value = known[output]
     if isinstance(value, Opaque):
-        raise UserError(f"what {output!r} sees is not known: it comes from {value.primitive!r}")
+        raise UserError(
+            f"the receptive field of {output!r} is unknown, because the operation "
+            f"{value.primitive!r} is not supported"
+        )
     assert isinstance(value, Seen)
     ends = []
     for bounds, place in zip(value, unit or (None, None), strict=True):
@@ -323,12 +329,12 @@ def box(
         ends.append((int(low[place]), int(high[place])))
     (top, bottom), (left, right) = ends
     if top == NOTHING or left == NOTHING:
-        raise UserError(f"unit {unit} of {output!r} sees nothing of an image of {size} pixels")
+        raise UserError(f"unit {unit} of {output!r} sees no pixel of an image of {size} pixels")
     return Box(top, left, bottom, right)
 
 
 def random_variables(model: nn.Module, size: tuple[int, int], channels: int = 3, seed: int = 0):
-    """Returns a network's variables at its start, with He's kernels where kernels start at zero."""
+    """Returns a network's initial variables; kernels that start at zero get He's initialisation."""
     variables = _start(model, (1, *size, channels), jax.random.key(seed))
     leaves, tree = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
@@ -352,21 +358,21 @@ def effective_field(
     output: str = "logits",
     seed: int = 0,
 ) -> np.ndarray:
-    """Returns how strongly one unit answers to each pixel: the root mean square of its gradient.
+    """Returns how strongly one unit responds to each pixel: the root mean square of its gradient.
 
-    Of a unit's channels a sum with random signs is taken, fresh ones for each image, so that none
-    hides another: the mean of the squares is then that over all channels.
+    The gradient is that of the sum of the unit's channels with random signs, drawn anew for each
+    image. Channels thus do not cancel, and the expected square is the sum over all channels.
 
     Args:
       model: the network.
-      variables: its parameters and statistics.
-      images: [N, H, W, C], as the network takes them.
-      unit: (row, column) in the map; by default the one in the middle.
+      variables: parameters and statistics of the network.
+      images: normalised images [N, H, W, C].
+      unit: (row, column) in the map. None: the unit in the middle.
       output: name of the map, [B, h, w, C'].
-      seed: of the signs.
+      seed: seed of the signs.
 
     Returns:
-      float64 [H, W], at least 0; squares are summed over colours, averaged over images.
+      Nonnegative float64 [H, W]. Squares are summed over colours and averaged over images.
     """
     _, *places, channels = _shapes(model, images.shape[1:3], images.shape[3])[0][output].shape
     row, column = unit or tuple(place // 2 for place in places)
@@ -401,12 +407,13 @@ class Spread(NamedTuple):
     """Size of an effective field, in pixels.
 
     Attributes:
-      centre: mean (row, column); each pixel weighs as the square of its value.
-      deviation: standard deviation of (rows, columns) with these weights; two to each side hold
-        95.45 % of a Gaussian. Random weights spread squares as an even kernel spreads values: n
-        layers of k x k taps give the variance n (k^2 - 1) / 12 (Luo et al., Section 2).
-      side: of the square with as many pixels as have more than 4.55 % of the largest value
-        (sqrt of their number; 1 - 95.45 % of the centre's value in Luo et al., Section 3).
+      centre: mean (row, column), where the weight of a pixel is the square of its value.
+      deviation: standard deviation of (rows, columns) with these weights. Two standard deviations
+        to each side contain 95.45 % of a Gaussian. Random weights spread squares as a uniform
+        kernel spreads values: n layers of k x k taps have the variance n (k^2 - 1) / 12 (Luo et
+        al., Section 2).
+      side: square root of the number of pixels with more than 4.55 % of the largest value, which is
+        1 - 95.45 % of the value at the centre in Luo et al., Section 3.
     """
 
     centre: tuple[float, float]
@@ -418,7 +425,7 @@ def spread(field: np.ndarray) -> Spread:
     """Measures an effective field [H, W].
 
     Raises:
-      ValueError: it is zero everywhere, as behind a layer that starts at zero or is dead.
+      ValueError: the field is zero everywhere, as behind a layer that is zero or dead.
     """
     if not field.sum() > 0:
         raise ValueError("no gradient reaches the image")

@@ -1,4 +1,4 @@
-"""Pictures of receptive fields: what a unit could see, and what it makes of it, over the image."""
+"""Figures of receptive fields and effective fields, drawn over the image."""
 
 import functools
 from collections.abc import Sequence
@@ -27,16 +27,17 @@ def panel(
 ) -> np.ndarray:
     """Draws an effective field over an image, uint8 [h, width, 3].
 
-    The brighter, the larger the field's value (its root, or tails would be black). White: all that
-    the unit sees. Green, dashed: two standard deviations around the mean, as of `spread`.
+    Brightness shows the square root of the field's value, since tails would otherwise be black. The
+    white box is the receptive field. The dashed green ellipse shows two standard deviations around
+    the mean (`spread`).
 
     Args:
       image: uint8 [H, W, 3].
-      field: [H, W], at least 0, as of `effective_field`.
-      box: what the unit sees.
-      title: written above.
-      width: of the panel in pixels.
-      words: written under the title; by default both sizes.
+      field: nonnegative [H, W], such as from `effective_field`.
+      box: receptive field of the unit.
+      title: text above the picture.
+      width: width of the panel in pixels.
+      words: text below the title. None: both sizes.
     """
     found = receptive_field.spread(field)
     share = np.sqrt(field / field.max())
@@ -60,7 +61,7 @@ def panel(
 
 
 def sizes(box: Box, found: Spread) -> str:
-    """Returns both sizes in words."""
+    """Returns a text with the sizes of the receptive field and of the effective field."""
     rows, columns = (4 * sigma for sigma in found.deviation)
     return f"sees {box.height} x {box.width}, mostly {rows:.0f} x {columns:.0f} pixels"
 
@@ -75,7 +76,7 @@ def _draw_ellipse(draw: ImageDraw.ImageDraw, found: Spread, scale: float, top: i
 
 
 class Dilated(nn.Module):
-    """3x3 convolutions and ReLUs, dilated by the given rates; maps images to "out" of one size."""
+    """3x3 convolutions with the given dilations, each followed by a ReLU."""
 
     dilations: tuple[int, ...]
     features: int = 16
@@ -92,14 +93,14 @@ class Dilated(nn.Module):
 def growth(
     stacks: Sequence[tuple[int, ...]], *, size: int = 81, num_images: int = 16
 ) -> np.ndarray:
-    """Draws how the fields of stacks of layers grow with dilation, one panel each, as uint8.
+    """Draws how the fields of stacks of layers grow with dilation, uint8 with a panel each.
 
-    Weights are He's at random, fresh ones for each image; images are noise.
+    Images are noise. Weights have He's initialisation, drawn anew for each image.
 
     Args:
-      stacks: dilations of the layers, first layer first.
+      stacks: for each stack the dilations of its layers, in order.
       size: side of the images in pixels.
-      num_images: how many to average.
+      num_images: number of images to average.
     """
     black = np.zeros((size, size, 3), np.uint8)
     noise = np.random.default_rng(0).standard_normal((num_images, 1, size, size, 3), np.float32)

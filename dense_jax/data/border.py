@@ -26,14 +26,15 @@ def touching_ridge(instances: np.ndarray, width: int = 1) -> np.ndarray:
     at least ``width`` pixels lie between them, in rows, columns and diagonals.
 
     Args:
-      instances: [H, W] integer object numbers, 0 = none.
+      instances: [H, W] integer object numbers, 0 = none, below 2^31.
       width: of the ridge, in pixels.
 
     Returns:
       bool [H, W].
     """
     window, nothing = 2 * width + 1, np.iinfo(np.int32).max
-    numbers = np.where(instances > 0, instances, nothing).astype(np.int32)
+    numbers = instances.astype(np.int32)  # uint8 and uint16 do not hold `nothing`
+    numbers[numbers <= 0] = nothing
     lowest = scipy.ndimage.minimum_filter(numbers, window, mode="constant", cval=nothing)
     return (instances > 0) & (lowest < instances)
 

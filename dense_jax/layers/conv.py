@@ -1,16 +1,16 @@
 """Convolution and up-convolution (fractional stride), each one call to `lax`.
 
 Images are [B, H, W, C] and kernels [kh, kw, C_in / groups, C_out], and "convolution" is
-cross-correlation, as everywhere in deep learning. Both operations use one picture of a kernel:
+cross-correlation, as usual in deep learning. Both operations index the kernel in the same way:
 
     conv:     y[o] = sum_k  x[s o + d k - p] kernel[k]        each output reads a window
     up_conv:  y[s i + d k - p] += x[i] kernel[k]              each input places a copy of the kernel
 
 with stride s, dilation d and padding p. An up-convolution is thus the transpose (the adjoint) of
-the convolution of the same s, p, d whose kernel has its last two axes swapped. Gradients are those
-of reverse mode (`jax.grad`, any order); `jax.jvp` is refused.
+the convolution with the same s, p and d and with the last two axes of the kernel swapped. Reverse
+mode gradients of any order work (`jax.grad`); `jax.jvp` is not supported.
 
-Kernels of other libraries (o = C_out, i = C_in, of one group):
+Conversion from kernels of other libraries (o = C_out, i = C_in of one group):
   torch Conv2d              [o, i, h, w]    transpose(2, 3, 1, 0)
   torch ConvTranspose2d     [i, o, h, w]    transpose(2, 3, 0, 1), no flip
   flax ConvTranspose        [h, w, i, o]    flip h and w; with transpose_kernel=True, swap i and o
@@ -39,8 +39,8 @@ Pair = tuple[int, int]
 Padding = int | Pair | tuple[Pair, Pair] | Literal["same"]
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-_MOSTLY_INSIDE = 0.85  # Share of reads above which products of single taps do not pay.
-_WHOLE = ((0, 0, 0), (0, 0, 0))  # Leaves two axes as they are.
+_MOSTLY_INSIDE = 0.85  # Share of reads inside the image above which `taps` is not faster.
+_WHOLE = ((0, 0, 0), (0, 0, 0))  # Leaves two axes unchanged.
 
 
 def _pair(value: int | Pair) -> Pair:
@@ -87,13 +87,13 @@ def conv(
       x: [B, H, W, C].
       kernel: [kh, kw, C / groups, C_out], of the dtype of x.
       strides: step between windows, in input pixels.
-      padding: zeros around the input: one number, (vertical, horizontal), or
-        ((top, bottom), (left, right)); negative crops. "same" means d (k - 1) / 2 on each side.
+      padding: number of zeros around the input: one number, (vertical, horizontal), or
+        ((top, bottom), (left, right)). Negative numbers crop. "same" is d (k - 1) / 2 on each side.
       dilation: distance between kernel taps, in input pixels.
-      groups: number of blocks into which the channels are split.
+      groups: number of groups into which the channels are split.
 
     Raises:
-      ValueError: shapes do not fit, or "same" is asked of a kernel that has no centre.
+      ValueError: the shapes do not match, or padding is "same" and the kernel has no centre.
     """
     _check(x, kernel, groups)
     (dh, dw), (kh, kw) = _pair(dilation), kernel.shape[:2]
@@ -113,11 +113,12 @@ def _lax_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.A
     )
 
 
-# Accelerators take the one call above and its stock gradients. On CPUs XLA is slow at
-# layers that are almost fully connected (fc6: 3 to 300 times slower than the same matrix product),
-# kernel gradients (on large maps 4 to 8 times, with 32 groups hundreds of times), depthwise layers
-# (4 to 40 times), and dilated ones that mostly read padding (4 to 100 times). Layers without any
-# padding it computes at a third of its speed; they get a column of it. The tests compare all forms.
+# Accelerators use the single call above and its standard gradients. On CPUs XLA is slow for layers
+# that are almost fully connected (fc6: 3 to 300 times slower than the same matrix product), for
+# kernel gradients (4 to 8 times on large maps, hundreds of times with 32 groups), for depthwise
+# layers (4 to 40 times), and for dilated layers that mostly read padding (4 to 100 times). It runs
+# layers without padding at a third of its speed, so they get one column of padding. The tests
+# compare all implementations.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array:
     def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -134,15 +135,15 @@ def _conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array
         return _lax_conv(x, kernel, wider, groups)[:, :, :-1]
 
     stock = functools.partial(_lax_conv, w=w, groups=groups)
-    if any(map(jax.export.is_symbolic_dim, x.shape)):  # a size left open: no form is known to pay
+    if any(map(jax.export.is_symbolic_dim, x.shape)):  # symbolic size: the best one is unknown
         return stock(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=stock)
 
 
 def _is_almost_full(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> bool:
-    """Whether there are no more output pixels than features, so that kernels are most of the work.
+    """Whether there are at most as many output pixels as features, or the kernel is 1x1.
 
-    Also 1x1 convolutions, which need no windows.
+    In the first case most of the work is reading the kernel. In the second, no window is copied.
     """
     counts = w.counts((x.shape[1], x.shape[2]))
     few = len(x) * counts[0] * counts[1] <= kernel.shape[3]
@@ -151,15 +152,15 @@ def _is_almost_full(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) ->
 
 
 def _is_deep(x: jax.Array, kernel: jax.Array, groups: int) -> bool:
-    """Whether a map is small and its features many, so that windows are soon copied."""
+    """Whether a map is small and has many features, so that copying windows is cheap."""
     return groups == 1 and x.size <= 2**20 and min(kernel.shape[2:]) >= 256
 
 
 def _reads_padding(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> bool:
-    """Whether enough of what the windows read is padding that it pays to leave it out."""
+    """Whether windows read so much padding that skipping it is faster."""
     size = (x.shape[1], x.shape[2])
     rows, columns = w.counts(size)
-    least = min(len(x) * max(0, rows) * columns, *kernel.shape[2:])  # side of a tap's product
+    least = min(len(x) * max(0, rows) * columns, *kernel.shape[2:])  # least side of a tap's product
     return groups == 1 and least >= 128 and taps.share_inside(size, w) < _MOSTLY_INSIDE
 
 
@@ -172,7 +173,7 @@ def _conv_fwd(x, kernel, w, groups):
     return _conv(x, kernel, w, groups), (x, kernel)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # else outside of jit each call compiles
+@functools.partial(jax.jit, static_argnums=(0, 1))  # else each call outside of jit compiles
 def _conv_bwd(w, groups, residuals, grad):
     def stock(x, kernel, grad):
         return jax.vjp(lambda x, kernel: _lax_conv(x, kernel, w, groups), x, kernel)[1](grad)
@@ -194,7 +195,7 @@ def _conv_bwd(w, groups, residuals, grad):
             kernel_grad = taps.kernel_gradient(x, grad, w)
         else:
             kernel_grad = im2col.kernel_gradient(x, grad, w, groups)
-        return x_grad, kernel_grad  # what was replaced is never computed
+        return x_grad, kernel_grad  # unused results of `stock` are never computed
 
     return lax.platform_dependent(*residuals, grad, cpu=on_cpu, default=stock)
 
@@ -203,11 +204,11 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
 def _lax_up_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array:
-    """`w` is the convolution whose transpose this is; its padding crops the output."""
+    """Returns the transpose of the convolution with windows `w`, whose padding crops the output."""
     extent = [d * (k - 1) for d, k in zip(w.dilation, w.kernel_size, strict=True)]
     return lax.conv_general_dilated(
         x,
-        jnp.flip(kernel, (0, 1)),  # a placed kernel, seen from an output pixel, is turned around
+        jnp.flip(kernel, (0, 1)),  # an output pixel sees the placed kernel flipped
         window_strides=(1, 1),
         padding=[(e - lo, e - hi) for e, (lo, hi) in zip(extent, w.padding, strict=True)],
         lhs_dilation=w.strides,
@@ -217,14 +218,15 @@ def _lax_up_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> ja
     )
 
 
-# Accelerators take the one call above and its stock gradients. A CPU multiplies the zeros that a
-# fractional stride inserts, and its kernel gradient takes seconds where milliseconds will do. There
-# the kernel is cut into tiles of one stride: each input pixel yields a block of strides x strides
-# output pixels per tile, by a convolution of stride 1 or, depthwise, by plain products.
+# Accelerators use the single call above and its standard gradients. On CPUs XLA multiplies the
+# zeros that a fractional stride inserts, and its kernel gradient takes seconds instead of
+# milliseconds. There the kernel is divided into tiles of one stride. For each tile, an input pixel
+# produces a block of strides x strides output pixels, by a convolution with stride 1 or, if the
+# layer is depthwise, by elementwise products.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _up_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array:
     stock = functools.partial(_lax_up_conv, w=w, groups=groups)
-    if jax.eval_shape(stock, x, kernel).size == 0:  # no image, or all of it cropped
+    if jax.eval_shape(stock, x, kernel).size == 0:  # no images, or everything is cropped
         return stock(x, kernel)
     tiled = functools.partial(_tiled_up_conv, w=w, groups=groups)
     return lax.platform_dependent(x, kernel, cpu=tiled, default=stock)
@@ -257,11 +259,11 @@ _up_conv.defvjp(_up_conv_fwd, _up_conv_bwd)
 
 
 class _Tiles(NamedTuple):
-    """A kernel cut into tiles of one stride; every field is (vertical, horizontal)."""
+    """A kernel divided into tiles of one stride; every field is (vertical, horizontal)."""
 
-    counts: Pair  # Tiles in a kernel.
-    blocks: Pair  # Blocks of one stride in the output, before cropping.
-    edges: tuple[Pair, Pair]  # What is cropped from these.
+    counts: Pair  # Number of tiles in a kernel.
+    blocks: Pair  # Number of blocks of one stride in the output, before cropping.
+    edges: tuple[Pair, Pair]  # Number of pixels to crop from the blocks on each side.
 
     @classmethod
     def of(cls, x: jax.Array, kernel_size: Sequence[int], w: Windows) -> "_Tiles":
@@ -272,7 +274,7 @@ class _Tiles(NamedTuple):
         return cls((counts[0], counts[1]), (blocks[0], blocks[1]), (edges[0], edges[1]))
 
     def shifts(self) -> Iterator[tuple[Pair, tuple[Pair, Pair]]]:
-        """Yields each tile and the padding that brings input pixels to the blocks it fills."""
+        """Yields each tile and the padding that moves input pixels to the blocks of the tile."""
         (high, wide), _, _ = self
         for a, b in itertools.product(range(high), range(wide)):
             yield (a, b), ((a, high - 1 - a), (b, wide - 1 - b))
@@ -284,7 +286,7 @@ def _without_dilation(kernel: jax.Array, w: Windows) -> jax.Array:
 
 
 def _without_groups(kernel: jax.Array, groups: int) -> jax.Array:
-    """Returns the block-diagonal kernel of one group, [kh, kw, C, C_out]."""
+    """Returns the equivalent block-diagonal kernel with one group, [kh, kw, C, C_out]."""
     kh, kw, per_group, features = kernel.shape
     kernel = kernel.reshape(kh, kw, 1, per_group, groups, features // groups)
     kernel = kernel * jnp.eye(groups, dtype=kernel.dtype).reshape(1, 1, groups, 1, groups, 1)
@@ -326,7 +328,7 @@ def _tiled_up_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> 
 def _depthwise_up_conv_gradients(
     x: jax.Array, kernel: jax.Array, grad: jax.Array, w: Windows
 ) -> tuple[jax.Array, jax.Array]:
-    """Both gradients as one matrix product a channel, with the blocks that the tiles fill."""
+    """Returns both gradients, each as one matrix product per channel with blocks of `grad`."""
     (sh, sw), channels = w.strides, x.shape[3]
     full, back = jax.vjp(functools.partial(_without_dilation, w=w), kernel)
     kh, kw = full.shape[:2]
@@ -366,17 +368,17 @@ def up_conv(
 
     Args:
       x: [B, H, W, C].
-      kernel: [kh, kw, C / groups, C_out], of the dtype of x, stored as it is placed in the output.
+      kernel: [kh, kw, C / groups, C_out], of the dtype of x, oriented as its copies in the output.
       strides: distance between placed copies, in output pixels.
-      padding: rows and columns cut from the output, in the forms that `conv` takes: the padding
-        of the convolution whose transpose this is.
-      output_padding: rows added at the bottom and columns at the right (torch's name): the
-        remainder that the floor in the convolution's output size lost.
+      padding: number of rows and columns to crop from the output, which is the padding of the
+        convolution whose transpose this is. It has the same forms as for `conv`.
+      output_padding: number of rows added at the bottom and columns at the right (torch's name).
+        They replace the remainder that the convolution's output size rounds off.
       dilation: distance between kernel taps, in output pixels.
-      groups: number of blocks into which the channels are split.
+      groups: number of groups into which the channels are split.
 
     Raises:
-      ValueError: shapes do not fit, or "same" is asked of a kernel that has no centre.
+      ValueError: the shapes do not match, or padding is "same" and the kernel has no centre.
     """
     _check(x, kernel, groups)
     (dh, dw), (kh, kw), extra = _pair(dilation), kernel.shape[:2], _pair(output_padding)
@@ -392,8 +394,8 @@ class Conv(nn.Module):
       features: number of output channels.
       kernel_size: one number or (height, width).
       strides, padding, dilation, groups: see `conv`.
-      use_bias: whether a bias is added.
-      dtype: computation dtype; None: that of the input and the parameters.
+      use_bias: whether to add a bias.
+      dtype: computation dtype. None: that of the input and the parameters.
       param_dtype: dtype of the parameters.
       kernel_init, bias_init: initialisers.
     """
@@ -437,10 +439,10 @@ class UpConv(nn.Module):
       features: number of output channels.
       kernel_size: one number or (height, width).
       strides, padding, output_padding, dilation, groups: see `up_conv`.
-      use_bias: whether a bias is added.
-      trainable: False keeps the kernel out of the parameters: it is always what `kernel_init`,
-        which then must not be random, returns (the fixed bilinear upsampling of FCN).
-      dtype: computation dtype; None: that of the input and the parameters.
+      use_bias: whether to add a bias.
+      trainable: whether the kernel is a parameter. If not, it always has the values of
+        `kernel_init`, which must not be random (fixed bilinear upsampling of FCN).
+      dtype: computation dtype. None: that of the input and the parameters.
       param_dtype: dtype of the parameters.
       kernel_init, bias_init: initialisers.
     """

@@ -1,4 +1,4 @@
-"""Mean field in a fully connected CRF as a layer whose weights are learned with the network's.
+"""Mean field in a fully connected CRF as a layer with weights that are trained with the network.
 
 Reference: Zheng et al., "Conditional random fields as recurrent neural networks", ICCV 2015,
 arXiv:1502.03240, Sections 4 and 5.
@@ -19,14 +19,15 @@ from dense_jax.ops.crf import CrfParams
 class CrfRnn(nn.Module):
     """Refines logits by mean field; [B, H, W, C] to log-probabilities [B, H, W, C].
 
-    In each step the messages of either kernel are weighted class by class, added up and mixed by
-    the compatibility of classes (Section 4.2), all of which is learned; deviations are not. The
-    start is the CRF of `params`, with a compatibility of one for equal and zero for other labels:
-    the paper's, one for unequal labels and subtracted, is the same up to a constant.
+    Each step multiplies the messages of each kernel by a weight for each class, adds them, and
+    multiplies them by the compatibility matrix of the classes (Section 4.2). The weights and the
+    matrix are learned, but the standard deviations are not. Initially the layer equals the CRF of
+    `params`, with a compatibility of one for equal and zero for unequal labels. The paper subtracts
+    a compatibility of one for unequal labels, which is the same up to a constant.
 
     Attributes:
-      params: where learning starts, and the rest of the CRF.
-      train_iterations: steps of mean field in training, `params.iterations` being those of
+      params: initial weights, and the fixed options of the CRF.
+      train_iterations: number of mean field steps in training; `params.iterations` is for
         evaluation (Section 6: 5 and 10).
     """
 
@@ -45,7 +46,7 @@ class CrfRnn(nn.Module):
         """Returns float32 log-probabilities; see `dense_jax.ops.crf.mean_field` for the arguments.
 
         Raises:
-          ValueError: the shapes do not belong together.
+          ValueError: the shapes do not match.
         """
         params, num_classes = self.params, logits.shape[-1]
 
@@ -57,7 +58,7 @@ class CrfRnn(nn.Module):
         compatibility = self.param(
             "compatibility", lambda _: jnp.eye(num_classes, dtype=jnp.float32)
         )
-        # Row = label that sends, column = label that receives.
+        # Row = label of the sender, column = label of the receiver.
         learned: dict[str, Any] = {
             "w1": bilateral[:, None] * compatibility,
             "w2": spatial[:, None] * compatibility,
@@ -67,14 +68,14 @@ class CrfRnn(nn.Module):
 
 
 class WithCrfRnn(nn.Module):
-    """A network whose "logits" a `CrfRnn` refines; its own are kept as "unary".
+    """A network whose "logits" are refined by a `CrfRnn`; "unary" are the logits before.
 
-    Parameters of the network keep their names, so that it can be trained alone before.
+    The network's parameters keep their names, so that the network can be trained alone first.
 
     Attributes:
-      network: outputs "logits", of the size of the images or smaller, cut out of their middle.
-      mean: of the images' normalisation, three numbers, RGB from 0 to 255.
-      std: their deviations, likewise.
+      network: a network with output "logits", of the size of the images or of their centre crop.
+      mean: mean of the images' normalisation, three numbers, RGB from 0 to 255.
+      std: standard deviation of the images' normalisation, likewise.
       params, train_iterations: see `CrfRnn`.
     """
 
@@ -87,13 +88,13 @@ class WithCrfRnn(nn.Module):
     def refine(
         self, variables: Any, logits: jax.Array, images: jax.Array, sizes: jax.Array
     ) -> jax.Array:
-        """Returns what the CRF makes of logits that the network gave in another way, as in tiles.
+        """Returns refined logits, for logits that were computed in another way, such as in tiles.
 
         Args:
-          variables: of the whole.
+          variables: variables of this module.
           logits: [B, H, W, C].
           images: normalised RGB [B, H, W, 3].
-          sizes: int [B, 2], heights and widths in front of padding.
+          sizes: int [B, 2], heights and widths before padding.
         """
         own, colours = {"params": variables["params"]["crf_rnn"]}, self._colours(images)
         refined: Any = self._crf_rnn().apply(own, logits, colours, sizes, train=False)
@@ -103,7 +104,7 @@ class WithCrfRnn(nn.Module):
         return CrfRnn(self.params, self.train_iterations, name="crf_rnn", parent=None)
 
     def _colours(self, images: jax.Array) -> jax.Array:
-        """Undoes the normalisation; integers come out as the integers that they were."""
+        """Undoes the normalisation; rounding restores the integer colours exactly."""
         mean, std = (np.array(x, np.float32).reshape(1, 1, 1, 3) for x in (self.mean, self.std))
         return jnp.clip(jnp.round(images.astype(jnp.float32) * std + mean), 0, 255)
 
@@ -116,8 +117,8 @@ class WithCrfRnn(nn.Module):
         Args:
           images: normalised RGB [B, H, W, 3].
           train: whether to train.
-          sizes: [B, 2] heights and widths in front of padding, where the logits are of the size of
-            the images.
+          sizes: [B, 2], heights and widths before padding, if the logits have the size of the
+            images.
         """
         network: Any = self.network.clone(parent=self, name=None)
         nn.share_scope(self, network)

@@ -1,4 +1,4 @@
-"""Dropout that does not depend on how a batch is spread over devices."""
+"""Dropout that does not depend on the distribution of a batch over devices."""
 
 import flax.linen as nn
 import jax
@@ -7,14 +7,14 @@ from jax import lax
 
 
 class Dropout(nn.Module):
-    """Zeroes each value with probability `rate` in training and scales the rest by 1 / (1 - rate).
+    """Zeroes each value with probability `rate` in training; scales others by 1 / (1 - rate).
 
-    The mask of an example is a function of the "dropout" key and of the example's place in the
-    whole batch, so N devices that are given the same key drop what one device would drop.
+    The mask of an example depends only on the "dropout" key and on the example's index in the whole
+    batch. N devices with the same key thus drop the same values as one device.
 
     Attributes:
       rate: probability of zero, in [0, 1).
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
+      axis_name: the mapped axis over which the batch is split. None: outside of `pmap`.
 
     Reference: Srivastava et al., JMLR 15, 2014.
     """
@@ -24,7 +24,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [B, ...] to [B, ...]; the identity unless `train`."""
+        """Maps [B, ...] to [B, ...]; it is the identity unless `train`."""
         if not 0 <= self.rate < 1:
             raise ValueError(f"The dropout rate lies in [0, 1); received {self.rate}.")
         if not train or self.rate == 0 or self.is_initializing():

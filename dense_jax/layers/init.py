@@ -18,8 +18,8 @@ def bilinear_taps(size: int) -> np.ndarray:
     """Returns the 1-D bilinear filter of `size` taps, float64, for a stride of ceil(size / 2).
 
     a[x] = 1 - |x - c| / f with f = ceil(size / 2) and c = f - 1/2 (even size) or f - 1 (odd size),
-    so that the taps reaching any one output sum to 1. Early versions of Caffe's bilinear filler
-    put the centre elsewhere for some sizes (7 and 63 among them); this is the corrected formula.
+    so that the taps that reach each output sum to 1. Early versions of Caffe's bilinear filler used
+    a wrong centre for some sizes (such as 7 and 63). This is the corrected formula.
     """
     factor = (size + 1) // 2
     centre = factor - 1 if size % 2 else factor - 0.5
@@ -30,7 +30,7 @@ def bilinear() -> Initializer:
     """Returns an initialiser of up-convolution kernels that interpolate bilinearly.
 
     Kernels are [kh, kw, 1, C], depthwise (groups = C), or [kh, kw, C, C], dense with the filter on
-    the diagonal; any other shape raises `ValueError`.
+    the diagonal. Any other shape raises `ValueError`.
 
     Reference: Long, Shelhamer, Darrell, CVPR 2015, arXiv:1411.4038, Section 3.3.
     """
@@ -47,22 +47,23 @@ def bilinear() -> Initializer:
 
 
 def identity(num_classes: int, noise: float = 0.0) -> Initializer:
-    """Returns an initialiser of kernels that pass each class's scores on.
+    """Returns an initialiser of kernels that pass on the scores of each class.
 
-    Input channel a of A and output channel b of B belong to class floor(a C / A) and floor(b C / B)
-    of C. The centre taps between channels of one class are C / B; all other weights are zero, or
-    noise of standard deviation `noise` C / B. Layers whose channels repeat the classes then hand on
-    C / B of each score in B / C copies, and the last, of C channels, adds the copies up: together
-    they are the identity for scores that no ReLU cuts off.
+    Input channel a of A belongs to class floor(a C / A) of C, and output channel b of B to class
+    floor(b C / B). Centre taps between channels of the same class are C / B. All other weights are
+    zero, or noise with standard deviation `noise` C / B. A layer with B > C channels thus passes on
+    B / C copies of C / B times each score, and the last layer, with C channels, adds the copies.
+    Together they are the identity for scores that no ReLU sets to zero.
 
-    Copies of a class stay alike for ever without noise, as they get the same gradients.
+    Without noise the copies of a class remain equal, because their gradients are equal.
 
-    Reference: Yu, Koltun, ICLR 2016, arXiv:1511.07122, Equations 4 and 5. The deviation follows the
-    authors' release (fyu/dilation: network.py), which divides 0.01 by the copies.
+    Reference: Yu, Koltun, ICLR 2016, arXiv:1511.07122, Equations 4 and 5. The standard deviation
+    follows the authors' release (fyu/dilation: network.py), which divides 0.01 by the number of
+    copies.
 
     Args:
       num_classes: C.
-      noise: deviation of the other weights, as a share of the centre taps.
+      noise: standard deviation of the other weights, as a share of the centre taps.
     """
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:

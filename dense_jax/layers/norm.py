@@ -11,14 +11,15 @@ from dense_jax.ops.precision import at_least_float32
 
 
 class BatchNorm(nn.BatchNorm):
-    """Flax's batch normalisation of [..., C], computed in float32 or wider and able to be frozen.
+    """Flax's batch normalisation of [..., C], computed in float32 or wider, with a frozen mode.
 
-    The result has the dtype of x. The running variance is that of the biased one, where torch's is
-    of the unbiased; momentum is the decay of the averages, 1 - torch's.
+    The result has the dtype of x. The running variance averages the biased variance; that of torch
+    averages the unbiased one. Momentum is the decay of the averages, which torch calls
+    1 - momentum.
 
     Attributes:
-      frozen: use the running averages in training too and leave them, scale and bias as they are:
-        no gradient reaches these parameters.
+      frozen: use the running averages in training too, and keep averages, scale and bias constant.
+        No gradient reaches these parameters.
 
     Reference: Ioffe, Szegedy, ICML 2015, arXiv:1502.03167, Algorithms 1 and 2.
     """
@@ -26,18 +27,18 @@ class BatchNorm(nn.BatchNorm):
     frozen: bool = False
 
     def __post_init__(self) -> None:
-        """Frozen layers use the running averages whatever is asked for."""
+        """Makes frozen layers always use the running averages."""
         self.use_running_average = self.frozen or self.use_running_average
         super().__post_init__()
 
     def param(self, *args: Any, **kwargs: Any) -> Any:
-        """The parameter, which no gradient reaches where it is frozen."""
+        """Returns the parameter; if the layer is frozen, no gradient reaches it."""
         value = super().param(*args, **kwargs)
         return lax.stop_gradient(value) if self.frozen else value
 
     def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
         """Maps [..., C] to [..., C]."""
-        # 8-bit mantissas make no variance.
+        # The mantissa of bfloat16 is too short for a variance.
         return super().__call__(at_least_float32(x), **options).astype(x.dtype)
 
 
@@ -45,13 +46,13 @@ class LocalResponseNorm(nn.Module):
     """Divides each value by a power of the mean square of the neighbouring channels.
 
     y_c = x_c / (k + alpha / size * sum_j x_j^2)^beta with j over the `size` channels around c.
-    `alpha` is divided by `size` as in Caffe and torch, not as in Krizhevsky et al. (NIPS 2012,
+    `alpha` is divided by `size` as in Caffe and torch, but not in Krizhevsky et al. (NIPS 2012,
     Section 3.3).
 
     Attributes:
-      size: number of channels in the sum; odd.
+      size: number of channels in the sum, odd.
       alpha: weight of the mean square.
-      beta: exponent.
+      beta: the exponent.
       k: the constant term.
     """
 

@@ -1,8 +1,8 @@
-"""Ways to double the size of a feature map, to be compared for checkerboard artefacts.
+"""Ways to double the size of a feature map, for comparison of their checkerboard artefacts.
 
-An up-convolution places overlapping copies of its kernel. With k taps and stride s the copies lie
-evenly only if s divides k; elsewhere some outputs get more of them than others, in a pattern with
-the period of the stride. Resizing first and convolving with stride 1 has no such pattern.
+An up-convolution places overlapping copies of its kernel. With k taps and stride s, the overlap is
+even only if s divides k. Otherwise some outputs get more copies than others, in a pattern that
+repeats with the stride. Resizing followed by a convolution with stride 1 has no such pattern.
 
 Reference: Odena, Dumoulin, Olah, "Deconvolution and checkerboard artifacts", Distill 2016,
 doi:10.23915/distill.00003; Shi et al., sub-pixel convolution, arXiv:1609.05158.
@@ -27,14 +27,14 @@ Kind = Literal[
     "subpixel",
 ]
 
-# Kernel, padding and output padding of up-convolutions that give exactly twice the size.
+# Kernel size, padding and output padding of up-convolutions that exactly double the size.
 _DECONV = {"deconv_k2s2": (2, 0, 0), "deconv_k3s2": (3, 1, 1), "deconv_k4s2": (4, 1, 0)}
 
 
 def depth_to_space(x: jax.Array, block: int) -> jax.Array:
     """Rearranges [B, H, W, block^2 C] to [B, block H, block W, C] (torch's pixel shuffle).
 
-    Channel (a block + b) C + c of a pixel becomes channel c of place (a, b) in its block.
+    Channel (a block + b) C + c of a pixel becomes channel c of pixel (a, b) in its block.
     """
     batch, height, width, channels = x.shape
     if channels % block**2:
@@ -49,10 +49,10 @@ class Upsample2x(nn.Module):
 
     Attributes:
       features: number of output channels.
-      kind: deconv_kNs2: an up-convolution of N x N taps and stride 2. resize_nearest_conv and
-        resize_bilinear_conv: resizing, then a 3x3 convolution whose padding repeats the edge.
-        subpixel: a 3x3 convolution to 4 features, then `depth_to_space`.
-      dtype: computation dtype; None: that of the input and the parameters.
+      kind: deconv_kNs2 is an up-convolution with N x N taps and stride 2. resize_nearest_conv and
+        resize_bilinear_conv resize and then apply a 3x3 convolution whose padding repeats the edge.
+        subpixel applies a 3x3 convolution to 4 x features channels and then `depth_to_space`.
+      dtype: computation dtype. None: that of the input and the parameters.
       kernel_init: initialiser of the kernel.
     """
 
@@ -66,7 +66,7 @@ class Upsample2x(nn.Module):
         """Maps [B, H, W, C] to [B, 2H, 2W, features].
 
         Raises:
-          ValueError: the kind is none of `Kind`.
+          ValueError: the kind is not one of `Kind`.
         """
         shared = dict(dtype=self.dtype, kernel_init=self.kernel_init)
         if self.kind in _DECONV:

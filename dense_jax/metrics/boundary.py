@@ -1,6 +1,6 @@
-"""Boundary F1: how well predicted contours follow the labelled ones, on the host.
+"""Boundary F1, a measure of how well predicted contours follow labelled ones, on the host.
 
-The measure of SegNet (Badrinarayanan et al., PAMI 2017, arXiv:1511.00561, Section 4; script
+This is the measure of SegNet (Badrinarayanan et al., PAMI 2017, arXiv:1511.00561, Section 4; script
 ``computeBFmeasure.m`` of alexgkendall/SegNet-Tutorial), after Csurka et al., BMVC 2013.
 """
 
@@ -21,32 +21,32 @@ def image_boundary_f1(
     match: Literal["distance", "assignment"] = "distance",
     classes: Literal["union", "gt"] = "union",
 ) -> float:
-    """Mean over classes of the F1 score of one image's boundary pixels.
+    """Returns the mean over classes of the F1 score of one image's boundary pixels.
 
-    Precision is the matched share of the predicted boundary pixels of a class, recall that of the
-    labelled ones, and F1 is 2PR / (P + R), 0 if nothing matches. The score of a set of images is
-    the mean over those that have a score.
+    Precision is the share of a class's predicted boundary pixels that match, and recall is the
+    share of its labelled boundary pixels that match. F1 is 2PR / (P + R), or 0 if no pixel matches.
+    The score of a set of images is the mean over all images that have a score.
 
-    Void is treated as in the script, as one more region: its border with a class is a boundary of
-    that class, and what is predicted inside it counts.
+    As in the script, void is a region like a class. Its border with a class is a boundary of that
+    class, and predicted boundaries inside it count.
 
     Args:
       labels: [H, W] integer class ids; values outside [0, C) belong to no class.
       predictions: [H, W] integer class ids.
       num_classes: C.
-      tolerance: how far apart matched pixels may be, as a share of the image diagonal; the default
-        is 4.5 pixels at 360x480.
-      match: "distance" matches a pixel that has any pixel of the other map in reach (Csurka et
-        al.); "assignment" pairs pixels one to one, as many as possible (the script; it minimises
-        cost, but not to pair costs there 100 times the longest distance).
-      classes: "union" averages over classes with a boundary in either map (the script's code),
-        "gt" over those with one in the labels (the script's comment).
+      tolerance: largest distance between matched pixels, as a share of the image diagonal. The
+        default is 4.5 pixels at 360x480.
+      match: "distance" matches a pixel if any pixel of the other map is within the tolerance
+        (Csurka et al.). "assignment" makes as many one-to-one pairs as possible. The script
+        minimises a cost instead, but an unpaired pixel costs 100 times the longest distance.
+      classes: "union" averages over classes with a boundary in either map (the script's code).
+        "gt" averages over classes with a boundary in the labels (the script's comment).
 
     Returns:
-      A value in [0, 1]; NaN if there is no class to average over.
+      A value in [0, 1], or NaN if there is no class to average over.
 
     Raises:
-      ValueError: if the maps are not two of equal size.
+      ValueError: the maps are not [H, W] of equal size.
     """
     if labels.shape != predictions.shape or labels.ndim != 2:
         raise ValueError(
@@ -68,10 +68,11 @@ def image_boundary_f1(
 
 
 def boundary_map(region: np.ndarray) -> np.ndarray:
-    """Pixels [H, W] whose 2x2 block (itself, right, below, diagonal) is not of one value.
+    """Returns the pixels [H, W] whose 2x2 block (itself, right, below, diagonal) is not uniform.
 
-    This is BSDS ``seg2bdry(..., 'imageSize')``: blocks at the right and bottom edge are cut off,
-    so the last row sees only its right and the last column only its lower neighbour.
+    This is BSDS ``seg2bdry(..., 'imageSize')``. Blocks are cropped at the right and bottom edges,
+    so that pixels of the last row are compared only with the right neighbour, and pixels of the
+    last column only with the lower one.
     """
     padded = np.pad(region, ((0, 1), (0, 1)), mode="edge")
     here, right = padded[:-1, :-1], padded[:-1, 1:]
@@ -80,17 +81,17 @@ def boundary_map(region: np.ndarray) -> np.ndarray:
 
 
 def _count_in_reach(a: np.ndarray, b: np.ndarray, radius: float) -> tuple[int, int]:
-    """How many points of `a` have one of `b` within `radius`, and of `b` one of `a`."""
-    # Nearest neighbours of the few boundary points: seven times faster than distance transforms.
+    """Returns how many points of `a` have a point of `b` within `radius`, and vice versa."""
+    # Boundary points are few: nearest neighbours are seven times faster than distance transforms.
     to_b, to_a = KDTree(b).query(a)[0], KDTree(a).query(b)[0]
     return int((to_b <= radius).sum()), int((to_a <= radius).sum())
 
 
 def _count_assigned(a: np.ndarray, b: np.ndarray, radius: float) -> tuple[int, int]:
-    """Largest number of pairs of one point of `a` and one of `b` within `radius`, twice."""
+    """Returns, twice, the largest number of one-to-one pairs of `a` and `b` within `radius`."""
     near = KDTree(a).sparse_distance_matrix(KDTree(b), radius, output_type="ndarray")
-    # As a flow of capacity one: source, points of a, points of b, sink. SciPy's
-    # maximum_bipartite_matching takes seconds on such dense neighbourhoods, this milliseconds.
+    # A flow with capacity one: source, points of a, points of b, sink. It takes milliseconds, while
+    # SciPy's maximum_bipartite_matching takes seconds on such dense neighbourhoods.
     num = len(a) + len(b)
     points_a, points_b = np.arange(len(a)), np.arange(len(a), num)
     tails = np.concatenate([np.full(len(a), num), near["i"], points_b])

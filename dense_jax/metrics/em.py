@@ -1,14 +1,16 @@
 """Errors of cell boundaries in electron microscopy: the measures of ISBI 2012, on the host.
 
-I. Arganda-Carreras et al., "Crowdsourcing the creation of image segmentation algorithms for
-connectomics", Frontiers in Neuroanatomy 9, 2015 (V-Rand, V-Info: the current ranking), and the
-measures that the challenge first had and U-Net reports (pixel, Rand and warping error), after the
-pages of the challenge and its toolbox, fiji/Trainable_Segmentation, package ``metrics``. Warping:
-V. Jain et al., "Boundary learning by optimization with topological constraints", CVPR 2010.
+V-Rand and V-Info define the current ranking. Pixel, Rand and warping error are the challenge's
+first measures, which U-Net reports. The implementation follows the web pages of the challenge and
+its toolbox, fiji/Trainable_Segmentation, package ``metrics``.
 
-A label is 1 inside a cell and 0 on a membrane; a prediction is the probability of the inside. At a
-threshold t the predicted inside is probability > t. Cells are 4-connected components, so a
-diagonal contact does not join two. Each measure takes its best value over the thresholds.
+A label is 1 inside a cell and 0 on a membrane. A prediction is the probability of the inside. At
+threshold t, the predicted inside is probability > t. Cells are 4-connected components, so that a
+diagonal contact does not join two cells. Each measure takes its best value over the thresholds.
+
+Reference: I. Arganda-Carreras et al., "Crowdsourcing the creation of image segmentation algorithms
+for connectomics", Frontiers in Neuroanatomy 9, 2015; for warping: V. Jain et al., "Boundary
+learning by optimization with topological constraints", CVPR 2010.
 """
 
 import functools
@@ -20,25 +22,26 @@ from scipy import ndimage, sparse
 
 THRESHOLDS = tuple(k / 10 for k in range(11))
 WARPING_RADIUS = 20
-"""How far from a pixel the toolbox looks whether removing it splits a cell, in pixels."""
+"""Radius in pixels within which the toolbox tests whether removing a pixel splits a cell."""
 
-# The neighbours of a pixel in a circle; those at even places share an edge with it.
+# The neighbours of a pixel in clockwise order; those with even indices share an edge with it.
 _RING = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))
 
 
 def scores(labels: Sequence[np.ndarray], probabilities: Sequence[np.ndarray]) -> dict[str, float]:
-    """All measures of a stack of slices, each at its best threshold.
+    """Returns all measures of a stack of slices, each at its best threshold.
 
     Args:
-      labels: [H, W] each, 1 inside a cell, 0 membrane.
-      probabilities: [H, W] each, of the inside, in [0, 1].
+      labels: [H, W] each, 1 inside a cell, 0 on a membrane.
+      probabilities: [H, W] each, probability of the inside in [0, 1].
 
     Returns:
-      ``pixel_error`` 1 - F of the inside pixels, ``pixel_error_plain`` the share of wrong pixels,
-      ``pixel_error_squared`` the mean squared difference without threshold; ``rand_error``;
-      ``warping_error`` (pixels of splits and mergers), ``warping_error_classic`` (all topological
-      errors); ``v_rand`` and ``v_info``, which alone are better when higher. NaN where no slice
-      has an inside to score.
+      ``pixel_error`` is 1 - F of the inside pixels, ``pixel_error_plain`` the share of wrong
+      pixels, and ``pixel_error_squared`` the mean squared difference without threshold.
+      ``rand_error`` is 1 - F of the pairs of pixels. ``warping_error`` is the share of pixels with
+      splits and mergers, ``warping_error_classic`` that of all topological errors. ``v_rand`` and
+      ``v_info`` are scores, for which higher is better. A measure is NaN if no slice has an inside
+      to score.
 
     Raises:
       ValueError: the lists or the shapes do not match, or a value is out of range.
@@ -47,7 +50,7 @@ def scores(labels: Sequence[np.ndarray], probabilities: Sequence[np.ndarray]) ->
     best = {name: float(swept[name].max()) for name in ("v_rand", "v_info")}
     best["rand_error"] = 1 - float(swept["rand_f"].max())
     best["pixel_error"] = 1 - float(swept["pixel_f"].max())
-    # The challenge stops the sweep of warping errors at 0.9.
+    # The challenge evaluates warping errors only for thresholds up to 0.9.
     for name in ("warping_error", "warping_error_classic"):
         best[name] = float(swept[name][:-1].min())
     best["pixel_error_plain"] = float(swept["pixel_error_plain"].min())
@@ -59,7 +62,7 @@ def scores(labels: Sequence[np.ndarray], probabilities: Sequence[np.ndarray]) ->
 def sweep(
     labels: Sequence[np.ndarray], probabilities: Sequence[np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The measures at each of `THRESHOLDS`, arguments as of `scores`.
+    """Returns the measures at each of `THRESHOLDS`; the arguments are those of `scores`.
 
     Returns:
       Arrays [11] by name: ``pixel_f``, ``pixel_error_plain``, ``rand_f``, ``v_rand``, ``v_info``,
@@ -120,20 +123,20 @@ def _ratio(numerator: float, denominator: float) -> float:
 
 
 def thin_borders(inside: np.ndarray) -> np.ndarray:
-    """Numbers the cells and grows them until only lines one pixel wide part them.
+    """Numbers the cells and grows them until lines one pixel wide separate them.
 
-    This is a watershed with 4-connected basins of the inverted binary map: all cells grow by one
-    pixel at a time, and a pixel that would join two becomes a line. Borders of any width turn
-    into lines; a membrane that does not part anything vanishes. Where two cells reach adjacent
-    pixels at once, the pixel of even row + column is first.
+    This is a watershed of the inverted binary map with 4-connected basins. All cells grow by one
+    pixel at a time, and a pixel that would join two cells becomes a line. Borders of any width
+    become lines, and a membrane that does not separate cells disappears. If two cells reach
+    adjacent pixels in the same step, the pixel with even row + column is decided first.
 
     Args:
       inside: bool [H, W].
 
     Returns:
-      int32 [H, W], 0 on the lines (everywhere, if there is no cell).
+      int32 [H, W] cell numbers, 0 on lines (everywhere if there is no cell).
     """
-    wall = -1  # lines, and what is outside the image
+    wall = -1  # lines, and pixels outside the image
     cells = np.pad(ndimage.label(inside)[0].astype(np.int32), 1, constant_values=wall)
     width, flat = cells.shape[1], cells.ravel()
     beside = np.array([dy * width + dx for dy, dx in _RING[::2]])
@@ -142,7 +145,7 @@ def thin_borders(inside: np.ndarray) -> np.ndarray:
     while len(grown):
         reached = (grown[:, None] + beside).ravel()
         front = np.unique(reached[flat[reached] == 0])
-        # Pixels of one parity are never side by side, so they can be decided at once.
+        # Pixels of the same parity never share an edge, so they can be decided at once.
         for half in (front[parity[front] == 0], front[parity[front] == 1]):
             around = flat[half[:, None] + beside]
             highest = around.max(1)
@@ -153,11 +156,11 @@ def thin_borders(inside: np.ndarray) -> np.ndarray:
 
 
 def _joint(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts of pixels inside the true cells, for all cells that have any.
+    """Counts pixels inside true cells, for all cells that have any.
 
     Returns:
-      Of each overlap of a true and a predicted cell, of each true cell (with its pixels on the
-      prediction's borders) and of each predicted cell.
+      The count for each overlap of a true and a predicted cell, for each true cell (including its
+      pixels on predicted borders) and for each predicted cell.
     """
     scored = truth > 0
     ones = np.ones(np.count_nonzero(scored), np.int64)
@@ -169,13 +172,16 @@ def _joint(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def rand_counts(truth: np.ndarray, predicted: np.ndarray) -> tuple[float, float, float]:
-    """Pairs of pixels inside the true cells that share a cell: in both maps, predicted, true.
+    """Counts pairs of pixels inside true cells that share a cell.
 
-    Each border pixel of the prediction counts as a cell of its own. To be added over slices.
+    Each border pixel of the prediction counts as a separate cell. Sums over slices are meaningful.
 
     Args:
-      truth: [H, W] numbers of cells, 0 outside.
-      predicted: [H, W] numbers of cells, 0 on borders.
+      truth: [H, W] cell numbers, 0 outside.
+      predicted: [H, W] cell numbers, 0 on borders.
+
+    Returns:
+      The number of pairs that share a cell in both maps, in the prediction, and in the truth.
     """
     both, of_truth, of_prediction = (c.astype(float) for c in _joint(truth, predicted))
     border = of_truth.sum() - of_prediction.sum()
@@ -187,24 +193,25 @@ def rand_counts(truth: np.ndarray, predicted: np.ndarray) -> tuple[float, float,
 
 
 def v_rand_score(truth: np.ndarray, predicted: np.ndarray) -> tuple[float, float, float]:
-    """Precision, recall and F of the foreground-restricted Rand score; arguments as above.
+    """Returns precision, recall and F of the foreground-restricted Rand score.
 
-    With p_ij the share of pixels in true cell i and predicted cell j: precision is sum p_ij^2 /
-    sum b_j^2, recall sum p_ij^2 / sum a_i^2. Precision falls by mergers, recall by splits.
+    Let p_ij be the share of pixels in true cell i and predicted cell j, a_i = sum_j p_ij and
+    b_j = sum_i p_ij. Precision is sum p_ij^2 / sum b_j^2, and recall is sum p_ij^2 / sum a_i^2.
+    Mergers reduce precision, and splits reduce recall. The arguments are those of `rand_counts`.
     """
     both, of_prediction, of_truth = rand_counts(truth, predicted)
     return both / of_prediction, both / of_truth, 2 * both / (of_prediction + of_truth)
 
 
 def v_info_score(truth: np.ndarray, predicted: np.ndarray) -> tuple[float, float, float]:
-    """Mutual information over the entropy of the truth, of the prediction, and their F.
+    """Returns the mutual information over the entropy of the truth, of the prediction, and their F.
 
-    A map of one cell has no entropy: then the score is (0, 1, 0) if it is the truth, else (1, 0,
-    0), as in the toolbox.
+    The entropy of a map with one cell is zero. As in the toolbox, the score is then (0, 1, 0) if
+    this map is the truth, else (1, 0, 0). The arguments are those of `rand_counts`.
     """
     both, of_truth, of_prediction = _joint(truth, predicted)
     num = of_truth.sum()
-    border = 1 - of_prediction.sum() / num  # so many cells of one pixel each
+    border = 1 - of_prediction.sum() / num  # share of border pixels, each a separate cell
     of_borders = border * np.log(num)
     h_truth = _entropy(of_truth / num)
     h_prediction = _entropy(of_prediction / num) + of_borders
@@ -222,11 +229,12 @@ def _entropy(shares: np.ndarray) -> float:
 
 @functools.cache
 def simple_points() -> bytes:
-    """For each of 256 neighbourhoods, 1 if flipping its centre keeps the topology.
+    """Returns for each of 256 neighbourhoods 1 if flipping its centre keeps the topology, else 0.
 
-    Bit k of an index is the k-th neighbour, clockwise from above. With 4-connected cells and
-    8-connected membranes a pixel is simple if its Yokoi number, sum over the four edges k of
-    x_k - x_k x_(k+1) x_(k+2), is 1: one cell touches it, and it fills or opens no hole.
+    Bit k of an index is the k-th neighbour, clockwise from the upper one. With 4-connected cells
+    and 8-connected membranes, a pixel is simple if its Yokoi number is 1. This number is the sum
+    over the four edges k of x_k - x_k x_(k+1) x_(k+2). A simple pixel touches one cell, and it
+    neither fills nor opens a hole.
     """
 
     def yokoi(code: int) -> int:
@@ -239,16 +247,17 @@ def simple_points() -> bytes:
 def warp(truth: np.ndarray, probability: np.ndarray, threshold: float) -> np.ndarray:
     """Deforms the true map towards the prediction without changing its topology.
 
-    Pixels in which the two differ are flipped where they are simple, those with the largest
-    |probability - threshold| first, column by column among equals, over and over until none is.
+    Among the pixels in which the maps differ, simple ones are flipped, until no simple pixel
+    remains. Those with the largest |probability - threshold| come first, and equal ones in
+    column-major order.
 
     Args:
       truth: bool [H, W].
-      probability: [H, W] of the inside.
-      threshold: above which a pixel is inside.
+      probability: [H, W], probability of the inside.
+      threshold: a pixel is inside if its probability is above this.
 
     Returns:
-      bool [H, W]; what still differs from the prediction are topological errors.
+      bool [H, W]. Pixels that still differ from the prediction are topological errors.
     """
     state = np.pad(truth, 1)
     padded = np.zeros(state.shape, np.int64)
@@ -264,7 +273,7 @@ def warp(truth: np.ndarray, probability: np.ndarray, threshold: float) -> np.nda
     is_simple, flipped = simple_points(), []
     while True:
         kept, before = [], len(flipped)
-        for i in pending:  # one by one: each flip changes what is simple next to it
+        for i in pending:  # in sequence: each flip changes which neighbours are simple
             if is_simple[codes[i]]:
                 flipped.append(i)
                 for offset, bit in links:
@@ -281,19 +290,22 @@ def warp(truth: np.ndarray, probability: np.ndarray, threshold: float) -> np.nda
 def classify_mismatches(
     warped: np.ndarray, inside: np.ndarray, *, radius: int = WARPING_RADIUS
 ) -> dict[str, int]:
-    """Counts the pixels in which a warped truth and a prediction differ, by what they do wrong.
+    """Counts the pixels in which a warped truth and a prediction differ, by kind of error.
 
-    The rules of the toolbox, from the cells among the eight neighbours of such a pixel. Missing in
-    the prediction (inside only in the truth): no cell around is an ``object_deletion``, nothing but
-    cell a ``hole_addition``; two cells, or one that falls apart within ``radius`` without the
-    pixel, a ``split``; else a ``hole_deletion``. Inside only in the prediction: no cell is an
-    ``object_addition``, nothing but cell a ``hole_deletion``, two cells a ``merge``, else a
-    ``hole_addition``.
+    The rules of the toolbox use the cells among the eight neighbours of such a pixel.
+
+    A pixel that is inside only in the truth is an ``object_deletion`` if there is no cell, and a
+    ``hole_addition`` if all neighbours are cell. It is a ``split`` if there are two cells, or if
+    the cell falls apart within ``radius`` without the pixel. Else it is a ``hole_deletion``.
+
+    A pixel that is inside only in the prediction is an ``object_addition`` if there is no cell, a
+    ``hole_deletion`` if all neighbours are cell, and a ``merge`` if there are two cells. Else it is
+    a ``hole_addition``.
 
     Args:
-      warped: bool [H, W] as of `warp`.
+      warped: bool [H, W], the result of `warp`.
       inside: bool [H, W], the prediction.
-      radius: in pixels.
+      radius: radius in pixels for the test of splits.
     """
     counts = dict.fromkeys(
         ("split", "merge", "hole_addition", "hole_deletion", "object_addition", "object_deletion"),
@@ -318,7 +330,7 @@ def classify_mismatches(
 
 
 def _around(cells: np.ndarray, y: int, x: int) -> set[int]:
-    """The numbers at the up to eight neighbours of a pixel."""
+    """Returns the cell numbers of the up to eight neighbours of a pixel."""
     height, width = cells.shape
     return {
         int(cells[y + dy, x + dx])

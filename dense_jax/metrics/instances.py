@@ -1,10 +1,12 @@
 """Scores of objects without classes, from two maps of object numbers, on the host.
 
-The average precision of the 2018 Data Science Bowl (J. C. Caicedo et al., Nature Methods 16,
-2019), the symmetric best Dice of the leaf segmentation challenge (H. Scharr et al., Machine Vision
-and Applications 27(4), 2016) and the average best overlap (J. Uijlings et al., "Selective Search
-for Object Recognition", IJCV 104(2), 2013). Maps are integers [H, W]; 0 is background, and equal
-numbers are one object, of one piece or more.
+Maps are integers [H, W]. 0 is background, and pixels with equal numbers are one object, which may
+have several parts.
+
+Reference: average precision of the 2018 Data Science Bowl: J. C. Caicedo et al., Nature Methods 16,
+2019. Symmetric best Dice of the leaf segmentation challenge: H. Scharr et al., Machine Vision and
+Applications 27(4), 2016. Average best overlap: J. Uijlings et al., "Selective Search for Object
+Recognition", IJCV 104(2), 2013.
 """
 
 from collections.abc import Sequence
@@ -30,13 +32,14 @@ def from_semantic(
     Args:
       prediction: [H, W] integer class ids.
       object_class: the class whose components are objects.
-      border_class: a class that was cut out of touching objects; after the components were taken,
-        those of its pixels that connect to an object go to the nearest one.
-      connectivity: whether a diagonal contact joins (8) or not (4).
-      min_size: components of fewer pixels are dropped, before borders are given back.
+      border_class: a class that separates touching objects. Its pixels are assigned to the nearest
+        object after the components are found, if they are connected to an object.
+      connectivity: 8 if a diagonal contact joins pixels, else 4.
+      min_size: smaller components (in pixels) are removed before border pixels are assigned.
 
     Returns:
-      int32 [H, W]: 0 or 1, 2, ... in the order of first pixels.
+      int32 [H, W]: 0 for background, and object numbers 1, 2, ... in row-major order of their first
+      pixels.
     """
     structure = ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2)
     numbers = ndimage.label(prediction == object_class, structure)[0].astype(np.int32)
@@ -56,13 +59,14 @@ def from_semantic(
 
 
 def overlaps(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How many pixels each true object shares with each predicted one, and their sizes.
+    """Returns the number of pixels that true and predicted objects share, and their sizes.
 
     Returns:
-      int64 [T, P], [T] and [P] for the T and P different numbers, in ascending order.
+      int64 shared pixels [T, P], sizes of the T true objects and sizes of the P predicted objects,
+      in ascending order of object numbers.
 
     Raises:
-      ValueError: the maps are not two [H, W] of equal size, or have negative numbers.
+      ValueError: the maps are not [H, W] of equal size, or have negative numbers.
     """
     if truth.shape != predicted.shape or truth.ndim != 2:
         raise ValueError(f"maps {truth.shape} and {predicted.shape} are not two of equal [H, W]")
@@ -79,26 +83,26 @@ def overlaps(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def hits(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """How many objects are found at each of `THRESHOLDS`.
+    """Returns how many objects match at each of `THRESHOLDS`.
 
-    A true object is found if one predicted object overlaps it with an IoU *above* the threshold;
-    from 0.5 up that is never more than one, on either side.
+    A true and a predicted object match if their IoU is *above* the threshold. For thresholds from
+    0.5, every object has at most one match.
 
     Returns:
-      The number of pairs, int64 [10], of true objects and of predicted ones.
+      The number of matches, int64 [10], of true objects, and of predicted objects.
     """
     shared, of_truth, of_prediction = overlaps(truth, predicted)
     union = of_truth[:, None] + of_prediction - shared
-    # In integers, so that an IoU of exactly 11/20 is not above 0.55.
+    # Integer arithmetic, so that an IoU of exactly 11/20 is not above 0.55.
     pairs = [int((20 * shared > k * union).sum()) for k in range(10, 20)]
     return np.array(pairs), len(of_truth), len(of_prediction)
 
 
 def average_precision(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """TP / (TP + FP + FN) of one image at each of `THRESHOLDS`, float64 [10].
+    """Returns TP / (TP + FP + FN) of one image at each of `THRESHOLDS`, float64 [10].
 
-    Not the area under a curve: predictions have no order here. All NaN if neither map has an
-    object.
+    This is not the area under a curve, because predictions have no scores here. All values are NaN
+    if neither map has an object.
     """
     true_positives, num_true, num_predicted = hits(truth, predicted)
     if not num_true + num_predicted:
@@ -107,16 +111,17 @@ def average_precision(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 
 def f1(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """2 TP / (2 TP + FP + FN) of one image at IoU 0.5; NaN if neither map has an object."""
+    """Returns 2 TP / (2 TP + FP + FN) of one image at IoU 0.5, or NaN without any objects."""
     true_positives, num_true, num_predicted = hits(truth, predicted)
     total = num_true + num_predicted
     return float(2 * true_positives[0] / total) if total else float("nan")
 
 
 def symmetric_best_dice(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """The lower of: mean over true objects of the best Dice with a predicted one, and vice versa.
+    """Returns the mean over true objects of the best Dice with a predicted object, or vice versa.
 
-    Dice is 2 |A and B| / (|A| + |B|). 0 if only one map has objects, NaN if neither has.
+    The lower of the two means counts. Dice is 2 |A and B| / (|A| + |B|). The result is 0 if only
+    one map has objects, and NaN if neither has.
     """
     shared, of_truth, of_prediction = overlaps(truth, predicted)
     if not len(of_truth) + len(of_prediction):
@@ -128,24 +133,24 @@ def symmetric_best_dice(truth: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def best_overlaps(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """The highest IoU of each true object with any predicted one, float64 [T], 0 without any."""
+    """Returns the highest IoU of each true object with a predicted one, float64 [T], at least 0."""
     shared, of_truth, of_prediction = overlaps(truth, predicted)
     union = of_truth[:, None] + of_prediction - shared
     return (shared / union).max(1, initial=0)
 
 
 def scores(truths: Sequence[np.ndarray], predictions: Sequence[np.ndarray]) -> dict[str, float]:
-    """All scores of a set of images.
+    """Returns all scores of a set of images.
 
     Args:
       truths: [H, W] object numbers of each image, such as the "instances" of an example.
-      predictions: as many, of the same sizes, such as of `from_semantic`.
+      predictions: object numbers of the same sizes, such as from `from_semantic`.
 
     Returns:
-      Means over the images, those without any object on both sides left out:
-      ``average_precision`` (mean over `THRESHOLDS`), ``average_precision_50``,
-      ``average_precision_75``, ``f1_50``, ``symmetric_best_dice``; over all true objects:
-      ``average_best_overlap``; and ``num_objects``, ``num_predicted``. NaN for a mean of nothing.
+      Means over the images that have an object in either map: ``average_precision`` (mean over
+      `THRESHOLDS`), ``average_precision_50``, ``average_precision_75``, ``f1_50`` and
+      ``symmetric_best_dice``. Mean over all true objects: ``average_best_overlap``. Counts:
+      ``num_objects`` and ``num_predicted``. A mean of no values is NaN.
     """
     pairs = list(zip(truths, predictions, strict=True))
     precision = np.array([average_precision(*pair) for pair in pairs]).reshape(-1, len(THRESHOLDS))
@@ -163,7 +168,7 @@ def scores(truths: Sequence[np.ndarray], predictions: Sequence[np.ndarray]) -> d
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
-    """The mean of the values that are numbers; NaN if none is."""
+    """Returns the mean of all values that are not NaN, or NaN if there are none."""
     known = np.asarray(values, float)
     known = known[~np.isnan(known)]
     return float(known.mean()) if len(known) else float("nan")

@@ -1,7 +1,7 @@
 """Scores of semantic segmentation from one integer confusion matrix.
 
-Counts are exact integers and are added over the whole set before any ratio is formed, so neither
-the batch size nor the number of devices or processes changes a score.
+Counts are exact integers. They are added over the whole set before ratios are computed, so that the
+scores do not depend on the batch size or on the number of devices and processes.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ def confusion_counts(
     *,
     ignore_label: int = 255,
 ) -> jax.Array:
-    """Number of pixels of each (label, predicted class) pair; works under jit and pmap.
+    """Returns the number of pixels of each (label, prediction) pair; works under jit and pmap.
 
-    Pixels whose label is `ignore_label` or outside [0, C) are not counted, whatever was predicted.
+    Pixels whose label is `ignore_label` or outside [0, C) are not counted.
 
     Args:
       labels: integer class ids of any shape.
@@ -30,11 +30,11 @@ def confusion_counts(
       ignore_label: id of pixels without a label.
 
     Returns:
-      [C, C] int32, row = label, column = prediction. Exact: at most 2**31 - 1 pixels a call.
+      [C, C] int32, row = label, column = prediction, exact for up to 2**31 - 1 pixels per call.
 
     Raises:
-      ValueError: if the shapes differ, or if a scored pixel's prediction is outside [0, C). Values
-        are seen only outside of jit; inside, take the argmax of C logits, which is in range.
+      ValueError: the shapes differ, or the prediction of a scored pixel is outside [0, C). Values
+        can be checked only outside of jit. Inside, use the argmax of C logits, which is in range.
     """
     if labels.shape != predictions.shape:
         raise ValueError(f"labels {labels.shape} do not match predictions {predictions.shape}")
@@ -45,15 +45,15 @@ def confusion_counts(
         wrong = predictions[is_scored & ((predictions < 0) | (predictions >= num_classes))]
         if wrong.size:
             raise ValueError(f"prediction {wrong[0]} is outside [0, {num_classes})")
-    # One integer bincount: on a CPU 0.3 ms for 360x480 pixels of 11 classes, where the product of
-    # one-hot matrices takes 1 ms in int8 and 9 ms in float32. It drops indices past its length.
+    # An integer bincount takes 0.3 ms on a CPU for 360x480 pixels of 11 classes. The product of
+    # one-hot matrices takes 1 ms in int8 and 9 ms in float32. Bincount drops indices past `length`.
     pairs = jnp.where(is_scored, labels * num_classes + predictions, num_classes**2)
     counts = jnp.bincount(pairs.reshape(-1), length=num_classes**2)
     return counts.reshape(num_classes, num_classes).astype(jnp.int32)
 
 
 def add(total: np.ndarray | None, counts: jax.Array | np.ndarray) -> np.ndarray:
-    """The sum of a running total (None at the start) and new counts, on the host in int64."""
+    """Returns the sum of a total (None at the start) and new counts, on the host in int64."""
     counts = np.asarray(counts, np.int64)
     return counts if total is None else total + counts
 
@@ -64,25 +64,26 @@ def summarise(
     *,
     absent: Literal["skip", "zero"] = "skip",
 ) -> dict[str, Any]:
-    """Scores of a confusion matrix n_ij (true class i, predicted j), with t_i = sum_j n_ij.
+    """Returns the scores of a confusion matrix n_ij (true class i, predicted class j).
 
-    ``pixel_accuracy`` sum_i n_ii / sum_i t_i; ``mean_accuracy`` mean_i n_ii / t_i; ``mean_iou``
-    mean_i n_ii / (t_i + sum_j n_ji - n_ii); ``frequency_weighted_iou`` mean of the IoU weighted by
-    t_i (Long et al., CVPR 2015, arXiv:1411.4038, Section 5).
+    With t_i = sum_j n_ij, ``pixel_accuracy`` is sum_i n_ii / sum_i t_i, ``mean_accuracy`` is
+    mean_i n_ii / t_i, and ``mean_iou`` is mean_i n_ii / (t_i + sum_j n_ji - n_ii).
+    ``frequency_weighted_iou`` is the mean IoU weighted by t_i (Long et al., CVPR 2015,
+    arXiv:1411.4038, Section 5).
 
     Args:
       confusion: [C, C] integers, row = label.
-      class_names: C names for the table; the ids if not given.
-      absent: "skip" leaves a class out of a mean where its ratio is 0/0: one that is neither in the
-        labels nor predicted has no IoU, one that is only predicted has IoU 0 but no accuracy (the
-        FCN release). "zero" counts such a ratio as 0 and divides by C (the SegNet release).
+      class_names: C names for the table. None: the class ids.
+      absent: "skip" omits a class from a mean if its ratio is 0/0 (the FCN release). A class that
+        is neither labelled nor predicted has no IoU. A class that is only predicted has an IoU of 0
+        but no accuracy. "zero" counts a ratio 0/0 as 0 and divides by C (the SegNet release).
 
     Returns:
-      The four scores and ``num_pixels``; NaN where nothing at all was scored. ``per_class`` is a
-      list of dicts ``name, iou, accuracy, pixels, predicted``; a ratio 0/0 is None there.
+      The four scores and ``num_pixels``. Scores are NaN if no pixel is scored. ``per_class`` is a
+      list of dicts ``name, iou, accuracy, pixels, predicted``, in which a ratio 0/0 is None.
 
     Raises:
-      ValueError: if the matrix is not square, not of integers, or has negative counts.
+      ValueError: the matrix is not square, not of integers, or has negative counts.
     """
     confusion = np.asarray(confusion)
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
@@ -120,6 +121,6 @@ def summarise(
 
 
 def _ratio(numerator: Any, denominator: Any) -> np.ndarray:
-    """Elementwise quotient in float64, NaN for 0/0."""
+    """Returns the elementwise quotient in float64, NaN for 0/0."""
     with np.errstate(invalid="ignore"):
         return np.true_divide(numerator, denominator)

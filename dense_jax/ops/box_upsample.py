@@ -1,8 +1,8 @@
-"""Crops of feature maps by boxes, enlarged to one size: BoxUpsample of Hypercolumns' release.
+"""Crops of feature maps under boxes, resized to one size: BoxUpsample of the Hypercolumns release.
 
 Reference: Hariharan, Arbelaez, Girshick, Malik, "Hypercolumns for object segmentation and
-fine-grained localization", CVPR 2015, arXiv:1411.5752; the sampling is that of the authors' later
-code (bharath272/sds, caffe-sds: box_upsample).
+fine-grained localization", CVPR 2015, arXiv:1411.5752. The sampling follows the authors' later code
+(bharath272/sds, caffe-sds: box_upsample).
 """
 
 import jax
@@ -12,10 +12,11 @@ Pair = tuple[int, int]
 
 
 def interpolation(at: jax.Array, length: int) -> jax.Array:
-    """Returns the matrices [..., n, length] that read a line of `length` values at places [..., n].
+    """Returns matrices [..., n, length] that interpolate `length` values at positions [..., n].
 
-    Linear between the values, constant beyond the first and the last (the release clamps indices
-    and keeps the weights, which sum to 1: the same).
+    The interpolation is linear between values and constant beyond the first and the last. The
+    release clamps the indices and keeps the weights, which gives the same result because the
+    weights sum to 1.
     """
     at = jnp.clip(at.astype(jnp.float32), 0, length - 1)[..., None]
     index = jnp.arange(length, dtype=jnp.float32).reshape((1,) * (at.ndim - 1) + (length,))
@@ -23,14 +24,14 @@ def interpolation(at: jax.Array, length: int) -> jax.Array:
 
 
 def box_interpolation(low: jax.Array, high: jax.Array, size: int, length: int) -> jax.Array:
-    """Returns the matrices [..., size, length] that read the span [low, high] of a line.
+    """Returns matrices [..., size, length] that interpolate values over the span [low, high].
 
-    Place y of `size` lies at ((y + 1/2) (high - low) / size + low) length - 1/2.
+    Sample y lies at position ((y + 1/2) (high - low) / size + low) length - 1/2.
 
     Args:
       low: [...] start of the span; 0 is the outer edge of the first value.
-      high: [...] its end; 1 is the outer edge of the last value.
-      size: number of places.
+      high: [...] end of the span; 1 is the outer edge of the last value.
+      size: number of samples.
       length: number of values.
     """
     steps = jnp.arange(0.5, size, dtype=jnp.float32).reshape((1,) * low.ndim + (size,)) / size
@@ -43,12 +44,12 @@ def box_upsample(maps: jax.Array, boxes: jax.Array, size: Pair) -> jax.Array:
 
     Args:
       maps: [B, H, W, C].
-      boxes: [B, N, 4], (x0, y0, x1, y1) in shares of the map's width and height; a box may reach
-        beyond the map, whose border then goes on.
+      boxes: [B, N, 4], (x0, y0, x1, y1) as shares of the map's width and height. A box may extend
+        beyond the map, whose border values are then repeated.
       size: height and width of each crop.
 
     Raises:
-      ValueError: the shapes are others.
+      ValueError: the shapes do not match.
     """
     if maps.ndim != 4 or boxes.shape != (maps.shape[0], *boxes.shape[1:2], 4):
         raise ValueError(
@@ -57,7 +58,7 @@ def box_upsample(maps: jax.Array, boxes: jax.Array, size: Pair) -> jax.Array:
     x0, y0, x1, y1 = jnp.moveaxis(boxes, -1, 0)
     rows = box_interpolation(y0, y1, size[0], maps.shape[1])
     columns = box_interpolation(x0, x1, size[1], maps.shape[2])
-    # Products with small matrices: the gradient of indexing would be a scatter.
+    # Products with small matrices, because the gradient of indexing would be a scatter.
     crops = jnp.einsum("bnyh,bhwc->bnywc", rows, maps.astype(jnp.float32), precision="highest")
     crops = jnp.einsum("bnxw,bnywc->bnyxc", columns, crops, precision="highest")
     return crops.astype(maps.dtype)

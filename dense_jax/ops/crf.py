@@ -5,12 +5,13 @@ The energy of a labelling x is sum_i -log P_i(x_i) + sum_ij [x_i != x_j] k_ij wi
     k_ij = w1 exp(-|p_i - p_j|^2 / (2 sxy^2) - |I_i - I_j|^2 / (2 srgb^2))
          + w2 exp(-|p_i - p_j|^2 / (2 sg^2)),
 
-p being places in pixels and I colours, 0 to 255. Mean field repeats, for all pixels at once,
+where p are positions in pixels and I are colours from 0 to 255. Mean field repeats, for all pixels
+at once,
 
     Q_i(l) = softmax_l(log P_i(l) + sum_j k_ij Q_j(l)).
 
-What k_ij is divided by (`CrfParams.norm`) and whether j = i is in the sum (`CrfParams.self_term`)
-differ between public codes, and the weights that suit one do not suit another.
+Public implementations differ in the normalisation of k_ij (`CrfParams.norm`) and in whether the sum
+includes j = i (`CrfParams.self_term`). Weights tuned for one do not suit another.
 
 Reference: Kraehenbuehl, Koltun, "Efficient inference in fully connected CRFs with Gaussian edge
 potentials", NeurIPS 2011, arXiv:1210.5644; Chen et al., "DeepLab", arXiv:1606.00915, Section 3.3.
@@ -28,47 +29,48 @@ from jax import lax
 
 from dense_jax.ops import permutohedral
 
-_TINY = 1e-20  # Pixels without neighbours have a sum of zero, which must not divide.
+_TINY = 1e-20  # Avoids division by zero for pixels without neighbours.
 
 
 @dataclasses.dataclass(frozen=True)
 class CrfParams:
-    """A CRF with two kernels; the weights may be traced, to differentiate or to search.
+    """Options of a CRF with two kernels.
 
-    They may also be matrices [C, C], which messages of C labels are multiplied by from the right.
+    The weights may be traced values, for differentiation or search. They may also be matrices
+    [C, C], which multiply messages of C labels from the right.
     """
 
     w1: float = 4.0
-    """Weight of the bilateral kernel, over place and colour."""
+    """Weight of the bilateral kernel, over position and colour."""
     sxy: float = 67.0
     """Standard deviation of the bilateral kernel in pixels."""
     srgb: float = 3.0
-    """Standard deviation of the bilateral kernel in colour, of 255."""
+    """Standard deviation of the bilateral kernel in colour, from 0 to 255."""
     w2: float = 3.0
     """Weight of the spatial kernel."""
     sg: float = 3.0
     """Standard deviation of the spatial kernel in pixels."""
     iterations: int = 10
-    """Steps of mean field."""
+    """Number of mean field steps."""
     norm: Literal["after", "symmetric", "none"] = "symmetric"
-    """Divide each kernel K by its row sums D: D^-1 K (DeepLab's code), D^-1/2 K D^-1/2
-    (pydensecrf's default) or not at all."""
+    """Division of each kernel K by its row sums D: D^-1 K ("after", DeepLab's code), D^-1/2 K
+    D^-1/2 ("symmetric", pydensecrf's default) or none."""
     self_term: Literal["include", "exclude"] = "include"
-    """Whether a pixel sends a message to itself: all public codes do, the paper does not."""
+    """Whether a pixel sends a message to itself: yes in all public code, no in the paper."""
 
 
 class _Kernel(NamedTuple):
-    """One kernel before it is normalised."""
+    """One kernel before normalisation."""
 
     weight: float | jax.Array
-    filter: Callable[[jax.Array], jax.Array]  # [..., N, C] to K times it.
+    filter: Callable[[jax.Array], jax.Array]  # Multiplies [..., N, C] by K.
     self_weight: float | jax.Array  # The diagonal of K, one number or [..., N, 1].
 
 
 def exact_mean_field(logits: jax.Array, image: jax.Array, params: CrfParams) -> jax.Array:
     """Returns the log-probabilities of each pixel's labels, from sums over all pairs of pixels.
 
-    Memory and time grow with the square of the number of pixels: for tests and crops.
+    Memory and time grow with the square of the number of pixels. Use it for tests and small crops.
 
     Args:
       logits: [H, W, C], log-probabilities up to a constant per pixel.
@@ -79,7 +81,7 @@ def exact_mean_field(logits: jax.Array, image: jax.Array, params: CrfParams) -> 
       [H, W, C] float32 log-probabilities.
 
     Raises:
-      ValueError: the shapes do not belong together.
+      ValueError: the shapes do not match.
     """
     if logits.ndim != 3 or image.shape != (*logits.shape[:2], 3):
         raise ValueError(
@@ -108,14 +110,14 @@ def mean_field(
       logits: [B, H, W, C], log-probabilities up to a constant per pixel.
       images: [B, H, W, 3] RGB, 0 to 255.
       params: the CRF.
-      sizes: int [B, 2], height and width of each image, which lies in the upper left corner; what
-        is beyond has no influence on it. None: the images fill their arrays.
+      sizes: int [B, 2], height and width of each image, which lies in the upper left corner. Pixels
+        beyond it do not affect it. None: the images fill their arrays.
 
     Returns:
-      [B, H, W, C] float32 log-probabilities; beyond `sizes` they mean nothing.
+      [B, H, W, C] float32 log-probabilities; values beyond `sizes` are meaningless.
 
     Raises:
-      ValueError: the shapes do not belong together.
+      ValueError: the shapes do not match.
     """
     if logits.ndim != 4 or images.shape != (*logits.shape[:3], 3):
         raise ValueError(
@@ -133,10 +135,10 @@ def mean_field(
         is_inside = (jnp.arange(height)[:, None] < size[0]) & (jnp.arange(width) < size[1])[None]
         is_inside = is_inside.reshape(height * width, 1)
         places, colours = _features(height, width, image)
-        # Places last: the lattice keeps together in memory what is close in the last features.
+        # Positions last: points that are close in the last features are close in memory.
         features = jnp.concatenate([colours / params.srgb, places / params.sxy], axis=-1)
         features = features.reshape(height * width, -1)
-        # What is beyond is put onto the first pixel: corners of its own would carry others' values.
+        # Padding gets the features of the first pixel, so that it adds no corners to the lattice.
         features = jnp.where(is_inside, features, features[:1])
         blur = functools.partial(_blur, size=(height, width), sigma=params.sg)
         spatial = _Kernel(params.w2, functools.partial(_apart, blur), 1.0)
@@ -153,26 +155,27 @@ def mean_field(
 
 
 def _apart(function: Callable[[jax.Array], jax.Array], values: jax.Array) -> jax.Array:
-    """Returns function(values), with values and result stored.
+    """Returns function(values) without fusing it with the operations around it.
 
-    XLA on CPUs would merge the filters with what is around them, barriers or not, and so work out
-    exponentials once for each tap, and each filter three times for one softmax. It leaves branches
-    alone; this one asks whether the values are numbers, for otherwise the result is none either.
+    On CPUs, XLA fuses the filters with their surroundings, in spite of barriers. It then computes
+    the exponentials again for each tap, and each filter three times for one softmax. It does not
+    fuse across branches. This branch tests whether the values are NaN, in which case the result is
+    NaN too.
     """
     is_number = values[0, 0] == values[0, 0]
     return lax.cond(is_number, function, lambda v: jnp.full_like(v, jnp.nan), values)
 
 
 def _blur(values: jax.Array, size: tuple[int, int], sigma: float) -> jax.Array:
-    """Sums over all pixels, times exp(-|p_i - p_j|^2 / (2 sigma^2)); [H W, C] to [H W, C].
+    """Returns sum_j exp(-|p_i - p_j|^2 / (2 sigma^2)) v_j for values v; [H W, C] to [H W, C].
 
-    Left out is what is farther than 4 sigma along an axis.
+    The sum omits pixels farther than 4 sigma along an axis.
     """
     (height, width), channels = size, values.shape[1]
     radius = math.ceil(4 * sigma)
     taps = [math.exp(-((i / sigma) ** 2) / 2) for i in range(-radius, radius + 1)]
-    # As a matrix of rows, for XLA makes the best code where what it runs along is long. The
-    # barriers keep it from testing for the padding at every tap.
+    # As a matrix of rows, since XLA generates the fastest code for long inner loops. The barriers
+    # keep it from testing for padding at every tap.
     length = width * channels
     values = values.reshape(height, length)
     padded = lax.optimization_barrier(jnp.pad(values, ((0, 0), (radius * channels,) * 2)))
@@ -184,15 +187,15 @@ def _blur(values: jax.Array, size: tuple[int, int], sigma: float) -> jax.Array:
 
 
 def _features(height: int, width: int, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the places [H, W, 2] in pixels and the colours [H, W, 3]."""
+    """Returns the positions [H, W, 2] in pixels and the colours [H, W, 3]."""
     rows, columns = jnp.arange(height, dtype=jnp.float32), jnp.arange(width, dtype=jnp.float32)
     places = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1)
     return places, image.astype(jnp.float32)
 
 
 def _gaussian(features: jax.Array) -> jax.Array:
-    """Returns exp(-|f_i - f_j|^2 / 2) of all pairs, [N, D] to [N, N]."""
-    # Axis by axis: |a|^2 + |b|^2 - 2 a b would lose the small distances to rounding.
+    """Returns exp(-|f_i - f_j|^2 / 2) for all pairs, [N, D] to [N, N]."""
+    # Axis by axis, since |a|^2 + |b|^2 - 2 a b would lose small distances to rounding.
     columns = jnp.moveaxis(features, -1, 0)
     distances = sum((f[:, None] - f[None, :]) ** 2 for f in columns)
     return jnp.exp(-distances / 2)
@@ -201,7 +204,7 @@ def _gaussian(features: jax.Array) -> jax.Array:
 def _iterate(
     logits: jax.Array, mask: jax.Array, kernels: Sequence[_Kernel], params: CrfParams
 ) -> jax.Array:
-    """Runs mean field on [..., N, C] logits, where mask [..., N, 1] is 1 and not 0."""
+    """Runs mean field on [..., N, C] logits; pixels whose mask [..., N, 1] is 0 do not count."""
     normalised = [_normalise(kernel, mask, params) for kernel in kernels]
 
     def step(scores: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -220,7 +223,7 @@ def _weigh(messages: jax.Array, weight: float | jax.Array) -> jax.Array:
 
 
 def _normalise(kernel: _Kernel, mask: jax.Array, params: CrfParams) -> _Kernel:
-    """Returns the kernel without its diagonal if so wanted, and divided by its sums."""
+    """Returns the kernel as `self_term` and `norm` define it."""
 
     def pairs(q: jax.Array) -> jax.Array:
         messages = kernel.filter(q)

@@ -1,4 +1,4 @@
-"""Convolution as a matrix product: windows laid out as rows, and windows added back to an image.
+"""Convolution as a matrix product: windows as rows of a matrix, and their sum as an image.
 
 With ``columns = im2col(x)``, [B, H', W', kh kw C], and the kernel as a matrix [kh kw C, C_out],
 
@@ -23,12 +23,12 @@ from jax import lax
 
 Pair = tuple[int, int]
 
-# Values of a block of windows: with its products, one or two, what a core's caches hold.
+# Number of values in a block of windows. With one or two products it fits into a core's caches.
 _BLOCK, _SHARED_BLOCK = 2**20, 2**19
 
 
 class Windows(NamedTuple):
-    """How windows lie on an image; every field is (vertical, horizontal)."""
+    """Geometry of windows on an image; every field is (vertical, horizontal)."""
 
     kernel_size: Pair
     strides: Pair
@@ -51,32 +51,32 @@ class Windows(NamedTuple):
         return high, wide
 
     def taps(self) -> Iterator[Pair]:
-        """Yields where in the padded image each kernel tap of window (0, 0) reads."""
+        """Yields the pixel of the padded image that each kernel tap of window (0, 0) reads."""
         for row, column in itertools.product(*map(range, self.kernel_size)):
             yield row * self.dilation[0], column * self.dilation[1]
 
 
 def pad(x: jax.Array, edges: tuple[Pair, Pair]) -> jax.Array:
-    """Adds zeros around [B, H, W, C], or crops where an edge is negative."""
+    """Pads [B, H, W, C] with zeros, or crops it where an edge is negative."""
     config = [(0, 0, 0), *((lo, hi, 0) for lo, hi in edges), (0, 0, 0)]
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
 def tap(x: jax.Array, corner: Pair, counts: Pair, strides: Pair) -> jax.Array:
-    """Returns what one kernel tap reads of the padded image, [B, H', W', C]."""
+    """Returns the pixels of the padded image that one kernel tap reads, [B, H', W', C]."""
     stop = [c + (n - 1) * s + 1 for c, n, s in zip(corner, counts, strides, strict=True)]
     return lax.slice(x, (0, *corner, 0), (x.shape[0], *stop, x.shape[3]), (1, *strides, 1))
 
 
 def im2col(x: jax.Array, w: Windows) -> jax.Array:
-    """Returns the window of each output pixel, [B, H, W, C] to [B, H', W', kh kw C]."""
+    """Returns the window for each output pixel, [B, H, W, C] to [B, H', W', kh kw C]."""
     counts = w.counts((x.shape[1], x.shape[2]))
     x = pad(x, w.padding)
     return jnp.concatenate([tap(x, corner, counts, w.strides) for corner in w.taps()], axis=-1)
 
 
 def col2im(columns: jax.Array, image_size: Pair, w: Windows) -> jax.Array:
-    """Adds windows [B, H', W', kh kw C] up to the image [B, H, W, C]; transpose of `im2col`."""
+    """Sums windows [B, H', W', kh kw C] to the image [B, H, W, C]; the transpose of `im2col`."""
     channels = columns.shape[3] // (w.kernel_size[0] * w.kernel_size[1])
     padded = [size + lo + hi for size, (lo, hi) in zip(image_size, w.padding, strict=True)]
     zero, image = jnp.zeros((), columns.dtype), jnp.zeros((), columns.dtype)
@@ -105,15 +105,15 @@ def input_gradient(grad: jax.Array, kernel: jax.Array, image_size: Pair, w: Wind
 
 
 class _Blocks(NamedTuple):
-    """Windows of an image beside the pixels of the smaller map that they belong to, by rows.
+    """Blocks of rows: the windows of an image, and the pixels of the smaller map they belong to.
 
-    Blocks bound the memory, which the windows of a whole image exceed kh kw times, and keep all
+    The windows of a whole image need kh kw times its memory. Blocks bound this memory and keep all
     operands of a product in the cache.
     """
 
     number: int
-    height: int  # Rows of the smaller map in a block; the last block of an image may reach over.
-    # Number of a block to (its corner (image, row), its pixels [n, C'], its windows [n, kh kw C]).
+    height: int  # Rows of the smaller map in a block; the last block may extend past the image.
+    # Index of a block to (its corner (image, row), its pixels [n, C'], its windows [n, kh kw C]).
     read: Callable[[jax.Array], tuple[Pair, jax.Array, jax.Array]]
 
     @classmethod
@@ -140,12 +140,12 @@ class _Blocks(NamedTuple):
 
 
 def _accumulator(rows: int, columns: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    is_short = jnp.dtype(dtype).itemsize < 4  # bfloat16 forgets small terms of a long sum
+    is_short = jnp.dtype(dtype).itemsize < 4  # bfloat16 loses small terms of a long sum
     return jnp.zeros((rows, columns), jnp.float32 if is_short else dtype)
 
 
 def kernel_gradient(x: jax.Array, grad: jax.Array, w: Windows, groups: int = 1) -> jax.Array:
-    """Returns the gradient [kh, kw, C / groups, C_out] of a convolution; some rows at a time."""
+    """Returns the kernel gradient [kh, kw, C / groups, C_out], computed in blocks of rows."""
     if groups > 1:
 
         def split(values: jax.Array) -> jax.Array:
@@ -167,15 +167,15 @@ def kernel_gradient(x: jax.Array, grad: jax.Array, w: Windows, groups: int = 1) 
 def transposed_gradients(
     x: jax.Array, kernel: jax.Array, grad: jax.Array, w: Windows
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients of the transpose of a convolution, from one walk over its windows.
+    """Returns the gradients of the transpose of a convolution, from one pass over its windows.
 
-    That of the input is a convolution of `grad`, that of the kernel a product of the same windows
-    with the input.
+    The input gradient is a convolution of `grad`. The kernel gradient is a product of the same
+    windows with the input.
 
     Args:
       x: input of the transpose, [B, H', W', C].
       kernel: [kh, kw, C, C_out].
-      grad: gradient of its output, [B, H, W, C_out].
+      grad: output gradient of the transpose, [B, H, W, C_out].
       w: the windows on the output.
 
     Returns:

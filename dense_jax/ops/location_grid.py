@@ -1,8 +1,8 @@
-"""A K x K grid of classifiers, each at home in one cell of an image or box, and their mixture.
+"""A K x K grid of classifiers, one for each cell of an image or box, and their mixture.
 
-Classifier (k, l) sits at the centre of cell (k, l). A pixel's probability is that of the four
-classifiers around it, weighted bilinearly: p = sum_kl b_kl p_kl with b >= 0 and sum_kl b_kl = 1.
-Since only four weights of a pixel differ from zero, only its four classifiers are evaluated there.
+Classifier (k, l) belongs to the centre of cell (k, l). The probability of a pixel is the bilinear
+mean of the four classifiers around it: p = sum_kl b_kl p_kl with b >= 0 and sum_kl b_kl = 1. Since
+only four weights of a pixel are nonzero, only these four classifiers are evaluated there.
 
 Reference: Hariharan, Arbelaez, Girshick, Malik, "Hypercolumns for object segmentation and
 fine-grained localization", CVPR 2015, arXiv:1411.5752, Section 4.
@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 
 class Neighbours(NamedTuple):
-    """The classifiers next to each pixel of one axis; J = min(2, K) of them.
+    """The J = min(2, K) classifiers next to each pixel along one axis.
 
     Attributes:
-      picks: [..., n, J, K], one for neighbour j's place on the grid and zero elsewhere.
-      weights: [..., n, J], at least 0, with sum 1.
+      picks: [..., n, J, K], one at the grid index of neighbour j, zero elsewhere.
+      weights: nonnegative [..., n, J] with sum 1 over J.
     """
 
     picks: jax.Array
@@ -31,14 +31,15 @@ def neighbours(
 ) -> Neighbours:
     """Returns the neighbours of `size` pixels on a grid of `cells`.
 
-    Pixel y lies at Y = (y + 1/2) K / size - 1/2 on the grid; its neighbours are floor(Y) and
-    floor(Y) + 1 with weights floor(Y) + 1 - Y and Y - floor(Y), both then moved onto the grid.
+    Pixel y lies at Y = (y + 1/2) K / size - 1/2 on the grid. Its neighbours are floor(Y) and
+    floor(Y) + 1, with weights floor(Y) + 1 - Y and Y - floor(Y). Indices beyond the grid are then
+    clamped to it.
 
     Args:
       size: number of pixels.
       cells: number of cells, K.
-      extent: [...] how many of the pixels the grid spans, where the rest is padding.
-      hard: each pixel has the classifier of its own cell only.
+      extent: [...] number of pixels that the grid spans; the remainder is padding. None: all.
+      hard: whether each pixel uses only the classifier of its own cell.
     """
     span = jnp.asarray(size if extent is None else extent, jnp.float32)[..., None]
     pixels = jnp.arange(1, 2 * size, 2, dtype=jnp.float32).reshape((1,) * (span.ndim - 1) + (size,))
@@ -57,12 +58,12 @@ def neighbours(
 def evaluate(
     scores: jax.Array, rows: jax.Array, columns: jax.Array, high: Neighbours, wide: Neighbours
 ) -> jax.Array:
-    """Resizes the scores of all classifiers, and keeps those of each pixel's neighbours.
+    """Resizes the scores of all classifiers and returns those of each pixel's neighbours.
 
     Args:
-      scores: [..., h, w, K, K, C]: C scores of each classifier, on a coarse map.
-      rows: [..., H, h] matrices that interpolate vertically.
-      columns: [..., W, w] matrices that interpolate horizontally.
+      scores: [..., h, w, K, K, C], C scores of each classifier on a coarse map.
+      rows: [..., H, h], matrices of vertical interpolation.
+      columns: [..., W, w], matrices of horizontal interpolation.
       high: vertical neighbours of the H pixels.
       wide: horizontal neighbours of the W pixels.
 
@@ -71,13 +72,13 @@ def evaluate(
     """
     rows = jnp.einsum("...yh,...yjk->...yjhk", rows, high.picks)
     columns = jnp.einsum("...xw,...xil->...xiwl", columns, wide.picks)
-    # Vertically first: the other classifiers' rows are dropped when the map is still narrow.
+    # Vertical first: this drops rows of other classifiers while the map is still narrow.
     part = jnp.einsum("...yjhk,...hwklc->...yjwlc", rows, scores, precision="highest")
     return jnp.einsum("...xiwl,...yjwlc->...yxjic", columns, part, precision="highest")
 
 
 def _weights(scores: jax.Array, high: Neighbours, wide: Neighbours) -> jax.Array:
-    """Returns the weights of the neighbours, of as many axes as scores [..., H, W, J, J, C]."""
+    """Returns the weights of the neighbours with the axes of scores [..., H, W, J, J, C]."""
     weights = jnp.einsum("...yj,...xi->...yxji", high.weights, wide.weights)[..., None]
     return weights.reshape((1,) * (scores.ndim - weights.ndim) + weights.shape)
 
@@ -98,7 +99,7 @@ def mix_probabilities(
       wide: horizontal neighbours.
 
     Returns:
-      [..., H, W, C] logarithms; no probability is formed, so that none is rounded to 0.
+      [..., H, W, C] logarithms, computed in log space so that no probability underflows to 0.
     """
     weights = _weights(log_probabilities, high, wide)
     return jax.nn.logsumexp(log_probabilities, axis=(-3, -2), b=weights)

@@ -1,14 +1,14 @@
-"""Gaussian filtering of values at scattered points, by the permutohedral lattice.
+"""Gaussian filtering of values at scattered points with the permutohedral lattice.
 
-The sums over all pairs sum_j exp(-|f_i - f_j|^2 / 2) v_j are approximated in three linear steps:
-splat each value onto the d + 1 corners of the simplex that its point lies in, blur along the d + 1
-directions of the lattice with the taps 1/2, 1, 1/2, and slice, which reads at the points.
+Three linear steps approximate the sums sum_j exp(-|f_i - f_j|^2 / 2) v_j over all pairs. Splat adds
+each value to the d + 1 corners of the simplex that contains its point. Blur filters along the d + 1
+directions of the lattice with the taps 1/2, 1, 1/2. Slice interpolates at the points.
 
-Which corners exist is found on the host, in NumPy: sorting is several times faster there. The
-steps themselves are sums of gathered rows, for XLA runs scatters on CPUs one row after another.
-So the splat, whose corners collect from one to all of the points, is a tree: the contributions of
-each corner are added eight by eight. Sizes that depend on the points are padded to one of a few
-capacities; `lax.switch` takes the program of the smallest that holds them.
+NumPy finds the corners on the host, where sorting is several times faster. The steps are sums of
+gathered rows, because XLA runs scatters on CPUs one row at a time. A corner may collect values of
+one point or of all points, so the splat is a tree that adds the contributions to each corner eight
+at a time. Sizes that depend on the points are padded to one of a few capacities, and `lax.switch`
+runs the program of the smallest sufficient one.
 
 Reference: Adams, Baek, Davis, "Fast high-dimensional filtering using the permutohedral lattice",
 Eurographics 2010.
@@ -26,47 +26,51 @@ import numpy as np
 from jax import lax
 from scipy import sparse
 
-_FAN = 8  # What a node of the splat's tree adds up.
-_SHARES = (16, 8, 4, 2, 1)  # A capacity for corners each, as a fraction of the worst case.
-_FEW = 1 << 16  # Up to so many corners one capacity is enough: compiling takes longer than padding.
+_FAN = 8  # Number of entries that a node of the splat's tree adds.
+_SHARES = (16, 8, 4, 2, 1)  # Each capacity holds the worst case's corners divided by this.
+_FEW = 1 << 16  # Up to this many corners use one capacity: compiling costs more than padding.
 T = TypeVar("T")
 Filter = Callable[[jax.Array], jax.Array]
 
 
 class Simplices(NamedTuple):
-    """Where each of N points lies in the lattice of d dimensions; D = d + 1."""
+    """The simplices that contain N points in the lattice of d dimensions; D = d + 1.
+
+    A walk from the origin of a simplex visits all its corners, with one step along each axis.
+    """
 
     origin: jax.Array  # int32 [N, D], the corner whose coordinates are multiples of D.
-    path: jax.Array  # int32 [N, D], the axes in the order in which the point's walk takes them.
-    weights: jax.Array  # [N, D], barycentric: of the corner after r steps of the walk.
+    path: jax.Array  # int32 [N, D], the axes in the order of the walk's steps.
+    weights: jax.Array  # [N, D], barycentric weights of the corners after r steps of the walk.
 
 
 class Lattice(NamedTuple):
-    """The corners in use, numbered from 1; 0 is one that is always zero.
+    """The corners in use, with indices from 1; index 0 is a corner whose value is always zero.
 
-    Arrays have the size of the worst case, E = N D corners, and mean something up to what is used.
+    Arrays have the size of the worst case, E = N D corners. Entries beyond those in use are
+    meaningless.
     """
 
     corners: jax.Array  # int32 [N, D].
     weights: jax.Array  # [N, D].
-    neighbours: jax.Array  # int32 [D, 2, E + 1], the next corners each way along each direction.
-    points: jax.Array  # int32 [E], the points of all corners, corner after corner.
+    neighbours: jax.Array  # int32 [D, 2, E + 1], the next corners both ways along each direction.
+    points: jax.Array  # int32 [E], the points of all corners, ordered by corner.
     point_weights: jax.Array  # [E].
-    nodes: tuple[jax.Array, ...]  # Each level of the tree: [2, n] first and end in the one below.
-    roots: jax.Array  # int32 [E + 1], each corner's node, counted through all the levels.
-    capacity: jax.Array  # int32 [], the number of the capacity that holds it all.
+    nodes: tuple[jax.Array, ...]  # For each level [2, n]: first and end in the level below.
+    roots: jax.Array  # int32 [E + 1], index of each corner's node among the nodes of all levels.
+    capacity: jax.Array  # int32 [], index of the smallest sufficient capacity.
 
 
 def locate(features: jax.Array) -> Simplices:
-    """Returns the simplices that points lie in.
+    """Returns the simplices that contain the points.
 
     Args:
       features: float32 [N, d], in standard deviations of the Gaussian.
     """
     dims = features.shape[1]
     sides = dims + 1
-    # Rows are orthogonal vectors of the plane whose coordinates sum to 0, all scaled so that the
-    # three steps together have the variance of the Gaussian (Adams et al., Section 3.1).
+    # Rows are orthogonal vectors in the plane of coordinates with sum 0. They are scaled so that
+    # the three steps together have the variance of the Gaussian (Adams et al., Section 3.1).
     rows = [[1.0] * (i + 1) + [-(i + 1.0)] + [0.0] * (dims - i - 1) for i in range(dims)]
     scale = [np.sqrt(2 / 3) * sides / np.sqrt((i + 1) * (i + 2)) for i in range(dims)]
     plane = jnp.asarray(np.array(rows) * np.array(scale)[:, None], jnp.float32)
@@ -78,8 +82,8 @@ def locate(features: jax.Array) -> Simplices:
     is_before = (rest[:, None] > rest[..., None]) | (
         (rest[:, None] == rest[..., None]) & (axes[None] < axes[:, None])[None]
     )
-    rank = jnp.sum(is_before, axis=-1, dtype=jnp.int32)  # 0 is the largest rest.
-    # The rounded point may lie off the plane; the axes rounded worst bring it back.
+    rank = jnp.sum(is_before, axis=-1, dtype=jnp.int32)  # 0 is the largest remainder.
+    # The rounded point may lie off the plane. The axes with the largest errors move it back.
     rank = rank + jnp.sum(multiple, axis=-1, keepdims=True).astype(jnp.int32)
     wrap = (rank < 0).astype(jnp.int32) - (rank > dims).astype(jnp.int32)
     rank, multiple = rank + sides * wrap, multiple + wrap.astype(jnp.float32)
@@ -94,15 +98,15 @@ def locate(features: jax.Array) -> Simplices:
 
 
 def with_filter(features: jax.Array, run: Callable[[Filter], T]) -> T:
-    """Returns run(filter), with the filter of the Gaussian of points that have these features.
+    """Returns run(filter), where `filter` is a Gaussian filter over points with these features.
 
-    `filter` maps values [N, C] to approximately sum_j exp(-|f_i - f_j|^2 / 2) values_j, [N, C]; it
-    is linear, differentiable in the values, and not in the features. `run` is traced once for each
-    capacity.
+    `filter` maps values [N, C] to approximately sum_j exp(-|f_i - f_j|^2 / 2) values_j, [N, C]. It
+    is linear and differentiable in the values, but not in the features. `run` is traced once for
+    each capacity.
 
     Args:
       features: [N, d], in standard deviations of the Gaussian.
-      run: a function of JAX arrays, and of what it closes over.
+      run: a traceable function; it may close over other arrays.
     """
     simplices = locate(lax.stop_gradient(features.astype(jnp.float32)))
     count, sides = simplices.path.shape
@@ -115,33 +119,34 @@ def with_filter(features: jax.Array, run: Callable[[Filter], T]) -> T:
 
 
 def self_weights(features: jax.Array) -> jax.Array:
-    """Returns what the filter adds of each point's value to itself, [N, d] to [N, 1].
+    """Returns the weight with which the filter adds each point's value to itself, [N, d] to [N, 1].
 
-    A walk between two corners k steps apart is either those k steps or the other D - k backwards.
-    Exact where the corners between exist; else a little too much.
+    Two corners that are k steps apart are connected by these k steps, or by the other D - k steps
+    backwards. The weight is exact if the corners between them exist, and otherwise slightly too
+    large.
     """
     weights = locate(features.astype(jnp.float32)).weights
     sides = weights.shape[1]
     apart = np.abs(np.subtract.outer(np.arange(sides), np.arange(sides)))
-    # A corner reaches itself without a step, and by all steps either way.
+    # A corner reaches itself without a step, and by all steps forwards or backwards.
     taps = 0.5**apart + 0.5 ** (sides - apart) + 0.5**sides * np.eye(sides)
-    # Corners r and s < r of a simplex differ by steps along r - s of the D directions.
+    # Corners r and s < r of a simplex are r - s steps apart, along different directions.
     blurred = jnp.dot(weights, jnp.asarray(_peak(sides) * taps, jnp.float32), precision="highest")
     return jnp.sum(blurred * weights, axis=-1, keepdims=True)
 
 
 def _peak(sides: int) -> float:
-    """The factor that makes the response of a corner to itself 1."""
+    """Returns the factor that makes the response of a corner to itself 1."""
     return 1 / (1 + 0.5 ** (sides - 1))
 
 
 def _capacities(entries: int) -> list[tuple[int, ...]]:
-    """Returns for each capacity the number of corners, and of nodes in each level of the tree."""
+    """Returns for each capacity the number of corners and of nodes in each level of the tree."""
     capacities = []
     for share in _SHARES if entries > _FEW else _SHARES[-1:]:
         corners = entries // share + 1
         sizes = [corners, corners + entries // _FAN]
-        # A corner that reaches level l + 1 has more than FAN^l contributions; mostly they are few.
+        # A corner that reaches level l + 1 has more than FAN^l contributions; few corners have.
         for level in itertools.count(1):
             worst = entries // (_FAN**level + 1)
             if not worst:
@@ -177,17 +182,19 @@ def _build_on_host(simplices: Simplices) -> Lattice:
     origin, path, weights = (np.asarray(a) for a in simplices)
     count, sides = path.shape
     dims, entries = sides - 1, count * sides
-    # Coordinates sum to 0 at step 0, so all but the first tell corners apart. They are the digits
-    # of one number, to which a step along the lattice adds a constant. The last is the highest: it
-    # is of the last feature alone, so that in the order of these numbers neighbours lie close in
-    # memory, slab after slab. A walk stays within D of its origin, and a neighbour too.
+    # Coordinates sum to 0 at step 0, so all but the first identify a corner. They are the digits of
+    # one number, and a step along the lattice adds a constant to it. The last coordinate is the
+    # highest digit. It depends only on the last feature, so that neighbours lie close in memory.
+    # Walks and their neighbours stay within D of their origin.
     spans = origin.max(axis=0).astype(np.int64) - origin.min(axis=0) + 4 * sides
     digits = np.concatenate([[0, 1], np.cumprod(spans[1:-1], dtype=np.int64)])
     if np.prod(spans[1:].astype(float)) * sides**dims > 2.0**62:
-        raise ValueError(f"The points span too many deviations: {spans} steps of the lattice.")
+        raise ValueError(
+            f"The points span too many standard deviations: {spans} steps of the lattice."
+        )
     steps = np.sum(digits) - sides * digits
     places = (origin - origin.min(axis=0)).astype(np.int64) @ digits
-    # Points that share a simplex are many, and share its corners.
+    # Many points share a simplex, and thus its corners.
     code = path[:, :dims] @ sides ** np.arange(dims)
     _, first, inverse = _unique(places * sides**dims + code)
     keys = np.empty((len(first), sides), np.int64)
@@ -227,7 +234,7 @@ def _build_on_host(simplices: Simplices) -> Lattice:
     offsets = np.cumsum((0, *capacities[capacity][1:]))[height]
     all_roots = np.zeros(entries + 1, np.int32)
     all_roots[: total + 1] = roots + offsets
-    # In the order of Lattice's fields.
+    # In the order of the fields of Lattice.
     arrays: Any = (
         corners,
         weights,
@@ -242,7 +249,7 @@ def _build_on_host(simplices: Simplices) -> Lattice:
 
 
 def _unique(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the different keys in order, one place of each, and which of them each key is."""
+    """Returns the sorted unique keys, an index of each, and the inverse indices."""
     order = np.argsort(keys)
     ordered = keys[order]
     is_new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
@@ -252,14 +259,15 @@ def _unique(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _tree(ends: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Builds the tree that adds up runs of entries, FAN by FAN.
+    """Builds a tree whose nodes sum segments of entries, FAN entries at a time.
 
     Args:
-      ends: [n + 1], run i has the entries ends[i] to ends[i + 1].
+      ends: [n + 1], segment i has the entries ends[i] to ends[i + 1].
 
     Returns:
-      the levels, [2, m] each: first and end, in the level below, of what a node adds up; node 0 of
-      the first level adds up nothing. Then the level and the node that hold each run's sum, [n].
+      The levels [2, m], with the first and the end index, in the level below, of the entries that
+      each node adds; node 0 of the first level adds none. Then the level and the node with the sum
+      of each segment, both [n].
     """
     starts, counts = ends[:-1].astype(np.int64), np.diff(ends).astype(np.int64)
     runs = np.arange(len(counts))
@@ -280,15 +288,15 @@ def _tree(ends: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
 
 
 class _Level(NamedTuple):
-    """One level of the tree: rows of the one below and their weights, which nodes add up."""
+    """One level of the tree: its nodes add rows of the level below, times weights."""
 
     rows: jax.Array  # int32 [FAN, n].
     weights: jax.Array  # [FAN, n].
-    is_used: jax.Array  # bool [], whether it has nodes at all.
+    is_used: jax.Array  # bool [], whether it has any nodes.
 
 
 class _Prepared(NamedTuple):
-    """A lattice cut to a capacity of M corners."""
+    """A lattice reduced to a capacity of M corners."""
 
     levels: tuple[_Level, ...]
     roots: jax.Array  # int32 [M].
@@ -329,8 +337,8 @@ def _weighted_rows(table: jax.Array, rows: jax.Array, weights: jax.Array) -> jax
 
 
 def _run(lattice: _Prepared, values: jax.Array, is_reverse: bool = False) -> jax.Array:
-    # Each step is a branch or a loop. XLA would merge plain steps, barriers or not, and work out
-    # the one before anew for every row that is read of it.
+    # Each step is a branch or a loop. XLA would otherwise fuse the steps, in spite of barriers, and
+    # compute a step again for every row that the next one reads.
     def add_up(below: jax.Array, level: _Level) -> jax.Array:
         nothing = jnp.zeros((level.rows.shape[1], values.shape[1]), values.dtype)
         return lax.cond(
@@ -360,7 +368,7 @@ def _filter_fwd(lattice, values):
 
 
 def _filter_bwd(lattice, grad):
-    # Splat and slice are each other's transpose, each blur is its own.
+    # Splat and slice are transposes of each other, and each blur is its own transpose.
     return None, _run(lattice, grad, is_reverse=True)
 
 

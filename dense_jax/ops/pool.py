@@ -1,10 +1,11 @@
-"""Max pooling, pooling that remembers where its maxima were, and unpooling.
+"""Max pooling, pooling with the indices of its maxima (switches), and unpooling.
 
-Inside, a maximum is remembered by its place in the window, row * width + column, in one byte: that
-is all a gradient keeps. What callers see are switches, its place in the image. On CPUs XLA's
-gradient of `reduce_window` and its scatters are slow, so a window is read here as a handful of
-strided slices (`_taps`), and values are put in place by comparing, at each pixel, its place in the
-few windows that cover it with theirs (`_place`). The gradient of pooling is unpooling.
+A place is the index of a maximum in its window, row * width + column, which fits into one byte for
+common windows. The gradient needs nothing else. Callers get switches, the indices in the image. On
+CPUs XLA's gradient of `reduce_window` and its scatters are slow. This module therefore reads a
+window as a few strided slices (`_taps`). To write values (`_place`), it compares the place of each
+pixel in the few windows that contain it with the places of their maxima. The gradient of pooling is
+unpooling.
 """
 
 import functools
@@ -27,8 +28,8 @@ def _pair(value: int | Pair) -> Pair:
 def pooled_size(size: int, window: int, stride: int, padding: int = 0, ceil: bool = False) -> int:
     """Returns the number of windows along one axis of `size` pixels.
 
-    floor((size + 2 padding - window) / stride) + 1; with `ceil`, as in Caffe, rounded up, less one
-    if padding makes the last window start beyond the input.
+    The number is floor((size + 2 padding - window) / stride) + 1. With `ceil` it is rounded up, as
+    in Caffe, and reduced by one if padding makes the last window start beyond the input.
 
     Raises:
       ValueError: no window fits, or the padding could fill a window.
@@ -39,14 +40,15 @@ def pooled_size(size: int, window: int, stride: int, padding: int = 0, ceil: boo
     if spare < 0:
         raise ValueError(f"A window of {window} does not fit {size} pixels padded by {padding}.")
     count = (-(-spare // stride) if ceil else spare // stride) + 1
-    # torch applies this rule without padding too; they differ only for windows below the stride.
+    # torch also applies this rule without padding, which matters only if the window is smaller
+    # than the stride.
     if ceil and padding and (count - 1) * stride >= size + padding:
         count -= 1
     return count
 
 
 class _Windows(NamedTuple):
-    """The windows over an image; every field is (vertical, horizontal)."""
+    """Geometry of the windows over an image; every field is (vertical, horizontal)."""
 
     image: Pair
     counts: Pair
@@ -69,12 +71,12 @@ class _Windows(NamedTuple):
 
     @property
     def area(self) -> int:
-        """The number of places in a window."""
+        """The number of pixels in a window."""
         return self.window[0] * self.window[1]
 
     @property
     def dtype(self) -> jax.typing.DTypeLike:
-        """The type of places; their number and the next one fit too, and stand for no place."""
+        """The type of places. It also holds `area` and `area` + 1, which mark no place."""
         return jnp.uint8 if self.area < 255 else jnp.int32
 
     def corners(self) -> tuple[jax.Array, jax.Array]:
@@ -86,13 +88,13 @@ class _Windows(NamedTuple):
         return rows.reshape(1, -1, 1, 1), columns.reshape(1, 1, -1, 1)
 
     def switches(self, places: jax.Array) -> jax.Array:
-        """Turns places in windows into switches, row * W + column of the image."""
+        """Converts places in windows to switches, row * W + column in the image."""
         (rows, columns), places = self.corners(), places.astype(jnp.int32)
         rows = rows + places // self.window[1]
         return rows * self.image[1] + columns + places % self.window[1]
 
     def places(self, switches: jax.Array) -> jax.Array:
-        """Inverts `switches`; one outside of its window becomes `area`, which is no place."""
+        """Inverts `switches`; a switch outside its window becomes `area`, which marks no place."""
         (rows, columns), width = self.corners(), self.image[1]
         row = switches // width - rows
         column = switches % width - columns
@@ -102,7 +104,7 @@ class _Windows(NamedTuple):
 
 
 def _taps(x: jax.Array, fill: float, w: _Windows) -> Iterator[jax.Array]:
-    """Yields what each place in the window reads, [B, H', W', C], in reading order."""
+    """Yields the values at each place in the window, [B, H', W', C], in row-major order."""
     after = [
         (n - 1) * s + k - size - p
         for size, n, k, s, p in zip(w.image, w.counts, w.window, w.strides, w.padding, strict=True)
@@ -116,15 +118,15 @@ def _taps(x: jax.Array, fill: float, w: _Windows) -> Iterator[jax.Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _place(x: jax.Array, places: jax.Array, w: _Windows) -> jax.Array:
-    """Sums the values of all windows at their places, [B, H', W', C] to [B, H, W, C].
+    """Adds the value of each window at its place, [B, H', W', C] to [B, H, W, C].
 
-    The (padded) image is cut into blocks of one stride: row r of block n is row a * stride + r of
-    window n - a, for a below the number of windows that overlap.
+    The padded image is divided into blocks of one stride. Row r of block n is row a * stride + r of
+    window n - a, for each a below the number of overlapping windows.
     """
     (sh, sw), channels = w.strides, x.shape[3]
     overlaps = [-(-k // s) for k, s in zip(w.window, w.strides, strict=True)]
     rows, columns = (n + o - 1 for n, o in zip(w.counts, overlaps, strict=True))
-    # One ring of windows that fill nothing. The barrier keeps XLA from testing for the ring at
+    # A border of windows without a place. The barrier keeps XLA from testing for the border at
     # every pixel.
     ring = [(0, 0, 0), *((o - 1, o - 1, 0) for o in overlaps), (0, 0, 0)]
     if overlaps != [1, 1]:
@@ -165,8 +167,8 @@ _place.defvjp(_place_fwd, _place_bwd)
 def _pool(x: jax.Array, w: _Windows) -> tuple[jax.Array, jax.Array]:
     """Returns the maxima and their places."""
     first, *taps = _taps(x, -jnp.inf, w)
-    # Strictly greater: of equal values the first wins, as in torch and select-and-scatter. Padding
-    # never wins, not even where a window is minus infinity throughout.
+    # Strictly greater: of equal values the first is the maximum, as in torch and in
+    # select-and-scatter. Padding never is, even if all values of a window are minus infinity.
     rows, columns = (jnp.maximum(-corner, 0) for corner in w.corners())
     places = (rows * w.window[1] + columns).astype(w.dtype)
     places, best = jnp.broadcast_to(places, first.shape), first
@@ -200,9 +202,9 @@ def max_pool(
     Args:
       x: [B, H, W, C], floating point.
       window: size of the window in pixels, one number or (height, width).
-      strides: step between windows; None: the window, so that windows do not overlap.
-      padding: rows and columns of minus infinity on each side.
-      ceil: whether a last window may reach over the edge.
+      strides: step between windows. None: the window size, so that windows do not overlap.
+      padding: number of rows and columns of minus infinity on each side.
+      ceil: whether the last window may extend past the edge.
 
     Raises:
       ValueError: x is not [B, H, W, C], or no window fits.
@@ -217,10 +219,10 @@ def max_pool_with_switches(
     padding: int | Pair = 0,
     ceil: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns what `max_pool` does and the places of the maxima, int32 [B, H', W', C].
+    """Returns the result of `max_pool` and the switches of the maxima, int32 [B, H', W', C].
 
-    A place is row * W + column in the unpadded input (torch's `return_indices`); of equal values
-    the first in reading order is taken. The arguments are those of `max_pool`.
+    A switch is row * W + column in the unpadded input (torch's `return_indices`), of the first
+    maximum in row-major order. The arguments are those of `max_pool`.
     """
     w = _over(x, window, strides, padding, ceil)
     pooled, places = _pool(x, w)
@@ -243,19 +245,19 @@ def max_unpool(
 ) -> jax.Array:
     """Puts each value at its switch and zero elsewhere, [B, H', W', C] to [B, H, W, C].
 
-    Values that meet at one place, which only overlapping windows can do, are summed; so unpooling
-    is the transpose of reading the image at the switches. (torch keeps one of them.)
+    Overlapping windows may share a switch. Their values are summed, so that unpooling is the
+    transpose of reading the image at the switches. (torch keeps one of the values.)
 
     Args:
       x: [B, H', W', C].
       switches: int32 [B, H', W', C] from `max_pool_with_switches`.
-      output_size: (H, W) of the image that was pooled, which floor or ceil sizes do not tell.
-      window: the window of the pooling; without it a scatter is used, which is slow on CPUs.
-      strides: step of the pooling; None: the window.
+      output_size: (H, W) of the pooled image, which does not follow from the size of x.
+      window: window of the pooling. None: use a scatter, which is slow on CPUs.
+      strides: strides of the pooling. None: the window size.
       padding: padding of the pooling.
 
     Raises:
-      ValueError: sizes do not belong together.
+      ValueError: the sizes do not match.
     """
     if x.shape != switches.shape or x.ndim != 4:
         raise ValueError(f"Expected [B, H, W, C] twice, received {x.shape} and {switches.shape}.")

@@ -13,8 +13,8 @@ Pair = tuple[int, int]
 
 def _weights(size: int, out: int, align_corners: bool) -> np.ndarray | jax.Array:
     """Returns the matrix [out, size] of linear interpolation along one axis."""
-    # The exported program itself computes with sizes that it leaves open: in whole numbers but for
-    # the last division, so that float32 will do.
+    # An exported program computes with symbolic sizes itself. All numbers are whole before the last
+    # division, so that float32 is precise enough.
     is_open = jax.export.is_symbolic_dim(size) or jax.export.is_symbolic_dim(out)
     xp: Any = jnp if is_open else np
     pixels, at = xp.arange(size)[None], xp.arange(out)[:, None]
@@ -22,14 +22,14 @@ def _weights(size: int, out: int, align_corners: bool) -> np.ndarray | jax.Array
         at, unit = at * (size - 1), max(out - 1, 1)
     else:
         at, unit = xp.clip((2 * at + 1) * size - out, 0, 2 * out * (size - 1)), 2 * out
-    # The hat function: 1 - distance for the two nearest pixels, 0 for all others.
+    # Hat function: 1 - distance for the two nearest pixels, 0 for all others.
     return xp.maximum(1 - abs(at - unit * pixels) / unit, 0)
 
 
 def rescaled(length: int, scale: float) -> int:
-    """Returns length * scale, rounded, halves up.
+    """Returns length * scale, rounded to the nearest whole number, with halves rounded up.
 
-    By whole numbers alone, all that is known of a length that an exported program leaves open.
+    It uses whole numbers only, because symbolic lengths of exported programs support no others.
     """
     ratio = fractions.Fraction(scale).limit_denominator(1000)
     return (2 * length * ratio.numerator + ratio.denominator) // (2 * ratio.denominator)
@@ -39,14 +39,14 @@ def resize_bilinear(x: jax.Array, size: Pair, *, align_corners: bool) -> jax.Arr
     """Resizes [B, H, W, C] to [B, *size, C] by linear interpolation along each axis.
 
     Output pixel j lies at j (n - 1) / (m - 1) of the input with `align_corners` (DeepLab) and at
-    (j + 1/2) n / m - 1/2 without (FCN, torchvision). Nothing is smoothed when an image shrinks.
-    Equals torch's `interpolate(mode="bilinear", antialias=False)`.
+    (j + 1/2) n / m - 1/2 without (FCN, torchvision). There is no smoothing when an image shrinks.
+    This equals torch's `interpolate(mode="bilinear", antialias=False)`.
 
     Raises:
       ValueError: x is not [B, H, W, C].
     """
     _check(x)
-    # A product with a small matrix, as its gradient is one too; that of indexing is a scatter.
+    # A product with a small matrix: its gradient is one too, but that of indexing is a scatter.
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     rows, columns = (
         jnp.asarray(_weights(n, m, align_corners), dtype)
@@ -59,7 +59,7 @@ def resize_bilinear(x: jax.Array, size: Pair, *, align_corners: bool) -> jax.Arr
 def resize_nearest(x: jax.Array, size: Pair) -> jax.Array:
     """Resizes [B, H, W, C] of any dtype to [B, *size, C]; output pixel j copies floor(j n / m).
 
-    This is torch's mode "nearest". Growing by whole factors repeats pixels.
+    This is torch's mode "nearest". Enlargement by a whole factor repeats pixels.
 
     Raises:
       ValueError: x is not [B, H, W, C].
@@ -67,7 +67,7 @@ def resize_nearest(x: jax.Array, size: Pair) -> jax.Array:
     _check(x)
     for axis, out in enumerate(size, 1):
         length = x.shape[axis]
-        if out % length == 0:  # The gradient of a repetition is a sum, that of indexing a scatter.
+        if out % length == 0:  # The gradient of repeat is a sum, that of take a scatter.
             x = jnp.repeat(x, out // length, axis)
         else:
             x = jnp.take(x, np.arange(out) * length // out, axis)
