@@ -1,5 +1,6 @@
 """Published weights: every name of each release, and what becomes of the numbers in its files."""
 
+import contextlib
 import fnmatch
 import functools
 import pathlib
@@ -90,6 +91,26 @@ def test_the_release_is_known_in_parts():
             template_of(model), published(blobs), release.rules, required=release.trunk
         )
         assert (release.name, account.unexplained) == (name, ())
+
+
+@pytest.mark.parametrize("case", [*RELEASES, "torchvision's vgg16_bn", "torchvision's ResNet"])
+def test_the_order_of_releases_does_not_matter(case):
+    """Files of several networks at once too, of which each has a table of its own."""
+    known = import_weights.RELEASES
+    if case in RELEASES:
+        models, tensors = [None, RELEASES[case][0]], published(RELEASES[case][3])
+    else:
+        models = [None, "segnet", "deconvnet", "vgg16", "fcn_resnet50", "resnet50"]
+        release = next(release for release in known if release.name == case)
+        names = (rule.source.format(s=1, b=0, i=1) for rule in release.rules)
+        tensors = {name: np.zeros(1) for name in names}
+    for model in models:
+        template = None if model is None else template_of(model)
+        chosen = []
+        for releases in (known, known[::-1]):
+            with contextlib.suppress(UserError):  # of another network
+                chosen.append(rules.choose(releases, template, tensors))
+        assert chosen[1:] == chosen[:1]
 
 
 def written(

@@ -350,10 +350,14 @@ def test_the_release_that_knows_a_file_best_is_chosen():
     }
     releases = [rules.Release(name, table, (), "none") for name, table in tables.items()]
 
-    def chosen(*names):
-        return rules.choose(releases, template, {name: np.ones(1) for name in names}).name
+    def chosen(*names, order=1):
+        tensors = {name: np.ones(1) for name in names}
+        return rules.choose(releases[::order], template, tensors).name
 
-    assert [chosen("a"), chosen("a", "b"), chosen("a", "b", "c")] == ["less", "exact", "more"]
+    for order in (1, -1):  # of equals not the first, but the last by name
+        assert chosen("a", order=order) == "same"
+        assert chosen("a", "b", order=order) == "exact"
+        assert chosen("a", "b", "c", order=order) == "more"
     with pytest.raises(UserError, match=r"tensors of no known names \(d, \.\.\.\)"):
         chosen("d")
 

@@ -306,7 +306,8 @@ def choose(
 
     It is the one that knows most of the file; of several the one that finds most in the network,
     and then the one that has the fewest names which the file lacks. Only names count, and the
-    values of what is `Release.hollow`.
+    values of what is `Release.hollow`. What is still equal is decided by the texts of `name` and
+    `trunk`, so that the order of the releases does not matter.
 
     Args:
       releases: those that are known.
@@ -329,18 +330,19 @@ def choose(
         num_unused = len(release.rules) - len(used)
         return is_of_use, len(known), bool(release.hollow), num_pairs, -num_unused
 
-    fits = {
-        fit(release): release
-        for release in reversed(releases)  # of equals the first
+    fits = [
+        (fit(release), release)
+        for release in releases
         if not release.hollow or _is_hollow(release, tensors)
-    }
-    best = max(fits)
-    if best[0]:
-        return fits[best]
+    ]
+    best_fit, best = max(fits, key=lambda pair: (pair[0], pair[1].name, pair[1].trunk))
+    is_of_use, num_known = best_fit[:2]
+    if is_of_use:
+        return best
     some = ", ".join(f"{name:.60}" for name in list(tensors)[:_NUM_NAMED])
-    if template is not None and best[1]:  # of another network
+    if template is not None and num_known:  # of another network
         raise UserError(
-            f"{path} has names of {fits[best].name} ({some}, ...), of which this network has none: "
+            f"{path} has names of {best.name} ({some}, ...), of which this network has none: "
             "give another network, or another file"
         )
     raise UserError(
