@@ -20,6 +20,8 @@ from dense_jax import runs
 from dense_jax.data import dataset
 from dense_jax.errors import UserError
 from dense_jax.models import deeplabv3, resnet
+from dense_jax.releases import catalogue
+from dense_jax.releases import resnet as resnet_releases
 from dense_jax.tasks import import_weights, semantic
 from dense_jax.train import cli
 from dense_jax.train.state import TrainState
@@ -29,7 +31,7 @@ from tests import contract
 
 
 def thin(name, num_classes=None, aux=False):
-    """In place of `import_weights.build`."""
+    """In place of `catalogue.build`."""
     shape = dict(depths=(1, 1, 1, 1), width=1 / 16)
     if name.startswith("res"):
         return resnet.ResNet(num_classes=num_classes or 5, **shape)
@@ -40,16 +42,16 @@ def thin(name, num_classes=None, aux=False):
 @pytest.fixture
 def resnet_file(tmp_path, monkeypatch) -> tuple[pathlib.Path, Any]:
     """A file of a thin ResNet under torchvision's names, and its variables."""
-    monkeypatch.setattr(import_weights, "build", thin)
+    monkeypatch.setattr(catalogue, "build", thin)
     variables = contract.random_variables(thin("resnet50"), (1, 32, 32, 3))
-    tensors: Any = rules.unload(variables, resnet.TORCHVISION.rules)
+    tensors: Any = rules.unload(variables, resnet_releases.TORCHVISION.rules)
     path = tmp_path / "resnet.npz"
     np.savez(path, **tensors, **{"bn1.num_batches_tracked": 3})
     return path, variables
 
 
 def start(template_model, source, normalisation="torchvision"):
-    shapes = import_weights.template_of(template_model)
+    shapes = rules.template_of(template_model)
     zeros = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape), shapes)
     params, tx = zeros.pop("params"), optax.sgd(0.1)
     state = TrainState.create(

@@ -12,7 +12,7 @@ import pytest
 
 from dense_jax.errors import UserError
 from dense_jax.models import deeplab, dilated, fcn
-from dense_jax.tasks import import_weights
+from dense_jax.releases import catalogue
 from dense_jax.weights import rules
 from dense_jax.weights.rules import Rule
 from tests.torchvision_names import num_keys, torch_leaves, torch_name, torch_shapes
@@ -64,7 +64,7 @@ TORCHVISION = {
 
 @functools.cache
 def template_of(name) -> Any:
-    return import_weights.template_of(import_weights.build(name, aux=True))
+    return rules.template_of(catalogue.build(name, aux=True))
 
 
 @pytest.mark.parametrize(("name", "number"), TORCHVISION.items(), ids=TORCHVISION)
@@ -72,7 +72,7 @@ def test_a_state_dict_of_torchvision_is_explained_and_made_again(name, number):
     template = template_of(name)
     tensors = state_dict(torch_shapes(template))
     assert len(tensors) == number == num_keys(torch_leaves(template))
-    release = rules.choose(import_weights.RELEASES, template, tensors)
+    release = rules.choose(catalogue.releases(), template, tensors)
     tree, account = rules.load(template, tensors, release.rules)
     chex.assert_trees_all_equal_shapes_and_dtypes(tree, template)
     for row in account.rows:
@@ -87,7 +87,7 @@ def test_a_state_dict_of_torchvision_is_explained_and_made_again(name, number):
 
 # Network, the numbers, and how many tensors or parameters are loaded, new and ignored.
 VGGS = {
-    "vgg16": (import_weights.build("vgg16"), VGG, {"loaded": 30, "ignored": 2}),
+    "vgg16": (catalogue.build("vgg16"), VGG, {"loaded": 30, "ignored": 2}),
     "fcn8s": (fcn.fcn8s(21), VGG, {"loaded": 30, "new": 6, "ignored": 2}),
     "dilated": (
         dilated.dilated_basic(21, pad="same"),
@@ -97,12 +97,12 @@ VGGS = {
     # Its fc6 and fc7 are of other shapes.
     "deeplab": (deeplab.deeplab_largefov(21), VGG, {"loaded": 26, "new": 6, "ignored": 2}),
     "segnet": (
-        import_weights.build("segnet", 12),
+        catalogue.build("segnet", 12),
         VGG_BN,
         {"loaded": 78, "new": 74, "ignored": 19},
     ),
     "deconvnet": (
-        import_weights.build("deconvnet"),
+        catalogue.build("deconvnet"),
         VGG_BN,
         {"loaded": 82, "new": 94, "ignored": 15},
     ),
@@ -111,10 +111,10 @@ VGGS = {
 
 @pytest.mark.parametrize(("model", "numbers", "counts"), VGGS.values(), ids=VGGS)
 def test_vgg_fills_the_networks_that_stand_on_it(model, numbers, counts):
-    template = import_weights.template_of(model)
+    template = rules.template_of(model)
     tensors = state_dict(vgg_shapes(numbers, norm=numbers is VGG_BN))
     assert len(tensors) == (97 if numbers is VGG_BN else 32)
-    release = rules.choose(import_weights.RELEASES, template, tensors)
+    release = rules.choose(catalogue.releases(), template, tensors)
     tree, account = rules.load(template, tensors, release.rules, required=release.trunk)
     assert Counter(row.status for row in account.rows) == counts
     targets = {row.source: row.target for row in account.rows}
@@ -134,7 +134,7 @@ def test_vgg_fills_the_networks_that_stand_on_it(model, numbers, counts):
 )
 def test_a_head_of_another_kind_stays_in_the_file(source, target):
     tensors = state_dict(torch_shapes(template_of(source)))
-    release = rules.choose(import_weights.RELEASES, template_of(target), tensors)
+    release = rules.choose(catalogue.releases(), template_of(target), tensors)
     _, account = rules.load(template_of(target), tensors, release.rules, required=release.trunk)
     left = [row.source for row in account.rows if row.status == "ignored"]
     assert all(re.match(r"classifier|.*num_batches_tracked", name) for name in left)
@@ -148,8 +148,8 @@ def test_a_head_of_another_kind_stays_in_the_file(source, target):
 def test_networks_that_end_early_leave_the_rest_in_the_file():
     tensors = state_dict(vgg_shapes(VGG, norm=False))
     for model, last in ((fcn.FCN(21, stride=16, single_skip="pool4"), 4), (fcn.fcn8s(21), 5)):
-        template = import_weights.template_of(model)
-        release = rules.choose(import_weights.RELEASES, template, tensors)
+        template = rules.template_of(model)
+        release = rules.choose(catalogue.releases(), template, tensors)
         tree, _ = rules.load(template, tensors, release.rules, required=release.trunk)
         assert max(name for name in tree["params"] if name.startswith("conv"))[4] == str(last)
     for number, missing in ((17, "conv4_1"), (24, "conv5_1")):
@@ -163,7 +163,7 @@ def test_vggs_features_alone_are_known_by_a_classifier_of_nan():
     template = template_of("fcn8s")
     for value, normalisation in ((1, "torchvision"), (np.nan, "torchvision_vgg16_features")):
         tensors["classifier.6.bias"] = np.full(1000, value)
-        release = rules.choose(import_weights.RELEASES, template, tensors)
+        release = rules.choose(catalogue.releases(), template, tensors)
         assert release.normalisation == normalisation
     tree, account = rules.load(
         template, tensors, release.rules, required=release.trunk, absent=release.absent
@@ -184,8 +184,8 @@ def test_timms_names_of_vggs_classifier():
             assert tensors[name].size == tensor.size
     for kind in ("weight", "bias"):
         tensors[f"head.fc.{kind}"] = tensors.pop(f"classifier.6.{kind}")
-    template = import_weights.template_of(import_weights.build("vgg16"))
-    release = rules.choose(import_weights.RELEASES, template, tensors)
+    template = rules.template_of(catalogue.build("vgg16"))
+    release = rules.choose(catalogue.releases(), template, tensors)
     _, account = rules.load(template, tensors, release.rules)
     assert Counter(row.status for row in account.rows) == {"loaded": 30, "ignored": 2}
 

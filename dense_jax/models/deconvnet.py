@@ -23,7 +23,6 @@ from dense_jax.models import vgg
 from dense_jax.ops.pool import max_pool_with_switches, max_unpool
 from dense_jax.ops.precision import at_least_float32
 from dense_jax.ops.resize import resize_bilinear
-from dense_jax.weights import rules
 
 # Channels of the convolutions of stages 1 to 5, on the way down and on the way up.
 _ENCODER = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -173,36 +172,3 @@ class DeconvNet(nn.Module):
 
 
 deconvnet_fc1024 = functools.partial(DeconvNet, fc_width=1024)  # As re-run for the SegNet paper.
-# The encoder.
-TORCHVISION = rules.Release(
-    "torchvision's vgg16_bn",
-    vgg.torchvision_rules("bn{}"),
-    trunk=("*/conv?_?/*", "*/bn?_?/*"),
-    normalisation="torchvision",
-    needs="--bn-epsilon=1e-5",
-)
-
-
-def _caffe_rules() -> tuple[rules.Rule, ...]:
-    """Rules for the whole network; deconv* are up-convolutions of stride 1 there."""
-    table = list(vgg.CAFFE_RULES)
-    norms = {"fc6": "bnfc6", "fc7": "bnfc7", "fc6-deconv": "fc6-deconv-bn"}
-    for stage, features in enumerate(_ENCODER, 1):
-        for i in range(1, len(features) + 1):
-            deconv = f"deconv{stage}_{i}"
-            norms |= {f"conv{stage}_{i}": f"bn{stage}_{i}", deconv: f"debn{stage}_{i}"}
-            table += rules.caffe_conv(deconv, deconv, "up_conv+flip")
-    table += rules.caffe_conv("fc6-deconv", "fc6-deconv", "up_conv")
-    table += rules.caffe_conv("seg-score-voc", "seg-score")
-    return (*table, *(rule for norm in norms.values() for rule in rules.caffe_scale(norm, norm)))
-
-
-# HyeonwooNoh/DeconvNet: DeconvNet_trainval_inference.caffemodel.
-CAFFE = rules.Release(
-    "Caffe's DeconvNet",
-    _caffe_rules(),
-    trunk=("params/[!s]*",),  # all but seg-score
-    normalisation="caffe",
-    absent=("batch_stats/*",),
-    needs="to be left untrained, if it is finished: its statistics lie in scale and bias",
-)

@@ -30,7 +30,6 @@ from dense_jax.models.resnet import FirstBlockDilation, StrideIn
 from dense_jax.models.vgg import Layer, Stack, scaled
 from dense_jax.ops.precision import at_least_float32
 from dense_jax.ops.resize import rescaled, resize_bilinear
-from dense_jax.weights import rules
 
 STRIDE = 8
 _new = init.normal(0.01)  # Layers that no pretrained network has.
@@ -321,38 +320,3 @@ deeplab_vgg_aspp_s = functools.partial(DeepLab, head="aspp_s")
 deeplab_vgg_aspp_l = functools.partial(DeepLab, head="aspp_l")
 deeplab_resnet101_largefov = functools.partial(DeepLab, backbone="resnet101", head="largefov")
 deeplab_resnet101 = functools.partial(DeepLab, backbone="resnet101", head="aspp_l", scales=SCALES)
-
-
-def _vgg_rules() -> tuple[rules.Rule, ...]:
-    """Rules for the heads of one and of several branches."""
-    names = {name: name for name in ("fc6", "fc7")} | {"fc8_voc12": "fc8"}
-    names |= {f"{theirs}_{{n}}": f"{ours}_{{n}}" for theirs, ours in names.items()}
-    heads = (rule for theirs in names for rule in rules.caffe_conv(theirs, names[theirs]))
-    return (*rules.caffe_convs(*(row.name for row in vgg_layers() if row.features)), *heads)
-
-
-_RESNET_RULES = (
-    *resnet.msra_rules(resnet.MSRA_101),
-    *rules.caffe_conv("fc1_voc12", "fc1"),
-    *rules.caffe_conv("fc1_voc12_c{n}", "fc1_c{n}"),
-)
-# Training with several scales keeps a copy of each layer for each, under its name and a suffix.
-_COPY_RULES = tuple(
-    rules.Rule(rule.source.replace(".", "_res0{scale}."), None) for rule in _RESNET_RULES
-)
-CAFFE = (
-    rules.Release(
-        "Caffe's DeepLab on VGG-16",
-        _vgg_rules(),
-        trunk=vgg.TRUNK,
-        normalisation="caffe",
-        needs="--pool5a=on if it is of version 1",
-    ),
-    rules.Release(
-        "Caffe's DeepLab on ResNet-101",
-        (*_RESNET_RULES, *_COPY_RULES),
-        trunk=("*/conv1/*", "*/bn1/*", "*/layer?_*"),
-        normalisation="caffe",
-        needs="--stride-in=1x1",
-    ),
-)

@@ -24,7 +24,6 @@ from dense_jax.models import resnet
 from dense_jax.models.vgg import image_size, scaled
 from dense_jax.ops.precision import at_least_float32
 from dense_jax.ops.resize import resize_bilinear
-from dense_jax.weights import rules
 
 # Uniform within 1 / sqrt(fan-in) on both sides, as torch initialises convolutions.
 _TORCH = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -157,46 +156,3 @@ fcn_resnet50 = functools.partial(ResNetSegmenter, head="fcn", trunk=resnet.resne
 fcn_resnet101 = functools.partial(ResNetSegmenter, head="fcn", trunk=resnet.resnet101)
 deeplabv3_resnet50 = functools.partial(ResNetSegmenter, trunk=resnet.resnet50)
 deeplabv3_resnet101 = functools.partial(ResNetSegmenter, trunk=resnet.resnet101)
-
-
-def _unit(source: str, target: str, first: int = 0) -> tuple[rules.Rule, ...]:
-    """Rules for a convolution and its normalisation, which count on from `first`."""
-    return (
-        *rules.conv(f"{source}.{first}", f"{target}_{first}"),
-        *rules.batch_norm(f"{source}.{first + 1}", f"{target}_{first + 1}"),
-    )
-
-
-_BACKBONE_RULES = resnet.torchvision_rules("backbone.", "backbone/")
-_SCORE_RULES = (
-    *rules.conv("classifier.4", "classifier_4"),
-    *_unit("aux_classifier", "aux_classifier"),
-    *rules.conv("aux_classifier.4", "aux_classifier_4"),
-)
-_ASPP_RULES = (
-    *(
-        rule
-        for i in range(len(_RATES) + 2)  # and the 1x1 branch in front, the mean behind
-        for rule in _unit(
-            f"classifier.0.convs.{i}", f"classifier_0/convs_{i}", 1 if i > len(_RATES) else 0
-        )
-    ),
-    *_unit("classifier.0.project", "classifier_0/project"),
-)
-_TORCHVISION = functools.partial(
-    rules.Release, trunk=("*/backbone/*",), normalisation="torchvision"
-)
-TORCHVISION = (
-    _TORCHVISION(
-        "torchvision's DeepLabv3",
-        (*_BACKBONE_RULES, *_ASPP_RULES, *_unit("classifier", "classifier", 1), *_SCORE_RULES),
-    ),
-    _TORCHVISION(
-        "torchvision's FCN on ResNet",
-        (*_BACKBONE_RULES, *_unit("classifier", "classifier"), *_SCORE_RULES),
-    ),
-    _TORCHVISION(
-        "torchvision's ResNet",
-        (*resnet.torchvision_rules(target="backbone/"), *rules.dense("fc", "fc")),
-    ),
-)

@@ -22,7 +22,6 @@ from dense_jax.models import vgg
 from dense_jax.models.vgg import Grid, Layer
 from dense_jax.ops.pool import max_pool
 from dense_jax.ops.precision import at_least_float32
-from dense_jax.weights import rules
 
 Context = Literal["none", "basic", "large"]
 ContextPad = Literal["once_zero", "once_reflect", "per_layer"]
@@ -152,11 +151,6 @@ class FrontEnd(nn.Module):
         return outputs
 
 
-def _context_names(num_layers: int) -> tuple[str, ...]:
-    inner = (f"ctx_conv{i}_1" for i in range(2, num_layers - 2))
-    return ("ctx_conv1_1", "ctx_conv1_2", *inner, "ctx_fc1")
-
-
 class ContextModule(nn.Module):
     """Dilated 3x3 convolutions (Table 1); maps scores [B, h, w, C] to scores of the same shape.
 
@@ -197,7 +191,8 @@ class ContextModule(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """Of the 3x3 layers, as released."""
-        return _context_names(self.num_layers)
+        inner = (f"ctx_conv{i}_1" for i in range(2, self.num_layers - 2))
+        return ("ctx_conv1_1", "ctx_conv1_2", *inner, "ctx_fc1")
 
     @nn.compact
     def __call__(self, scores: jax.Array) -> dict[str, jax.Array]:
@@ -377,44 +372,4 @@ dilation7 = functools.partial(Dilated, context="basic", context_layers=7)  # KIT
 dilation8 = dilated_basic  # CamVid
 dilation10 = functools.partial(  # Cityscapes
     Dilated, context="basic", context_layers=10, upsample="scores"
-)
-
-
-def _release(
-    dataset: str, num_layers: int, needs: str, final: str = "final", context: str = "ctx"
-) -> rules.Release:
-    """The release of one dataset; VOC's calls some layers by other names."""
-    names = (*_context_names(num_layers), "ctx_final")
-    theirs = {name: name.replace("ctx", context, 1) for name in names} | {"final": final}
-    table = [rule for name in theirs for rule in rules.caffe_conv(theirs[name], name)]
-    if num_layers == 10:  # the only one that enlarges its scores
-        upsample = functools.partial(init.bilinear(), None)
-        target = "params/ctx_upsample/kernel"
-        table.append(rules.Rule("ctx_upsample.0", target, "conv", constant=upsample))
-    return rules.Release(
-        f"fyu/dilation's dilation{num_layers} for {dataset}",
-        (*vgg.CAFFE_RULES, *table),
-        trunk=vgg.TRUNK,
-        normalisation=f"dilation_{dataset.lower()}",
-        needs=f"--front-pad=valid_reflect {needs}",
-    )
-
-
-_BASIC = "--context=basic --context-pad=per_layer"
-# As in fyu/dilation: datasets/camvid.json; ours have another order.
-_CLASSES = (
-    "its classes are building, tree, sky, car, sign, road, pedestrian, fence, pole, pavement, "
-    "bicyclist in this order"
-)
-# They differ in their names. A front end alone does not say whose it is, and is taken for KITTI's.
-CAFFE = (
-    _release("VOC", 8, "--context=large --context-pad=once_zero", "fc-final", "ct"),
-    _release(
-        "KITTI",
-        7,
-        f"{_BASIC} --context-layers=7; {_CLASSES}; if it is a front end alone, the mean colour of "
-        "its own dataset",
-    ),
-    _release("CamVid", 8, f"{_BASIC}; {_CLASSES}"),
-    _release("Cityscapes", 10, f"{_BASIC} --context-layers=10 --upsample-loss=on"),
 )

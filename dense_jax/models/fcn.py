@@ -12,14 +12,12 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dense_jax.layers import init
 from dense_jax.layers.conv import Conv, UpConv
 from dense_jax.models import vgg
 from dense_jax.models.vgg import Grid, Layer, Stack
 from dense_jax.ops.precision import at_least_float32
-from dense_jax.weights import rules
 
 _IMAGE = Grid()
 # What each fusion adds, and the up-convolution that brings the coarser scores to it.
@@ -191,54 +189,6 @@ class FCNAlexNet(nn.Module):
 fcn32s = functools.partial(FCN, stride=32)
 fcn16s = functools.partial(FCN, stride=16)
 fcn8s = functools.partial(FCN, stride=8)
-_AT_ONCE = (0.01, 0.0001)
-fcn8s_at_once = functools.partial(FCN, stride=8, skip_scale=_AT_ONCE)
+AT_ONCE = (0.01, 0.0001)  # Factors of pool4 and pool3 where all strides are trained at once.
+fcn8s_at_once = functools.partial(FCN, stride=8, skip_scale=AT_ONCE)
 fcn_alexnet = FCNAlexNet
-
-
-def _bilinear(shape: tuple[int, ...]) -> jax.Array:
-    return init.bilinear()(None, shape)
-
-
-def _upscore_rules(*names: str) -> tuple[rules.Rule, ...]:
-    """Rules for up-convolutions stored dense, [C, C, k, k], which are fixed here or learned."""
-    return tuple(
-        rules.Rule(f"{name}.0", f"params/{name}/kernel", "diagonal+conv", constant=_bilinear)
-        for name in names
-    )
-
-
-_CAFFE_RULES = (
-    *vgg.CAFFE_RULES,
-    *(rule for name in _SCORE.values() for rule in rules.caffe_conv(name, name)),
-    *_upscore_rules(*(name for _, name in _SKIPS), *_LAST.values()),
-)
-_SCALE_RULES = tuple(
-    rules.Rule(f"{name}.0", f"params/{name}", constant=functools.partial(np.full, fill_value=scale))
-    for name, scale in zip(("scale_pool4", "scale_pool3"), _AT_ONCE, strict=True)
-)
-_ALEXNET_RULES = (
-    *rules.caffe_convs(*(layer.name for layer in ALEXNET_LAYERS if layer.features), "score_fr"),
-    *_upscore_rules("upscore"),
-    *(rules.Rule(f"fc8.{i}", None) for i in range(2)),  # ImageNet's classes
-)
-# shelhamer/fcn.berkeleyvision.org: fcn32s-, fcn16s-, fcn8s-heavy-pascal.caffemodel, pascalcontext-*
-# (nyud-* have another mean); fcn8s-atonce-pascal; fcn-alexnet-pascal and its start,
-# bvlc_reference_caffenet (bvlc_alexnet has the same names, and normalises in front of poolings).
-CAFFE = (
-    rules.Release(
-        "Caffe's FCN",
-        _CAFFE_RULES,
-        vgg.TRUNK,
-        "caffe",
-        needs="--pad-mode=100 --skip-scale=1; if it is of NYUDv2, another mean colour",
-    ),
-    rules.Release(
-        "Caffe's FCN-8s trained at once",
-        (*_CAFFE_RULES, *_SCALE_RULES),
-        vgg.TRUNK,
-        "caffe",
-        needs="--pad-mode=100 --skip-scale=paper",
-    ),
-    rules.Release("Caffe's CaffeNet", _ALEXNET_RULES, ("*/conv?/*",), "caffe"),
-)

@@ -16,7 +16,7 @@ arXiv:1606.00915, Section 3.1, and pytorch/vision: torchvision/models/resnet.py.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -29,7 +29,6 @@ from dense_jax.layers.norm import BatchNorm
 from dense_jax.models.vgg import image_size, scaled
 from dense_jax.ops.pool import max_pool
 from dense_jax.ops.precision import at_least_float32
-from dense_jax.weights import rules
 
 StrideIn = Literal["3x3", "1x1"]
 FirstBlockDilation = Literal["previous", "new"]
@@ -212,76 +211,3 @@ resnet50 = functools.partial(ResNet, depths=(3, 4, 6, 3))
 resnet101 = functools.partial(ResNet, depths=(3, 4, 23, 3))
 resnext101_32x8d = functools.partial(ResNet, depths=(3, 4, 23, 3), groups=32, group_width=8)
 resnext101_64x4d = functools.partial(ResNet, depths=(3, 4, 23, 3), groups=64, group_width=4)
-
-
-def torchvision_rules(source: str = "", target: str = "") -> tuple[rules.Rule, ...]:
-    """Returns rules for all but "fc", with such prefixes as "backbone." there, "backbone/" here."""
-    block, ours = f"{source}layer{{s}}.{{b}}", f"{target}layer{{s}}_{{b}}"
-    return (
-        *rules.conv(f"{source}conv1", f"{target}conv1"),
-        *rules.batch_norm(f"{source}bn1", f"{target}bn1"),
-        *rules.conv(f"{block}.conv{{i}}", f"{ours}/conv{{i}}"),
-        *rules.batch_norm(f"{block}.bn{{i}}", f"{ours}/bn{{i}}"),
-        *rules.conv(f"{block}.downsample.0", f"{ours}/downsample_0"),
-        *rules.batch_norm(f"{block}.downsample.1", f"{ours}/downsample_1"),
-    )
-
-
-TORCHVISION = rules.Release(
-    "torchvision's ResNet",
-    (*torchvision_rules(), *rules.dense("fc", "fc")),
-    trunk=("*/conv1/*", "*/bn1/*", "*/layer?_*"),
-    normalisation="torchvision",
-    needs="--stride-in=3x3, the default but for DeepLab v2",
-)
-
-# What He et al.'s release calls the blocks of stages 2 to 5.
-MSRA_50 = ("abc", "abcd", "abcdef", "abc")
-MSRA_101 = (
-    "abc",
-    ("a", *(f"b{i}" for i in range(1, 4))),
-    ("a", *(f"b{i}" for i in range(1, 23))),
-    "abc",
-)
-_BRANCHES = {
-    "branch1": ("downsample_0", "downsample_1"),
-    **{f"branch2{letter}": (f"conv{i}", f"bn{i}") for i, letter in enumerate("abc", 1)},
-}
-
-
-def msra_rules(blocks: Sequence[Sequence[str]]) -> tuple[rules.Rule, ...]:
-    """Rules for all but "fc" of a residual network of He et al.'s release in Caffe.
-
-    Args:
-      blocks: what each stage's blocks are called, see `MSRA_50`.
-    """
-    table = [*rules.caffe_conv("conv1", "conv1", "conv+bgr")[:1]]
-    table += rules.caffe_batch_norm("bn_conv1", "scale_conv1", "bn1")
-    for stage, names in enumerate(blocks, start=2):
-        for i, name in enumerate(names):
-            for branch, (conv, norm) in _BRANCHES.items():
-                if branch == "branch1" and i > 0:
-                    continue  # only first blocks have a convolution on the shortcut
-                block, layer = f"layer{stage - 1}_{i}", f"{stage}{name}_{branch}"
-                table += rules.caffe_conv(f"res{layer}", f"{block}/{conv}", "conv")[:1]
-                table += rules.caffe_batch_norm(f"bn{layer}", f"scale{layer}", f"{block}/{norm}")
-    return tuple(table)
-
-
-# ResNet-50 has a bias in front of its first normalisation, which is as much less in its mean.
-_CONV1_BIAS = rules.Rule("conv1.1", "batch_stats/bn1/mean", "ones+minus", role="part")
-# KaimingHe/deep-residual-networks: ResNet-50- and ResNet-101-model.caffemodel. They subtract a mean
-# image, whose colour is that of the others' mean to within a grey value.
-MSRA = tuple(
-    rules.Release(
-        f"MSRA's ResNet-{depth}",
-        (*table, *rules.caffe_dense("fc1000", "fc")),
-        trunk=("*/conv1/*", "*/bn1/*", "*/layer?_*"),
-        normalisation="caffe",
-        needs='ResNet(stride_in="1x1", pool_ceil=True, pool_padding=0)',
-    )
-    for depth, table in (
-        (50, (*msra_rules(MSRA_50), _CONV1_BIAS)),
-        (101, msra_rules(MSRA_101)),
-    )
-)

@@ -8,7 +8,6 @@ Dropout: Kendall, Badrinarayanan, Cipolla, "Bayesian SegNet", BMVC 2017, arXiv:1
 places of bayesian_segnet_train.prototxt and bayesian_segnet_basic_train.prototxt there.
 """
 
-import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -19,11 +18,10 @@ from dense_jax.layers import init
 from dense_jax.layers.conv import Conv, UpConv
 from dense_jax.layers.dropout import Dropout
 from dense_jax.layers.norm import BatchNorm, LocalResponseNorm
-from dense_jax.models.vgg import image_size, scaled, torchvision_rules
+from dense_jax.models.vgg import image_size, scaled
 from dense_jax.ops.pool import max_pool_with_switches, max_unpool
 from dense_jax.ops.precision import at_least_float32
 from dense_jax.ops.resize import resize_bilinear
-from dense_jax.weights import rules
 
 Decoder = Literal[
     "indices",
@@ -274,50 +272,3 @@ def _interpolate(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> j
 def _cut(x: jax.Array, like: jax.Array) -> jax.Array:
     """Leaves out the row and column that pooling rounded up."""
     return x[:, : like.shape[1], : like.shape[2]]
-
-
-# The encoder of `SegNet`.
-TORCHVISION = rules.Release(
-    "torchvision's vgg16_bn",
-    torchvision_rules("conv{}_bn"),
-    trunk=("*/conv?_?/*", "*/conv?_?_bn/*"),
-    normalisation="torchvision",
-    needs="--bn-epsilon=1e-5",
-)
-
-
-def _caffe_rules(last: str, *names: str) -> tuple[rules.Rule, ...]:
-    """Rules for blocks of these names and the scores of the last layer."""
-    return (
-        *rules.caffe_convs(*names, last),
-        *(rule for name in names for rule in rules.caffe_scale(f"{name}_bn", f"{name}_bn")),
-    )
-
-
-_ENCODER = [f"conv{stage}_{i}" for stage, (_, n) in enumerate(_STAGES, 1) for i in range(1, n + 1)]
-_DECODER = [f"{name}_D" for name in _ENCODER[1:]]
-_BASIC = [f"conv{prefix}{i}" for prefix in ("", "_decode") for i in range(1, 5)]
-_FOLDED = "if it is finished, to be left untrained: its statistics lie in scale and bias"
-_CAFFE = functools.partial(rules.Release, normalisation="none", absent=("batch_stats/*",))
-# alexgkendall/SegNet-Tutorial: the networks of segnet_model_zoo.md that its inference prototxts
-# describe, and others that compute_bn_statistics.py has finished.
-CAFFE = (
-    _CAFFE(
-        "Caffe's SegNet",
-        _caffe_rules("conv1_1_D", *_ENCODER, *_DECODER),
-        tuple(f"params/{name}{end}/*" for name in _ENCODER + _DECODER for end in ("", "_bn")),
-        needs=f"--input-norm=none; {_FOLDED}",
-    ),
-    _CAFFE(
-        "Caffe's SegNet-Basic",
-        (
-            *_caffe_rules("conv_classifier", *_BASIC),
-            *(
-                rule._replace(role="alias")
-                for rule in rules.caffe_conv("dense_softmax_inner_prod", "conv_classifier")
-            ),
-        ),
-        tuple(f"params/{name}{end}/*" for name in _BASIC for end in ("", "_bn")),
-        needs=f"--input-norm=lrn; {_FOLDED}",
-    ),
-)

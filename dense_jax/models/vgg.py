@@ -17,7 +17,6 @@ from dense_jax.layers.conv import Conv
 from dense_jax.layers.dropout import Dropout
 from dense_jax.layers.norm import LocalResponseNorm
 from dense_jax.ops.pool import max_pool
-from dense_jax.weights import rules
 
 
 class Grid(NamedTuple):
@@ -177,62 +176,3 @@ def vgg16(
     layers = vgg16_layers(first_padding, 0 if caffe else 3)
     end = [layer.name for layer in layers].index(last) + 1
     return Stack(layers[:end], ceil=caffe, **options)
-
-
-def torchvision_rules(norm: str | None = None) -> tuple[rules.Rule, ...]:
-    """Returns rules for torchvision's vgg16, which numbers layers, ReLUs and poolings through.
-
-    Its classifier reads a map of 7x7 units, channels first, as fc6 does by a 7x7 kernel.
-
-    Args:
-      norm: name here of the normalisation behind "conv{}", for vgg16_bn.
-    """
-    table, number = [], 0
-    for layer in vgg16_layers():
-        if layer.name.startswith("conv"):
-            table += rules.conv(f"features.{number}", layer.name)
-            if norm:
-                name = norm.format(layer.name.removeprefix("conv"))
-                table += rules.batch_norm(f"features.{number + 1}", name)
-            number += 3 if norm else 2
-        elif layer.name.startswith("pool"):
-            number += 1
-    table += rules.conv("classifier.0", "fc6", "dense_chw")
-    table += rules.conv("classifier.3", "fc7", "dense_chw")
-    for i in (1, 2):  # timm's names, of kernels
-        table += (
-            rule._replace(role="alias") for rule in rules.conv(f"pre_logits.fc{i}", f"fc{i + 5}")
-        )
-    # Scores of ImageNet's classes, which no network here has.
-    scores = ("classifier.6", "head.fc")
-    table += [rules.Rule(f"{name}.{kind}", None) for name in scores for kind in ("weight", "bias")]
-    return tuple(table)
-
-
-# Block by block: networks may end before conv5, and leave it in the file.
-TRUNK = tuple(f"*/conv{block}_?/*" for block in range(1, 6))
-TORCHVISION = rules.Release("torchvision's vgg16", torchvision_rules(), TRUNK, "torchvision")
-# VGG16_Weights.IMAGENET1K_FEATURES: the authors' own layers, with a classifier of nothing but NaN.
-TORCHVISION_FEATURES = TORCHVISION._replace(
-    name="torchvision's vgg16, features alone",
-    rules=tuple(
-        rule._replace(target=None) if rule.source.startswith("classifier.") else rule
-        for rule in TORCHVISION.rules
-    ),
-    normalisation="torchvision_vgg16_features",
-    absent=("*/fc[67]/*",),
-    hollow=("classifier.6.bias",),
-)
-
-# conv1_1 to fc7 in Caffe, with fc6 and fc7 dense or, as "fully convolutional" networks have them,
-# on a map. What the authors' file and others derived from it have in common.
-CAFFE_RULES = rules.caffe_convs(
-    *(layer.name for layer in vgg16_layers() if not layer.name.startswith("pool"))
-)
-# VGG_ILSVRC_16_layers.caffemodel.
-CAFFE = rules.Release(
-    "Caffe's VGG-16",
-    (*CAFFE_RULES, *(rules.Rule(f"fc8.{i}", None) for i in range(2))),  # ImageNet's classes
-    TRUNK,
-    "caffe",
-)

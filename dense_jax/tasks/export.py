@@ -23,7 +23,8 @@ from dense_jax.data.transforms import NORMALISATIONS
 from dense_jax.errors import UserError
 from dense_jax.infer import program
 from dense_jax.infer.crf import WithCrf
-from dense_jax.tasks import import_weights, onnx_file, prediction
+from dense_jax.releases import catalogue
+from dense_jax.tasks import onnx_file, prediction
 from dense_jax.weights import rules
 
 Format = Literal["stablehlo", "safetensors", "onnx"]
@@ -134,7 +135,7 @@ def parameters(opened: runs.Run, record: dict[str, Any]) -> tuple[bytes, dict[st
 
 
 def _under_torchvisions_names(opened: runs.Run) -> tuple[str, dict[str, np.ndarray]] | None:
-    for release in import_weights.RELEASES:
+    for release in catalogue.releases():
         if not release.name.startswith("torchvision"):
             continue
         with contextlib.suppress(UserError):  # a parameter that this one does not have

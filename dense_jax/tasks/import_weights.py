@@ -6,14 +6,9 @@ network here that stands on a trunk of these names can start from them.
 
 import contextlib
 import fnmatch
-import functools
 import pathlib
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import traverse_util
@@ -21,36 +16,11 @@ from flax import traverse_util
 from dense_jax import runs
 from dense_jax.data.transforms import NORMALISATIONS
 from dense_jax.errors import UserError, printable
-from dense_jax.models import (
-    deconvnet,
-    deeplab,
-    deeplabv3,
-    dilated,
-    fcn,
-    resnet,
-    segnet,
-    vgg,
-)
+from dense_jax.releases import catalogue
 from dense_jax.train.checkpoint import has_checkpoint, read_variables
 from dense_jax.weights import files, hub, rules
-from dense_jax.weights.rules import Release
 from dense_jax.weights.tensors import REMARKS
 
-RELEASES: tuple[Release, ...] = (
-    vgg.TORCHVISION,
-    vgg.TORCHVISION_FEATURES,
-    segnet.TORCHVISION,
-    deconvnet.TORCHVISION,
-    resnet.TORCHVISION,
-    *deeplabv3.TORCHVISION,
-    vgg.CAFFE,
-    *fcn.CAFFE,
-    *segnet.CAFFE,
-    deconvnet.CAFFE,
-    *dilated.CAFFE,
-    *deeplab.CAFFE,
-    *resnet.MSRA,
-)
 # A folder of imported weights: the parameters by their paths here, and where they come from.
 _FILES = WEIGHTS, RECORD = "weights.npz", "weights.json"
 _HUB = "hub:"
@@ -63,90 +33,15 @@ _INIT_ADVICE = (
     "python -m dense_jax import-weights --dry-run shows all"
 )
 
-_IMAGENET, _VOC, _CAMVID, _CITYSCAPES = 1000, 21, 11, 19  # classes of what is published
 
-ModelName = Literal[
-    "vgg16",
-    "fcn32s",
-    "fcn16s",
-    "fcn8s",
-    "fcn8s_at_once",
-    "fcn_alexnet",
-    "segnet",
-    "segnet_basic",
-    "deconvnet",
-    "dilated_front_end",
-    "dilation7",
-    "dilation8",
-    "dilation8_voc",
-    "dilation10",
-    "deeplab_largefov",
-    "deeplab_vgg16",
-    "deeplab_resnet101",
-    "resnet50",
-    "resnet101",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "fcn_resnet50",
-    "fcn_resnet101",
-    "deeplabv3_resnet50",
-    "deeplabv3_resnet101",
-]
-# Each with the classes it was published for; names of parameters depend on no other attribute.
-_padded: dict[str, Any] = {"pad": "same"}  # so that networks can be traced on small images
-_NETWORKS: dict[ModelName, tuple[Callable[..., nn.Module], int | None]] = {
-    "vgg16": (functools.partial(vgg.vgg16, padding="same"), None),
-    "fcn32s": (fcn.fcn32s, _VOC),
-    "fcn16s": (fcn.fcn16s, _VOC),
-    "fcn8s": (fcn.fcn8s, _VOC),
-    "fcn8s_at_once": (fcn.fcn8s_at_once, _VOC),
-    "fcn_alexnet": (fcn.fcn_alexnet, _VOC),
-    "segnet": (segnet.SegNet, _CAMVID),
-    "segnet_basic": (segnet.SegNetBasic, _CAMVID),
-    "deconvnet": (deconvnet.DeconvNet, _VOC),
-    "dilated_front_end": (functools.partial(dilated.front_end, **_padded), _VOC),
-    "dilation7": (functools.partial(dilated.dilation7, **_padded), _CAMVID),  # KITTI has these too
-    "dilation8": (functools.partial(dilated.dilation8, **_padded), _CAMVID),
-    "dilation8_voc": (functools.partial(dilated.dilated_large, **_padded), _VOC),
-    "dilation10": (functools.partial(dilated.dilation10, **_padded), _CITYSCAPES),
-    "deeplab_largefov": (deeplab.deeplab_largefov, _VOC),
-    "deeplab_vgg16": (deeplab.deeplab_vgg_aspp_l, _VOC),
-    "deeplab_resnet101": (deeplab.deeplab_resnet101, _VOC),
-    "resnet50": (resnet.resnet50, _IMAGENET),
-    "resnet101": (resnet.resnet101, _IMAGENET),
-    "resnext101_32x8d": (resnet.resnext101_32x8d, _IMAGENET),
-    "resnext101_64x4d": (resnet.resnext101_64x4d, _IMAGENET),
-    "fcn_resnet50": (deeplabv3.fcn_resnet50, _VOC),
-    "fcn_resnet101": (deeplabv3.fcn_resnet101, _VOC),
-    "deeplabv3_resnet50": (deeplabv3.deeplabv3_resnet50, _VOC),
-    "deeplabv3_resnet101": (deeplabv3.deeplabv3_resnet101, _VOC),
-}
-
-
-def build(name: ModelName, num_classes: int | None = None, aux: bool = False) -> nn.Module:
-    """Returns a network by name.
-
-    Args:
-      name: VGG-16 ends in fc7 and has the names of FCN, DeepLab and the dilated front end.
-      num_classes: by default as published.
-      aux: whether torchvision's segmentation networks have their second classifier.
-    """
-    make, published = _NETWORKS[name]
-    options: dict[str, Any] = {"aux": aux} if name.startswith(("fcn_resnet", "deeplabv3")) else {}
-    if published is not None:
-        options["num_classes"] = num_classes or published
-    return make(**options)
-
-
-def template_of(model: nn.Module, num_channels: int = 3) -> Any:
-    """Returns the shapes of a network's variables; nothing is computed, and no device is asked."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, num_channels), jnp.float32)
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+def _names() -> Any:
+    """Returns the type of --model, the names that are known when the command line is read."""
+    return Literal[tuple(catalogue.networks())]  # pyrefly: ignore[invalid-literal]
 
 
 def run(
     *,
-    model: ModelName,
+    model: Annotated[str, tyro.conf.arg(constructor_factory=_names)],
     source: Annotated[str, tyro.conf.arg(name="from")],
     out: pathlib.Path | None = None,
     dry_run: bool = False,
@@ -176,7 +71,9 @@ def run(
         raise UserError("give a folder to write with --out, or --dry-run")
     if out is not None and (has_checkpoint(out) or any((out / name).exists() for name in _FILES)):
         raise UserError(f"--out={out} holds weights already: give another folder")
-    if num_classes is not None and (num_classes < 1 or _NETWORKS[model][1] is None):
+    if num_classes is not None and (
+        num_classes < 1 or catalogue.network(model).num_classes is None
+    ):
         least = "give at least 1" if num_classes < 1 else f"{model} has no classes, leave it out"
         raise UserError(f"--num-classes={num_classes}: {least}")
     path = _on_disk(source)
@@ -188,8 +85,8 @@ def run(
         if not fnmatch.filter(file.tensors, pattern):
             raise UserError(f"--ignore={pattern}: {source} has no tensor of such a name")
     aux = any(name.startswith("aux_classifier.") for name in file.tensors)
-    template = template_of(build(model, num_classes, aux))
-    release = rules.choose(RELEASES, template, file.tensors, source)
+    template = rules.template_of(catalogue.build(model, num_classes, aux))
+    release = rules.choose(catalogue.releases(), template, file.tensors, source)
     required = release.trunk if new_head else ("*",)
     account = rules.match(
         template,
@@ -263,7 +160,7 @@ def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
         return variables, normalisation
     if kind in ("file", "hub") and path:
         tensors = _read_published(_on_disk(source)).tensors
-        release = rules.choose(RELEASES, template, tensors, source)
+        release = rules.choose(catalogue.releases(), template, tensors, source)
         variables, account = rules.load(
             template,
             tensors,
@@ -293,7 +190,7 @@ def normalisation_of(source: str) -> str | None:
         return _expectations_of(pathlib.Path(path))[0]
     if kind in ("file", "hub") and path:
         tensors = _read_published(_on_disk(source)).tensors
-        return rules.choose(RELEASES, None, tensors, source).normalisation
+        return rules.choose(catalogue.releases(), None, tensors, source).normalisation
     return None
 
 
@@ -301,14 +198,14 @@ def _read_published(path: pathlib.Path) -> files.WeightFile:
     """Reads a file; of names that are known but for a word in front of all, takes it off."""
     file = files.read(path)
     with contextlib.suppress(UserError):
-        rules.choose(RELEASES, None, file.tensors)
+        rules.choose(catalogue.releases(), None, file.tensors)
         return file
     first = next(iter(file.tensors))
     prefix = first[: first.find(".") + 1]  # such as "model.", as Lightning saves it
     if prefix and all(name.startswith(prefix) for name in file.tensors):
         with contextlib.suppress(UserError):
             bare = file.without(prefix)
-            rules.choose(RELEASES, None, bare.tensors)
+            rules.choose(catalogue.releases(), None, bare.tensors)
             return bare
     return file
 

@@ -5,9 +5,9 @@ A rule is a name in the file, the name here, and how the layouts differ:
     Rule("layer{s}.{b}.conv{i}.weight", "params/layer{s}_{b}/conv{i}/kernel", "conv")
 
 where {...} stands for a whole number, the same wherever the word is the same. Names here are the
-path in the tree of variables. A table of rules stands beside each model. Whatever a table does not
-explain, of the file or of the network, is an error; nothing is dropped or left as initialised in
-silence.
+path in the tree of variables. `dense_jax.releases` has the tables of published weights. Whatever a
+table does not explain, of the file or of the network, is an error; nothing is dropped or left as
+initialised in silence.
 """
 
 import functools
@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -135,6 +137,17 @@ def caffe_batch_norm(source: str, scale: str, target: str) -> tuple[Rule, ...]:
         Rule(f"{source}.1", f"batch_stats/{target}/var", "ones"),
         *caffe_scale(scale, target),
     )
+
+
+def template_of(model: nn.Module, num_channels: int = 3) -> Any:
+    """Returns the shapes of a network's variables; nothing is computed, and no device is asked.
+
+    Args:
+      model: the network, for images of 32x32 pixels or more.
+      num_channels: channels of the images.
+    """
+    images = jax.ShapeDtypeStruct((1, 32, 32, num_channels), jnp.float32)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
 
 def outline(tensors: Mapping[str, Any], rules: Sequence[Rule] = ()) -> dict[str, np.ndarray]:

@@ -1,15 +1,17 @@
-"""Names of Mask R-CNN's published weights; the network is not here yet.
+"""Published weights of Mask R-CNN, in torchvision; the network is not here yet.
 
 Reference: He, Gkioxari, Dollar, Girshick, "Mask R-CNN", ICCV 2017, arXiv:1703.06870; names and
 layouts: pytorch/vision, torchvision/models/detection/{mask_rcnn,faster_rcnn,rpn}.py and
 torchvision/ops/feature_pyramid_network.py.
 """
 
-from dense_jax.models import resnet
+from dense_jax.releases import resnet
+from dense_jax.releases.catalogue import Network
 from dense_jax.weights import rules
+from dense_jax.weights.rules import Release, Rule
 
 
-def _torchvision_rules(fpn: str, rpn: str, mask: dict[str, str]) -> tuple[rules.Rule, ...]:
+def _torchvision_rules(fpn: str, rpn: str, mask: dict[str, str]) -> tuple[Rule, ...]:
     """Rules for maskrcnn_resnet50_fpn and others on a residual network with a feature pyramid.
 
     fc6 reads 7x7 units, channels first, and is a kernel of this size here. The four deltas of a
@@ -38,10 +40,10 @@ def _torchvision_rules(fpn: str, rpn: str, mask: dict[str, str]) -> tuple[rules.
     return tuple(table)
 
 
-def _release(name: str, table: tuple[rules.Rule, ...], needs: str) -> rules.Release:
+def _release(name: str, table: tuple[Rule, ...], needs: str) -> Release:
     # The heads know the classes that they were trained for.
     trunk = ("*/backbone/*", "*/fpn/*", "*/rpn/*")
-    return rules.Release(name, table, trunk, "torchvision", needs=needs)
+    return Release(name, table, trunk, "torchvision", needs=needs)
 
 
 _CONVS = [f"mask_fcn{i}" for i in range(1, 5)]
@@ -64,3 +66,7 @@ TORCHVISION = (
         needs="bn_epsilon=0",
     ),
 )
+
+# The tables wait for their network: until it is here, import-weights does not know such files.
+RELEASES: tuple[Release, ...] = ()
+NETWORKS: dict[str, Network] = {}

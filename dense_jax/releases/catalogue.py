@@ -1,0 +1,97 @@
+"""The weights that somebody has published, and the networks that they are for.
+
+Every other module of this folder is a family of networks, named like its model, and defines
+
+  RELEASES: tuple[Release, ...]    the tables of rules for its files
+  NETWORKS: dict[str, Network]     the networks that were published, by the name --model takes
+
+Nothing else has to be edited to add one.
+"""
+
+import importlib
+import pkgutil
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from dense_jax import releases as folder
+from dense_jax.errors import UserError
+from dense_jax.weights.rules import Release
+
+
+class Network(NamedTuple):
+    """A network whose weights somebody has published.
+
+    Attributes:
+      build: builds the network. The names of its parameters depend on no attribute but these two.
+      num_classes: number of classes of the published weights; None for a network without classes.
+      has_aux: whether `build` takes `aux`, a second classifier that some files have.
+    """
+
+    build: Callable[..., nn.Module]
+    num_classes: int | None = None
+    has_aux: bool = False
+
+
+def families() -> list[types.ModuleType]:
+    """Returns the modules of the families, in alphabetical order."""
+    found = pkgutil.iter_modules(folder.__path__, f"{folder.__name__}.")
+    names = sorted(module.name for module in found if module.name != __name__)
+    return [importlib.import_module(name) for name in names]
+
+
+def releases() -> list[Release]:
+    """Returns all releases, those of fewer rules first.
+
+    Where several tables have a name for each parameter of a network, the one with the fewest rules
+    is the closest, and whoever looks for names (`export`) takes the first.
+    """
+    found = [release for family in families() for release in family.RELEASES]
+    return sorted(found, key=lambda release: (len(release.rules), release.name, release.trunk))
+
+
+def networks() -> dict[str, Network]:
+    """Returns all networks by name.
+
+    Raises:
+      ValueError: two families have a network of the same name.
+    """
+    found: dict[str, Network] = {}
+    for family in families():
+        if twice := found.keys() & family.NETWORKS.keys():
+            raise ValueError(f"{family.__name__} names {min(twice)}, as another family does.")
+        found |= family.NETWORKS
+    return found
+
+
+def network(name: str) -> Network:
+    """Returns one network.
+
+    Raises:
+      UserError: unknown name.
+    """
+    known = networks()
+    if name not in known:
+        raise UserError(f"unknown network {name!r}; the known ones are {', '.join(known)}")
+    return known[name]
+
+
+def build(name: str, num_classes: int | None = None, aux: bool = False) -> nn.Module:
+    """Returns a network by name.
+
+    Args:
+      name: one of `networks`. VGG-16 ends in fc7 and has the names of FCN, DeepLab and the dilated
+        front end.
+      num_classes: number of classes; None: as published.
+      aux: whether torchvision's segmentation networks have their second classifier.
+
+    Raises:
+      UserError: unknown name.
+    """
+    chosen = network(name)
+    options: dict[str, Any] = {"aux": aux} if chosen.has_aux else {}
+    if chosen.num_classes is not None:
+        options["num_classes"] = num_classes or chosen.num_classes
+    return chosen.build(**options)
