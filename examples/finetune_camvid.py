@@ -19,8 +19,9 @@ import pathlib
 
 from flax import linen as nn
 
+from dense_jax import start
 from dense_jax.data.transforms import Transform, whole_images
-from dense_jax.tasks import import_weights, semantic
+from dense_jax.tasks import semantic
 from dense_jax.train.checkpoint import has_checkpoint
 from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
 from dense_jax.train.state import TrainState
@@ -68,12 +69,12 @@ def build_transforms(config: Config) -> list[Transform]:
 def main(config: Config) -> TrainState:
     """Trains, evaluates and reports; returns the last state."""
     if config.weights:
-        start = pathlib.Path(f"{config.workdir}/start")
+        folder = pathlib.Path(f"{config.workdir}/start")
         if not has_checkpoint(config.workdir or ""):  # else the run goes on
             variables, account = mobilenet_deeplab.load(pathlib.Path(config.weights))
             told = {"from": config.weights, "normalisation": _IMAGES, "account": account.summary()}
-            import_weights.save(start, variables, told)
-        config = dataclasses.replace(config, init=f"run:{start}")
+            start.save(folder, variables, told)
+        config = dataclasses.replace(config, init=f"run:{folder}")
     dataset = semantic.load_dataset(config)
     model = build_model(config, dataset.classes.num_classes)
     return semantic.train_and_evaluate(config, model, dataset, build_transforms(config))

@@ -22,6 +22,7 @@ ALLOWED = {
     "infer": {"data", "infer", "ops", "viz"},
     "report": {"data", "viz"},
     "runs": {"data", "train"},
+    "start": {"data", "releases", "runs", "train", "weights"},
 }
 HOMES = {
     "tensorflow_datasets": {"data"},

@@ -17,7 +17,7 @@ import pytest
 from flax import traverse_util
 
 from dense_jax import __main__ as commands
-from dense_jax import releases
+from dense_jax import releases, start
 from dense_jax.errors import UserError
 from dense_jax.layers import init
 from dense_jax.layers.conv import conv
@@ -295,7 +295,7 @@ def test_fcn8s_sees_in_rgb_what_caffe_saw_in_bgr(fcn8s_file, tmp_path, capsys):
     assert "Caffe's FCN; images are to come with --normalisation=caffe" in said
     assert "the network needs --pad-mode=100" in said
     model = ROUNDS["fcn8s"][0]
-    loaded, _ = import_weights.initial(f"run:{tmp_path / 'out'}", None)
+    loaded, _ = start.initial(f"run:{tmp_path / 'out'}", None)
     rgb = np.random.default_rng(0).uniform(-100, 100, (1, 64, 32, 3)).astype(np.float32)
     run = jax.jit(functools.partial(model.apply, train=False))
     got: Any = run(loaded, rgb)
@@ -325,7 +325,7 @@ def test_other_filters_than_the_bilinear_ones_are_refused(fcn8s_file, tmp_path):
     assert not (tmp_path / "out").exists()
     import_weights.run(**options, ignore=("upscore8.*",))
     learned = rules.template_of(ROUNDS["fcn8s"][0].clone(upsample="learned_all"))
-    tree, _ = import_weights.initial(f"file:{path}", learned)
+    tree, _ = start.initial(f"file:{path}", learned)
     kernel = tree["params"]["upscore8"]["kernel"]
     np.testing.assert_array_equal(kernel[:, :, 0, 3], tensors["upscore8.0"][3, 3])
 
@@ -340,7 +340,7 @@ def test_a_network_without_statistics_says_so(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "the network needs --input-norm=lrn" in said
     assert "16 new" in said
-    loaded, normalisation = import_weights.initial(f"run:{tmp_path / 'out'}", None)
+    loaded, normalisation = start.initial(f"run:{tmp_path / 'out'}", None)
     assert (list(loaded), normalisation) == (["params"], "none")
     assert (
         "init: to compute what it did, the network needs --input-norm=lrn"

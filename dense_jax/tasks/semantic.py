@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dense_jax import losses, report, runs
+from dense_jax import losses, report, runs, start
 from dense_jax.data import dataset as datasets
 from dense_jax.data import pipeline, prepared
 from dense_jax.data.dataset import Dataset, Source
 from dense_jax.data.transforms import Transform
 from dense_jax.errors import UserError
 from dense_jax.losses import LossTerm
-from dense_jax.tasks import import_weights
 from dense_jax.tasks.evaluation import Evaluator, ExtraScores, write_evaluation
 from dense_jax.tasks.prediction import ONE_PASS, PredictFn, Variables, crf_card, whole_image
 from dense_jax.train import cli
@@ -341,7 +340,7 @@ def _follow_weights(config: ConfigT, workdir: pathlib.Path) -> ConfigT:
     if has_checkpoint(workdir):
         expected = runs.read_config(workdir)["config"].get("normalisation")
     else:
-        expected = import_weights.normalisation_of(config.init or "")
+        expected = start.normalisation_of(config.init or "")
     if expected in (None, config.normalisation):
         return config
     with contextlib.suppress(UserError):  # flags of the script's own want it otherwise
@@ -354,7 +353,7 @@ def _follow_weights(config: ConfigT, workdir: pathlib.Path) -> ConfigT:
 def _initialise_from(source: str, state: TrainState, tx: Any, normalisation: str) -> TrainState:
     """Copies parameters and batch statistics of equal name and shape from ``--init``."""
     ours = {"params": dict(state.params), **state.model_state}
-    theirs, expected = import_weights.initial(source, ours)
+    theirs, expected = start.initial(source, ours)
     if expected not in (None, normalisation):
         print(
             f"init: warning: these weights expect --normalisation={expected}, and this run has "
