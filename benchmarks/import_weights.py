@@ -43,7 +43,7 @@ Name = Literal[
 _CLASSIFIER = {0: (4096, 25088), 3: (4096, 4096), 6: (1000, 4096)}  # of torchvision's VGGs
 _IMPORT = """
 import json, pathlib, re, sys, time
-from dense_jax.tasks import import_weights
+from dense_jax.commands import import_weights
 from dense_jax.releases import catalogue
 catalogue.families()
 status = pathlib.Path("/proc/self/status")

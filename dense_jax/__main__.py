@@ -13,6 +13,7 @@ from PIL import Image
 
 from dense_jax import report, runs
 from dense_jax.analysis import cost
+from dense_jax.commands import import_weights
 from dense_jax.data import check
 from dense_jax.data import dataset as datasets
 from dense_jax.data.datasets.shapes import ShapesSpec
@@ -25,7 +26,6 @@ from dense_jax.tasks import (
     crf_search,
     evaluation,
     export,
-    import_weights,
     prediction,
     receptive_field,
     semantic,

@@ -17,12 +17,13 @@ import optax
 import pytest
 
 from dense_jax import runs, start
+from dense_jax.commands import import_weights
 from dense_jax.data import dataset
 from dense_jax.errors import UserError
 from dense_jax.models import deeplabv3, resnet
 from dense_jax.releases import catalogue
 from dense_jax.releases import resnet as resnet_releases
-from dense_jax.tasks import import_weights, semantic
+from dense_jax.tasks import semantic
 from dense_jax.train import cli
 from dense_jax.train.state import TrainState
 from dense_jax.weights import hub, rules

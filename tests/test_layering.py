@@ -58,6 +58,8 @@ def test_imports_point_one_way(path):
         assert first not in {"tensorflow", "torchvision"}, name
         assert first != "torch" or path.is_relative_to(ROOT / "benchmarks"), name
         assert first != "experiments", f"nothing imports the experiments: {name}"
+        is_command = name.startswith("dense_jax.commands")
+        assert not is_command or path.name == "__main__.py", f"nothing imports the commands: {name}"
         if first in HOMES and path.is_relative_to(ROOT / "dense_jax"):
             assert part(path) in HOMES[first], f"{name} has another home"
     if path.is_relative_to(ROOT / "dense_jax") and part(path) in ALLOWED:

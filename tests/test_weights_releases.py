@@ -18,13 +18,13 @@ from flax import traverse_util
 
 from dense_jax import __main__ as commands
 from dense_jax import releases, start
+from dense_jax.commands import import_weights
 from dense_jax.errors import UserError
 from dense_jax.layers import init
 from dense_jax.layers.conv import conv
 from dense_jax.models import deconvnet, deeplab, dilated, fcn, resnet, segnet
 from dense_jax.releases import catalogue, mask_rcnn
 from dense_jax.releases import resnet as resnet_releases
-from dense_jax.tasks import import_weights
 from dense_jax.train import cli
 from dense_jax.weights import files, rules
 from tests import contract
