@@ -96,7 +96,7 @@ def test_a_file_starts_a_run_whose_head_is_another(resnet_file, capsys):
     chex.assert_trees_all_equal(ours, {name: theirs[name] for name in ours})
     ours = state.model_state["batch_stats"]["backbone"]
     chex.assert_trees_all_equal(ours, {name: variables["batch_stats"][name] for name in ours})
-    with pytest.raises(UserError, match=r"resnet\.npz does not fit.*85 misfit: bn1\.running"):
+    with pytest.raises(UserError, match=r"resnet\.npz does not fit.*85 mismatch: bn1\.running"):
         started(thin("resnet50").clone(width=1 / 8), f"file:{path}")
     for wrong in ("file:", "hub:", "x"):
         with pytest.raises(UserError, match="give run:PATH"):
@@ -125,7 +125,7 @@ def test_a_dry_run_writes_nothing(resnet_file, tmp_path, capsys):
     import_weights.run(
         model="resnet50", source=str(path), dry_run=True, num_classes=9, new_head=True
     )
-    assert "(5, 128) does not make (128, 9)" in capsys.readouterr().out
+    assert "(5, 128) does not become (128, 9)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--out"):
         import_weights.run(model="resnet50", source=str(path))
 
@@ -255,5 +255,5 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path):
 
 def test_a_file_of_other_names_is_refused(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.ones(3))
-    with pytest.raises(UserError, match=r"x\.npz has tensors of no known names \(a, "):
+    with pytest.raises(UserError, match=r"x\.npz has tensors of unknown names \(a, "):
         started(thin("resnet50"), f"file:{tmp_path / 'x.npz'}")

@@ -143,7 +143,7 @@ def test_a_file_in_the_folder_adds_its_names(family, tmp_path, monkeypatch, caps
     assert catalogue.networks().keys() - set(NAMES) == {"own_unet"}
     assert "own_unet" in model_flag(monkeypatch, capsys, "--help")
     np.savez(tmp_path / "x.npz", a=np.ones(1))
-    with pytest.raises(UserError, match="has names of somebody's U-Net"):
+    with pytest.raises(UserError, match="holds somebody's U-Net"):
         import_weights.run(model="own_unet", source=str(tmp_path / "x.npz"), dry_run=True)
 
 
@@ -320,7 +320,7 @@ def test_other_filters_than_the_bilinear_ones_are_refused(fcn8s_file, tmp_path):
     tensors["upscore8.0"] = tensors["upscore8.0"] * np.float32(1.01)
     written(tensors, path)
     options: Any = dict(model="fcn8s", source=str(path), out=tmp_path / "out")
-    with pytest.raises(UserError, match=r"1 misfit: upscore8.0 \(not what is built in"):
+    with pytest.raises(UserError, match=r"1 mismatch: upscore8.0 \(its values differ"):
         import_weights.run(**options, dry_run=True)
     assert not (tmp_path / "out").exists()
     import_weights.run(**options, ignore=("upscore8.*",))
