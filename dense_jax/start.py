@@ -1,7 +1,7 @@
-"""What ``--init`` means: the weights that a run starts from, and what they expect of images.
+"""Reads ``--init``: the weights that a run starts from, and how they expect images.
 
-They are those of another run, of a folder of imported weights, of a file or of the Hugging Face
-Hub. Whose weights a file holds, `dense_jax.releases` knows.
+The weights come from another run, a folder of imported weights, a file, or the Hugging Face Hub.
+`dense_jax.releases` knows the published files.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from dense_jax.releases import catalogue
 from dense_jax.train.checkpoint import read_variables
 from dense_jax.weights import files, hub, rules
 
-# A folder of imported weights: the parameters by their paths here, and where they come from.
+# The files of a folder of imported weights: parameters by their paths here, and their origin.
 WEIGHTS, RECORD = "weights.npz", "weights.json"
 HUB = "hub:"
 _ADVICE = (
-    "published weights are of full width (--width=1) and of one kind of trunk; "
+    "published weights have full width (--width=1) and fit one kind of trunk; "
     "python -m dense_jax import-weights --dry-run shows all"
 )
 
@@ -31,27 +31,28 @@ def save(out: pathlib.Path, variables: Any, record: dict[str, Any]) -> None:
     """Writes a folder that ``--init=run:OUT`` reads.
 
     Args:
-      out: the folder; what it holds of this kind is replaced.
-      variables: all of a network's, or some.
-      record: what is known of them; "normalisation" and "needs" are told to whoever starts.
+      out: the folder; its former weights are replaced.
+      variables: all variables of a network, or some.
+      record: facts about the variables; a run that starts from them reads "normalisation" and
+        "needs".
     """
     runs.make_folder(out)
     leaves: Any = traverse_util.flatten_dict(variables, sep="/")
     told = record | runs.provenance()
     with runs.replacing_with_record(out / WEIGHTS, out / RECORD, told) as stream:
-        np.savez(stream, **leaves)  # goes through views piece by piece, without copies of them
+        np.savez(stream, **leaves)  # writes views piece by piece, without copies
 
 
 def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
-    """Returns the variables that ``--init`` names, and the normalisation they expect, if known.
+    """Returns the variables that ``--init`` names, and the normalisation they expect if known.
 
     Args:
       source: run:PATH, the folder of a run or of imported weights; file:PATH, a file of published
-        weights whose head need not fit; hub:OWNER/REPOSITORY, such a file of the Hugging Face Hub.
-      template: the variables of the network to start.
+        weights, whose head may differ; hub:OWNER/REPOSITORY, such a file on the Hugging Face Hub.
+      template: the variables of the network that starts.
 
     Raises:
-      UserError: there are none, or the file's trunk is of another network.
+      UserError: there are no such weights, or their trunk does not fit the network.
     """
     kind, _, path = source.partition(":")
     if kind == "run" and path:
@@ -103,13 +104,13 @@ def normalisation_of(source: str) -> str | None:
 
 
 def read_published(path: pathlib.Path) -> files.WeightFile:
-    """Reads a file; of names that are known but for a word in front of all, takes it off."""
+    """Reads a file, and removes a prefix of all names if the names are known without it."""
     file = files.read(path)
     with contextlib.suppress(UserError):
         rules.choose(catalogue.releases(), None, file.tensors)
         return file
     first = next(iter(file.tensors))
-    prefix = first[: first.find(".") + 1]  # such as "model.", as Lightning saves it
+    prefix = first[: first.find(".") + 1]  # "model." in files of Lightning
     if prefix and all(name.startswith(prefix) for name in file.tensors):
         with contextlib.suppress(UserError):
             bare = file.without(prefix)
@@ -119,14 +120,14 @@ def read_published(path: pathlib.Path) -> files.WeightFile:
 
 
 def path_of(source: str) -> pathlib.Path:
-    """Returns a file that is named by its path, file:PATH or hub:NAME."""
+    """Returns the local path of a file, given as PATH, file:PATH or hub:NAME."""
     if source.startswith(HUB):
         return hub.download(source.removeprefix(HUB))
     return pathlib.Path(source.removeprefix("file:"))
 
 
 def _expectations_of(folder: pathlib.Path) -> tuple[str | None, str]:
-    """Returns the normalisation that a folder's weights expect, if known, and what else they need.
+    """Returns the normalisation that a folder's weights expect, if known, and `Release.needs`.
 
     Raises:
       UserError: the record of imported weights, or the configuration of a run, is damaged.
@@ -141,12 +142,12 @@ def _expectations_of(folder: pathlib.Path) -> tuple[str | None, str]:
     normalisation = record.get("normalisation")
     if normalisation not in list(NORMALISATIONS):
         raise UserError(
-            f"{path} tells of the normalisation {normalisation!r}, which is not known here: use "
-            "the version that wrote it"
+            f"{path} has the unknown normalisation {normalisation!r}: use the version of dense_jax "
+            "that wrote it"
         )
     return normalisation, str(record.get("needs", ""))
 
 
 def _tell_needs(needs: str) -> None:
     if needs:
-        print(f"init: to compute what it did, the network needs {needs}")
+        print(f"init: to reproduce the published outputs, build the network with {needs}")

@@ -1,7 +1,7 @@
-"""Brings published weights into a folder that training starts from.
+"""Writes published weights to a folder that training can start from.
 
-The file's names decide whose weights they are, and the network's names which of them it takes: any
-network here that stands on a trunk of these names can start from them.
+The names in the file identify the release, and the names of the network decide which tensors it
+takes. So any network that has a trunk with these names can start from the file.
 """
 
 import fnmatch
@@ -18,13 +18,13 @@ from dense_jax.weights import rules
 from dense_jax.weights.tensors import REMARKS
 
 _ADVICE = (
-    "the table shows all; --num-classes=N makes room for scores of other classes, --new-head "
-    "explains what stands on the trunk, --ignore=NAME a tensor to leave out"
+    "the table shows all; --num-classes=N sets the number of classes, --new-head lets the head "
+    "differ, --ignore=NAME leaves a tensor out"
 )
 
 
 def _names() -> Any:
-    """Returns the type of --model, the names that are known when the command line is read."""
+    """Returns the type of --model: the names that are known when the command line is parsed."""
     return Literal[tuple(catalogue.networks())]  # pyrefly: ignore[invalid-literal]
 
 
@@ -38,26 +38,26 @@ def run(
     ignore: tuple[str, ...] = (),
     num_classes: int | None = None,
 ) -> None:
-    """Bring published weights into a folder that training starts from (--init=run:OUT).
+    """Write published weights to a folder that training can start from (--init=run:OUT).
 
-    Prints what becomes of every tensor of the file and every parameter of the network; whatever is
-    not explained is an error, and then nothing is written.
+    Prints what happens to each tensor of the file and each parameter of the network. A tensor or
+    parameter without an explanation is an error, and the command then writes nothing.
 
     Args:
-      model: network to fill. vgg16 has the names of FCN, DeepLab and the dilated front end, and
-        resnet* those of DeepLab v2. segnet and deconvnet also take vgg16_bn into their encoders,
-        and networks on a ResNet a ResNet alone, with --new-head.
-      source: file of the weights, .safetensors, .npz, .pth, .caffemodel, ..., or
-        hub:OWNER/REPOSITORY with one of the Hugging Face Hub.
-      out: folder to write; not needed with --dry-run.
+      model: network to fill. vgg16 has the names of FCN, DeepLab and the dilated front end;
+        resnet* has the names of DeepLab v2. With --new-head, segnet and deconvnet also take
+        vgg16_bn for their encoders, and networks on a ResNet take the ResNet alone.
+      source: file of weights (.safetensors, .npz, .pth, .caffemodel, ...), or
+        hub:OWNER/REPOSITORY for a file on the Hugging Face Hub.
+      out: folder to write; --dry-run needs none.
       dry_run: print, and write nothing.
-      new_head: what stands on the trunk may be missing from the file or be of another kind there.
-      ignore: names of tensors to leave in the file, or patterns such as "fc.*".
-      num_classes: classes of the network; by default as published, such as 1000 of ImageNet, 21
-        of VOC, 11 of CamVid. vgg16 has none.
+      new_head: the head may be missing from the file or differ from the file's.
+      ignore: names of tensors to leave out, or patterns such as "fc.*".
+      num_classes: number of classes. Default: as published, such as 1000 for ImageNet, 21 for VOC
+        and 11 for CamVid. vgg16 has none.
     """
     if out is None and not dry_run:
-        raise UserError("give a folder to write with --out, or --dry-run")
+        raise UserError("give the folder to write with --out, or give --dry-run")
     if out is not None:
         names = (start.WEIGHTS, start.RECORD)
         if has_checkpoint(out) or any((out / name).exists() for name in names):
@@ -66,7 +66,9 @@ def run(
         if num_classes < 1:
             raise UserError(f"--num-classes={num_classes}: give at least 1")
         if catalogue.network(model).num_classes is None:
-            raise UserError(f"--num-classes={num_classes}: {model} has no classes, leave it out")
+            raise UserError(
+                f"--num-classes={num_classes}: {model} has no classes; leave the flag out"
+            )
     path = start.path_of(source)
     file = start.read_published(path)
     for key in REMARKS:
@@ -74,7 +76,7 @@ def run(
             print(f"{source}: {key}: {printable(file.info[key])}")
     for pattern in ignore:
         if not fnmatch.filter(file.tensors, pattern):
-            raise UserError(f"--ignore={pattern}: {source} has no tensor of such a name")
+            raise UserError(f"--ignore={pattern}: {source} has no tensor with such a name")
     aux = any(name.startswith("aux_classifier.") for name in file.tensors)
     template = rules.template_of(catalogue.build(model, num_classes, aux))
     release = rules.choose(catalogue.releases(), template, file.tensors, source)
@@ -103,8 +105,8 @@ def run(
     if out is not None and not dry_run:
         start.save(out, variables, record)
     print(account)
-    print(f"{release.name}; images are to come with --normalisation={release.normalisation}")
+    print(f"{release.name}; it expects images with --normalisation={release.normalisation}")
     if release.needs:
-        print(f"to compute what it did, the network needs {release.needs}")
+        print(f"to reproduce the published outputs, build the network with {release.needs}")
     if out is not None and not dry_run:
-        print(f"start a run from it with --init=run:{out}")
+        print(f"start a run from these weights with --init=run:{out}")

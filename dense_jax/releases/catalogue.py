@@ -1,11 +1,11 @@
-"""The weights that somebody has published, and the networks that they are for.
+"""Finds all published weights, and the networks that they belong to.
 
-Every other module of this folder is a family of networks, named like its model, and defines
+Each other module of this folder is a family of networks, has the name of its model, and defines
 
   RELEASES: tuple[Release, ...]    the tables of rules for its files
-  NETWORKS: dict[str, Network]     the networks that were published, by the name --model takes
+  NETWORKS: dict[str, Network]     the published networks by the names that --model takes
 
-Nothing else has to be edited to add one.
+A new family is a new file; no other file changes.
 """
 
 import importlib
@@ -25,9 +25,9 @@ class Network(NamedTuple):
     """A network whose weights somebody has published.
 
     Attributes:
-      build: builds the network. The names of its parameters depend on no attribute but these two.
+      build: function that builds the network.
       num_classes: number of classes of the published weights; None for a network without classes.
-      has_aux: whether `build` takes `aux`, a second classifier that some files have.
+      has_aux: whether `build` takes `aux` for the second classifier that some files have.
     """
 
     build: Callable[..., nn.Module]
@@ -43,10 +43,10 @@ def families() -> list[types.ModuleType]:
 
 
 def releases() -> list[Release]:
-    """Returns all releases, those of fewer rules first.
+    """Returns all releases; those with fewer rules come first.
 
-    Where several tables have a name for each parameter of a network, the one with the fewest rules
-    is the closest, and whoever looks for names (`export`) takes the first.
+    Several tables may have a name for each parameter of a network. The one with the fewest rules is
+    the closest, and `export` takes the first.
     """
     found = [release for family in families() for release in family.RELEASES]
     return sorted(found, key=lambda release: (len(release.rules), release.name, release.trunk))
@@ -61,7 +61,7 @@ def networks() -> dict[str, Network]:
     found: dict[str, Network] = {}
     for family in families():
         if twice := found.keys() & family.NETWORKS.keys():
-            raise ValueError(f"{family.__name__} names {min(twice)}, as another family does.")
+            raise ValueError(f"{family.__name__} has {min(twice)}, and another family has it too.")
         found |= family.NETWORKS
     return found
 
@@ -82,10 +82,10 @@ def build(name: str, num_classes: int | None = None, aux: bool = False) -> nn.Mo
     """Returns a network by name.
 
     Args:
-      name: one of `networks`. VGG-16 ends in fc7 and has the names of FCN, DeepLab and the dilated
+      name: one of `networks`. "vgg16" ends in fc7 and has the names of FCN, DeepLab and the dilated
         front end.
-      num_classes: number of classes; None: as published.
-      aux: whether torchvision's segmentation networks have their second classifier.
+      num_classes: number of classes; None for the published number.
+      aux: whether a network of torchvision for segmentation has its second classifier.
 
     Raises:
       UserError: unknown name.

@@ -21,7 +21,7 @@ TORCHVISION = Release(
 
 
 def _caffe_rules() -> tuple[Rule, ...]:
-    """Rules for the whole network; deconv* are up-convolutions of stride 1 there."""
+    """Returns rules for the whole network; in Caffe deconv* are up-convolutions of stride 1."""
     table = list(vgg.CAFFE_RULES)
     norms = {"fc6": "bnfc6", "fc7": "bnfc7", "fc6-deconv": "fc6-deconv-bn"}
     for conv in vgg.CONVS:
@@ -39,7 +39,8 @@ CAFFE = Release(
     trunk=("params/[!s]*",),  # all but seg-score
     normalisation="caffe",
     absent=("batch_stats/*",),
-    needs="to be left untrained, if it is finished: its statistics lie in scale and bias",
+    needs="its default options; do not train weights that are finished for inference, because "
+    "their scale and bias contain the statistics",
 )
 
 RELEASES = (TORCHVISION, CAFFE)

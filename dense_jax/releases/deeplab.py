@@ -1,6 +1,6 @@
 """Published weights of DeepLab v1 and v2, in Caffe.
 
-Names are those of the released networks; fc8_voc12 is fc8 here, and fc1_voc12 is fc1.
+Most layers keep the names of the released networks; fc8_voc12 is fc8 here, and fc1_voc12 is fc1.
 """
 
 from dense_jax.models import deeplab
@@ -11,7 +11,7 @@ from dense_jax.weights.rules import Release, Rule
 
 
 def _vgg_rules() -> tuple[Rule, ...]:
-    """Rules for the heads of one and of several branches."""
+    """Returns rules for heads with one branch and with several."""
     names = {name: name for name in ("fc6", "fc7")} | {"fc8_voc12": "fc8"}
     names |= {f"{theirs}_{{n}}": f"{ours}_{{n}}" for theirs, ours in names.items()}
     heads = (rule for theirs in names for rule in rules.caffe_conv(theirs, names[theirs]))
@@ -23,7 +23,7 @@ _RESNET_RULES = (
     *rules.caffe_conv("fc1_voc12", "fc1"),
     *rules.caffe_conv("fc1_voc12_c{n}", "fc1_c{n}"),
 )
-# Training with several scales keeps a copy of each layer for each, under its name and a suffix.
+# A network that trains at several scales has a copy of each layer for each scale, with a suffix.
 _COPY_RULES = tuple(Rule(rule.source.replace(".", "_res0{scale}."), None) for rule in _RESNET_RULES)
 CAFFE = (
     Release(
@@ -31,7 +31,7 @@ CAFFE = (
         _vgg_rules(),
         trunk=vgg.TRUNK,
         normalisation="caffe",
-        needs="--pool5a=on if it is of version 1",
+        needs="--pool5a=on for version 1",
     ),
     Release(
         "Caffe's DeepLab on ResNet-101",

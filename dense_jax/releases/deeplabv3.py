@@ -1,4 +1,4 @@
-"""Published weights of torchvision's segmentation networks, and of ResNets as their trunk.
+"""Published weights of torchvision's segmentation networks, and of a ResNet as their trunk.
 
 Reference: pytorch/vision: torchvision/models/segmentation/{deeplabv3,fcn}.py.
 """
@@ -13,7 +13,7 @@ from dense_jax.weights.rules import Release, Rule
 
 
 def _unit(source: str, target: str, first: int = 0) -> tuple[Rule, ...]:
-    """Rules for a convolution and its normalisation, which count on from `first`."""
+    """Returns rules for a convolution, number `first`, and its normalisation, the next number."""
     return (
         *rules.conv(f"{source}.{first}", f"{target}_{first}"),
         *rules.batch_norm(f"{source}.{first + 1}", f"{target}_{first + 1}"),
@@ -27,12 +27,12 @@ _SCORE_RULES = (
     *rules.conv("aux_classifier.4", "aux_classifier_4"),
 )
 _ASPP_RULES = (
-    *(  # the 1x1 branch and three dilated ones
+    *(  # the 1x1 branch and the three dilated ones
         rule
         for i in range(4)
         for rule in _unit(f"classifier.0.convs.{i}", f"classifier_0/convs_{i}")
     ),
-    *_unit("classifier.0.convs.4", "classifier_0/convs_4", 1),  # the mean, which counts as 0
+    *_unit("classifier.0.convs.4", "classifier_0/convs_4", 1),  # the pooling is number 0
     *_unit("classifier.0.project", "classifier_0/project"),
 )
 _release = functools.partial(Release, trunk=("*/backbone/*",), normalisation="torchvision")

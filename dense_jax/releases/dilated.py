@@ -1,7 +1,7 @@
 """Published weights of the dilated front end and context module, in Caffe.
 
-Reference: fyu/dilation: models/dilation*_deploy.prototxt, datasets/*.json; what its VOC model calls
-fc-final and ct_* is final and ctx_* here, as in the others.
+Reference: fyu/dilation: models/dilation*_deploy.prototxt, datasets/*.json. Its VOC model has the
+names fc-final and ct_*; here they are final and ctx_*, as in its other models.
 """
 
 import functools
@@ -22,11 +22,11 @@ def _release(
     final: str = "final",
     context: str = "ctx",
 ) -> Release:
-    """The release of one dataset; VOC's calls some layers by other names."""
+    """Returns the release for one dataset; the one for VOC has other names for some layers."""
     names = (*dilated.ContextModule(num_layers).names, "ctx_final")
     theirs = {name: name.replace("ctx", context, 1) for name in names} | {"final": final}
     table = [rule for name in theirs for rule in rules.caffe_conv(theirs[name], name)]
-    if num_layers == 10:  # the only one that enlarges its scores
+    if num_layers == 10:  # only this network upsamples its scores by a layer
         upsample = functools.partial(init.bilinear(), None)
         target = "params/ctx_upsample/kernel"
         table.append(Rule("ctx_upsample.0", target, "conv", constant=upsample))
@@ -40,18 +40,19 @@ def _release(
 
 
 _BASIC = "--context=basic --context-pad=per_layer"
-# As in fyu/dilation: datasets/camvid.json; ours have another order.
+# From fyu/dilation: datasets/camvid.json; the dataset here has another order.
 _CLASSES = (
-    "its classes are building, tree, sky, car, sign, road, pedestrian, fence, pole, pavement, "
-    "bicyclist in this order"
+    "the order of its classes is building, tree, sky, car, sign, road, pedestrian, fence, pole, "
+    "pavement, bicyclist"
 )
-# They differ in their names. A front end alone does not say whose it is, and is taken for KITTI's.
+# The names of the context layers tell the releases apart. A front end alone lacks them, and counts
+# as KITTI's.
 CAFFE = (
     _release("VOC", 8, "--context=large --context-pad=once_zero", "fc-final", "ct"),
     _release(
         "KITTI",
         7,
-        f"{_BASIC} --context-layers=7; {_CLASSES}; if it is a front end alone, the mean colour of "
+        f"{_BASIC} --context-layers=7; {_CLASSES}; a front end alone expects the mean colour of "
         "its own dataset",
     ),
     _release("CamVid", 8, f"{_BASIC}; {_CLASSES}"),
@@ -62,7 +63,7 @@ RELEASES = CAFFE
 
 
 def _network(build, num_classes: int) -> Network:
-    """A network that pads, so that it can be traced on small images."""
+    """Returns a network that pads, so that it can be traced on small images."""
     return Network(functools.partial(build, pad="same"), num_classes)
 
 

@@ -1,8 +1,9 @@
 """Published weights of FCN-32s, 16s, 8s and FCN-AlexNet, in Caffe.
 
 Reference: shelhamer/fcn.berkeleyvision.org: fcn32s-, fcn16s-, fcn8s-heavy-pascal.caffemodel,
-pascalcontext-* (nyud-* have another mean); fcn8s-atonce-pascal; fcn-alexnet-pascal and its start,
-bvlc_reference_caffenet (bvlc_alexnet has the same names, and normalises in front of poolings).
+pascalcontext-* (nyud-* have another mean); fcn8s-atonce-pascal; fcn-alexnet-pascal, and
+bvlc_reference_caffenet, which it starts from (bvlc_alexnet has the same names but normalises in
+front of poolings).
 """
 
 import functools
@@ -23,7 +24,7 @@ def _bilinear(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _upscore_rules(*names: str) -> tuple[Rule, ...]:
-    """Rules for up-convolutions stored dense, [C, C, k, k], which are fixed here or learned."""
+    """Returns rules for fixed or learned up-convolutions, which Caffe stores as [C, C, k, k]."""
     return tuple(
         Rule(f"{name}.0", f"params/{name}/kernel", "diagonal+conv", constant=_bilinear)
         for name in names
@@ -44,7 +45,7 @@ _SCALE_RULES = tuple(
 _ALEXNET_RULES = (
     *rules.caffe_convs(*(layer.name for layer in fcn.ALEXNET_LAYERS if layer.features), "score_fr"),
     *_upscore_rules("upscore"),
-    *(Rule(f"fc8.{i}", None) for i in range(2)),  # ImageNet's classes
+    *(Rule(f"fc8.{i}", None) for i in range(2)),  # scores of ImageNet's classes
 )
 CAFFE = (
     Release(
@@ -52,7 +53,7 @@ CAFFE = (
         _RULES,
         vgg.TRUNK,
         "caffe",
-        needs="--pad-mode=100 --skip-scale=1; if it is of NYUDv2, another mean colour",
+        needs="--pad-mode=100 --skip-scale=1; files for NYUDv2 expect another mean colour",
     ),
     Release(
         "Caffe's FCN-8s trained at once",

@@ -1,4 +1,4 @@
-"""Published weights of ResNets and ResNeXts: torchvision's, and He et al.'s in Caffe.
+"""Published weights of ResNets and ResNeXts: torchvision's, and those of He et al. in Caffe.
 
 References: pytorch/vision: torchvision/models/resnet.py; KaimingHe/deep-residual-networks:
 ResNet-50- and ResNet-101-model.caffemodel.
@@ -15,7 +15,7 @@ TRUNK = ("*/conv1/*", "*/bn1/*", "*/layer?_*")
 
 
 def torchvision_rules(source: str = "", target: str = "") -> tuple[Rule, ...]:
-    """Returns rules for all but "fc", with such prefixes as "backbone." there, "backbone/" here."""
+    """Returns rules for all but "fc"; `source` may be "backbone.", and `target` "backbone/"."""
     block, ours = f"{source}layer{{s}}.{{b}}", f"{target}layer{{s}}_{{b}}"
     return (
         *rules.conv(f"{source}conv1", f"{target}conv1"),
@@ -32,10 +32,10 @@ TORCHVISION = Release(
     (*torchvision_rules(), *rules.dense("fc", "fc")),
     TRUNK,
     normalisation="torchvision",
-    needs="--stride-in=3x3, the default but for DeepLab v2",
+    needs="--stride-in=3x3, the default except in DeepLab v2",
 )
 
-# What He et al.'s release calls the blocks of stages 2 to 5.
+# Names of the blocks of stages 2 to 5 in the release of He et al.
 MSRA_50 = ("abc", "abcd", "abcdef", "abc")
 MSRA_101 = (
     "abc",
@@ -50,10 +50,10 @@ _BRANCHES = {
 
 
 def msra_rules(blocks: Sequence[Sequence[str]]) -> tuple[Rule, ...]:
-    """Returns rules for all but "fc" of a residual network of He et al.'s release in Caffe.
+    """Returns rules for all but "fc" of a residual network in the release of He et al. in Caffe.
 
     Args:
-      blocks: what each stage's blocks are called, see `MSRA_50`.
+      blocks: names of the blocks of each stage, see `MSRA_50`.
     """
     table = [*rules.caffe_conv("conv1", "conv1", "conv+bgr")[:1]]
     table += rules.caffe_batch_norm("bn_conv1", "scale_conv1", "bn1")
@@ -61,16 +61,16 @@ def msra_rules(blocks: Sequence[Sequence[str]]) -> tuple[Rule, ...]:
         for i, name in enumerate(names):
             for branch, (conv, norm) in _BRANCHES.items():
                 if branch == "branch1" and i > 0:
-                    continue  # only first blocks have a convolution on the shortcut
+                    continue  # only the first block has a convolution on the shortcut
                 block, layer = f"layer{stage - 1}_{i}", f"{stage}{name}_{branch}"
                 table += rules.caffe_conv(f"res{layer}", f"{block}/{conv}", "conv")[:1]
                 table += rules.caffe_batch_norm(f"bn{layer}", f"scale{layer}", f"{block}/{norm}")
     return tuple(table)
 
 
-# ResNet-50 has a bias in front of its first normalisation, which is as much less in its mean.
+# ResNet-50 has a bias in front of its first normalisation; the mean here absorbs it.
 _CONV1_BIAS = Rule("conv1.1", "batch_stats/bn1/mean", "ones+minus", role="part")
-# They subtract a mean image, whose colour is that of the others' mean to within a grey value.
+# These networks subtract a mean image; its colour is within one grey value of Caffe's mean colour.
 MSRA = tuple(
     Release(
         f"MSRA's ResNet-{depth}",

@@ -1,7 +1,7 @@
-"""Published weights of SegNet and SegNet-Basic in Caffe, and of their encoder in torchvision.
+"""Published weights of SegNet and SegNet-Basic in Caffe, and of SegNet's encoder in torchvision.
 
-References: alexgkendall/SegNet-Tutorial: the networks of segnet_model_zoo.md that its inference
-prototxts describe, and others that compute_bn_statistics.py has finished; pytorch/vision:
+References: alexgkendall/SegNet-Tutorial: the networks in segnet_model_zoo.md that have an inference
+prototxt, and files that compute_bn_statistics.py has finished; pytorch/vision:
 torchvision/models/vgg.py, vgg16_bn.
 """
 
@@ -24,7 +24,7 @@ TORCHVISION = Release(
 
 
 def _caffe_rules(last: str, *names: str) -> tuple[Rule, ...]:
-    """Rules for blocks of these names and the scores of the last layer."""
+    """Returns rules for blocks of these names, and for the scores in the layer `last`."""
     return (
         *rules.caffe_convs(*names, last),
         *(rule for name in names for rule in rules.caffe_scale(f"{name}_bn", f"{name}_bn")),
@@ -33,7 +33,10 @@ def _caffe_rules(last: str, *names: str) -> tuple[Rule, ...]:
 
 _DECODER = [f"{name}_D" for name in vgg.CONVS[1:]]
 _BASIC = [f"conv{prefix}{i}" for prefix in ("", "_decode") for i in range(1, 5)]
-_FOLDED = "if it is finished, to be left untrained: its statistics lie in scale and bias"
+_FOLDED = (
+    "do not train weights that are finished for inference, because their scale and bias contain "
+    "the statistics"
+)
 _release = functools.partial(Release, normalisation="none", absent=("batch_stats/*",))
 CAFFE = (
     _release(

@@ -1,4 +1,4 @@
-"""Published weights of VGG-16: torchvision's vgg16, which timm renames in part, and the authors'.
+"""Published weights of VGG-16, in torchvision and in Caffe.
 
 References: pytorch/vision: torchvision/models/vgg.py; the authors' VGG_ILSVRC_16_layers.caffemodel.
 """
@@ -12,9 +12,9 @@ from dense_jax.weights.rules import Release, Rule
 
 
 def torchvision_rules(norm: str | None = None) -> tuple[Rule, ...]:
-    """Returns rules for torchvision's vgg16, which numbers layers, ReLUs and poolings through.
+    """Returns rules for torchvision's vgg16, which numbers convolutions, ReLUs and poolings.
 
-    Its classifier reads a map of 7x7 units, channels first, as fc6 does by a 7x7 kernel.
+    Its classifier reads a map of 7x7 units, channels first; here fc6 has a 7x7 kernel.
 
     Args:
       norm: name here of the normalisation behind "conv{}", for vgg16_bn.
@@ -31,22 +31,22 @@ def torchvision_rules(norm: str | None = None) -> tuple[Rule, ...]:
             number += 1
     table += rules.conv("classifier.0", "fc6", "dense_chw")
     table += rules.conv("classifier.3", "fc7", "dense_chw")
-    for i in (1, 2):  # timm's names, of kernels
+    for i in (1, 2):  # timm has other names, and stores kernels
         table += (
             rule._replace(role="alias") for rule in rules.conv(f"pre_logits.fc{i}", f"fc{i + 5}")
         )
-    # Scores of ImageNet's classes, which no network here has.
+    # Scores of ImageNet's classes; no network here has them.
     scores = ("classifier.6", "head.fc")
     table += [Rule(f"{name}.{kind}", None) for name in scores for kind in ("weight", "bias")]
     return tuple(table)
 
 
-# Names of the 13 convolutions. Networks that are VGG-16 and more take them from here.
+# Names of the 13 convolutions, which other families share.
 CONVS = tuple(layer.name for layer in vgg.vgg16_layers() if layer.name.startswith("conv"))
-# Block by block: networks may end before conv5, and leave it in the file.
+# One pattern for each block: a network may end before conv5 and leave conv5 in the file.
 TRUNK = tuple(f"*/conv{block}_?/*" for block in range(1, 6))
 TORCHVISION = Release("torchvision's vgg16", torchvision_rules(), TRUNK, "torchvision")
-# VGG16_Weights.IMAGENET1K_FEATURES: the authors' own layers, with a classifier of nothing but NaN.
+# VGG16_Weights.IMAGENET1K_FEATURES: the authors' convolutions, and a classifier of NaN.
 TORCHVISION_FEATURES = TORCHVISION._replace(
     name="torchvision's vgg16, features alone",
     rules=tuple(
@@ -57,16 +57,16 @@ TORCHVISION_FEATURES = TORCHVISION._replace(
     absent=("*/fc[67]/*",),
     hollow=("classifier.6.bias",),
 )
-# conv1_1 to fc7 in Caffe, with fc6 and fc7 dense or, as "fully convolutional" networks have them,
-# on a map. What the authors' file and others derived from it have in common.
+# conv1_1 to fc7 in Caffe, which the authors' file shares with the files derived from it. There fc6
+# and fc7 are dense layers or, in fully convolutional networks, convolutions.
 CAFFE_RULES = rules.caffe_convs(*CONVS, "fc6", "fc7")
 CAFFE = Release(
     "Caffe's VGG-16",
-    (*CAFFE_RULES, *(Rule(f"fc8.{i}", None) for i in range(2))),  # ImageNet's classes
+    (*CAFFE_RULES, *(Rule(f"fc8.{i}", None) for i in range(2))),  # scores of ImageNet's classes
     TRUNK,
     "caffe",
 )
 
 RELEASES = (TORCHVISION, TORCHVISION_FEATURES, CAFFE)
-# "same": so that the network can be traced on small images.
+# With "same" padding the network can be traced on small images.
 NETWORKS = {"vgg16": Network(functools.partial(vgg.vgg16, padding="same"))}
