@@ -1,13 +1,14 @@
 """ResNet-50 and 101 and ResNeXt-101 as feature extractors of any output stride.
 
-Every stage is returned by name. Parameters have torchvision's names with "_" in front of block
-numbers: `layer1.0.downsample.1.weight` is "layer1_0/downsample_1/scale".
+The network returns each stage by name. Parameters have torchvision's names with "_" in front of
+block numbers: `layer1.0.downsample.1.weight` is "layer1_0/downsample_1/scale".
 
-A stage that is to keep the size of its input takes stride 1 and dilates its 3x3 convolutions
-instead. Its first block still reads the previous, finer grid: where the 3x3 convolution strides
-(torchvision), it keeps the dilation of the stage before; where the 1x1 convolution in front strides
-(He et al.'s release), the 3x3 convolution lies behind the stride and takes the new dilation. These
-two pairs see the same pixels as the strided network, at more places; the other two do not.
+A stage that keeps the size of its input has stride 1 and dilates its 3x3 convolutions instead. Its
+first block needs care, because its input has the finer grid of the stage before. If the 3x3
+convolution has the stride (torchvision), it keeps the dilation of the stage before. If the 1x1
+convolution in front has the stride (the release of He et al.), the 3x3 convolution is behind the
+stride and takes the new dilation. With these two pairs, units read the same pixels as in the
+strided network, at more positions; with the other two pairs they do not.
 
 Reference: He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016,
 arXiv:1512.03385, Table 1; Xie et al., "Aggregated residual transformations for deep neural
@@ -33,26 +34,28 @@ from dense_jax.ops.precision import at_least_float32
 StrideIn = Literal["3x3", "1x1"]
 FirstBlockDilation = Literal["previous", "new"]
 
-# Variance 2 / fan-out, as torchvision initialises residual networks.
+# Variance 2 / fan-out: torchvision's initialisation of residual networks.
 _HE_FAN_OUT = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_PLANES = (64, 128, 256, 512)  # Channels inside the blocks of each stage; outside four times these.
+_PLANES = (64, 128, 256, 512)  # Channels inside the blocks of each stage; outputs have four times.
 _EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a shortcut; [B, H, W, C] to [B, H / s, W / s, features].
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; [B, H, W, C] to [B, H / s, W / s, features].
 
-    The shortcut is a 1x1 convolution, "downsample_0" and "downsample_1", where asked for.
+    The shortcut is the identity, or a 1x1 convolution "downsample_0" and its normalisation
+    "downsample_1".
 
     Attributes:
-      conv: builds a convolution without bias: (features, kernel_size, *, strides, ..., name).
-      norm: builds a normalisation: (*, scale_init, name).
+      conv: function that builds a convolution without bias: (features, kernel_size, *, strides,
+        ..., name).
+      norm: function that builds a normalisation: (*, scale_init, name).
       inner: channels of the 3x3 convolution.
       features: channels of the result.
-      stride: s, of the convolution that `stride_in` names and of the shortcut.
-      dilation: of the 3x3 convolution.
-      groups: of the 3x3 convolution (ResNeXt's cardinality).
-      stride_in: the convolution that strides; see `ResNet`.
+      stride: s, the stride of the shortcut and of the convolution that `stride_in` names.
+      dilation: dilation of the 3x3 convolution.
+      groups: groups of the 3x3 convolution (ResNeXt's cardinality).
+      stride_in: the convolution with the stride; see `ResNet`.
       has_downsample: whether the shortcut is a convolution.
       last_scale_init: initial scale of the last normalisation.
     """
@@ -99,23 +102,24 @@ class ResNet(nn.Module):
     Attributes:
       depths: blocks of the four stages.
       groups: groups of the 3x3 convolutions.
-      group_width: channels of each group in the first stage; doubled from stage to stage.
-      output_stride: of layer4, in pixels; 16 dilates layer4, 8 layer3 and layer4.
-      stride_in: the convolution of a block that strides: "3x3" (torchvision) or the "1x1" in front
-        of it (He et al.'s release, MSRA's, in Caffe).
-      first_block_dilation: of the first block of a dilated stage: that of the stage before, or the
-        new one; see the top of this file. torchvision is ("3x3", "previous"), DeepLab v2 ("1x1",
-        "new").
-      pool_ceil: pooling sizes are rounded up, as in Caffe, rather than down, as in torch.
-      pool_padding: of the pooling, in pixels; 0 in He et al.'s release.
-      bn: "frozen" keeps batch statistics, scales and biases as they are, in training too.
+      group_width: channels of each group in the first stage; each later stage doubles them.
+      output_stride: stride of layer4 in pixels; 16 dilates layer4, 8 dilates layer3 and layer4.
+      stride_in: the convolution of a block that has the stride: "3x3" (torchvision) or the "1x1" in
+        front of it (MSRA's release by He et al. in Caffe).
+      first_block_dilation: dilation of the first block of a dilated stage: that of the stage
+        before, or the new one; see the top of this file. torchvision is ("3x3", "previous"),
+        DeepLab v2 ("1x1", "new").
+      pool_ceil: whether pooling rounds sizes up, as in Caffe, or down, as in torch.
+      pool_padding: padding of the pooling in pixels; 0 in the release of He et al.
+      bn: "frozen" does not change batch statistics, scales and biases, not even in training.
       bn_momentum: decay of the running averages.
-      bn_epsilon: added to the variance.
-      zero_init_residual: whether each block starts as its shortcut, by a zero scale of bn3.
-      num_classes: ImageNet's classifier of these classes on top, "fc"; None for none.
+      bn_epsilon: constant added to the variance.
+      zero_init_residual: whether bn3 of each block has an initial scale of zero, so that the block
+        starts as its shortcut.
+      num_classes: number of classes of the classifier "fc" on top; None for no classifier.
       width: channel multiplier.
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
-      dtype: computation dtype of convolutions; normalisation is computed in float32 or wider.
+      axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
+      dtype: computation dtype of convolutions; normalisation uses float32 or wider.
     """
 
     depths: tuple[int, int, int, int]
@@ -137,12 +141,13 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "conv1" (after ReLU), "pool1", "layer1" to "layer4" and, if asked for, "fc".
+        """Returns "conv1" (behind ReLU), "pool1", "layer1" to "layer4" and, with classes, "fc".
 
-        "fc" [B, num_classes] are scores of whole images, float32.
+        "fc" [B, num_classes] holds scores of whole images in float32.
 
         Raises:
-          ValueError: images are not [B, H, W, C], or the output stride is none of 32, 16, 8.
+          ValueError: images do not have the shape [B, H, W, C], or the output stride is not 32, 16
+            or 8.
         """
         image_size(images)
         conv = functools.partial(Conv, use_bias=False, dtype=self.dtype, kernel_init=_HE_FAN_OUT)
@@ -186,7 +191,9 @@ class ResNet(nn.Module):
     def _geometry(self) -> list["_Geometry"]:
         """Returns the geometry of the four stages."""
         if self.output_stride not in (32, 16, 8):
-            raise ValueError(f"The output stride is 32, 16 or 8; received {self.output_stride}.")
+            raise ValueError(
+                f"The output stride must be 32, 16 or 8; received {self.output_stride}."
+            )
         stages, stride, dilation = [_Geometry(1, 1, 1)], 4, 1
         for _ in range(3):
             previous, is_dilated = dilation, stride == self.output_stride
