@@ -38,8 +38,8 @@ def save(out: pathlib.Path, variables: Any, record: dict[str, Any]) -> None:
     """
     runs.make_folder(out)
     leaves: Any = traverse_util.flatten_dict(variables, sep="/")
-    told = record | runs.provenance()
-    with runs.replacing_with_record(out / WEIGHTS, out / RECORD, told) as stream:
+    whole_record = record | runs.provenance()
+    with runs.replacing_with_record(out / WEIGHTS, out / RECORD, whole_record) as stream:
         np.savez(stream, **leaves)  # writes views piece by piece, without copies
 
 

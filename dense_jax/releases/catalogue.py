@@ -37,8 +37,8 @@ class Network(NamedTuple):
 
 def families() -> list[types.ModuleType]:
     """Returns the modules of the families, in alphabetical order."""
-    found = pkgutil.iter_modules(folder.__path__, f"{folder.__name__}.")
-    names = sorted(module.name for module in found if module.name != __name__)
+    modules = pkgutil.iter_modules(folder.__path__, f"{folder.__name__}.")
+    names = sorted(module.name for module in modules if module.name != __name__)
     return [importlib.import_module(name) for name in names]
 
 
@@ -48,8 +48,8 @@ def releases() -> list[Release]:
     Several tables may have a name for each parameter of a network. The one with the fewest rules is
     the closest, and `export` takes the first.
     """
-    found = [release for family in families() for release in family.RELEASES]
-    return sorted(found, key=lambda release: (len(release.rules), release.name, release.trunk))
+    unsorted = [release for family in families() for release in family.RELEASES]
+    return sorted(unsorted, key=lambda release: (len(release.rules), release.name, release.trunk))
 
 
 def networks() -> dict[str, Network]:
@@ -58,12 +58,12 @@ def networks() -> dict[str, Network]:
     Raises:
       ValueError: two families have a network of the same name.
     """
-    found: dict[str, Network] = {}
+    by_name: dict[str, Network] = {}
     for family in families():
-        if twice := found.keys() & family.NETWORKS.keys():
-            raise ValueError(f"{family.__name__} has {min(twice)}, and another family has it too.")
-        found |= family.NETWORKS
-    return found
+        if common := by_name.keys() & family.NETWORKS.keys():
+            raise ValueError(f"{family.__name__} has {min(common)}, and another family has it too.")
+        by_name |= family.NETWORKS
+    return by_name
 
 
 def network(name: str) -> Network:
@@ -72,10 +72,10 @@ def network(name: str) -> Network:
     Raises:
       UserError: unknown name.
     """
-    known = networks()
-    if name not in known:
-        raise UserError(f"unknown network {name!r}; the known ones are {', '.join(known)}")
-    return known[name]
+    by_name = networks()
+    if name not in by_name:
+        raise UserError(f"unknown network {name!r}; the known ones are {', '.join(by_name)}")
+    return by_name[name]
 
 
 def build(name: str, num_classes: int | None = None, aux: bool = False) -> nn.Module:
@@ -90,8 +90,8 @@ def build(name: str, num_classes: int | None = None, aux: bool = False) -> nn.Mo
     Raises:
       UserError: unknown name.
     """
-    chosen = network(name)
-    options: dict[str, Any] = {"aux": aux} if chosen.has_aux else {}
-    if chosen.num_classes is not None:
-        options["num_classes"] = num_classes or chosen.num_classes
-    return chosen.build(**options)
+    published = network(name)
+    options: dict[str, Any] = {"aux": aux} if published.has_aux else {}
+    if published.num_classes is not None:
+        options["num_classes"] = num_classes or published.num_classes
+    return published.build(**options)

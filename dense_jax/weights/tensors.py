@@ -83,7 +83,7 @@ def damaged(path: pathlib.Path, reason: object) -> UserError:
 
 
 def most_unpacked(packed: int) -> int:
-    """Returns the largest size to which so many compressed bytes may grow."""
+    """Returns the largest size that `packed` compressed bytes may have after decompression."""
     return max(_FEW, _MOST_EXPANSION * packed)
 
 
