@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from dense_jax import runs
 from dense_jax.errors import UserError
-from dense_jax.tasks import import_weights
+from dense_jax.releases import catalogue
 from dense_jax.train import cli
 from dense_jax.weights import rules
 
@@ -43,7 +43,9 @@ Name = Literal[
 _CLASSIFIER = {0: (4096, 25088), 3: (4096, 4096), 6: (1000, 4096)}  # of torchvision's VGGs
 _IMPORT = """
 import json, pathlib, re, sys, time
-from dense_jax.tasks import import_weights
+from dense_jax.commands import import_weights
+from dense_jax.releases import catalogue
+catalogue.families()
 status = pathlib.Path("/proc/self/status")
 def peak(): return int(re.search("VmHWM: *\\t *(\\d+) kB", status.read_text())[1]) / 1024
 before, start = peak(), time.perf_counter()
@@ -56,9 +58,9 @@ print(json.dumps([time.perf_counter() - start, peak() - before]))
 def published(name: Name) -> dict[str, np.ndarray]:
     """Returns arrays of the names and shapes that torchvision's file for a network has."""
     of_pixels = name.startswith(("fcn", "deeplab"))
-    template: Any = import_weights.template_of(import_weights.build(name, aux=of_pixels))
+    template: Any = rules.template_of(catalogue.build(name, aux=of_pixels))
     leaves = traverse_util.flatten_dict(template, sep="/")
-    found = [_known(leaves, r) for r in import_weights.RELEASES if r.name.startswith("torchvision")]
+    found = [_known(leaves, r) for r in catalogue.releases() if r.name.startswith("torchvision")]
     tensors = max(found, key=len)
     if name in ("vgg16", "segnet"):  # the file goes on behind what is taken from it
         for i, shape in _CLASSIFIER.items():

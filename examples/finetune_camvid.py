@@ -17,8 +17,9 @@ without the batch normalisation that the release has folded into its kernels.
 import dataclasses
 import pathlib
 
+from dense_jax import start
 from dense_jax.data.transforms import whole_images
-from dense_jax.tasks import import_weights, training
+from dense_jax.tasks import training
 from dense_jax.tasks.semantic import LabelConfig, Semantic
 from dense_jax.train import cli
 from dense_jax.train.checkpoint import has_checkpoint
@@ -58,12 +59,12 @@ def build(config: Config, num_classes: int) -> Semantic:
 def main(config: Config) -> TrainState:
     """Trains, evaluates and reports; returns the last state."""
     if config.weights:
-        start = pathlib.Path(f"{config.workdir}/start")
+        folder = pathlib.Path(f"{config.workdir}/start")
         if not has_checkpoint(config.workdir or ""):  # else the run goes on
             variables, account = mobilenet_deeplab.load(pathlib.Path(config.weights))
             told = {"from": config.weights, "normalisation": _IMAGES, "account": account.summary()}
-            import_weights.save(start, variables, told)
-        config = dataclasses.replace(config, init=f"run:{start}")
+            start.save(folder, variables, told)
+        config = dataclasses.replace(config, init=f"run:{folder}")
     return training.run(build, config)
 
 

@@ -29,7 +29,6 @@ from dense_jax.data.dataset import Source
 from dense_jax.layers.conv import Conv
 from dense_jax.metrics import semantic as metrics
 from dense_jax.ops.resize import resize_bilinear
-from dense_jax.tasks import import_weights
 from dense_jax.train import cli
 from dense_jax.weights import files, rules
 from dense_jax.weights.account import Account
@@ -179,7 +178,7 @@ def load(path: pathlib.Path) -> tuple[dict[str, Any], Account]:
     Raises:
       UserError: the file is not this network's.
     """
-    template = import_weights.template_of(MobileNetDeepLab())
+    template = rules.template_of(MobileNetDeepLab())
     return rules.load(template, files.read(path).tensors, RULES, path=str(path))
 
 

@@ -27,7 +27,6 @@ from dense_jax.layers.conv import Conv
 from dense_jax.metrics import semantic as metrics
 from dense_jax.ops.pool import max_pool
 from dense_jax.ops.resize import resize_bilinear
-from dense_jax.tasks import import_weights
 from dense_jax.train import cli
 from dense_jax.weights import files, rules
 from dense_jax.weights.account import Account
@@ -77,7 +76,7 @@ def load(path: pathlib.Path) -> tuple[dict[str, Any], Account]:
     Raises:
       UserError: the file is not this network's.
     """
-    template = import_weights.template_of(NucleiUNet(), num_channels=1)
+    template = rules.template_of(NucleiUNet(), num_channels=1)
     return rules.load(template, files.read(path).tensors, RULES, path=str(path))
 
 

@@ -24,7 +24,6 @@ import tyro
 from dense_jax.errors import UserError
 from dense_jax.layers.conv import Conv, UpConv
 from dense_jax.metrics import semantic as metrics
-from dense_jax.tasks import import_weights
 from dense_jax.train import cli
 from dense_jax.weights import files, rules
 from dense_jax.weights.account import Account
@@ -82,7 +81,7 @@ def load(path: pathlib.Path) -> tuple[dict[str, Any], Account]:
     Raises:
       UserError: the file is not this network's.
     """
-    template = import_weights.template_of(PancreaticUNet(), num_channels=1)
+    template = rules.template_of(PancreaticUNet(), num_channels=1)
     return rules.load(template, files.read(path).tensors, RULES, path=str(path))
 
 

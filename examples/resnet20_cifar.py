@@ -28,7 +28,6 @@ from dense_jax.errors import UserError
 from dense_jax.layers.conv import Conv
 from dense_jax.layers.norm import BatchNorm
 from dense_jax.metrics import semantic as metrics
-from dense_jax.tasks import import_weights
 from dense_jax.train import cli
 from dense_jax.weights import files, rules
 from dense_jax.weights.account import Account
@@ -111,7 +110,7 @@ def load(path: pathlib.Path) -> tuple[dict[str, Any], Account]:
     Raises:
       UserError: the file is not this network's.
     """
-    template = import_weights.template_of(ResNet20())
+    template = rules.template_of(ResNet20())
     return rules.load(template, files.read(path).tensors, RULES, path=str(path))
 
 

@@ -92,7 +92,9 @@ _RELEASE = Config(
     learning_rate=1e-10, momentum=0.99, bias_lr=2.0, num_steps=100_000, eval_batch_size=4,
     eval_every=4000, save_every=4000, log_every=20,
 )  # fmt: skip
-_MEAN: dict[str, Any] = dict(batch_size=20, accumulate=20, loss_norm="valid", momentum=0.9, learning_rate=1e-4)
+_MEAN: dict[str, Any] = dict(
+    batch_size=20, accumulate=20, loss_norm="valid", momentum=0.9, learning_rate=1e-4
+)
 # Without pretrained weights: aligned layers, inputs of unit scale, and a fast start.
 _SCRATCH = from_scratch(Config(pad_mode="same", learning_rate=1e-3, dropout_rate=0.1, width=0.25))
 

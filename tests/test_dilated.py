@@ -264,7 +264,7 @@ def test_fact_6_units_cover_images_of_every_size(pools, pad):
         units = (-(-height // front.stride), -(-width // front.stride))
         assert outputs["scores"].shape[1:3] == units
     if edge:
-        with pytest.raises(ValueError, match=f"no more than their context, {edge // 2} pixels"):
+        with pytest.raises(ValueError, match=f"not larger than their context, {edge // 2} pixels"):
             contract.shapes_of(model, (1, edge, edge + 8, 3))
 
 

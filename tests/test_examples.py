@@ -177,7 +177,7 @@ def test_transposed_kernels_of_keras_are_not_read_as_others(weights_root, monkey
     table = tuple(rule._replace(layout="same") for rule in pancreatic_unet.RULES)
     monkeypatch.setattr(pancreatic_unet, "RULES", table)
     path = weights_root / "unet_pancreatic_keras2/unet_pancreatic_cell_segmentation.h5"
-    with pytest.raises(UserError, match=r"3 misfit: conv2d_transpose_4\.kernel"):
+    with pytest.raises(UserError, match=r"3 mismatch: conv2d_transpose_4\.kernel"):
         pancreatic_unet.load(path)
 
 

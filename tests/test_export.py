@@ -27,7 +27,8 @@ from dense_jax.data.transforms import NORMALISATIONS, Normalise
 from dense_jax.errors import UserError
 from dense_jax.infer import onnx_file, predictor, program
 from dense_jax.ops.resize import rescaled, resize_bilinear
-from dense_jax.tasks import import_weights, semantic, trained, training
+from dense_jax.releases import catalogue
+from dense_jax.tasks import semantic, trained, training
 from dense_jax.train.checkpoint import Checkpoints
 from dense_jax.weights import files, rules
 from tests import contract, torchvision_names
@@ -242,7 +243,7 @@ def test_parameters_under_torchvisions_names_come_back(run_of, tmp_path):
     count = found.tensors["backbone.bn1.num_batches_tracked"]
     assert (count, count.shape) == (7, ())
     assert "aux_classifier.4.weight" in names
-    release = rules.choose(import_weights.RELEASES, variables, rules.outline(found.tensors))
+    release = rules.choose(catalogue.releases(), variables, rules.outline(found.tensors))
     again, account = rules.load(variables, found.tensors, release.rules)
     assert not account.unexplained
     jax.tree.map(np.testing.assert_array_equal, again, variables)

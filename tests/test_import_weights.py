@@ -16,11 +16,14 @@ import numpy as np
 import optax
 import pytest
 
-from dense_jax import runs
+from dense_jax import runs, start
+from dense_jax.commands import import_weights
 from dense_jax.data import dataset
 from dense_jax.errors import UserError
 from dense_jax.models import deeplabv3, resnet
-from dense_jax.tasks import import_weights, training
+from dense_jax.releases import catalogue
+from dense_jax.releases import resnet as resnet_releases
+from dense_jax.tasks import training
 from dense_jax.train import cli
 from dense_jax.train.state import TrainState
 from dense_jax.weights import hub, rules
@@ -29,7 +32,7 @@ from tests import contract
 
 
 def thin(name, num_classes=None, aux=False):
-    """In place of `import_weights.build`."""
+    """In place of `catalogue.build`."""
     shape = dict(depths=(1, 1, 1, 1), width=1 / 16)
     if name.startswith("res"):
         return resnet.ResNet(num_classes=num_classes or 5, **shape)
@@ -40,16 +43,16 @@ def thin(name, num_classes=None, aux=False):
 @pytest.fixture
 def resnet_file(tmp_path, monkeypatch) -> tuple[pathlib.Path, Any]:
     """A file of a thin ResNet under torchvision's names, and its variables."""
-    monkeypatch.setattr(import_weights, "build", thin)
+    monkeypatch.setattr(catalogue, "build", thin)
     variables = contract.random_variables(thin("resnet50"), (1, 32, 32, 3))
-    tensors: Any = rules.unload(variables, resnet.TORCHVISION.rules)
+    tensors: Any = rules.unload(variables, resnet_releases.TORCHVISION.rules)
     path = tmp_path / "resnet.npz"
     np.savez(path, **tensors, **{"bn1.num_batches_tracked": 3})
     return path, variables
 
 
-def start(template_model, source, normalisation="torchvision"):
-    shapes = import_weights.template_of(template_model)
+def started(template_model, source, normalisation="torchvision"):
+    shapes = rules.template_of(template_model)
     zeros = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape), shapes)
     params, tx = zeros.pop("params"), optax.sgd(0.1)
     state = TrainState.create(
@@ -72,11 +75,11 @@ def test_imported_weights_start_a_run(resnet_file, tmp_path, capsys):
     assert "--normalisation=torchvision" in said
     record = json.loads((out / "weights.json").read_text())
     assert (record["model"], record["normalisation"]) == ("resnet50", "torchvision")
-    state = start(thin("resnet50"), f"run:{out}")
+    state = started(thin("resnet50"), f"run:{out}")
     chex.assert_trees_all_equal(state.params, variables["params"])
     chex.assert_trees_all_equal(state.model_state["batch_stats"], variables["batch_stats"])
     assert "warning" not in capsys.readouterr().out
-    start(thin("resnet50"), f"run:{out}", "caffe")
+    started(thin("resnet50"), f"run:{out}", "caffe")
     assert "expect --normalisation=torchvision, and this run has" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds weights already"):
         import_weights.run(model="resnet50", source=str(path), out=out)
@@ -84,7 +87,7 @@ def test_imported_weights_start_a_run(resnet_file, tmp_path, capsys):
 
 def test_a_file_starts_a_run_whose_head_is_another(resnet_file, capsys):
     path, variables = resnet_file
-    state = start(thin("fcn_resnet50"), f"file:{path}", "caffe")
+    state = started(thin("fcn_resnet50"), f"file:{path}", "caffe")
     said = capsys.readouterr().out
     assert "torchvision's ResNet" in said
     assert re.search("new here: .* classifier_0/kernel", said)
@@ -93,17 +96,17 @@ def test_a_file_starts_a_run_whose_head_is_another(resnet_file, capsys):
     chex.assert_trees_all_equal(ours, {name: theirs[name] for name in ours})
     ours = state.model_state["batch_stats"]["backbone"]
     chex.assert_trees_all_equal(ours, {name: variables["batch_stats"][name] for name in ours})
-    with pytest.raises(UserError, match=r"resnet\.npz does not fit.*85 misfit: bn1\.running"):
-        start(thin("resnet50").clone(width=1 / 8), f"file:{path}")
+    with pytest.raises(UserError, match=r"resnet\.npz does not fit.*85 mismatch: bn1\.running"):
+        started(thin("resnet50").clone(width=1 / 8), f"file:{path}")
     for wrong in ("file:", "hub:", "x"):
         with pytest.raises(UserError, match="give run:PATH"):
-            start(thin("resnet50"), wrong)
+            started(thin("resnet50"), wrong)
 
 
 def test_a_file_of_the_hub_is_taken_by_its_name(resnet_file, tmp_path, monkeypatch, capsys):
     path, variables = resnet_file
     monkeypatch.setattr(hub, "download", {"timm/resnet50": path}.__getitem__)
-    state = start(thin("resnet50"), "hub:timm/resnet50")
+    state = started(thin("resnet50"), "hub:timm/resnet50")
     chex.assert_trees_all_equal(state.params, variables["params"])
     import_weights.run(model="resnet50", source="hub:timm/resnet50", out=tmp_path / "out")
     record = json.loads((tmp_path / "out/weights.json").read_text())
@@ -122,7 +125,7 @@ def test_a_dry_run_writes_nothing(resnet_file, tmp_path, capsys):
     import_weights.run(
         model="resnet50", source=str(path), dry_run=True, num_classes=9, new_head=True
     )
-    assert "(5, 128) does not make (128, 9)" in capsys.readouterr().out
+    assert "(5, 128) does not become (128, 9)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--out"):
         import_weights.run(model="resnet50", source=str(path))
 
@@ -153,7 +156,7 @@ def test_a_word_in_front_of_all_names_is_taken_off(resnet_file, tmp_path, capsys
     np.savez(tmp_path / "x.npz", **{f"model.{name}": x for name, x in np.load(path).items()})
     import_weights.run(model="resnet50", source=f"file:{tmp_path / 'x.npz'}", dry_run=True)
     assert "x.npz: prefix: model." in capsys.readouterr().out
-    state = start(thin("resnet50"), f"file:{tmp_path / 'x.npz'}")
+    state = started(thin("resnet50"), f"file:{tmp_path / 'x.npz'}")
     chex.assert_trees_all_equal(state.params, variables["params"])
 
 
@@ -176,7 +179,7 @@ def configurations(monkeypatch):
 def test_images_come_as_the_weights_expect_them(resnet_file, tmp_path, configurations, capsys):
     path, variables = resnet_file
     folder, workdir = tmp_path / "w", tmp_path / "run"
-    import_weights.save(folder, variables, {"normalisation": "caffe"})
+    start.save(folder, variables, {"normalisation": "caffe"})
     init = f"--init=run:{folder}"
     config = configurations(fcn, init, f"--workdir={workdir}")
     assert config.normalisation == "caffe"
@@ -207,7 +210,7 @@ def test_images_come_as_the_weights_expect_them(resnet_file, tmp_path, configura
 )
 def test_stages_go_on_as_the_first_began(script, flags, first, tmp_path, configurations):
     (tmp_path / first / "checkpoints/1").mkdir(parents=True)
-    import_weights.save(tmp_path / "w", {"a": np.zeros(1)}, {"normalisation": "none"})
+    start.save(tmp_path / "w", {"a": np.zeros(1)}, {"normalisation": "none"})
     flags = [f"--init=run:{tmp_path / 'w'}", f"--workdir={tmp_path}", *flags]
     config = configurations(script, *flags, "--normalisation=caffe")
     data = dataset.load("shapes", size=(8, 8), num_train=2, num_val=2, num_test=1)
@@ -222,14 +225,14 @@ def test_stages_go_on_as_the_first_began(script, flags, first, tmp_path, configu
 )
 @pytest.mark.parametrize("name", ["weights.json", "config.json"])
 def test_a_damaged_record_is_told(name, record, tmp_path):
-    import_weights.save(tmp_path, {"a": np.zeros(1)}, {})
+    start.save(tmp_path, {"a": np.zeros(1)}, {})
     if name == "config.json":
         (tmp_path / "weights.json").unlink()
         if record.startswith("{"):
             record = f'{{"config": {record}, "script": "", "classes": {{}}, "fingerprint": ""}}'
     (tmp_path / name).write_text(record)
     with pytest.raises(UserError, match=name):
-        import_weights.normalisation_of(f"run:{tmp_path}")
+        start.normalisation_of(f"run:{tmp_path}")
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs a disk that is full")
@@ -237,7 +240,7 @@ def test_a_damaged_record_is_told(name, record, tmp_path):
 def test_of_weights_that_do_not_fit_on_the_disk_nothing_is_left(full, tmp_path):
     (tmp_path / f"{full}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        import_weights.save(tmp_path, {"a": np.zeros(1)}, {})
+        start.save(tmp_path, {"a": np.zeros(1)}, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -252,5 +255,5 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path):
 
 def test_a_file_of_other_names_is_refused(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.ones(3))
-    with pytest.raises(UserError, match=r"x\.npz has tensors of no known names \(a, "):
-        start(thin("resnet50"), f"file:{tmp_path / 'x.npz'}")
+    with pytest.raises(UserError, match=r"x\.npz has tensors of unknown names \(a, "):
+        started(thin("resnet50"), f"file:{tmp_path / 'x.npz'}")

@@ -72,15 +72,15 @@ def test_safetensors(path):
         (safetensors({"a": entry((2.0,))}, 8), "whole number"),
         (safetensors({"a": entry((1,) * 40, 0, 4)}, 4), "axes"),
         (safetensors({"a": entry((3,))}, 8), "damaged"),
-        (safetensors({"a": entry((1,))}, 8), "fill"),
-        (safetensors({"a": entry(dtype="F33")}, 8), "unknown kind"),
+        (safetensors({"a": entry((1,))}, 8), "does not match"),
+        (safetensors({"a": entry(dtype="F33")}, 8), "unknown dtype"),
         (safetensors({"a": entry(begin=4, end=12)}, 12), "gap"),
         (safetensors({"a": entry(), "b": entry(begin=4, end=12)}, 12), "overlap"),
-        (safetensors({"a": entry()}, 12), "elsewhere"),
+        (safetensors({"a": entry()}, 12), "do not end with"),
         (safetensors({"a": {}}, 0), "dtype"),
         (safetensors({"a": 3}, 0), "damaged"),
         (safetensors(b'{"a": {}, "a": {}}', 0), "twice"),
-        (safetensors(b'{"__metadata__": {"x": {}}}', 0), "no text"),
+        (safetensors(b'{"__metadata__": {"x": {}}}', 0), "not text"),
         (safetensors(b"{" * 100_000, 0), "damaged"),
         (safetensors({}, 0), "no arrays"),
     ],
@@ -119,7 +119,7 @@ def test_npz_with_more_than_numbers(path):
 def test_a_few_packed_bytes_do_not_fill_the_memory(path, monkeypatch):
     with path.open("wb") as file:
         np.savez_compressed(file, a=np.zeros(2**22))
-    assert "MB would unpack to 34 MB: save it without packing" in refused(path)
+    assert "to 34 MB: save it without compression" in refused(path)
     with path.open("wb") as file:
         np.savez_compressed(file, a=KERNEL)
     tensors = files.read(path).tensors
@@ -140,7 +140,7 @@ def test_what_a_reader_did_is_not_said_by_a_file(path):
 def test_zip_of_something_else(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model.weights.h5", b"")
-    assert "no array" in refused(path)
+    assert "not an array" in refused(path)
 
 
 def test_npz_that_unpacks_to_much(path):
@@ -151,7 +151,7 @@ def test_npz_that_unpacks_to_much(path):
     assert len(at) == 2
     for i in at:  # the size that the directory declares
         content[i + 24 : i + 28] = (0xF0000000).to_bytes(4, "little")
-    assert "would unpack to 8,053 MB" in refused(write(path, content))
+    assert "to 8,053 MB" in refused(write(path, content))
     for i in at:
         content[i + 24 : i + 28] = (1000).to_bytes(4, "little")
     assert "damaged" in refused(write(path, content))
@@ -167,12 +167,12 @@ def test_no_weight_file(path, content):
 
 def test_names_that_would_write_to_the_terminal(path):
     bad = safetensors({"a\x1b[2J": entry()}, 8)
-    assert "cannot be printed" in refused(write(path, bad))
+    assert "unprintable" in refused(write(path, bad))
 
 
 def test_no_file_at_all(tmp_path):
-    assert "is no file" in refused(tmp_path)
-    assert "is no file" in refused(tmp_path / "none.pth")
+    assert "is not a file" in refused(tmp_path)
+    assert "is not a file" in refused(tmp_path / "none.pth")
     assert "cannot be read (File name too long)" in refused(tmp_path / ("x" * 300))
 
 

@@ -102,10 +102,10 @@ def test_rows_are_those_of_the_kernel():
     table = [Rule("a", "params/a", "rows+conv")]
     template = {"params": {"a": jax.ShapeDtypeStruct((3, 2, 4, 5), np.float32)}}
     for wrong in (np.ones((24, 5)), np.ones((1, 1, 24, 5)), np.ones((2, 1, 5, 12)), np.ones(120)):
-        with pytest.raises(UserError, match="1 misfit"):
+        with pytest.raises(UserError, match="1 mismatch"):
             rules.load(template, {"a": wrong}, table)
     table = [Rule("a", "params/a", "dense_chw")]
-    with pytest.raises(UserError, match=r"\(24, 5\) does not make \(3, 2, 4, 5\)"):
+    with pytest.raises(UserError, match=r"\(24, 5\) does not become \(3, 2, 4, 5\)"):
         rules.load(template, {"a": np.ones((24, 5))}, table)
 
 
@@ -145,11 +145,11 @@ def test_what_is_built_in_is_compared():
     tree, account = rules.load({"params": {}}, up(np.eye(3)), UP)
     assert tree == {}
     row = account.rows[0]
-    assert (row.status, row.note) == ("ignored", "what is built in here")
+    assert (row.status, row.note) == ("ignored", "equal to the fixed values of this layer")
     others = {"more": up(np.eye(3) * 1.01), "mixed": up(np.ones((3, 3)))}
     others["size"] = {"up.0": np.ones((3, 3, 1, 1), np.float32)}
     for tensors in (others["more"], others["mixed"]):
-        with pytest.raises(UserError, match=r"1 misfit: up\.0 \((not what is built in|it mixes)"):
+        with pytest.raises(UserError, match=r"1 mismatch: up\.0 \((its values differ|it mixes)"):
             rules.load({"params": {}}, tensors, UP)
         _, account = rules.load({"params": {}}, tensors, UP, required=("*/conv/*",))
         assert account.rows[0].status == "ignored"

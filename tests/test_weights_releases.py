@@ -1,10 +1,11 @@
 """Published weights: every name of each release, and what becomes of the numbers in its files."""
 
+import contextlib
 import fnmatch
 import functools
 import pathlib
 import re
-import typing
+import sys
 from collections import Counter
 from typing import Any
 
@@ -15,11 +16,16 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from dense_jax import __main__ as commands
+from dense_jax import releases, start
+from dense_jax.commands import import_weights
 from dense_jax.errors import UserError
 from dense_jax.layers import init
 from dense_jax.layers.conv import conv
-from dense_jax.models import deconvnet, deeplab, dilated, fcn, mask_rcnn, resnet, segnet
-from dense_jax.tasks import import_weights
+from dense_jax.models import deconvnet, deeplab, dilated, fcn, resnet, segnet
+from dense_jax.releases import catalogue, mask_rcnn
+from dense_jax.releases import resnet as resnet_releases
+from dense_jax.train import cli
 from dense_jax.weights import files, rules
 from tests import contract
 from tests.caffe_names import (
@@ -35,10 +41,12 @@ from tests.caffe_names import (
 )
 from tests.test_weights_caffe import blob, field, layer, old_layer
 
+BY_NAME = {release.name: release for release in catalogue.releases()}
+
 
 @functools.cache
 def template_of(name) -> Any:
-    return import_weights.template_of(import_weights.build(name))
+    return rules.template_of(catalogue.build(name))
 
 
 # Layers that know the classes.
@@ -49,7 +57,7 @@ HEAD = re.compile(r"params/(score_.*|.*final|fc8.*|fc1?(_c.)?|seg-score|conv_.*e
 def test_every_name_of_a_release_is_explained(case):
     model, name, normalisation, blobs, counts = RELEASES[case]
     template, tensors = template_of(model), published(blobs)
-    release = rules.choose(import_weights.RELEASES, template, tensors)
+    release = rules.choose(catalogue.releases(), template, tensors)
     assert (release.name, release.normalisation) == (name, normalisation)
     account = rules.match(template, tensors, release.rules, absent=release.absent)
     assert Counter(row.status for row in account.rows) == counts
@@ -67,14 +75,82 @@ def test_every_name_of_a_release_is_explained(case):
     assert set.union(*trunk).isdisjoint(head for head in targets if HEAD.fullmatch(head))
 
 
+NAMES = [
+    *("vgg16", "fcn32s", "fcn16s", "fcn8s", "fcn8s_at_once", "fcn_alexnet", "segnet"),
+    *("segnet_basic", "deconvnet", "dilated_front_end", "dilation7", "dilation8", "dilation8_voc"),
+    *("dilation10", "deeplab_largefov", "deeplab_vgg16", "deeplab_resnet101", "resnet50"),
+    *("resnet101", "resnext101_32x8d", "resnext101_64x4d", "fcn_resnet50", "fcn_resnet101"),
+    *("deeplabv3_resnet50", "deeplabv3_resnet101"),
+]
+
+
+def test_every_name_is_found():
+    assert sorted(catalogue.networks()) == sorted(NAMES)
+    assert set(BY_NAME) == {
+        *(name for _, name, *_ in RELEASES.values()),
+        *(f"torchvision's {kind}" for kind in ("vgg16", "vgg16, features alone", "vgg16_bn")),
+        *(f"torchvision's {kind}" for kind in ("ResNet", "FCN on ResNet", "DeepLabv3")),
+    }
+    with pytest.raises(UserError, match=r"unknown network 'vgg'; .* fcn32s, fcn16s, .* vgg16"):
+        catalogue.build("vgg")
+
+
 def test_every_name_builds_a_network():
-    names = typing.get_args(import_weights.ModelName)
-    assert set(names) == set(import_weights._NETWORKS)
-    assert {model for model, *_ in RELEASES.values()} <= set(names)
-    for name in names:
-        model: Any = import_weights.build(name, num_classes=7)
+    assert {model for model, *_ in RELEASES.values()} <= set(catalogue.networks())
+    for name in catalogue.networks():
+        model: Any = catalogue.build(name, num_classes=7)
         assert getattr(model, "num_classes", 7) == 7
-        assert getattr(import_weights.build(name, aux=True), "aux", True)
+        assert getattr(catalogue.build(name, aux=True), "aux", True)
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+    """Puts a module into the folder of releases."""
+    monkeypatch.setattr(releases, "__path__", [*releases.__path__, str(tmp_path)])
+
+    def put(name, networks, tables="()"):
+        monkeypatch.delitem(sys.modules, f"dense_jax.releases.{name}", raising=False)
+        monkeypatch.setattr(releases, name, None, raising=False)
+        (tmp_path / f"{name}.py").write_text(
+            "from dense_jax.models import unet\n"
+            "from dense_jax.releases.catalogue import Network\n"
+            "from dense_jax.weights.rules import Release, Rule\n"
+            f"NETWORKS = {{name: Network(unet.unet_same, 2) for name in {networks}}}\n"
+            f"RELEASES = {tables}\n"
+        )
+
+    return put
+
+
+def model_flag(monkeypatch, capsys, *flags):
+    """Returns what the command line says, on one line and without frames."""
+    monkeypatch.setattr(sys, "argv", ["dense_jax", "import-weights", *flags])
+    monkeypatch.setattr(cli, "set_up_jax", lambda: None)
+    with pytest.raises(SystemExit):
+        commands.main()
+    said = capsys.readouterr()
+    return re.sub(r"[\s│]+", " ", said.out + said.err)
+
+
+def test_a_file_in_the_folder_adds_its_names(family, tmp_path, monkeypatch, capsys):
+    choices = re.escape("{" + ",".join(catalogue.networks()) + "}").replace(",", ", ?")
+    assert re.search(f"--model {choices}", model_flag(monkeypatch, capsys, "--help"))
+    said = model_flag(monkeypatch, capsys, "--model=own_unet", "--from=x.npz")
+    assert "invalid choice 'own_unet' for argument '--model'" in said
+    assert all(f"'{name}'" in said for name in NAMES)
+    table = 'Release("somebody\'s U-Net", (Rule("a", None),), (), "none")'
+    family("own", ["own_unet"], f"({table},)")
+    assert catalogue.networks().keys() - set(NAMES) == {"own_unet"}
+    assert "own_unet" in model_flag(monkeypatch, capsys, "--help")
+    np.savez(tmp_path / "x.npz", a=np.ones(1))
+    with pytest.raises(UserError, match="holds somebody's U-Net"):
+        import_weights.run(model="own_unet", source=str(tmp_path / "x.npz"), dry_run=True)
+
+
+def test_two_families_have_no_name_in_common(family):
+    family("own", ["own_unet", "fcn8s"])
+    with pytest.raises(ValueError, match=r"dense_jax\.releases\.own has fcn8s"):
+        catalogue.networks()
 
 
 def test_the_release_is_known_in_parts():
@@ -85,11 +161,31 @@ def test_the_release_is_known_in_parts():
         ("segnet", VGG | DENSE, "Caffe's VGG-16"),
         ("deconvnet", VGG | ON_MAP, "Caffe's VGG-16"),
     ):
-        release = rules.choose(import_weights.RELEASES, template_of(model), published(blobs))
+        release = rules.choose(catalogue.releases(), template_of(model), published(blobs))
         account = rules.match(
             template_of(model), published(blobs), release.rules, required=release.trunk
         )
         assert (release.name, account.unexplained) == (name, ())
+
+
+@pytest.mark.parametrize("case", [*RELEASES, "torchvision's vgg16_bn", "torchvision's ResNet"])
+def test_the_order_of_releases_does_not_matter(case):
+    """Files of several networks at once too, of which each has a table of its own."""
+    known = catalogue.releases()
+    if case in RELEASES:
+        models, tensors = [None, RELEASES[case][0]], published(RELEASES[case][3])
+    else:
+        models = [None, "segnet", "deconvnet", "vgg16", "fcn_resnet50", "resnet50"]
+        release = next(release for release in known if release.name == case)
+        names = (rule.source.format(s=1, b=0, i=1) for rule in release.rules)
+        tensors = {name: np.zeros(1) for name in names}
+    for model in models:
+        template = None if model is None else template_of(model)
+        chosen = []
+        for order in (1, -1):
+            with contextlib.suppress(UserError):  # of another network
+                chosen.append(rules.choose(known[::order], template, tensors))
+        assert chosen[1:] == chosen[:1]
 
 
 def written(
@@ -128,33 +224,39 @@ def four_axes(*dims):
 
 THIN = dict(width=1 / 32)
 # A thin network and the release that its weights are written and read as.
-ROUNDS: dict[str, tuple[Any, rules.Release, str, str]] = {
-    "fcn8s": (fcn.fcn8s(5, pad_mode="same", **THIN), fcn.CAFFE[0], "layers", "-"),
-    "fcn32s": (fcn.fcn32s(5, upsample="learned_all", **THIN), fcn.CAFFE[0], "layer", "-"),
-    "fcn16s": (fcn.fcn16s(5, upsample="learned_inner", **THIN), fcn.CAFFE[0], "layer", "-"),
-    "alexnet": (fcn.fcn_alexnet(5, **THIN), fcn.CAFFE[2], "layer", "-"),
-    "segnet": (segnet.SegNet(5, **THIN), segnet.CAFFE[0], "layer", "-"),
-    "segnet_basic": (segnet.SegNetBasic(5, **THIN), segnet.CAFFE[1], "layers", "-"),
+ROUNDS: dict[str, tuple[Any, str, str, str]] = {
+    "fcn8s": (fcn.fcn8s(5, pad_mode="same", **THIN), "Caffe's FCN", "layers", "-"),
+    "fcn32s": (fcn.fcn32s(5, upsample="learned_all", **THIN), "Caffe's FCN", "layer", "-"),
+    "fcn16s": (fcn.fcn16s(5, upsample="learned_inner", **THIN), "Caffe's FCN", "layer", "-"),
+    "alexnet": (fcn.fcn_alexnet(5, **THIN), "Caffe's CaffeNet", "layer", "-"),
+    "segnet": (segnet.SegNet(5, **THIN), "Caffe's SegNet", "layer", "-"),
+    "segnet_basic": (segnet.SegNetBasic(5, **THIN), "Caffe's SegNet-Basic", "layers", "-"),
     "deconvnet": (
-        deconvnet.DeconvNet(5, input_size=64, fc_width=64, **THIN), deconvnet.CAFFE, "layers", "-"
+        deconvnet.DeconvNet(5, input_size=64, fc_width=64, **THIN),
+        *("Caffe's DeconvNet", "layers", "-"),
     ),
     "dilation_voc": (
-        dilated.dilated_large(3, pad="same", **THIN), dilated.CAFFE[0], "layer", "-"
+        dilated.dilated_large(3, pad="same", **THIN),
+        *("fyu/dilation's dilation8 for VOC", "layer", "-"),
     ),
-    "dilation10": (dilated.dilation10(3, pad="same", **THIN), dilated.CAFFE[3], "layer", "-"),
-    "deeplab": (deeplab.deeplab_vgg_aspp_l(5, **THIN), deeplab.CAFFE[0], "layer", "-"),
+    "dilation10": (
+        dilated.dilation10(3, pad="same", **THIN),
+        *("fyu/dilation's dilation10 for Cityscapes", "layer", "-"),
+    ),
+    "deeplab": (deeplab.deeplab_vgg_aspp_l(5, **THIN), "Caffe's DeepLab on VGG-16", "layer", "-"),
     "resnet50": (
-        resnet.resnet50(num_classes=5, width=1 / 64), resnet.MSRA[0], "layer", "bn"
+        resnet.resnet50(num_classes=5, width=1 / 64), "MSRA's ResNet-50", "layer", "bn"
     ),
     "resnet101": (
-        resnet.resnet101(num_classes=5, width=1 / 64), resnet.MSRA[1], "layer", "bn"
+        resnet.resnet101(num_classes=5, width=1 / 64), "MSRA's ResNet-101", "layer", "bn"
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ROUNDS)
 def test_what_is_written_is_read_back(case, tmp_path):
-    model, release, form, norms = ROUNDS[case]
+    model, name, form, norms = ROUNDS[case]
+    release = BY_NAME[name]
     variables = contract.random_variables(model, (1, 32, 32, 3))
     if release.absent:
         variables = {"params": variables["params"]}
@@ -164,8 +266,8 @@ def test_what_is_written_is_read_back(case, tmp_path):
         norm = variables["batch_stats"]["bn1"]
         norm["mean"] = norm["mean"] - tensors["conv1.1"]
     file = files.read(written(tensors, tmp_path / "x.caffemodel", form, norms))
-    template = import_weights.template_of(model)
-    found = rules.choose(import_weights.RELEASES, template, file.tensors)
+    template = rules.template_of(model)
+    found = rules.choose(catalogue.releases(), template, file.tensors)
     assert found.name == release.name
     tree, account = rules.load(template, file.tensors, found.rules, absent=found.absent)
     assert not account.unexplained
@@ -177,9 +279,9 @@ def test_what_is_written_is_read_back(case, tmp_path):
 def fcn8s_file(tmp_path, monkeypatch) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
     """A file of a thin FCN-8s as it is published, and its tensors."""
     model = ROUNDS["fcn8s"][0]
-    monkeypatch.setattr(import_weights, "build", lambda *_: model)
+    monkeypatch.setattr(catalogue, "build", lambda *_: model)
     variables = contract.random_variables(model, (1, 32, 32, 3))
-    tensors: Any = rules.unload(variables, fcn.CAFFE[0].rules)
+    tensors: Any = rules.unload(variables, BY_NAME["Caffe's FCN"].rules)
     for name, k in (("upscore2", 4), ("upscore_pool4", 4), ("upscore8", 16)):
         tensors[f"{name}.0"] = bilinear((5, 5, k, k))
     return written(tensors, tmp_path / "fcn8s.caffemodel"), tensors
@@ -190,10 +292,10 @@ def test_fcn8s_sees_in_rgb_what_caffe_saw_in_bgr(fcn8s_file, tmp_path, capsys):
     import_weights.run(model="fcn8s", source=str(path), out=tmp_path / "out")
     said = capsys.readouterr().out
     assert "36 loaded (18 permuted, 1 channels reversed), 3 ignored" in said
-    assert "Caffe's FCN; images are to come with --normalisation=caffe" in said
-    assert "the network needs --pad-mode=100" in said
+    assert "Caffe's FCN; it expects images with --normalisation=caffe" in said
+    assert "build the network with --pad-mode=100" in said
     model = ROUNDS["fcn8s"][0]
-    loaded, _ = import_weights.initial(f"run:{tmp_path / 'out'}", None)
+    loaded, _ = start.initial(f"run:{tmp_path / 'out'}", None)
     rgb = np.random.default_rng(0).uniform(-100, 100, (1, 64, 32, 3)).astype(np.float32)
     run = jax.jit(functools.partial(model.apply, train=False))
     got: Any = run(loaded, rgb)
@@ -218,30 +320,30 @@ def test_other_filters_than_the_bilinear_ones_are_refused(fcn8s_file, tmp_path):
     tensors["upscore8.0"] = tensors["upscore8.0"] * np.float32(1.01)
     written(tensors, path)
     options: Any = dict(model="fcn8s", source=str(path), out=tmp_path / "out")
-    with pytest.raises(UserError, match=r"1 misfit: upscore8.0 \(not what is built in"):
+    with pytest.raises(UserError, match=r"1 mismatch: upscore8.0 \(its values differ"):
         import_weights.run(**options, dry_run=True)
     assert not (tmp_path / "out").exists()
     import_weights.run(**options, ignore=("upscore8.*",))
-    learned = import_weights.template_of(ROUNDS["fcn8s"][0].clone(upsample="learned_all"))
-    tree, _ = import_weights.initial(f"file:{path}", learned)
+    learned = rules.template_of(ROUNDS["fcn8s"][0].clone(upsample="learned_all"))
+    tree, _ = start.initial(f"file:{path}", learned)
     kernel = tree["params"]["upscore8"]["kernel"]
     np.testing.assert_array_equal(kernel[:, :, 0, 3], tensors["upscore8.0"][3, 3])
 
 
 def test_a_network_without_statistics_says_so(tmp_path, monkeypatch, capsys):
-    model, release, form, _ = ROUNDS["segnet_basic"]
-    monkeypatch.setattr(import_weights, "build", lambda *_: model)
+    model, name, form, _ = ROUNDS["segnet_basic"]
+    monkeypatch.setattr(catalogue, "build", lambda *_: model)
     variables = contract.random_variables(model, (1, 32, 32, 3))
-    tensors = rules.unload({"params": variables["params"]}, release.rules)
+    tensors = rules.unload({"params": variables["params"]}, BY_NAME[name].rules)
     path = written(tensors, tmp_path / "x.caffemodel", form)
     import_weights.run(model="segnet_basic", source=str(path), out=tmp_path / "out")
     said = capsys.readouterr().out
-    assert "the network needs --input-norm=lrn" in said
+    assert "build the network with --input-norm=lrn" in said
     assert "16 new" in said
-    loaded, normalisation = import_weights.initial(f"run:{tmp_path / 'out'}", None)
+    loaded, normalisation = start.initial(f"run:{tmp_path / 'out'}", None)
     assert (list(loaded), normalisation) == (["params"], "none")
     assert (
-        "init: to compute what it did, the network needs --input-norm=lrn"
+        "init: to reproduce the published outputs, build the network with --input-norm=lrn"
         in capsys.readouterr().out
     )
 
@@ -254,7 +356,7 @@ def test_caffes_deconvolution_of_stride_1_is_a_convolution_here():
     for h, w in np.ndindex(5, 6):  # each input places a copy of the kernel
         want[h : h + 3, w : w + 3] += np.einsum("i,iohw->hwo", x[h, w], theirs)
     template = {"params": {"deconv4_3": {"kernel": np.zeros((3, 3, 4, 2), np.float32)}}}
-    table = [rule for rule in deconvnet.CAFFE.rules if rule.source == "deconv4_3.0"]
+    table = [rule for rule in BY_NAME["Caffe's DeconvNet"].rules if rule.source == "deconv4_3.0"]
     kernel = rules.load(template, {"deconv4_3.0": theirs}, table)[0]["params"]["deconv4_3"]
     got = conv(jnp.asarray(x[None]), jnp.asarray(kernel["kernel"]))[0]
     np.testing.assert_allclose(got, want[1:-1, 1:-1], atol=1e-5)
@@ -310,11 +412,11 @@ def zeros(template):
 def test_every_name_of_mask_rcnn_is_explained(form):
     leaves: dict[str, Any] = {}
     tensors: dict[str, np.ndarray] = {}
-    backbone = import_weights.template_of(resnet.resnet50())
+    backbone = rules.template_of(resnet.resnet50())
     for path, leaf in traverse_util.flatten_dict(backbone, sep="/").items():
         kind, name = path.split("/", 1)
         leaves[f"{kind}/backbone/{name}"] = leaf
-    body = rules.unload(zeros(backbone), resnet.TORCHVISION.rules)
+    body = rules.unload(zeros(backbone), resnet_releases.TORCHVISION.rules)
     tensors |= {f"backbone.body.{name}": values for name, values in body.items()}
     for ours, *theirs, shape, their_shape in HEADS:
         features = their_shape[1] if "conv5_mask" in ours else their_shape[0]

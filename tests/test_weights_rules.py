@@ -12,7 +12,7 @@ import pytest
 
 from dense_jax.errors import UserError
 from dense_jax.models import deeplab, dilated, fcn
-from dense_jax.tasks import import_weights
+from dense_jax.releases import catalogue
 from dense_jax.weights import rules
 from dense_jax.weights.rules import Rule
 from tests.torchvision_names import num_keys, torch_leaves, torch_name, torch_shapes
@@ -64,7 +64,7 @@ TORCHVISION = {
 
 @functools.cache
 def template_of(name) -> Any:
-    return import_weights.template_of(import_weights.build(name, aux=True))
+    return rules.template_of(catalogue.build(name, aux=True))
 
 
 @pytest.mark.parametrize(("name", "number"), TORCHVISION.items(), ids=TORCHVISION)
@@ -72,7 +72,7 @@ def test_a_state_dict_of_torchvision_is_explained_and_made_again(name, number):
     template = template_of(name)
     tensors = state_dict(torch_shapes(template))
     assert len(tensors) == number == num_keys(torch_leaves(template))
-    release = rules.choose(import_weights.RELEASES, template, tensors)
+    release = rules.choose(catalogue.releases(), template, tensors)
     tree, account = rules.load(template, tensors, release.rules)
     chex.assert_trees_all_equal_shapes_and_dtypes(tree, template)
     for row in account.rows:
@@ -87,7 +87,7 @@ def test_a_state_dict_of_torchvision_is_explained_and_made_again(name, number):
 
 # Network, the numbers, and how many tensors or parameters are loaded, new and ignored.
 VGGS = {
-    "vgg16": (import_weights.build("vgg16"), VGG, {"loaded": 30, "ignored": 2}),
+    "vgg16": (catalogue.build("vgg16"), VGG, {"loaded": 30, "ignored": 2}),
     "fcn8s": (fcn.fcn8s(21), VGG, {"loaded": 30, "new": 6, "ignored": 2}),
     "dilated": (
         dilated.dilated_basic(21, pad="same"),
@@ -97,12 +97,12 @@ VGGS = {
     # Its fc6 and fc7 are of other shapes.
     "deeplab": (deeplab.deeplab_largefov(21), VGG, {"loaded": 26, "new": 6, "ignored": 2}),
     "segnet": (
-        import_weights.build("segnet", 12),
+        catalogue.build("segnet", 12),
         VGG_BN,
         {"loaded": 78, "new": 74, "ignored": 19},
     ),
     "deconvnet": (
-        import_weights.build("deconvnet"),
+        catalogue.build("deconvnet"),
         VGG_BN,
         {"loaded": 82, "new": 94, "ignored": 15},
     ),
@@ -111,10 +111,10 @@ VGGS = {
 
 @pytest.mark.parametrize(("model", "numbers", "counts"), VGGS.values(), ids=VGGS)
 def test_vgg_fills_the_networks_that_stand_on_it(model, numbers, counts):
-    template = import_weights.template_of(model)
+    template = rules.template_of(model)
     tensors = state_dict(vgg_shapes(numbers, norm=numbers is VGG_BN))
     assert len(tensors) == (97 if numbers is VGG_BN else 32)
-    release = rules.choose(import_weights.RELEASES, template, tensors)
+    release = rules.choose(catalogue.releases(), template, tensors)
     tree, account = rules.load(template, tensors, release.rules, required=release.trunk)
     assert Counter(row.status for row in account.rows) == counts
     targets = {row.source: row.target for row in account.rows}
@@ -134,7 +134,7 @@ def test_vgg_fills_the_networks_that_stand_on_it(model, numbers, counts):
 )
 def test_a_head_of_another_kind_stays_in_the_file(source, target):
     tensors = state_dict(torch_shapes(template_of(source)))
-    release = rules.choose(import_weights.RELEASES, template_of(target), tensors)
+    release = rules.choose(catalogue.releases(), template_of(target), tensors)
     _, account = rules.load(template_of(target), tensors, release.rules, required=release.trunk)
     left = [row.source for row in account.rows if row.status == "ignored"]
     assert all(re.match(r"classifier|.*num_batches_tracked", name) for name in left)
@@ -148,8 +148,8 @@ def test_a_head_of_another_kind_stays_in_the_file(source, target):
 def test_networks_that_end_early_leave_the_rest_in_the_file():
     tensors = state_dict(vgg_shapes(VGG, norm=False))
     for model, last in ((fcn.FCN(21, stride=16, single_skip="pool4"), 4), (fcn.fcn8s(21), 5)):
-        template = import_weights.template_of(model)
-        release = rules.choose(import_weights.RELEASES, template, tensors)
+        template = rules.template_of(model)
+        release = rules.choose(catalogue.releases(), template, tensors)
         tree, _ = rules.load(template, tensors, release.rules, required=release.trunk)
         assert max(name for name in tree["params"] if name.startswith("conv"))[4] == str(last)
     for number, missing in ((17, "conv4_1"), (24, "conv5_1")):
@@ -163,7 +163,7 @@ def test_vggs_features_alone_are_known_by_a_classifier_of_nan():
     template = template_of("fcn8s")
     for value, normalisation in ((1, "torchvision"), (np.nan, "torchvision_vgg16_features")):
         tensors["classifier.6.bias"] = np.full(1000, value)
-        release = rules.choose(import_weights.RELEASES, template, tensors)
+        release = rules.choose(catalogue.releases(), template, tensors)
         assert release.normalisation == normalisation
     tree, account = rules.load(
         template, tensors, release.rules, required=release.trunk, absent=release.absent
@@ -184,8 +184,8 @@ def test_timms_names_of_vggs_classifier():
             assert tensors[name].size == tensor.size
     for kind in ("weight", "bias"):
         tensors[f"head.fc.{kind}"] = tensors.pop(f"classifier.6.{kind}")
-    template = import_weights.template_of(import_weights.build("vgg16"))
-    release = rules.choose(import_weights.RELEASES, template, tensors)
+    template = rules.template_of(catalogue.build("vgg16"))
+    release = rules.choose(catalogue.releases(), template, tensors)
     _, account = rules.load(template, tensors, release.rules)
     assert Counter(row.status for row in account.rows) == {"loaded": 30, "ignored": 2}
 
@@ -225,9 +225,9 @@ ZEROS = np.zeros((4, 2, 3, 3), np.float32)
         ({"fc_bias": None}, "1 missing: params/score/bias"),
         ({"extra": ZEROS}, "1 unexpected: extra"),
         ({"conv2_weight": ZEROS}, "1 unexpected: conv2.weight (no params/conv2/kernel here)"),
-        ({"conv1_weight": ZEROS[:3]}, "1 misfit: conv1.weight ((3, 2, 3, 3) does not make"),
-        ({"conv1_weight": ZEROS[0]}, "1 misfit: conv1.weight ((2, 3, 3) does not make"),
-        ({"conv1_weight": ZEROS.astype(int)}, "1 misfit: conv1.weight (of dtype int64)"),
+        ({"conv1_weight": ZEROS[:3]}, "1 mismatch: conv1.weight ((3, 2, 3, 3) does not become"),
+        ({"conv1_weight": ZEROS[0]}, "1 mismatch: conv1.weight ((2, 3, 3) does not become"),
+        ({"conv1_weight": ZEROS.astype(int)}, "1 mismatch: conv1.weight (dtype int64)"),
         ({f"x{i}": ZEROS for i in range(5)}, "5 unexpected: x0, x1, x2 and 2 more"),
     ],
 )
@@ -273,13 +273,13 @@ def test_numbers_that_are_none_are_refused(value):
     template, tensors = small()
     values = tensors["bn1.running_var"] = np.ones(4, np.float32)
     values[1:3] = value
-    with pytest.raises(UserError, match=r"x\.npz: bn1\.running_var holds NaN, or what is inf"):
+    with pytest.raises(UserError, match=r"x\.npz: bn1\.running_var holds NaN, or numbers beyond"):
         rules.load(template, tensors, TABLE, path="x.npz")
 
 
 @pytest.mark.parametrize(
     ("name", "value", "fault"),
-    [("bn1.weight", 1e300, "infinite in float32"), ("bn1.running_var", -1, "variance below 0")],
+    [("bn1.weight", 1e300, "beyond float32"), ("bn1.running_var", -1, "variance below 0")],
 )
 def test_numbers_that_no_parameter_can_be_are_refused(name, value, fault):
     template, tensors = small()
@@ -291,13 +291,13 @@ def test_numbers_that_no_parameter_can_be_are_refused(name, value, fault):
 def test_one_tensor_is_one_parameter():
     template, tensors = small()
     twice = (*TABLE, Rule("old_fc.bias", "params/score/bias"))
-    with pytest.raises(UserError, match=r"fc.bias and old_fc.bias are both params/score/bias"):
+    with pytest.raises(UserError, match=r"fc.bias and old_fc.bias both become params/score/bias"):
         rules.match(template, {**tensors, "old_fc.bias": tensors["fc.bias"]}, twice)
-    with pytest.raises(ValueError, match=r"Two rules speak of fc\.bias"):
+    with pytest.raises(ValueError, match=r"Two rules match fc\.bias"):
         rules.match(template, tensors, (*TABLE, Rule("fc.bias", "params/bn1/bias")))
-    with pytest.raises(ValueError, match=r"Two rules speak of params/score/bias"):
+    with pytest.raises(ValueError, match=r"Two rules match params/score/bias"):
         rules.unload({"params": {"score": {"bias": np.ones(5)}}}, twice)
-    with pytest.raises(UserError, match="params/other has no name"):
+    with pytest.raises(UserError, match="no name for params/other"):
         rules.unload({"params": {"other": np.ones(5)}}, TABLE)
 
 
@@ -350,11 +350,15 @@ def test_the_release_that_knows_a_file_best_is_chosen():
     }
     releases = [rules.Release(name, table, (), "none") for name, table in tables.items()]
 
-    def chosen(*names):
-        return rules.choose(releases, template, {name: np.ones(1) for name in names}).name
+    def chosen(*names, order=1):
+        tensors = {name: np.ones(1) for name in names}
+        return rules.choose(releases[::order], template, tensors).name
 
-    assert [chosen("a"), chosen("a", "b"), chosen("a", "b", "c")] == ["less", "exact", "more"]
-    with pytest.raises(UserError, match=r"tensors of no known names \(d, \.\.\.\)"):
+    for order in (1, -1):  # of equals not the first, but the last by name
+        assert chosen("a", order=order) == "same"
+        assert chosen("a", "b", order=order) == "exact"
+        assert chosen("a", "b", "c", order=order) == "more"
+    with pytest.raises(UserError, match=r"tensors of unknown names \(d, \.\.\.\)"):
         chosen("d")
 
 

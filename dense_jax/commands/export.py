@@ -23,7 +23,8 @@ from dense_jax import runs
 from dense_jax.data.transforms import NORMALISATIONS
 from dense_jax.errors import UserError
 from dense_jax.infer import onnx_file, program
-from dense_jax.tasks import import_weights, trained
+from dense_jax.releases import catalogue
+from dense_jax.tasks import trained
 from dense_jax.tasks.semantic import Semantic, labelling
 from dense_jax.tasks.task import Task
 from dense_jax.weights import rules
@@ -136,7 +137,7 @@ def parameters(opened: trained.Run, record: dict[str, Any]) -> tuple[bytes, dict
 
 
 def _under_torchvisions_names(opened: trained.Run) -> tuple[str, dict[str, np.ndarray]] | None:
-    for release in import_weights.RELEASES:
+    for release in catalogue.releases():
         if not release.name.startswith("torchvision"):
             continue
         with contextlib.suppress(UserError):  # a parameter that this one does not have

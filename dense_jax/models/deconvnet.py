@@ -1,10 +1,10 @@
-"""DeconvNet: VGG-16 and its mirror image, joined by the places of the maxima of its pools.
+"""DeconvNet: VGG-16 and a symmetric decoder, which unpools by the switches of the poolings.
 
 Reference: Noh, Hong, Han, "Learning deconvolution network for semantic segmentation", ICCV 2015,
 arXiv:1505.04366: Section 3, Figure 2, Table 2. Names, initialisation and batch normalisation
 follow the authors' release (HyeonwooNoh/DeconvNet: stage_1_train.prototxt; its BN layer is in
-HyeonwooNoh/caffe). "Deconvolutions" of stride 1 with padding 1 are convolutions whose kernel is
-turned around and has input and output swapped; they are convolutions here.
+HyeonwooNoh/caffe). A "deconvolution" of stride 1 with padding 1 is a convolution whose kernel is
+flipped and has input and output channels swapped; here it is a convolution.
 """
 
 import functools
@@ -23,22 +23,21 @@ from dense_jax.models import vgg
 from dense_jax.ops.pool import max_pool_with_switches, max_unpool
 from dense_jax.ops.precision import at_least_float32
 from dense_jax.ops.resize import resize_bilinear
-from dense_jax.weights import rules
 
-# Channels of the convolutions of stages 1 to 5, on the way down and on the way up.
+# Channels of the convolutions in stages 1 to 5 of the encoder and of the decoder.
 _ENCODER = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _DECODER = ((64, 64), (128, 64), (256, 256, 128), (512, 512, 256), (512, 512, 512))
 _STRIDE = 2 ** len(_ENCODER)
-# Of all layers that VGG-16 does not have.
+# Initial kernels of the layers that VGG-16 does not have.
 _DECODER_INIT = {"gaussian": init.normal(0.01), "he": init.he}
 
 
 class _OverlapMean(nn.Module):
-    """Up-convolution of stride 1 that averages overlapping copies instead of adding them.
+    """Up-convolution of stride 1 that averages overlapping copies of the kernel.
 
-    On an image of the network's input size fc7 is one unit and there is nothing to average, as in
-    the paper. On a larger image every place is covered by up to kernel_size^2 copies; their mean,
-    unlike their sum, has the scale that the following layers know.
+    An up-convolution adds the copies. On an image of the network's input size fc7 is one unit, so
+    no copies overlap, as in the paper. On a larger image up to kernel_size^2 copies cover a
+    position. Their mean, unlike their sum, has the scale that the following layers expect.
     """
 
     features: int
@@ -60,7 +59,7 @@ class _OverlapMean(nn.Module):
 
 
 def _num_copies(count: int, length: int) -> jax.Array:
-    """Returns how many of `count` copies of so many taps, one after another, lie on each place."""
+    """Returns the number of copies at each position for `count` copies of `length` taps, step 1."""
     at = jnp.arange(count + length - 1)
     return jnp.minimum(at, count - 1) - jnp.maximum(at - length + 1, 0) + 1
 
@@ -68,24 +67,25 @@ def _num_copies(count: int, length: int) -> jax.Array:
 class DeconvNet(nn.Module):
     """DeconvNet; maps images [B, H, W, C], any H, W >= 1, to logits [B, H, W, num_classes].
 
-    It is made for square images of `input_size`. A larger one is seen by fc6 window by window, in
-    steps of 32 pixels, and sides are filled up with zeros at the bottom and right to `input_size`
-    and to a multiple of 32; the logits are those of the image without the filling.
+    The network is made for square images of `input_size`. On a larger image fc6 slides in steps of
+    32 pixels. Zeros pad images at the bottom and right to at least `input_size` and to a multiple
+    of 32; the logits are cropped to the image.
 
     Attributes:
       num_classes: number of classes.
-      input_size: height and width that fc6 takes in at once, a multiple of 32.
-      bn: batch normalisation behind every layer but the last; without it training ends in a poor
-        optimum (Section 4.1).
-      unpool: "switch" puts a value where the maximum was, "fixed_corner" into the upper left
-        corner of its window, "bilinear" enlarges without looking back.
-      decoder_init: initial kernels of the layers that VGG-16 does not have: "gaussian" of deviation
-        0.01, as released, or "he", whose scale depends on the width as the others' does.
+      input_size: height and width of the window of fc6, a multiple of 32.
+      bn: whether batch normalisation follows each layer but the last; without it training ends in a
+        poor optimum (Section 4.1).
+      unpool: "switch" puts a value at the position of the maximum, "fixed_corner" in the upper left
+        corner of the window; "bilinear" interpolates without switches.
+      decoder_init: initial kernels of the layers that VGG-16 does not have: "gaussian" with a
+        standard deviation of 0.01, as in the release, or "he", whose scale depends on the width.
       fc_width: channels of fc6 and fc7.
-      width: channel multiplier of all layers, fc6 and fc7 among them.
-      bn_momentum: share of the old running statistics kept in a training step.
-      bn_epsilon: added to the variance; 1e-9 is the release's, torchvision's vgg16_bn has 1e-5.
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
+      width: channel multiplier of all layers, also of fc6 and fc7.
+      bn_momentum: decay of the running statistics.
+      bn_epsilon: constant added to the variance; 1e-9 in the release, 1e-5 in torchvision's
+        vgg16_bn.
+      axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
       dtype: computation dtype; the logits are float32.
     """
 
@@ -103,17 +103,20 @@ class DeconvNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "logits", float32, and every layer's output by its released name.
+        """Returns "logits" in float32, and the output of each layer by its name in the release.
 
-        With `train`, the 1x1 maps of fc6 and fc7 are normalised over the batch alone, so that one
-        image of `input_size` would always give the same: use two or more.
+        With `train`, normalisation of the 1x1 maps of fc6 and fc7 averages over the batch alone.
+        One image of `input_size` always gives the same output then: use two or more.
 
         Raises:
-          ValueError: images are not [B, H, W, C], or `input_size` is not a multiple of 32.
+          ValueError: images do not have the shape [B, H, W, C], or `input_size` is not a multiple
+            of 32.
         """
         size, outputs = vgg.image_size(images), {}
         if self.input_size % _STRIDE or self.input_size < _STRIDE:
-            raise ValueError(f"The input size is a multiple of {_STRIDE}, not {self.input_size}.")
+            raise ValueError(
+                f"The input size must be a multiple of {_STRIDE}, not {self.input_size}."
+            )
         fc_kernel = self.input_size // _STRIDE
         scaled = functools.partial(vgg.scaled, width=self.width)
         conv = functools.partial(Conv, dtype=self.dtype)
@@ -126,7 +129,7 @@ class DeconvNet(nn.Module):
                     use_running_average=not train,
                     momentum=self.bn_momentum,
                     epsilon=self.bn_epsilon,
-                    bias_init=nn.initializers.constant(0.001),  # as released
+                    bias_init=nn.initializers.constant(0.001),  # as in the release
                     axis_name=self.axis_name,
                     name=norm_name,
                 )
@@ -163,7 +166,7 @@ class DeconvNet(nn.Module):
         return outputs
 
     def _unpool(self, x: jax.Array, switches: jax.Array) -> jax.Array:
-        """Doubles the size of [B, H, W, C]."""
+        """Doubles height and width of [B, H, W, C]."""
         size = (2 * x.shape[1], 2 * x.shape[2])
         if self.unpool == "switch":
             return max_unpool(x, switches, size, window=2)
@@ -172,37 +175,4 @@ class DeconvNet(nn.Module):
         return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 1, 1), (0, 1, 1), (0, 0, 0)])
 
 
-deconvnet_fc1024 = functools.partial(DeconvNet, fc_width=1024)  # As re-run for the SegNet paper.
-# The encoder.
-TORCHVISION = rules.Release(
-    "torchvision's vgg16_bn",
-    vgg.torchvision_rules("bn{}"),
-    trunk=("*/conv?_?/*", "*/bn?_?/*"),
-    normalisation="torchvision",
-    needs="--bn-epsilon=1e-5",
-)
-
-
-def _caffe_rules() -> tuple[rules.Rule, ...]:
-    """Rules for the whole network; deconv* are up-convolutions of stride 1 there."""
-    table = list(vgg.CAFFE_RULES)
-    norms = {"fc6": "bnfc6", "fc7": "bnfc7", "fc6-deconv": "fc6-deconv-bn"}
-    for stage, features in enumerate(_ENCODER, 1):
-        for i in range(1, len(features) + 1):
-            deconv = f"deconv{stage}_{i}"
-            norms |= {f"conv{stage}_{i}": f"bn{stage}_{i}", deconv: f"debn{stage}_{i}"}
-            table += rules.caffe_conv(deconv, deconv, "up_conv+flip")
-    table += rules.caffe_conv("fc6-deconv", "fc6-deconv", "up_conv")
-    table += rules.caffe_conv("seg-score-voc", "seg-score")
-    return (*table, *(rule for norm in norms.values() for rule in rules.caffe_scale(norm, norm)))
-
-
-# HyeonwooNoh/DeconvNet: DeconvNet_trainval_inference.caffemodel.
-CAFFE = rules.Release(
-    "Caffe's DeconvNet",
-    _caffe_rules(),
-    trunk=("params/[!s]*",),  # all but seg-score
-    normalisation="caffe",
-    absent=("batch_stats/*",),
-    needs="to be left untrained, if it is finished: its statistics lie in scale and bias",
-)
+deconvnet_fc1024 = functools.partial(DeconvNet, fc_width=1024)  # The SegNet paper trains this one.

@@ -1,15 +1,15 @@
-"""DeepLab v1 and v2: dilated VGG-16 or ResNet scored at stride 8, at one or several image scales.
+"""DeepLab v1 and v2: a dilated VGG-16 or ResNet with scores at stride 8 and several image scales.
 
-Every layer from the third pooling on keeps the stride of 8 pixels and is dilated instead. Poolings
-are 3x3 and padded by one, so that on images of 8 m + 1 pixels unit i of every layer sits on a pixel
-(8 i at stride 8) and corners stay corners, however images and scores are resized.
+Behind the third pooling all layers keep the stride of 8 pixels and dilate instead. Poolings are 3x3
+with a padding of one. So on images of 8 m + 1 pixels, unit i of each layer is at a pixel (8 i at
+stride 8), and corners stay corners when images and scores are resized.
 
 References:
   v1: Chen, Papandreou, Kokkinos, Murphy, Yuille, "Semantic image segmentation with deep
     convolutional nets and fully connected CRFs", ICLR 2015, arXiv:1412.7062, Sections 3 and 4.2.
   v2: the same authors, "DeepLab: semantic image segmentation with deep convolutional nets, atrous
     convolution, and fully connected CRFs", PAMI 2017, arXiv:1606.00915, Sections 3.1, 3.2 and 4.1.
-Names are those of the released networks, with fc8 for fc8_voc12 and fc1 for fc1_voc12. The CRF is
+Names are those of the released networks, but fc8 for fc8_voc12 and fc1 for fc1_voc12. The CRF is in
 `dense_jax.ops.crf`.
 """
 
@@ -30,19 +30,18 @@ from dense_jax.models.resnet import FirstBlockDilation, StrideIn
 from dense_jax.models.vgg import Layer, Stack, scaled
 from dense_jax.ops.precision import at_least_float32
 from dense_jax.ops.resize import rescaled, resize_bilinear
-from dense_jax.weights import rules
 
 STRIDE = 8
-_new = init.normal(0.01)  # Layers that no pretrained network has.
+_new = init.normal(0.01)  # For layers that no pretrained network has.
 
 
 class Head(NamedTuple):
-    """What stands on the trunk: one branch for each rate, whose scores are summed.
+    """The head on the trunk: one branch for each rate; the branches' scores are summed.
 
     Attributes:
-      kernel: size of the dilated convolution, fc6 of VGG-16 or the classifier of ResNets.
-      rates: its dilation in each branch.
-      features: channels of fc6 and fc7; ResNets have none.
+      kernel: kernel size of the dilated convolution: fc6 of VGG-16, or the classifier of ResNets.
+      rates: dilation of this convolution in each branch.
+      features: channels of fc6 and fc7, which ResNets do not have.
     """
 
     kernel: int
@@ -61,7 +60,7 @@ HEADS: dict[HeadName, Head] = {
 
 
 def vgg_layers() -> tuple[Layer, ...]:
-    """Returns the table of DeepLab's VGG-16 from conv1_1 to pool5, 14,714,688 parameters."""
+    """Returns the table of DeepLab's VGG-16 from conv1_1 to pool5; 14,714,688 parameters."""
     rows = []
     for row in vgg.vgg16_layers():
         if row.name.startswith("pool"):
@@ -72,8 +71,8 @@ def vgg_layers() -> tuple[Layer, ...]:
     return tuple(row for row in rows if not row.name.startswith("fc"))
 
 
-_DENSE = ("pool4", "pool5")  # These no longer stride; layers behind pool4 are dilated for it.
-# Where the multi-scale features of v1 are taken, and how far a unit is from one of stride 8.
+_DENSE = ("pool4", "pool5")  # These have no stride here; layers behind pool4 dilate instead.
+# The layers with multi-scale features in v1, and the stride from each of them to stride 8.
 _TAPS = (("image", 8), ("pool1", 4), ("pool2", 2), ("pool3", 1), ("pool4", 1))
 
 
@@ -94,12 +93,12 @@ class VGGScores(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "scores", float32, those of each branch (fc8) and the layers by name."""
+        """Returns "scores" in float32, the scores of each branch (fc8) and the layers by name."""
         trunk = Stack(vgg_layers(), width=self.width, dtype=self.dtype)
-        nn.share_scope(self, trunk)  # Names of the release are on one level.
+        nn.share_scope(self, trunk)  # The release has all names on one level.
         outputs = trunk(images, train=train)
         x = outputs["pool5"]
-        if self.pool5a:  # Zeros beyond the border count.
+        if self.pool5a:  # The mean includes the zeros beyond the border.
             total = nn.pool(x, 0.0, lax.add, (3, 3), (1, 1), ((1, 1), (1, 1)))
             x = outputs["pool5a"] = total / 9.0
         taps = self._multi_scale_features({**outputs, "image": images}) if self.msc_features else []
@@ -121,10 +120,10 @@ class VGGScores(nn.Module):
         return nn.relu(Conv(features, kernel, dtype=self.dtype, name=name, **options)(x))
 
     def _multi_scale_features(self, layers: dict[str, jax.Array]) -> list[jax.Array]:
-        """Two small layers on the image and each of four poolings (v1, Section 4.2).
+        """Applies two small layers to the image and to each of four poolings (v1, Section 4.2).
 
-        The paper does not say how maps finer than stride 8 come down to it: here by the stride of
-        the first of the two, whose units 8 i then sit on those of the coarse map.
+        The paper does not say how finer maps reach stride 8. Here the first of the two layers has
+        the stride, so that its units are at the positions of the coarse map.
         """
         features, maps = scaled(128, self.width), []
         for layer, stride in _TAPS:
@@ -138,7 +137,7 @@ class VGGScores(nn.Module):
 def _classify(
     x: jax.Array, num_classes: int, name: str, kernel: int = 1, dilation: int = 1, dtype=None
 ) -> jax.Array:
-    """Scores of the classes; float32, as are all sums of scores."""
+    """Returns class scores in float32, as all sums of scores are."""
     conv = Conv(num_classes, kernel, dilation=dilation, kernel_init=_new, dtype=dtype, name=name)
     return at_least_float32(conv(x))
 
@@ -150,15 +149,15 @@ RESIDUAL = {
     "resnext101_32x8d": resnet.resnext101_32x8d,
     "resnext101_64x4d": resnet.resnext101_64x4d,
 }
-SCALES = (1.0, 0.75, 0.5)  # of multi-scale inputs (v2, Section 4.1.2).
-# Dilation of the first block of a stage that would stride here; others see other pixels.
+SCALES = (1.0, 0.75, 0.5)  # Multi-scale inputs (v2, Section 4.1.2).
+# Dilation of the first block of a dilated stage; others would read other pixels.
 _FIRST_BLOCK: dict[StrideIn, FirstBlockDilation] = {"1x1": "new", "3x3": "previous"}
 
 
 class ResNetScores(nn.Module):
-    """DeepLab on a residual network; maps as `VGGScores` does.
+    """DeepLab on a residual network; the shapes are those of `VGGScores`.
 
-    Each branch is a single dilated convolution to the scores (v2, Section 4.1.2).
+    Each branch is one dilated convolution to the scores (v2, Section 4.1.2).
 
     Attributes: see `DeepLab`.
     """
@@ -175,7 +174,7 @@ class ResNetScores(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "scores", float32, those of each branch (fc1) and the stages by name."""
+        """Returns "scores" in float32, the scores of each branch (fc1) and the stages by name."""
         trunk = RESIDUAL[self.backbone](
             output_stride=STRIDE,
             stride_in=self.stride_in,
@@ -199,14 +198,14 @@ class ResNetScores(nn.Module):
 
 
 def _padded(side: int, scale: float = 1.0) -> int:
-    """Returns the side, 8 m + 1, at which an image is seen, with m rounded after scaling."""
+    """Returns the padded side, 8 m + 1, of a scaled image; m is rounded after scaling."""
     return rescaled(-(-(side - 1) // STRIDE), scale) * STRIDE + 1
 
 
 def max_fusion(scores: Sequence[jax.Array]) -> jax.Array:
-    """Returns the elementwise maximum of maps [B, h, w, C], resized to the finest of them.
+    """Returns the elementwise maximum of maps [B, h, w, C], after resizing to the finest map.
 
-    The corners of all maps are the same point of the image (v2, Section 4.1.2).
+    The corners of all maps are the same points of the image (v2, Section 4.1.2).
     """
     size = (max(s.shape[1] for s in scores), max(s.shape[2] for s in scores))
     resized = (
@@ -218,27 +217,28 @@ def max_fusion(scores: Sequence[jax.Array]) -> jax.Array:
 class DeepLab(nn.Module):
     """DeepLab; maps images [B, H, W, C], any H, W >= 1, to logits [B, H, W, num_classes].
 
-    Images are padded at the bottom and right with zeros, the mean colour, to 8 m + 1 pixels. Scaled
-    images are resized, corner to corner, to the 8 m + 1 nearest to the wanted size.
+    Zeros, the mean colour, pad images at the bottom and right to 8 m + 1 pixels. Scaled images are
+    resized with aligned corners to the 8 m + 1 pixels that are closest to the scaled size.
 
     Attributes:
       num_classes: number of classes.
       backbone: the trunk.
-      head: the branches (v1, Table 1 b; v2, Figure 7). ResNets take those of 3x3 convolutions.
-      rates: dilations of the branches in place of the head's own.
-      pool5a: whether VGG-16's trunk ends in an average pooling 3x3, as in v1's release.
-      msc_features: VGG-16's classifier also sees the image and four poolings (v1, Section 4.2).
-      scales: factors at which an image is seen; of several, the maximum of the scores counts.
-      upsample: how scores are enlarged. "half_pixel" moves them, by up to half a unit at the
-        corners: what it costs to take the usual resizing for this network's.
-      stride_in: which convolutions of ResNets stride, "1x1" (He et al.'s release, as in the paper)
-        or "3x3" (torchvision); dilation follows (see `dense_jax.models.resnet`).
-      bn: whether the batch normalisation of ResNets is trained or left as it was loaded.
-      bn_momentum: decay of its running averages.
+      head: the branches (v1, Table 1 b; v2, Figure 7). ResNets take heads of 3x3 convolutions.
+      rates: dilations of the branches; None for those of the head.
+      pool5a: whether VGG-16's trunk ends in a 3x3 average pooling, as in the release of v1.
+      msc_features: whether VGG-16's classifier also reads the image and four poolings (v1, Section
+        4.2).
+      scales: scale factors of the image; the maximum over the scales gives the scores.
+      upsample: how to enlarge the scores. "half_pixel" shifts them by up to half a unit at the
+        corners; it shows the cost of the usual resizing in this network.
+      stride_in: the convolutions of ResNets with the stride: "1x1" (the release of He et al., as in
+        the paper) or "3x3" (torchvision). It decides the dilation (`dense_jax.models.resnet`).
+      bn: whether batch normalisation of ResNets is trained or keeps the loaded values.
+      bn_momentum: decay of the running averages.
       width: channel multiplier of all layers but the last.
-      dropout_rate: dropout behind fc6 and fc7.
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
-      dtype: computation dtype of the layers; scores are summed and enlarged in float32.
+      dropout_rate: dropout rate behind fc6 and fc7.
+      axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
+      dtype: computation dtype of the layers; sums and upsampling of scores use float32.
     """
 
     num_classes: int
@@ -259,10 +259,10 @@ class DeepLab(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "logits", float32, the "scores" at stride 8 and the layers by name.
+        """Returns "logits" in float32, the "scores" at stride 8 and the layers by name.
 
-        With several scales, "scores_x0.5" are those of scale 0.5 before fusion, at stride 8 of the
-        smaller image; the layers are those of the largest scale.
+        "scores_x0.5" holds the scores of scale 0.5 before fusion, at stride 8 of the smaller image.
+        The layers are those of the largest scale.
         """
         size = vgg.image_size(images)
         whole = (_padded(size[0]), _padded(size[1]))
@@ -297,7 +297,7 @@ class DeepLab(nn.Module):
             )
         if head.kernel != 3 or self.pool5a or self.msc_features:
             raise ValueError(
-                f"A ResNet takes heads of 3x3 convolutions, without pool5a and msc_features; "
+                f"A ResNet takes heads of 3x3 convolutions without pool5a and msc_features; "
                 f"received {self.head}, {self.pool5a}, {self.msc_features}."
             )
         return ResNetScores(
@@ -311,7 +311,7 @@ class DeepLab(nn.Module):
         )
 
 
-# Version 1: Tables 1 and 2; version 2 without pool5a: Tables 1 to 4.
+# Version 1: Tables 1 and 2. Version 2 has no pool5a: Tables 1 to 4.
 deeplab_7x7 = functools.partial(DeepLab, head="fc7x7", pool5a=True)
 deeplab_4x4 = functools.partial(DeepLab, head="fc4x4", pool5a=True)
 deeplab_largefov = functools.partial(DeepLab, head="largefov", pool5a=True)
@@ -321,38 +321,3 @@ deeplab_vgg_aspp_s = functools.partial(DeepLab, head="aspp_s")
 deeplab_vgg_aspp_l = functools.partial(DeepLab, head="aspp_l")
 deeplab_resnet101_largefov = functools.partial(DeepLab, backbone="resnet101", head="largefov")
 deeplab_resnet101 = functools.partial(DeepLab, backbone="resnet101", head="aspp_l", scales=SCALES)
-
-
-def _vgg_rules() -> tuple[rules.Rule, ...]:
-    """Rules for the heads of one and of several branches."""
-    names = {name: name for name in ("fc6", "fc7")} | {"fc8_voc12": "fc8"}
-    names |= {f"{theirs}_{{n}}": f"{ours}_{{n}}" for theirs, ours in names.items()}
-    heads = (rule for theirs in names for rule in rules.caffe_conv(theirs, names[theirs]))
-    return (*rules.caffe_convs(*(row.name for row in vgg_layers() if row.features)), *heads)
-
-
-_RESNET_RULES = (
-    *resnet.msra_rules(resnet.MSRA_101),
-    *rules.caffe_conv("fc1_voc12", "fc1"),
-    *rules.caffe_conv("fc1_voc12_c{n}", "fc1_c{n}"),
-)
-# Training with several scales keeps a copy of each layer for each, under its name and a suffix.
-_COPY_RULES = tuple(
-    rules.Rule(rule.source.replace(".", "_res0{scale}."), None) for rule in _RESNET_RULES
-)
-CAFFE = (
-    rules.Release(
-        "Caffe's DeepLab on VGG-16",
-        _vgg_rules(),
-        trunk=vgg.TRUNK,
-        normalisation="caffe",
-        needs="--pool5a=on if it is of version 1",
-    ),
-    rules.Release(
-        "Caffe's DeepLab on ResNet-101",
-        (*_RESNET_RULES, *_COPY_RULES),
-        trunk=("*/conv1/*", "*/bn1/*", "*/layer?_*"),
-        normalisation="caffe",
-        needs="--stride-in=1x1",
-    ),
-)

@@ -1,4 +1,4 @@
-"""torchvision's segmentation networks: a ResNet with DeepLabv3's head or a small FCN head.
+"""torchvision's segmentation networks: a ResNet with the head of DeepLabv3 or a small FCN head.
 
 Parameters have torchvision's names with "_" in front of numbers: `classifier.0.convs.1.0.weight`
 is "classifier_0/convs_1_0/kernel", and `backbone.layer1.0.conv1.weight` is
@@ -24,22 +24,22 @@ from dense_jax.models import resnet
 from dense_jax.models.vgg import image_size, scaled
 from dense_jax.ops.precision import at_least_float32
 from dense_jax.ops.resize import resize_bilinear
-from dense_jax.weights import rules
 
-# Uniform within 1 / sqrt(fan-in) on both sides, as torch initialises convolutions.
+# Uniform in +-1 / sqrt(fan-in): torch's initialisation of convolutions.
 _TORCH = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-_RATES = (12, 24, 36)  # At output stride 8; the paper's 6, 12, 18 at 16.
+_RATES = (12, 24, 36)  # At output stride 8; the paper has 6, 12, 18 at output stride 16.
 
 
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling; maps [B, H, W, C] to [B, H, W, features].
 
-    A 1x1 convolution, three dilated 3x3 ones and the mean of the whole map, each normalised, side
-    by side; then a 1x1 convolution over all of them, "project".
+    The branches are a 1x1 convolution, three dilated 3x3 convolutions and the mean of the map; each
+    has a normalisation. A 1x1 convolution, "project", follows on the concatenated branches.
 
     Attributes:
-      conv: builds a convolution without bias: (features, kernel_size, *, dilation, name).
-      norm: builds a normalisation: (*, name).
+      conv: function that builds a convolution without bias: (features, kernel_size, *, dilation,
+        name).
+      norm: function that builds a normalisation: (*, name).
       features: channels of each branch and of the result.
       rates: dilations of the 3x3 convolutions, in units of the map.
 
@@ -62,8 +62,8 @@ class ASPP(nn.Module):
         branches = [unit(x, "convs_0")]
         for i, rate in enumerate(self.rates, start=1):
             branches.append(unit(x, f"convs_{i}", 3, rate))
-        mean = jnp.mean(x, (1, 2), keepdims=True)  # of narrow values too a float32 sum
-        # torchvision counts the pooling as 0.
+        mean = jnp.mean(x, (1, 2), keepdims=True)  # sums narrow dtypes in float32
+        # In torchvision the pooling is number 0.
         mean = unit(mean, f"convs_{len(branches)}", first=1)
         branches.append(jnp.broadcast_to(mean, branches[0].shape))
         return unit(jnp.concatenate(branches, axis=-1), "project")
@@ -76,16 +76,18 @@ class ResNetSegmenter(nn.Module):
       num_classes: number of classes.
       head: "deeplabv3": `ASPP`, a 3x3 convolution and scores; "fcn": a 3x3 convolution to a
         quarter of the channels and scores.
-      trunk: builds the ResNet; `functools.partial(resnet50, stride_in="1x1")` has other settings.
-      aux: whether layer3 is scored too, by an FCN head, for a second loss (weight 0.5).
-      output_stride: of the scores, in pixels; `ASPP`'s rates are 12, 24, 36 at stride 8 and see
-        as many pixels at 16 and 32.
-      bn: "frozen" freezes the trunk's batch normalisation; the heads' always learns.
+      trunk: function that builds the ResNet, such as `functools.partial(resnet50,
+        stride_in="1x1")`.
+      aux: whether an FCN head scores layer3 too, for a second loss (weight 0.5).
+      output_stride: stride of the scores in pixels. `ASPP` has rates 12, 24, 36 at stride 8; at 16
+        and 32 its rates cover as many pixels.
+      bn: "frozen" freezes the trunk's batch normalisation; the heads' always trains.
       bn_momentum: decay of the running averages.
-      dropout_rate: in front of the scores of FCN heads and behind `ASPP`; None: 0.1 and 0.5.
+      dropout_rate: dropout rate in front of the scores of FCN heads and behind `ASPP`; None for 0.1
+        and 0.5.
       width: channel multiplier.
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
-      dtype: computation dtype of convolutions; scores are enlarged in float32.
+      axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
+      dtype: computation dtype of convolutions; upsampling of scores uses float32.
     """
 
     num_classes: int
@@ -102,9 +104,9 @@ class ResNetSegmenter(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "logits" and, with `aux`, "aux_logits", float32, and the trunk's stages.
+        """Returns "logits" and, with `aux`, "aux_logits" in float32, and the trunk's stages.
 
-        Logits are "scores" and "aux_scores" of the output stride, enlarged bilinearly.
+        Logits are the "scores" and "aux_scores" at the output stride after bilinear upsampling.
         """
         size = image_size(images)
         outputs = self.trunk(
@@ -157,46 +159,3 @@ fcn_resnet50 = functools.partial(ResNetSegmenter, head="fcn", trunk=resnet.resne
 fcn_resnet101 = functools.partial(ResNetSegmenter, head="fcn", trunk=resnet.resnet101)
 deeplabv3_resnet50 = functools.partial(ResNetSegmenter, trunk=resnet.resnet50)
 deeplabv3_resnet101 = functools.partial(ResNetSegmenter, trunk=resnet.resnet101)
-
-
-def _unit(source: str, target: str, first: int = 0) -> tuple[rules.Rule, ...]:
-    """Rules for a convolution and its normalisation, which count on from `first`."""
-    return (
-        *rules.conv(f"{source}.{first}", f"{target}_{first}"),
-        *rules.batch_norm(f"{source}.{first + 1}", f"{target}_{first + 1}"),
-    )
-
-
-_BACKBONE_RULES = resnet.torchvision_rules("backbone.", "backbone/")
-_SCORE_RULES = (
-    *rules.conv("classifier.4", "classifier_4"),
-    *_unit("aux_classifier", "aux_classifier"),
-    *rules.conv("aux_classifier.4", "aux_classifier_4"),
-)
-_ASPP_RULES = (
-    *(
-        rule
-        for i in range(len(_RATES) + 2)  # and the 1x1 branch in front, the mean behind
-        for rule in _unit(
-            f"classifier.0.convs.{i}", f"classifier_0/convs_{i}", 1 if i > len(_RATES) else 0
-        )
-    ),
-    *_unit("classifier.0.project", "classifier_0/project"),
-)
-_TORCHVISION = functools.partial(
-    rules.Release, trunk=("*/backbone/*",), normalisation="torchvision"
-)
-TORCHVISION = (
-    _TORCHVISION(
-        "torchvision's DeepLabv3",
-        (*_BACKBONE_RULES, *_ASPP_RULES, *_unit("classifier", "classifier", 1), *_SCORE_RULES),
-    ),
-    _TORCHVISION(
-        "torchvision's FCN on ResNet",
-        (*_BACKBONE_RULES, *_unit("classifier", "classifier"), *_SCORE_RULES),
-    ),
-    _TORCHVISION(
-        "torchvision's ResNet",
-        (*resnet.torchvision_rules(target="backbone/"), *rules.dense("fc", "fc")),
-    ),
-)

@@ -1,10 +1,9 @@
-"""Dilated front end and context module: dense prediction without losing resolution.
+"""Dilated front end and context module: dense prediction without loss of resolution.
 
 Reference: Yu, Koltun, "Multi-scale context aggregation by dilated convolutions", ICLR 2016,
 arXiv:1511.07122: Sections 3 and 4, Table 1, Equations 4 and 5; networks of 7 and 10 context layers:
 Section 5. Names, padding and initialisation follow the authors' release (fyu/dilation: network.py,
-models/dilation*_deploy.prototxt; what its VOC model calls fc-final and ct_* is final and ctx_*
-here, as in the others).
+models/dilation*_deploy.prototxt).
 """
 
 import functools
@@ -22,7 +21,6 @@ from dense_jax.models import vgg
 from dense_jax.models.vgg import Grid, Layer
 from dense_jax.ops.pool import max_pool
 from dense_jax.ops.precision import at_least_float32
-from dense_jax.weights import rules
 
 Context = Literal["none", "basic", "large"]
 ContextPad = Literal["once_zero", "once_reflect", "per_layer"]
@@ -32,16 +30,16 @@ Pad = Literal["valid_reflect", "same"]
 Upsample = Literal["probabilities", "scores"]
 
 _STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # Channels and convolutions, VGG-16's.
-_FIRST_DENSE = 4  # Poolings from this one on do not stride.
-_NOISE = 0.01  # Of the context module's start, relative to its identity taps.
+_FIRST_DENSE = 4  # This pooling and later ones have no stride.
+_NOISE = 0.01  # Initial noise of the context module, relative to its identity taps.
 
 
 def front_end_layers(pools: Pools = "removed") -> tuple[Layer, ...]:
-    """Returns the table of VGG-16 whose last two poolings have lost their stride (Section 4).
+    """Returns the table of VGG-16 without stride in its last two poolings (Section 4).
 
-    Whatever follows such a pooling is dilated twice as much, and so sees what it saw before:
-    with "kept_stride1" the units at every fourth place are those of "strided", the plain VGG-16.
-    "removed" takes these poolings away altogether. Nothing is padded.
+    Each of these poolings doubles the dilation of the layers behind it, which keeps their receptive
+    field: with "kept_stride1", every fourth unit equals one of "strided", the plain VGG-16.
+    "removed" has no such poolings. No layer pads.
     """
     rows, dilation = [], 1
     for stage, (features, depth) in enumerate(_STAGES, start=1):
@@ -58,7 +56,7 @@ def front_end_layers(pools: Pools = "removed") -> tuple[Layer, ...]:
 
 
 def _pool_densely(x: jax.Array, dilation: int, same: bool) -> jax.Array:
-    """Maxima over 2x2 taps at stride 1; `same` keeps the size, and centres what can be centred."""
+    """Takes maxima over 2x2 taps at stride 1; `same` keeps the size and centres the taps."""
     before, after = ((dilation + 1) // 2, dilation // 2) if same else (0, 0)
     edges = [(0, 0, 0), (before, after, 0), (before, after, 0), (0, 0, 0)]
     x = lax.pad(x, jnp.array(-jnp.inf, x.dtype), edges)
@@ -71,14 +69,14 @@ class FrontEnd(nn.Module):
 
     Attributes:
       num_classes: number of classes.
-      pools: what becomes of pool4 and pool5, see `front_end_layers`; "strided" has stride 32.
-      pad: "valid_reflect" pads nothing: images bring `context` pixels of reflected surroundings on
-        each side, and there are ceil((H - 2 context) / stride) rows of scores. "same" pads images
-        with zeros at the bottom and right to a multiple of the stride, then every layer, and has
-        ceil(H / stride).
+      pools: changes pool4 and pool5, see `front_end_layers`; "strided" has stride 32.
+      pad: "valid_reflect" pads nothing. Images must have `context` reflected pixels on each side,
+        and there are ceil((H - 2 context) / stride) rows of scores. "same" pads images with zeros
+        at the bottom and right to a multiple of the stride, pads each layer, and has
+        ceil(H / stride) rows.
       width: channel multiplier of the VGG layers.
-      dropout_rate: dropout behind fc6 and fc7.
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
+      dropout_rate: dropout rate behind fc6 and fc7.
+      axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
       dtype: computation dtype of the layers; scores are float32.
     """
 
@@ -92,11 +90,11 @@ class FrontEnd(nn.Module):
 
     @property
     def grid(self) -> Grid:
-        """Where the units of an unpadded network sit on its input.
+        """The positions of the units of an unpadded network on its input.
 
-        Behind `context` pixels of surroundings unit r is centred (stride - 1) / 2 pixels behind
-        pixel r * stride of the image, 3.5 at stride 8; but it is trained with the label of that
-        very pixel, and read as if it sat there. The release does so, and its weights expect it.
+        With `context` pixels around the image, unit r has its centre (stride - 1) / 2 pixels behind
+        pixel r * stride, 3.5 at stride 8. The release nevertheless trains unit r with the label of
+        this pixel and reads its scores there, and the weights of the release expect this.
         """
         return vgg.grids(front_end_layers(self.pools))["fc7"]
 
@@ -107,7 +105,7 @@ class FrontEnd(nn.Module):
 
     @property
     def context(self) -> int:
-        """Pixels on each side that convolutions without padding eat up (186; 198 with pools)."""
+        """Pixels that unpadded convolutions remove on each side (186; 198 with pools)."""
         return int(self.grid.field - self.grid.step) // 2
 
     def check_side(self, side: int) -> None:
@@ -124,12 +122,12 @@ class FrontEnd(nn.Module):
         """Returns "final", the scores [B, h, w, num_classes], and the layers by name.
 
         Raises:
-          ValueError: images are not [B, H, W, C], or all context.
+          ValueError: images do not have the shape [B, H, W, C], or are not larger than the context.
         """
         same, size = self.pad == "same", vgg.image_size(images)
         if not same and min(size) <= 2 * self.context:
             raise ValueError(
-                f"Images of {size} pixels hold no more than their context, {self.context} pixels "
+                f"Images of {size} pixels are not larger than their context, {self.context} pixels "
                 "on each side."
             )
         if same:
@@ -161,25 +159,20 @@ class FrontEnd(nn.Module):
         return outputs
 
 
-def _context_names(num_layers: int) -> tuple[str, ...]:
-    inner = (f"ctx_conv{i}_1" for i in range(2, num_layers - 2))
-    return ("ctx_conv1_1", "ctx_conv1_2", *inner, "ctx_fc1")
-
-
 class ContextModule(nn.Module):
     """Dilated 3x3 convolutions (Table 1); maps scores [B, h, w, C] to scores of the same shape.
 
     Attributes:
-      num_layers: 8 as in Table 1, 7 without the widest dilation (KITTI), or 10 with 32 and 64
-        (Cityscapes).
-      large: channels are multiplied by 2, 2, 4, 8, 16, 32, 32 instead of 1; the paper has no
-        larger factors, with 10 layers the doubling goes on.
-      pad: "once_zero" and "once_reflect" extend the scores once by the sum of the dilations, as
-        the VOC model does; "per_layer" pads every layer, as the others do. Outputs further from the
-        edge than that sum are the same.
-      kernel_init: "identity" hands scores on, but for negative ones, which the first ReLU cuts off;
-        "identity_noise" adds to the other weights, and is what tells the copies of "large" apart;
-        "random" (Glorot and Bengio) does not help (Section 3).
+      num_layers: 8 as in Table 1, 7 without the largest dilation (KITTI), or 10 with dilations 32
+        and 64 (Cityscapes).
+      large: whether to multiply channels by 2, 2, 4, 8, 16, 32, 32. The paper has no larger
+        factors; with 10 layers the factors double further.
+      pad: "once_zero" and "once_reflect" pad the scores once by the sum of the dilations, as the
+        VOC model does; "per_layer" pads each layer, as the others do. Outputs that are farther from
+        the edge than this sum are equal.
+      kernel_init: "identity" passes scores on, except that the first ReLU removes negative ones.
+        "identity_noise" adds noise to the other weights; without it the copies of a channel in
+        "large" stay equal. "random" (Glorot and Bengio) does not help (Section 3).
       dtype: computation dtype; the result is float32.
     """
 
@@ -191,26 +184,27 @@ class ContextModule(nn.Module):
 
     @property
     def dilations(self) -> tuple[int, ...]:
-        """Of the 3x3 layers."""
+        """Dilations of the 3x3 layers."""
         return (1, 1, *(2**i for i in range(1, self.num_layers - 3)), 1)
 
     @property
     def multipliers(self) -> tuple[int, ...]:
-        """Channels of the 3x3 layers over the number of classes."""
+        """Channels of the 3x3 layers, as multiples of the number of classes."""
         if not self.large:
             return (1,) * len(self.dilations)
-        # As the dilation, but one layer ahead; the last repeats its predecessor.
+        # The factors follow the dilations one layer ahead; the last factor repeats.
         factors = [2 * dilation for dilation in self.dilations[:-1]]
         return (*factors, factors[-1])
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the 3x3 layers, as released."""
-        return _context_names(self.num_layers)
+        """Names of the 3x3 layers in the release."""
+        inner = (f"ctx_conv{i}_1" for i in range(2, self.num_layers - 2))
+        return ("ctx_conv1_1", "ctx_conv1_2", *inner, "ctx_fc1")
 
     @nn.compact
     def __call__(self, scores: jax.Array) -> dict[str, jax.Array]:
-        """Returns "ctx_final", float32, and the layers by name."""
+        """Returns "ctx_final" in float32, and the layers by name."""
         num_classes, outputs = scores.shape[-1], {}
         kernel_init = {
             "identity": init.identity(num_classes),
@@ -234,18 +228,18 @@ class ContextModule(nn.Module):
 
 
 class Dilated(nn.Module):
-    """Front end and context module; maps images [B, H, W, 3] to logits of every pixel.
+    """Front end and context module; maps images [B, H, W, 3] to logits of each pixel.
 
-    Logits have the size of the images with `pad` "same", and are smaller by the front end's context
-    on each side with "valid_reflect".
+    With `pad` "same", logits have the size of the images. With "valid_reflect" they are smaller by
+    the front end's context on each side.
 
     Attributes:
       num_classes, pools, pad, width, dropout_rate, axis_name, dtype: see `FrontEnd`.
-      context: the context module, "none" for the front end alone.
-      context_layers, context_pad, context_init: see `ContextModule`. None as `context_init` is the
-        release's: noise for "large" and none for "basic".
+      context: the context module; "none" is the front end alone.
+      context_layers, context_pad, context_init: see `ContextModule`. `context_init` None follows
+        the release: noise for "large" and no noise for "basic".
       upsample: how scores become logits, see `enlarge`.
-      frozen_front: the front end is used as it is, without dropout, and gets no gradients.
+      frozen_front: whether the front end is fixed: no dropout and no gradients.
     """
 
     num_classes: int
@@ -263,7 +257,7 @@ class Dilated(nn.Module):
     dtype: jax.typing.DTypeLike | None = None
 
     def front_end(self) -> FrontEnd:
-        """Returns the front end alone; its parameters are those of the whole by name."""
+        """Returns the front end alone; its parameters have the same names in the whole network."""
         return FrontEnd(
             self.num_classes,
             pools=self.pools,
@@ -292,7 +286,7 @@ class Dilated(nn.Module):
         return enlarge(scores, size, self.front_end().stride, self.upsample, sizes)
 
     def context_module(self) -> ContextModule:
-        """Returns the context module alone, likewise."""
+        """Returns the context module alone; its parameters have the same names, too."""
         large = self.context == "large"
         return ContextModule(
             self.context_layers,
@@ -305,10 +299,10 @@ class Dilated(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "logits", "scores" at the front end's stride, float32, and layers by name.
+        """Returns "logits", "scores" at the front end's stride, both float32, and layers by name.
 
         Raises:
-          ValueError: images are not [B, H, W, C], or all context.
+          ValueError: images do not have the shape [B, H, W, C], or are not larger than the context.
         """
         front = self.front_end().clone(parent=self)
         nn.share_scope(self, front)
@@ -341,13 +335,13 @@ def enlarge(
       scores: one unit for each `stride` pixels.
       size: height and width of the result.
       stride: pixels between units.
-      how: "probabilities" interpolates softmax probabilities with unit r at pixel r * stride and
-        returns their logarithms: the release's test code, which reads a neighbour of the last unit
-        even where there is none; here the last unit is repeated. "scores" is the bilinear
-        up-convolution that the release trains through for Cityscapes, of kernel 2 stride, which
-        puts unit r in the middle of its pixels.
-      sizes: [B, 2] heights and widths of images in front of padding, at most `size`: units behind
-        an image's last one are not looked at. None: all are of `size`.
+      how: "probabilities" interpolates softmax probabilities, with unit r at pixel r * stride, and
+        returns their logarithms, as the release's test code does. That code reads a neighbour of
+        the last unit even if there is none; here the last unit repeats. "scores" is a bilinear
+        up-convolution with a kernel of 2 * stride, which puts unit r in the middle of its pixels;
+        the release trains through it for Cityscapes.
+      sizes: [B, 2] heights and widths of images before padding, at most `size`. Units behind the
+        last unit of an image have no effect. None: all images have `size`.
     """
     if how == "scores":
         if sizes is not None:
@@ -367,12 +361,12 @@ def enlarge(
 
 
 def _units(within: jax.Array, stride: int) -> jax.Array:
-    """Returns the number of units on so many pixels, at least one."""
+    """Returns the number of units for `within` pixels, at least one."""
     return jnp.maximum(-(-within // stride), 1)
 
 
 def _clear_padding(x: jax.Array, within: jax.Array, stride: int) -> jax.Array:
-    """Zeroes units [h, w, C] that lie behind an image of height and width `within` [2]."""
+    """Sets units [h, w, C] to zero behind an image of height and width `within` [2]."""
     rows, columns = (
         jnp.arange(n) < count for n, count in zip(x.shape, _units(within, stride), strict=False)
     )
@@ -402,44 +396,4 @@ dilation7 = functools.partial(Dilated, context="basic", context_layers=7)  # KIT
 dilation8 = dilated_basic  # CamVid
 dilation10 = functools.partial(  # Cityscapes
     Dilated, context="basic", context_layers=10, upsample="scores"
-)
-
-
-def _release(
-    dataset: str, num_layers: int, needs: str, final: str = "final", context: str = "ctx"
-) -> rules.Release:
-    """The release of one dataset; VOC's calls some layers by other names."""
-    names = (*_context_names(num_layers), "ctx_final")
-    theirs = {name: name.replace("ctx", context, 1) for name in names} | {"final": final}
-    table = [rule for name in theirs for rule in rules.caffe_conv(theirs[name], name)]
-    if num_layers == 10:  # the only one that enlarges its scores
-        upsample = functools.partial(init.bilinear(), None)
-        target = "params/ctx_upsample/kernel"
-        table.append(rules.Rule("ctx_upsample.0", target, "conv", constant=upsample))
-    return rules.Release(
-        f"fyu/dilation's dilation{num_layers} for {dataset}",
-        (*vgg.CAFFE_RULES, *table),
-        trunk=vgg.TRUNK,
-        normalisation=f"dilation_{dataset.lower()}",
-        needs=f"--front-pad=valid_reflect {needs}",
-    )
-
-
-_BASIC = "--context=basic --context-pad=per_layer"
-# As in fyu/dilation: datasets/camvid.json; ours have another order.
-_CLASSES = (
-    "its classes are building, tree, sky, car, sign, road, pedestrian, fence, pole, pavement, "
-    "bicyclist in this order"
-)
-# They differ in their names. A front end alone does not say whose it is, and is taken for KITTI's.
-CAFFE = (
-    _release("VOC", 8, "--context=large --context-pad=once_zero", "fc-final", "ct"),
-    _release(
-        "KITTI",
-        7,
-        f"{_BASIC} --context-layers=7; {_CLASSES}; if it is a front end alone, the mean colour of "
-        "its own dataset",
-    ),
-    _release("CamVid", 8, f"{_BASIC}; {_CLASSES}"),
-    _release("Cityscapes", 10, f"{_BASIC} --context-layers=10 --upsample-loss=on"),
 )

@@ -3,7 +3,7 @@
 Reference: Long, Shelhamer, Darrell, "Fully convolutional networks for semantic segmentation", CVPR
 2015, arXiv:1411.4038: Sections 3 and 4, Figure 3. Padding, crops, names and initialisation follow
 the authors' release (shelhamer/fcn.berkeleyvision.org: voc-fcn32s, 16s, 8s, alexnet net.py,
-surgery.py). Their up-convolutions are stored dense with zeros between classes; ours are depthwise.
+surgery.py). The release has dense up-convolutions with zeros between classes; ours are depthwise.
 """
 
 import functools
@@ -12,25 +12,23 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dense_jax.layers import init
 from dense_jax.layers.conv import Conv, UpConv
 from dense_jax.models import vgg
 from dense_jax.models.vgg import Grid, Layer, Stack
 from dense_jax.ops.precision import at_least_float32
-from dense_jax.weights import rules
 
 _IMAGE = Grid()
-# What each fusion adds, and the up-convolution that brings the coarser scores to it.
+# The layer that each fusion adds, and the up-convolution that enlarges the coarser scores to it.
 _SKIPS = (("pool4", "upscore2"), ("pool3", "upscore_pool4"))
 _SCORE = {"fc7": "score_fr", "pool4": "score_pool4", "pool3": "score_pool3"}
 _LAST = {32: "upscore", 16: "upscore16", 8: "upscore8"}
-_SCORE_INIT = {"zero": init.zero, "normal": init.normal(0.01)}  # Caffe's usual deviation.
+_SCORE_INIT = {"zero": init.zero, "normal": init.normal(0.01)}  # Caffe's usual standard deviation.
 
 
 def _score(x: jax.Array, num_classes: int, kernel_init: str, dtype, name: str) -> jax.Array:
-    """Scores each unit by a 1x1 convolution; float32, as are all sums of scores."""
+    """Scores each unit by a 1x1 convolution, in float32, as all sums of scores are."""
     conv = Conv(num_classes, 1, kernel_init=_SCORE_INIT[kernel_init], dtype=dtype, name=name)
     return at_least_float32(conv(x))
 
@@ -38,7 +36,7 @@ def _score(x: jax.Array, num_classes: int, kernel_init: str, dtype, name: str) -
 def _upsample(
     scores: jax.Array, grid: Grid, window: tuple[int, int, int], trainable: bool, name: str
 ) -> tuple[jax.Array, Grid]:
-    """Enlarges each class's map by an up-convolution of window (kernel, stride, padding)."""
+    """Enlarges the map of each class by an up-convolution of `window` (kernel, stride, padding)."""
     num_classes = scores.shape[-1]
     layer = UpConv(
         num_classes,
@@ -61,19 +59,19 @@ class FCN(nn.Module):
 
     Attributes:
       num_classes: number of classes.
-      stride: of the finest scores, in pixels: 32 uses fc7 alone, 16 adds pool4, 8 adds pool3.
-      pad_mode: "100" pads conv1_1 by 100 and crops, as released; "same" pads images with zeros at
-        the bottom and right to a multiple of 32, whereupon all layers align and nothing is cropped.
+      stride: stride of the finest scores in pixels. 32 uses fc7 alone, 16 adds pool4, 8 adds pool3.
+      pad_mode: "100" pads conv1_1 by 100 and crops, as the release does. "same" pads images with
+        zeros at the bottom and right to a multiple of 32; then all layers align without crops.
       upsample: which bilinear up-convolutions learn: none, all but the last, all (Section 4.3).
-      fuse: how scores of two strides are joined (Section 4.2).
-      single_skip: "pool4" scores pool4 alone, without the layers above; needs stride 16.
-      skip_scale: factors of pool4 and pool3 before scoring; the release's 8s trained at once has
-        (0.01, 0.0001), the staged nets 1.
+      fuse: how to fuse scores of two strides (Section 4.2).
+      single_skip: "pool4" scores pool4 alone, without the layers above; it needs stride 16.
+      skip_scale: factors of pool4 and pool3 in front of the score layers. The release has
+        (0.01, 0.0001) in the 8s network that trains all strides at once, and 1 in the others.
       score_init: initial kernels of the score layers.
       width: channel multiplier of the VGG layers.
-      dropout_rate: dropout behind fc6 and fc7.
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
-      dtype: computation dtype of trunk and scores; scores are fused and enlarged in float32.
+      dropout_rate: dropout rate behind fc6 and fc7.
+      axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
+      dtype: computation dtype of trunk and score layers; fusion and upsampling use float32.
     """
 
     num_classes: int
@@ -91,9 +89,9 @@ class FCN(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "logits", float32, the uncropped score maps and the trunk's layers by name."""
+        """Returns "logits" in float32, the uncropped score maps and the trunk's layers by name."""
         if self.single_skip != "none" and self.stride != 16:
-            raise ValueError(f"Scores of pool4 alone have stride 16, not {self.stride}.")
+            raise ValueError(f"Scores of pool4 alone need stride 16; received {self.stride}.")
         size = vgg.image_size(images)
         first, skips = "fc7", _SKIPS[: {32: 0, 16: 1, 8: 2}[self.stride]]
         if self.single_skip != "none":
@@ -111,7 +109,7 @@ class FCN(nn.Module):
             axis_name=self.axis_name,
             dtype=self.dtype,
         )
-        nn.share_scope(self, trunk)  # The release keeps conv1_1 and score_fr on one level.
+        nn.share_scope(self, trunk)  # The release has conv1_1 and score_fr on one level.
         outputs, grids = trunk(images, train=train), vgg.grids(trunk.layers)
 
         scale = {"fc7": 1.0, "pool4": self.skip_scale[0], "pool3": self.skip_scale[1]}
@@ -154,10 +152,10 @@ ALEXNET_LAYERS = (
 class FCNAlexNet(nn.Module):
     """FCN-32s on Caffe's AlexNet; maps images [B, H, W, 3], any H, W >= 1, to logits of their size.
 
-    Attributes: see `FCN`; the grouped layers of thin networks have an even number of channels.
+    Attributes: see `FCN`. Grouped layers of thin networks have an even number of channels.
 
-    Reference: Krizhevsky, Sutskever, Hinton, NIPS 2012, with the groups and pooling before
-    normalisation of Caffe's bvlc_reference_caffenet.
+    Reference: Krizhevsky, Sutskever, Hinton, NIPS 2012. As in Caffe's bvlc_reference_caffenet, some
+    convolutions have two groups, and pooling comes before normalisation.
     """
 
     num_classes: int
@@ -169,7 +167,7 @@ class FCNAlexNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "logits", float32, "score_fr" and the trunk's layers by name."""
+        """Returns "logits" in float32, "score_fr" and the trunk's layers by name."""
         size = vgg.image_size(images)
         trunk = Stack(
             ALEXNET_LAYERS,
@@ -191,54 +189,6 @@ class FCNAlexNet(nn.Module):
 fcn32s = functools.partial(FCN, stride=32)
 fcn16s = functools.partial(FCN, stride=16)
 fcn8s = functools.partial(FCN, stride=8)
-_AT_ONCE = (0.01, 0.0001)
-fcn8s_at_once = functools.partial(FCN, stride=8, skip_scale=_AT_ONCE)
+AT_ONCE = (0.01, 0.0001)  # `skip_scale` of the network that trains all strides at once.
+fcn8s_at_once = functools.partial(FCN, stride=8, skip_scale=AT_ONCE)
 fcn_alexnet = FCNAlexNet
-
-
-def _bilinear(shape: tuple[int, ...]) -> jax.Array:
-    return init.bilinear()(None, shape)
-
-
-def _upscore_rules(*names: str) -> tuple[rules.Rule, ...]:
-    """Rules for up-convolutions stored dense, [C, C, k, k], which are fixed here or learned."""
-    return tuple(
-        rules.Rule(f"{name}.0", f"params/{name}/kernel", "diagonal+conv", constant=_bilinear)
-        for name in names
-    )
-
-
-_CAFFE_RULES = (
-    *vgg.CAFFE_RULES,
-    *(rule for name in _SCORE.values() for rule in rules.caffe_conv(name, name)),
-    *_upscore_rules(*(name for _, name in _SKIPS), *_LAST.values()),
-)
-_SCALE_RULES = tuple(
-    rules.Rule(f"{name}.0", f"params/{name}", constant=functools.partial(np.full, fill_value=scale))
-    for name, scale in zip(("scale_pool4", "scale_pool3"), _AT_ONCE, strict=True)
-)
-_ALEXNET_RULES = (
-    *rules.caffe_convs(*(layer.name for layer in ALEXNET_LAYERS if layer.features), "score_fr"),
-    *_upscore_rules("upscore"),
-    *(rules.Rule(f"fc8.{i}", None) for i in range(2)),  # ImageNet's classes
-)
-# shelhamer/fcn.berkeleyvision.org: fcn32s-, fcn16s-, fcn8s-heavy-pascal.caffemodel, pascalcontext-*
-# (nyud-* have another mean); fcn8s-atonce-pascal; fcn-alexnet-pascal and its start,
-# bvlc_reference_caffenet (bvlc_alexnet has the same names, and normalises in front of poolings).
-CAFFE = (
-    rules.Release(
-        "Caffe's FCN",
-        _CAFFE_RULES,
-        vgg.TRUNK,
-        "caffe",
-        needs="--pad-mode=100 --skip-scale=1; if it is of NYUDv2, another mean colour",
-    ),
-    rules.Release(
-        "Caffe's FCN-8s trained at once",
-        (*_CAFFE_RULES, *_SCALE_RULES),
-        vgg.TRUNK,
-        "caffe",
-        needs="--pad-mode=100 --skip-scale=paper",
-    ),
-    rules.Release("Caffe's CaffeNet", _ALEXNET_RULES, ("*/conv?/*",), "caffe"),
-)

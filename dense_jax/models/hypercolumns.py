@@ -1,12 +1,12 @@
-"""Hypercolumns: a pixel is described by the units above it in several layers at once.
+"""Hypercolumns: the units above a pixel in several layers describe the pixel.
 
 A linear classifier of the concatenated, upsampled layers is a sum of one classifier per layer, and
-upsampling commutes with it. So each tapped layer is scored at its own resolution by a small
-convolution, and the scores are enlarged and added; no network here builds the 4736 or more values
-per pixel (`hypercolumns` does, for tests and pictures).
+each of them commutes with upsampling. So a small convolution scores each tapped layer at its own
+resolution, and the scores are enlarged and added. No network here builds the 4736 or more values
+per pixel; only `hypercolumns` does, for tests and figures.
 
-`Hypercolumns` reads this for semantic segmentation, on whole images. `BoxHypercolumns` is the
-authors' release: one mask for each box and category.
+`Hypercolumns` is for semantic segmentation of whole images. `BoxHypercolumns` is the authors'
+release: one mask for each box and category.
 
 Reference: Hariharan, Arbelaez, Girshick, Malik, "Hypercolumns for object segmentation and
 fine-grained localization", CVPR 2015, arXiv:1411.5752; names, constants and initialisation of the
@@ -41,15 +41,15 @@ Joint = Literal["end_to_end", "independent_cells"]
 Kernels = tuple[int, int, int]
 
 _LEVELS = ("pool2", "conv4", "fc7")
-# VGG-16 has three layers conv4; the last is taken. The release taps pool3 and pool4 instead.
+# VGG-16 has three layers conv4; this is the last one. The release taps pool3 and pool4 instead.
 _LAYERS = {
     "vgg16": {"pool2": "pool2", "conv4": "conv4_3", "fc7": "fc7"},
     "alexnet": {"pool2": "pool2", "conv4": "conv4", "fc7": "fc7"},
     "sds_vgg": {"pool2": "pool3", "conv4": "pool4", "fc7": "fc7"},
 }
-# The release scales pool3 and pool4; pool2 and conv4_3 take the factors of their neighbours.
+# The release has factors for pool3 and pool4; pool2 and conv4_3 take those of their neighbours.
 _FACTORS = {"pool2": 0.0027, "conv4": 0.063, "fc7": 1.0}
-_HEADS = {"pool2": "conv_pool3", "conv4": "conv_pool4", "fc7": "fcfc7"}  # Names in the release.
+_HEADS = {"pool2": "conv_pool3", "conv4": "conv_pool4", "fc7": "fcfc7"}  # Names of the release.
 
 
 def _levels(taps: Taps) -> tuple[str, ...]:
@@ -57,15 +57,15 @@ def _levels(taps: Taps) -> tuple[str, ...]:
 
 
 class TapScaling(nn.Module):
-    """Brings a tapped layer [B, H, W, C] to a size that suits one learning rate for all taps.
+    """Scales a tapped layer [B, H, W, C], so that one learning rate suits all taps.
 
     Attributes:
-      kind: "none"; "fixed" multiplies by `factor`; "l2" gives each unit's values the root mean
-        square 1; "bn" normalises each channel over the batch (a linear classifier follows, so
-        that no scale and offset are learned here).
-      momentum: of the running statistics of "bn".
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
-      factor: of "fixed".
+      kind: "none"; "fixed" multiplies by `factor`; "l2" scales the values of each unit to a root
+        mean square of 1; "bn" normalises each channel over the batch, without a learned scale and
+        bias, because a linear classifier follows.
+      momentum: decay of the running averages of "bn".
+      axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
+      factor: factor of "fixed".
     """
 
     kind: TapScale
@@ -94,33 +94,33 @@ class TapScaling(nn.Module):
 
 
 def _matrix(grid: Grid, units: int, pixels: int) -> jax.Array:
-    """Returns the matrix [pixels, units] that reads a layer's units at the pixels of the image."""
+    """Returns the matrix [pixels, units] that interpolates a layer's units at the pixels."""
     at = (jnp.arange(pixels, dtype=jnp.float32) - grid.first) / grid.step
     return interpolation(at, units)
 
 
 class Hypercolumns(nn.Module):
-    """Fully convolutional reading: images [B, H, W, 3] to logits [B, H, W, num_classes].
+    """The fully convolutional form; maps images [B, H, W, 3] to logits [B, H, W, num_classes].
 
-    Any H, W >= 1. Images of VGG-16 are padded with zeros at the bottom and right to a multiple of
-    32, whereupon all layers align; AlexNet's first layer pads by 100, as in `FCNAlexNet`.
+    Images have any H, W >= 1. For VGG-16, zeros pad them at the bottom and right to a multiple of
+    32, so that all layers align. AlexNet's first layer pads by 100, as in `FCNAlexNet`.
 
     Attributes:
       num_classes: number of classes.
       backbone: "vgg16" taps pool2, conv4_3 and fc7; "alexnet" pool2, conv4 and fc7.
-      taps: which of the three layers; what lies behind the last of them is left out.
+      taps: which of the three layers are tapped; the backbone ends at the last of them.
       tap_kernels: kernel sizes of the classifiers of pool2, conv4 and fc7.
-      tap_scale: how the tapped layers are scaled, see `TapScaling`.
-      grid: K; K x K classifiers share the image, 1 is an ordinary classifier.
-      mix: whether a pixel's neighbouring classifiers are averaged after (the paper) or before
-        the softmax.
-      joint: "independent_cells" trains each classifier on the pixels of its own cell only (the
-        paper's simple scheme); they are mixed afterwards all the same.
+      tap_scale: how to scale the tapped layers, see `TapScaling`.
+      grid: K; K x K classifiers share the image, and 1 is an ordinary classifier.
+      mix: whether a pixel averages its neighbouring classifiers after (the paper) or before the
+        softmax.
+      joint: "independent_cells" trains each classifier on the pixels of its own cell alone (the
+        paper's simple scheme); evaluation averages all the same.
       width: channel multiplier of the backbone.
-      dropout_rate: dropout behind fc6 and fc7.
-      bn_momentum: of the statistics of tap_scale="bn".
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
-      dtype: computation dtype of backbone and scores; scores are enlarged and added in float32.
+      dropout_rate: dropout rate behind fc6 and fc7.
+      bn_momentum: decay of the running averages of tap_scale="bn".
+      axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
+      dtype: computation dtype of backbone and score layers; sums of scores use float32.
     """
 
     num_classes: int
@@ -141,13 +141,13 @@ class Hypercolumns(nn.Module):
     def __call__(
         self, images: jax.Array, *, train: bool, sizes: jax.Array | None = None
     ) -> dict[str, jax.Array]:
-        """Returns "logits", float32, the taps' scores and the backbone's layers by name.
+        """Returns "logits" in float32, the taps' scores and the backbone's layers by name.
 
         Args:
           images: [B, H, W, 3].
           train: whether to drop units and to update statistics.
-          sizes: [B, 2] heights and widths without padding, which the grid of classifiers spans;
-            None: nothing is padding.
+          sizes: [B, 2] heights and widths without padding, which the grid of classifiers covers;
+            None: images have no padding.
         """
         size, cells = vgg.image_size(images), self.grid
         trunk = self._trunk()
@@ -182,7 +182,7 @@ class Hypercolumns(nn.Module):
         return outputs
 
     def _trunk(self) -> Stack:
-        """The layers up to the last tap."""
+        """Returns the layers up to the last tap."""
         names = [_LAYERS[self.backbone][level] for level in _levels(self.taps)]
         table = ALEXNET_LAYERS if self.backbone == "alexnet" else vgg.vgg16_layers(1, 3)
         end = max(i for i, layer in enumerate(table, 1) if layer.name in names)
@@ -202,12 +202,12 @@ def hypercolumns(
     layers: Sequence[str],
     size: tuple[int, int],
 ) -> jax.Array:
-    """Returns the hypercolumns of all pixels, the concatenated layers, upsampled bilinearly.
+    """Returns the hypercolumns of all pixels: the layers, upsampled bilinearly and concatenated.
 
     Args:
       outputs: layers by name, [B, h, w, C].
-      grids: where their units sit on the image.
-      layers: which to take.
+      grids: positions of their units on the image.
+      layers: names of the layers to use.
       size: height and width of the image.
 
     Returns:
@@ -224,24 +224,24 @@ def hypercolumns(
 class BoxHypercolumns(nn.Module):
     """The released SDS-VGG16: a mask for each box and category.
 
-    The taps are scored once for the whole image, and the scores under a box enlarged to the size
-    of the heat map. fc7, computed from the box, gives one constant score per classifier.
+    The network scores the taps once for the whole image, and enlarges the scores in each box to the
+    size of the heat map. fc7 is computed for each box and gives one constant score per classifier.
 
     Attributes:
-      num_categories: number of categories, background not among them.
+      num_categories: number of categories without background.
       taps: as in `Hypercolumns`, with pool3 and pool4 in place of pool2 and conv4.
-      tap_kernels: kernel sizes of the classifiers of pool3 and pool4; fc7 has no neighbours, 1.
-      tap_scale: how the tapped layers are scaled; "fixed" is the release.
+      tap_kernels: kernel sizes of the classifiers of pool3, pool4 and fc7; that of fc7 is 1.
+      tap_scale: how to scale the tapped layers; "fixed" in the release.
       grid: K; 5 in the release, 10 in the paper.
-      mix: whether neighbouring classifiers are averaged after (the paper) or before the sigmoid.
+      mix: whether to average neighbouring classifiers after (the paper) or before the sigmoid.
       joint, width, dropout_rate, bn_momentum, axis_name: as in `Hypercolumns`.
       heatmap: height and width of the heat map.
-      dtype: computation dtype of trunk and scores.
+      dtype: computation dtype of trunk and score layers.
 
-    The release pools boxes from conv5_3 rounded to whole units; here they are cropped to 14 x 14 by
-    bilinear interpolation without rounding, of which 2 x 2 are pooled. It divides inclusive corners
-    by the image's sides less one, (x0 - 1/2, x1 + 1/2) / (W - 1); edges over sides, as here, differ
-    from that by half a pixel at most.
+    The release rounds boxes to whole units of conv5_3 and pools them. Here bilinear interpolation
+    crops boxes to 14 x 14 without rounding, and 2 x 2 pooling follows. The release divides
+    inclusive corners by the image's sides less one, (x0 - 1/2, x1 + 1/2) / (W - 1). Here edges are
+    divided by sides, which differs by half a pixel at most.
     """
 
     num_categories: int
@@ -271,17 +271,17 @@ class BoxHypercolumns(nn.Module):
 
         Args:
           images: [B, H, W, 3].
-          boxes: [B, N, 4], (x0, y0, x1, y1) in pixels, from outer edge to outer edge; by default
-            one box, the image.
-          categories: [B, N] integers in [0, num_categories); by default 0.
+          boxes: [B, N, 4], (x0, y0, x1, y1) in pixels, the outer edges; default: one box, the
+            image.
+          categories: [B, N] integers in [0, num_categories); default: 0.
           train: whether to drop units and to update statistics.
 
         Returns:
-          "log_probabilities", float32 [B, N, heatmap, heatmap, 2], of a pixel lying outside and
-          inside the object, besides the scores and the trunk's layers.
+          "log_probabilities", float32 [B, N, heatmap, heatmap, 2], that a pixel is outside and
+          inside the object; also the scores and the trunk's layers.
 
         Raises:
-          ValueError: images or boxes have another shape, or fc7's kernel is not 1.
+          ValueError: images or boxes have another shape, or the kernel size of fc7 is not 1.
         """
         height, width = vgg.image_size(images)
         if boxes is None or categories is None:
@@ -290,11 +290,13 @@ class BoxHypercolumns(nn.Module):
             categories = jnp.zeros((images.shape[0], 1), jnp.int32)
         if boxes.shape != (images.shape[0], *categories.shape[1:], 4):
             raise ValueError(
-                f"Expected boxes [B, N, 4] and categories [B, N] of images {images.shape}, "
+                f"Expected boxes [B, N, 4] and categories [B, N] for images {images.shape}, "
                 f"received {boxes.shape} and {categories.shape}."
             )
         if self.tap_kernels[2] != 1:
-            raise ValueError(f"fc7 of a box is one unit: no place for {self.tap_kernels[2]}.")
+            raise ValueError(
+                f"fc7 of a box is one unit: its kernel size is 1, not {self.tap_kernels[2]}."
+            )
         levels = _levels(self.taps)
         last = "conv5_3" if "fc7" in levels else _LAYERS["sds_vgg"][levels[-1]]
         trunk = vgg.vgg16(padding="same", last=last, width=self.width, dtype=self.dtype)
@@ -319,7 +321,7 @@ class BoxHypercolumns(nn.Module):
             x = scaling(_FACTORS[level], name=f"{layer}_scale")(outputs[layer], train=train)
             scores = conv(math.prod(per_category), kernel, name=_HEADS[level])(x)
             outputs[_HEADS[level]] = scores = at_least_float32(scores)
-            if level == "fc7":  # One unit for each box, constant over it.
+            if level == "fc7":  # One unit for each box, constant over the box.
                 scores = scores.reshape(*categories.shape, 1, 1, *per_category)
                 scores = jnp.einsum("bnhwckl,bnc->bnhwkl", scores, chosen, precision="highest")
             else:
@@ -336,7 +338,7 @@ class BoxHypercolumns(nn.Module):
         return outputs
 
     def _box_features(self, x: jax.Array, boxes: jax.Array, train: bool) -> jax.Array:
-        """Maps conv5_3 and boxes [B, N, 4] in shares of the image to fc7, [B N, 1, 1, C]."""
+        """Maps conv5_3 and boxes [B, N, 4], fractions of the image, to fc7, [B N, 1, 1, C]."""
         x = box_upsample(x, boxes, (14, 14))
         x = max_pool(x.reshape(-1, *x.shape[2:]), 2, 2)
         features = vgg.scaled(4096, self.width)
@@ -347,7 +349,7 @@ class BoxHypercolumns(nn.Module):
 
 
 def _log_sigmoids(scores: jax.Array) -> jax.Array:
-    """Logarithms of (1 - p, p), [..., 2], of scores [..., 1]."""
+    """Returns the logarithms of (1 - p, p), [..., 2], for scores [..., 1]."""
     return jnp.concatenate([jax.nn.log_sigmoid(-scores), jax.nn.log_sigmoid(scores)], axis=-1)
 
 

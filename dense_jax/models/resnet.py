@@ -1,13 +1,14 @@
 """ResNet-50 and 101 and ResNeXt-101 as feature extractors of any output stride.
 
-Every stage is returned by name. Parameters have torchvision's names with "_" in front of block
-numbers: `layer1.0.downsample.1.weight` is "layer1_0/downsample_1/scale".
+The network returns each stage by name. Parameters have torchvision's names with "_" in front of
+block numbers: `layer1.0.downsample.1.weight` is "layer1_0/downsample_1/scale".
 
-A stage that is to keep the size of its input takes stride 1 and dilates its 3x3 convolutions
-instead. Its first block still reads the previous, finer grid: where the 3x3 convolution strides
-(torchvision), it keeps the dilation of the stage before; where the 1x1 convolution in front strides
-(He et al.'s release), the 3x3 convolution lies behind the stride and takes the new dilation. These
-two pairs see the same pixels as the strided network, at more places; the other two do not.
+A stage that keeps the size of its input has stride 1 and dilates its 3x3 convolutions instead. Its
+first block needs care, because its input has the finer grid of the stage before. If the 3x3
+convolution has the stride (torchvision), it keeps the dilation of the stage before. If the 1x1
+convolution in front has the stride (the release of He et al.), the 3x3 convolution is behind the
+stride and takes the new dilation. With these two pairs, units read the same pixels as in the
+strided network, at more positions; with the other two pairs they do not.
 
 Reference: He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016,
 arXiv:1512.03385, Table 1; Xie et al., "Aggregated residual transformations for deep neural
@@ -16,7 +17,7 @@ arXiv:1606.00915, Section 3.1, and pytorch/vision: torchvision/models/resnet.py.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -29,31 +30,32 @@ from dense_jax.layers.norm import BatchNorm
 from dense_jax.models.vgg import image_size, scaled
 from dense_jax.ops.pool import max_pool
 from dense_jax.ops.precision import at_least_float32
-from dense_jax.weights import rules
 
 StrideIn = Literal["3x3", "1x1"]
 FirstBlockDilation = Literal["previous", "new"]
 
-# Variance 2 / fan-out, as torchvision initialises residual networks.
+# Variance 2 / fan-out: torchvision's initialisation of residual networks.
 _HE_FAN_OUT = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_PLANES = (64, 128, 256, 512)  # Channels inside the blocks of each stage; outside four times these.
+_PLANES = (64, 128, 256, 512)  # Channels inside the blocks of each stage; outputs have four times.
 _EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a shortcut; [B, H, W, C] to [B, H / s, W / s, features].
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; [B, H, W, C] to [B, H / s, W / s, features].
 
-    The shortcut is a 1x1 convolution, "downsample_0" and "downsample_1", where asked for.
+    The shortcut is the identity, or a 1x1 convolution "downsample_0" and its normalisation
+    "downsample_1".
 
     Attributes:
-      conv: builds a convolution without bias: (features, kernel_size, *, strides, ..., name).
-      norm: builds a normalisation: (*, scale_init, name).
+      conv: function that builds a convolution without bias: (features, kernel_size, *, strides,
+        ..., name).
+      norm: function that builds a normalisation: (*, scale_init, name).
       inner: channels of the 3x3 convolution.
       features: channels of the result.
-      stride: s, of the convolution that `stride_in` names and of the shortcut.
-      dilation: of the 3x3 convolution.
-      groups: of the 3x3 convolution (ResNeXt's cardinality).
-      stride_in: the convolution that strides; see `ResNet`.
+      stride: s, the stride of the shortcut and of the convolution that `stride_in` names.
+      dilation: dilation of the 3x3 convolution.
+      groups: groups of the 3x3 convolution (ResNeXt's cardinality).
+      stride_in: the convolution with the stride; see `ResNet`.
       has_downsample: whether the shortcut is a convolution.
       last_scale_init: initial scale of the last normalisation.
     """
@@ -100,23 +102,24 @@ class ResNet(nn.Module):
     Attributes:
       depths: blocks of the four stages.
       groups: groups of the 3x3 convolutions.
-      group_width: channels of each group in the first stage; doubled from stage to stage.
-      output_stride: of layer4, in pixels; 16 dilates layer4, 8 layer3 and layer4.
-      stride_in: the convolution of a block that strides: "3x3" (torchvision) or the "1x1" in front
-        of it (He et al.'s release, MSRA's, in Caffe).
-      first_block_dilation: of the first block of a dilated stage: that of the stage before, or the
-        new one; see the top of this file. torchvision is ("3x3", "previous"), DeepLab v2 ("1x1",
-        "new").
-      pool_ceil: pooling sizes are rounded up, as in Caffe, rather than down, as in torch.
-      pool_padding: of the pooling, in pixels; 0 in He et al.'s release.
-      bn: "frozen" keeps batch statistics, scales and biases as they are, in training too.
+      group_width: channels of each group in the first stage; each later stage doubles them.
+      output_stride: stride of layer4 in pixels; 16 dilates layer4, 8 dilates layer3 and layer4.
+      stride_in: the convolution of a block that has the stride: "3x3" (torchvision) or the "1x1" in
+        front of it (MSRA's release by He et al. in Caffe).
+      first_block_dilation: dilation of the first block of a dilated stage: that of the stage
+        before, or the new one; see the top of this file. torchvision is ("3x3", "previous"),
+        DeepLab v2 ("1x1", "new").
+      pool_ceil: whether pooling rounds sizes up, as in Caffe, or down, as in torch.
+      pool_padding: padding of the pooling in pixels; 0 in the release of He et al.
+      bn: "frozen" does not change batch statistics, scales and biases, not even in training.
       bn_momentum: decay of the running averages.
-      bn_epsilon: added to the variance.
-      zero_init_residual: whether each block starts as its shortcut, by a zero scale of bn3.
-      num_classes: ImageNet's classifier of these classes on top, "fc"; None for none.
+      bn_epsilon: constant added to the variance.
+      zero_init_residual: whether bn3 of each block has an initial scale of zero, so that the block
+        starts as its shortcut.
+      num_classes: number of classes of the classifier "fc" on top; None for no classifier.
       width: channel multiplier.
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
-      dtype: computation dtype of convolutions; normalisation is computed in float32 or wider.
+      axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
+      dtype: computation dtype of convolutions; normalisation uses float32 or wider.
     """
 
     depths: tuple[int, int, int, int]
@@ -138,12 +141,13 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "conv1" (after ReLU), "pool1", "layer1" to "layer4" and, if asked for, "fc".
+        """Returns "conv1" (behind ReLU), "pool1", "layer1" to "layer4" and, with classes, "fc".
 
-        "fc" [B, num_classes] are scores of whole images, float32.
+        "fc" [B, num_classes] holds scores of whole images in float32.
 
         Raises:
-          ValueError: images are not [B, H, W, C], or the output stride is none of 32, 16, 8.
+          ValueError: images do not have the shape [B, H, W, C], or the output stride is not 32, 16
+            or 8.
         """
         image_size(images)
         conv = functools.partial(Conv, use_bias=False, dtype=self.dtype, kernel_init=_HE_FAN_OUT)
@@ -187,7 +191,9 @@ class ResNet(nn.Module):
     def _geometry(self) -> list["_Geometry"]:
         """Returns the geometry of the four stages."""
         if self.output_stride not in (32, 16, 8):
-            raise ValueError(f"The output stride is 32, 16 or 8; received {self.output_stride}.")
+            raise ValueError(
+                f"The output stride must be 32, 16 or 8; received {self.output_stride}."
+            )
         stages, stride, dilation = [_Geometry(1, 1, 1)], 4, 1
         for _ in range(3):
             previous, is_dilated = dilation, stride == self.output_stride
@@ -212,76 +218,3 @@ resnet50 = functools.partial(ResNet, depths=(3, 4, 6, 3))
 resnet101 = functools.partial(ResNet, depths=(3, 4, 23, 3))
 resnext101_32x8d = functools.partial(ResNet, depths=(3, 4, 23, 3), groups=32, group_width=8)
 resnext101_64x4d = functools.partial(ResNet, depths=(3, 4, 23, 3), groups=64, group_width=4)
-
-
-def torchvision_rules(source: str = "", target: str = "") -> tuple[rules.Rule, ...]:
-    """Returns rules for all but "fc", with such prefixes as "backbone." there, "backbone/" here."""
-    block, ours = f"{source}layer{{s}}.{{b}}", f"{target}layer{{s}}_{{b}}"
-    return (
-        *rules.conv(f"{source}conv1", f"{target}conv1"),
-        *rules.batch_norm(f"{source}bn1", f"{target}bn1"),
-        *rules.conv(f"{block}.conv{{i}}", f"{ours}/conv{{i}}"),
-        *rules.batch_norm(f"{block}.bn{{i}}", f"{ours}/bn{{i}}"),
-        *rules.conv(f"{block}.downsample.0", f"{ours}/downsample_0"),
-        *rules.batch_norm(f"{block}.downsample.1", f"{ours}/downsample_1"),
-    )
-
-
-TORCHVISION = rules.Release(
-    "torchvision's ResNet",
-    (*torchvision_rules(), *rules.dense("fc", "fc")),
-    trunk=("*/conv1/*", "*/bn1/*", "*/layer?_*"),
-    normalisation="torchvision",
-    needs="--stride-in=3x3, the default but for DeepLab v2",
-)
-
-# What He et al.'s release calls the blocks of stages 2 to 5.
-MSRA_50 = ("abc", "abcd", "abcdef", "abc")
-MSRA_101 = (
-    "abc",
-    ("a", *(f"b{i}" for i in range(1, 4))),
-    ("a", *(f"b{i}" for i in range(1, 23))),
-    "abc",
-)
-_BRANCHES = {
-    "branch1": ("downsample_0", "downsample_1"),
-    **{f"branch2{letter}": (f"conv{i}", f"bn{i}") for i, letter in enumerate("abc", 1)},
-}
-
-
-def msra_rules(blocks: Sequence[Sequence[str]]) -> tuple[rules.Rule, ...]:
-    """Rules for all but "fc" of a residual network of He et al.'s release in Caffe.
-
-    Args:
-      blocks: what each stage's blocks are called, see `MSRA_50`.
-    """
-    table = [*rules.caffe_conv("conv1", "conv1", "conv+bgr")[:1]]
-    table += rules.caffe_batch_norm("bn_conv1", "scale_conv1", "bn1")
-    for stage, names in enumerate(blocks, start=2):
-        for i, name in enumerate(names):
-            for branch, (conv, norm) in _BRANCHES.items():
-                if branch == "branch1" and i > 0:
-                    continue  # only first blocks have a convolution on the shortcut
-                block, layer = f"layer{stage - 1}_{i}", f"{stage}{name}_{branch}"
-                table += rules.caffe_conv(f"res{layer}", f"{block}/{conv}", "conv")[:1]
-                table += rules.caffe_batch_norm(f"bn{layer}", f"scale{layer}", f"{block}/{norm}")
-    return tuple(table)
-
-
-# ResNet-50 has a bias in front of its first normalisation, which is as much less in its mean.
-_CONV1_BIAS = rules.Rule("conv1.1", "batch_stats/bn1/mean", "ones+minus", role="part")
-# KaimingHe/deep-residual-networks: ResNet-50- and ResNet-101-model.caffemodel. They subtract a mean
-# image, whose colour is that of the others' mean to within a grey value.
-MSRA = tuple(
-    rules.Release(
-        f"MSRA's ResNet-{depth}",
-        (*table, *rules.caffe_dense("fc1000", "fc")),
-        trunk=("*/conv1/*", "*/bn1/*", "*/layer?_*"),
-        normalisation="caffe",
-        needs='ResNet(stride_in="1x1", pool_ceil=True, pool_padding=0)',
-    )
-    for depth, table in (
-        (50, (*msra_rules(MSRA_50), _CONV1_BIAS)),
-        (101, msra_rules(MSRA_101)),
-    )
-)

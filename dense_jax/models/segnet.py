@@ -1,14 +1,13 @@
-"""SegNet, SegNet-Basic and the decoders that the paper compares.
+"""SegNet, SegNet-Basic, and the decoders that the paper compares.
 
 Reference: Badrinarayanan, Kendall, Cipolla, "SegNet: a deep convolutional encoder-decoder
 architecture for image segmentation", PAMI 39(12), 2017, arXiv:1511.00561: Section 3, Figures 2 and
 3, Table 1. Names, biases and initialisation follow the authors' release
 (alexgkendall/SegNet-Tutorial: Models/segnet_train.prototxt, segnet_basic_train.prototxt).
-Dropout: Kendall, Badrinarayanan, Cipolla, "Bayesian SegNet", BMVC 2017, arXiv:1511.02680, at the
-places of bayesian_segnet_train.prototxt and bayesian_segnet_basic_train.prototxt there.
+Dropout: Kendall, Badrinarayanan, Cipolla, "Bayesian SegNet", BMVC 2017, arXiv:1511.02680; the
+layers are those of bayesian_segnet_train.prototxt and bayesian_segnet_basic_train.prototxt.
 """
 
-import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -19,11 +18,10 @@ from dense_jax.layers import init
 from dense_jax.layers.conv import Conv, UpConv
 from dense_jax.layers.dropout import Dropout
 from dense_jax.layers.norm import BatchNorm, LocalResponseNorm
-from dense_jax.models.vgg import image_size, scaled, torchvision_rules
+from dense_jax.models.vgg import image_size, scaled
 from dense_jax.ops.pool import max_pool_with_switches, max_unpool
 from dense_jax.ops.precision import at_least_float32
 from dense_jax.ops.resize import resize_bilinear
-from dense_jax.weights import rules
 
 Decoder = Literal[
     "indices",
@@ -36,8 +34,8 @@ Decoder = Literal[
     "fcn_noadd_nodimred",
 ]
 
-# Weights of CamVid's classes in the release's training files, as they stand: no definition of the
-# frequency that we tried gives these numbers.
+# Weights of CamVid's classes, copied from the release's training files. We tried definitions of the
+# class frequency, and none gives these numbers.
 CAMVID_WEIGHTS = {
     "sky": 0.2595,
     "building": 0.1826,
@@ -53,31 +51,32 @@ CAMVID_WEIGHTS = {
 }
 
 _STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # Channels and convolutions, VGG-16's.
-_FIRST_DROPPED = 3  # Stages from this one on, coarse ones, are followed by dropout.
+_FIRST_DROPPED = 3  # Dropout follows this stage and all coarser ones.
 
 
 def _score(x: jax.Array, num_classes: int, kernel_size: int, dtype, name: str) -> jax.Array:
-    """Scores of the classes; float32, as are all sums of scores."""
+    """Returns class scores in float32, as all sums of scores are."""
     return at_least_float32(Conv(num_classes, kernel_size, dtype=dtype, name=name)(x))
 
 
 class _EncoderDecoder(nn.Module):
-    """What both networks share; maps images [B, H, W, C] to logits [B, H, W, num_classes].
+    """The common base of both networks; maps images [B, H, W, C] to logits [B, H, W, num_classes].
 
-    Every side of the image is at least 2, 3, 5, 9 or 17 pixels for 1 to 5 poolings.
+    Sides of the image need at least 2, 3, 5, 9 or 17 pixels for 1 to 5 poolings.
 
     Attributes:
       num_classes: number of classes.
       width: channel multiplier of all layers but the last.
-      dropout_rate: of the coarse layers; 0 for none, 0.5 in Bayesian SegNet.
-      sample_dropout: drop in evaluation too, to draw samples; needs a "dropout" key.
+      dropout_rate: dropout rate of the coarse layers; 0.5 in Bayesian SegNet.
+      sample_dropout: whether evaluation drops units too, to draw samples; needs a "dropout" key.
       conv_bias: whether convolutions in front of batch normalisation have a bias. The release has
-        them, the paper (Section 3.2) has none; they change nothing but the count.
-      input_lrn: whether images are first normalised over neighbouring channels. The release does
-        so in SegNet-Basic; the paper speaks of local contrast, which is something else.
+        biases and the paper (Section 3.2) has none; only the number of parameters changes.
+      input_lrn: whether to normalise images over neighbouring channels first. The release does so
+        in SegNet-Basic; the paper normalises local contrast, which is another operation.
       bn_momentum: decay of the running mean and variance.
-      bn_epsilon: added to the variance; 1e-9 is the release's, torchvision's vgg16_bn has 1e-5.
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
+      bn_epsilon: constant added to the variance; 1e-9 in the release, 1e-5 in torchvision's
+        vgg16_bn.
+      axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
       dtype: computation dtype of the layers; logits are float32.
     """
 
@@ -106,7 +105,7 @@ class _EncoderDecoder(nn.Module):
         relu: bool = True,
         groups: int = 1,
     ) -> jax.Array:
-        """Convolution of window (features, kernel), batch normalisation and, if asked, ReLU."""
+        """Applies a convolution (features, kernel), normalisation and, if `relu`, ReLU."""
         features, kernel = window
         conv = Conv(
             features,
@@ -135,19 +134,19 @@ class _EncoderDecoder(nn.Module):
 
 
 class SegNet(_EncoderDecoder):
-    """SegNet: the 13 convolutions of VGG-16 and their mirror image; see `_EncoderDecoder`.
+    """SegNet: the 13 convolutions of VGG-16 and a symmetric decoder; see `_EncoderDecoder`.
 
-    Sides of the image are at least 17 pixels.
+    Sides of the image need at least 17 pixels.
 
     Attributes:
-      decoder_relu: whether the decoder has ReLUs, as released.
+      decoder_relu: whether the decoder has ReLUs; the release has them.
     """
 
     decoder_relu: bool = True
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "logits", float32, and of stage i "pool{i}" and, enlarged, "unpool{i}"."""
+        """Returns "logits" in float32, and "pool{i}" and the unpooled "unpool{i}" of stages i."""
         x, outputs, memory = self._input(images), {}, []
         for stage, (features, depth) in enumerate(_STAGES, 1):
             window = (scaled(features, self.width), 3)
@@ -164,7 +163,7 @@ class SegNet(_EncoderDecoder):
             for i in range(depth, 0, -1):
                 if (stage, i) == (1, 1):
                     break
-                # The last convolution of a stage brings the channels of the next finer one.
+                # The last convolution of a stage has the channels of the next finer stage.
                 features = _STAGES[stage - 2][0] if i == 1 else features
                 window = (scaled(features, self.width), 3)
                 name = f"conv{stage}_{i}_D"
@@ -177,21 +176,23 @@ class SegNet(_EncoderDecoder):
 class SegNetBasic(_EncoderDecoder):
     """SegNet-Basic: four 7x7 convolutions of 64 channels and a decoder; see `_EncoderDecoder`.
 
-    Sides of the image are at least 9 pixels. Where paper and release say nothing of the decoders of
-    Table 1, the choices are those whose parameters come nearest to the table's.
+    Sides of the image need at least 9 pixels. Where the paper and the release do not describe a
+    decoder of Table 1, the number of parameters here is as close as possible to the table's.
 
     Attributes:
-      decoder: how the coarse map is enlarged, four times by two:
+      decoder: how to enlarge the coarse map by two, four times:
         "indices": unpooling by switches, then 7x7 convolution and normalisation (SegNet-Basic);
-        "indices_add": then the encoder's map in front of pooling is added (EncoderAddition);
-        "single_channel": as "indices" by depthwise convolutions (SingleChannelDecoder);
-        "bilinear": of the scores, without parameters (Bilinear-Interpolation);
-        "fcn": learned up-convolutions of the scores, 8x8, which start bilinearly, to which scores
-          of the encoder's maps are added (FCN-Basic); "fcn_noadd" does not add them;
-        "fcn_nodimred": the same with the maps themselves, scored at the end
-          (FCN-Basic-NoDimReduction); "fcn_noadd_nodimred" does not add them. These decoders are not
-          normalised: on shapes "fcn_nodimred" diverges at SGD's 0.1 and learns at 0.01.
-      decoder_relu: whether the convolutions of the decoder have ReLUs; released without.
+        "indices_add": the same, and adds the encoder's map in front of pooling (EncoderAddition);
+        "single_channel": "indices" with depthwise convolutions (SingleChannelDecoder);
+        "bilinear": bilinear interpolation of the scores, without parameters
+          (Bilinear-Interpolation);
+        "fcn": learned 8x8 up-convolutions of the scores with bilinear initialisation, and adds
+          scores of the encoder's maps (FCN-Basic); "fcn_noadd" does not add them;
+        "fcn_nodimred": the same with the maps in place of scores, and scores at the end
+          (FCN-Basic-NoDimReduction); "fcn_noadd_nodimred" does not add the maps. These decoders
+          have no normalisation: on the dataset "shapes", "fcn_nodimred" diverges with SGD at a rate
+          of 0.1 and learns at 0.01.
+      decoder_relu: whether the convolutions of the decoder have ReLUs; the release has none.
     """
 
     decoder: Decoder = "indices"
@@ -199,7 +200,7 @@ class SegNetBasic(_EncoderDecoder):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "logits", float32, and of stage i "pool{i}" and, enlarged, "dec{i}"."""
+        """Returns "logits" in float32, and "pool{i}" and the enlarged "dec{i}" of stages i."""
         features = scaled(64, self.width)
         x, outputs, maps, switches = self._input(images), {}, [], []
         for stage in range(1, 5):
@@ -222,7 +223,7 @@ class SegNetBasic(_EncoderDecoder):
     def _enlarge(
         self, x: jax.Array, encoded: jax.Array, switches: jax.Array, stage: int, train: bool
     ) -> jax.Array:
-        """Brings the coarse map to the size of what the encoder pooled."""
+        """Enlarges the coarse map to the size of the encoder's map in front of pooling."""
         if self.decoder == "bilinear":
             doubled = (2 * x.shape[1], 2 * x.shape[2])
             return _cut(resize_bilinear(x, doubled, align_corners=False), encoded)
@@ -259,65 +260,18 @@ class SegNetBasic(_EncoderDecoder):
         return x + encoded
 
 
-_SCORES_FIRST = ("bilinear", "fcn", "fcn_noadd")  # Bilinear enlargement and scoring commute.
+_SCORES_FIRST = ("bilinear", "fcn", "fcn_noadd")  # Bilinear upsampling commutes with scoring.
 
 
 def _interpolate(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """A bilinear filter of 8 taps, scaled for stride 2: constant maps stay what they are.
+    """Returns a bilinear filter of 8 taps, scaled for stride 2 so that constant maps do not change.
 
-    The filter as it stands is for stride 4. At stride 2 it multiplies by 4, four steps by 256,
-    and the paper's rate of 0.1 diverges within four steps.
+    The unscaled filter suits stride 4. At stride 2 it multiplies the map by 4, and four times by
+    256; then training at the paper's rate of 0.1 diverges within four steps.
     """
     return init.bilinear()(key, shape, dtype) / 4
 
 
 def _cut(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Leaves out the row and column that pooling rounded up."""
+    """Removes the row and the column that pooling added when it rounded up."""
     return x[:, : like.shape[1], : like.shape[2]]
-
-
-# The encoder of `SegNet`.
-TORCHVISION = rules.Release(
-    "torchvision's vgg16_bn",
-    torchvision_rules("conv{}_bn"),
-    trunk=("*/conv?_?/*", "*/conv?_?_bn/*"),
-    normalisation="torchvision",
-    needs="--bn-epsilon=1e-5",
-)
-
-
-def _caffe_rules(last: str, *names: str) -> tuple[rules.Rule, ...]:
-    """Rules for blocks of these names and the scores of the last layer."""
-    return (
-        *rules.caffe_convs(*names, last),
-        *(rule for name in names for rule in rules.caffe_scale(f"{name}_bn", f"{name}_bn")),
-    )
-
-
-_ENCODER = [f"conv{stage}_{i}" for stage, (_, n) in enumerate(_STAGES, 1) for i in range(1, n + 1)]
-_DECODER = [f"{name}_D" for name in _ENCODER[1:]]
-_BASIC = [f"conv{prefix}{i}" for prefix in ("", "_decode") for i in range(1, 5)]
-_FOLDED = "if it is finished, to be left untrained: its statistics lie in scale and bias"
-_CAFFE = functools.partial(rules.Release, normalisation="none", absent=("batch_stats/*",))
-# alexgkendall/SegNet-Tutorial: the networks of segnet_model_zoo.md that its inference prototxts
-# describe, and others that compute_bn_statistics.py has finished.
-CAFFE = (
-    _CAFFE(
-        "Caffe's SegNet",
-        _caffe_rules("conv1_1_D", *_ENCODER, *_DECODER),
-        tuple(f"params/{name}{end}/*" for name in _ENCODER + _DECODER for end in ("", "_bn")),
-        needs=f"--input-norm=none; {_FOLDED}",
-    ),
-    _CAFFE(
-        "Caffe's SegNet-Basic",
-        (
-            *_caffe_rules("conv_classifier", *_BASIC),
-            *(
-                rule._replace(role="alias")
-                for rule in rules.caffe_conv("dense_softmax_inner_prod", "conv_classifier")
-            ),
-        ),
-        tuple(f"params/{name}{end}/*" for name in _BASIC for end in ("", "_bn")),
-        needs=f"--input-norm=lrn; {_FOLDED}",
-    ),
-)

@@ -1,4 +1,4 @@
-"""U-Net: a contracting and an expanding path with skips, as published, as released, or padded.
+"""U-Net: a contracting and an expanding path with skips, as in the paper, the release, or padded.
 
 Reference: Ronneberger, Fischer, Brox, "U-Net: convolutional networks for biomedical image
 segmentation", MICCAI 2015, arXiv:1505.04597, Figure 1 and Section 2. Names are those of the
@@ -26,17 +26,19 @@ from dense_jax.ops.resize import resize_bilinear, resize_nearest
 Up = Literal["upconv", "bilinear_conv", "nearest_conv"]
 
 _scaling = jax.nn.initializers.variance_scaling
-# What one level of each kind of upsampling takes from each side, in its own pixels: a 3x3
-# convolution takes one, and so does what bilinear interpolation had to guess at the edge.
+# Pixels that one level removes from each side, for each kind of upsampling: a 3x3 convolution
+# removes one, and bilinear interpolation has one that it can only guess at the edge.
 _UP_LOSS = {"upconv": 0, "nearest_conv": 1, "bilinear_conv": 2}
 
 
 def _kernel_init(name: str, fan_in_share: float = 1.0) -> init.Initializer:
-    """Variance 2 / N (paper, Section 3) or 1 / N (Caffe's "xavier"), N = incoming connections.
+    """Returns an initialiser of variance 2 / N (paper, Section 3) or 1 / N (Caffe's "xavier").
+
+    N is the number of incoming connections.
 
     Args:
       name: "he" or "xavier".
-      fan_in_share: how many of the kernel's taps reach one output; a quarter in an up-convolution
+      fan_in_share: share of the kernel's taps that reach one output; a quarter in an up-convolution
         of 2x2 taps and stride 2.
     """
     if name == "he":
@@ -45,7 +47,7 @@ def _kernel_init(name: str, fan_in_share: float = 1.0) -> init.Initializer:
 
 
 def _crop(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Cuts the same from all sides, to [B, *size, C]."""
+    """Crops the same number of pixels from opposite sides, to [B, *size, C]."""
     top, left = (x.shape[1] - size[0]) // 2, (x.shape[2] - size[1]) // 2
     return x[:, top : top + size[0], left : left + size[1]]
 
@@ -55,20 +57,21 @@ class UNet(nn.Module):
 
     Attributes:
       num_classes: number of classes.
-      variant: "release" differs from the paper's figure: ReLU behind up-convolutions, and the last
-        of them keeps twice the channels.
-      padding: "valid" as published: a label sees nothing but image, and H and W are `min_side` and
-        multiples of `grid` above it. "same" pads with zeros, for multiples of `grid`.
+      variant: "release" differs from the paper's figure: it has ReLUs behind up-convolutions, and
+        its last up-convolution has twice the channels.
+      padding: "valid" as published: each receptive field lies in the image, and H and W are
+        `min_side` or larger by a multiple of `grid`. "same" pads with zeros and takes multiples of
+        `grid`.
       up: the upsampling: an up-convolution of 2x2 taps and stride 2, or a resize by 2 and a 3x3
-        convolution (which takes further context).
+        convolution, which needs more context.
       depth: number of poolings.
-      width: channels of the first level, doubled at each pooling.
-      norm: normalisation behind the 3x3 convolutions, which then have no bias; "group" (up to 32
-        groups) looks at the whole tile, so that tiles no longer agree where they meet.
-      dropout_rate: dropout on the last two levels of the contracting path.
-      kernel_init: "he", the paper's, or "xavier", the release's.
-      bn_momentum: share of the old in each update of the batch statistics.
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
+      width: channels of the first level; each pooling doubles them.
+      norm: normalisation behind the 3x3 convolutions, which then have no bias. "group" (up to 32
+        groups) averages over the whole tile, so that neighbouring tiles do not agree.
+      dropout_rate: dropout rate on the last two levels of the contracting path.
+      kernel_init: "he" as in the paper, or "xavier" as in the release.
+      bn_momentum: decay of the running averages.
+      axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
       dtype: computation dtype; logits are float32.
     """
 
@@ -87,25 +90,25 @@ class UNet(nn.Module):
 
     @property
     def grid(self) -> int:
-        """Stride of the deepest level: images shifted by it give logits shifted by it."""
+        """Stride of the deepest level; a shift of the image by it shifts the logits by it."""
         return 2**self.depth
 
     @property
     def context(self) -> int:
-        """Pixels that each side of an image is larger than its logits; 92 as published."""
+        """Pixels by which an image is larger than its logits on each side; 92 as published."""
         if self.padding == "same":
             return 0
         return 6 * self.grid - 4 + _UP_LOSS[self.up] * (self.grid - 1)
 
     @property
     def min_side(self) -> int:
-        """The smallest image side; 188 as published. Others are multiples of `grid` above it."""
+        """The smallest image side; 188 as published. Larger sides add multiples of `grid`."""
         if self.padding == "same":
             return self.grid
         return 2 * self.context + 1 + (-4 - 2 * self.context - 1) % self.grid
 
     def check_side(self, side: int) -> None:
-        """Raises ValueError, naming the nearest valid sides, for one that is not."""
+        """Raises ValueError with the nearest valid sides if `side` is not valid."""
         steps, rest = divmod(side - self.min_side, self.grid)
         if steps < 0 or rest:
             below, above = (
@@ -119,10 +122,10 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "logits", float32, and the layers by name: d0b, d0c, ..., d4c, u3a, ..., u0d.
+        """Returns "logits" in float32, and the layers by name: d0b, d0c, ..., d4c, u3a, ..., u0d.
 
         Raises:
-          ValueError: images are not [B, H, W, C], or H or W is not a valid side.
+          ValueError: images do not have the shape [B, H, W, C], or H or W is not a valid side.
         """
         for side in image_size(images):
             self.check_side(side)
@@ -134,7 +137,7 @@ class UNet(nn.Module):
         )  # fmt: skip
 
         def convs(x: jax.Array, level: str, features: int, blobs: str) -> jax.Array:
-            """The level's two convolutions; ``blobs`` names input, middle and output."""
+            """Applies the level's two convolutions; ``blobs`` names input, middle and output."""
             for first, second in itertools.pairwise(blobs):
                 use_bias = self.norm == "none"
                 x = conv3(features, use_bias=use_bias, name=f"conv_{level}{first}-{second}")(x)
@@ -186,7 +189,7 @@ class UNet(nn.Module):
         return x
 
     def _enlarge(self, x: jax.Array, features: int, name: str) -> jax.Array:
-        """Doubles the size and sets the number of channels."""
+        """Doubles height and width, and sets the number of channels."""
         if self.up == "upconv":
             kernel_init = _kernel_init(self.kernel_init, fan_in_share=1 / 4)
             return UpConv(features, 2, 2, kernel_init=kernel_init, dtype=self.dtype, name=name)(x)
@@ -195,7 +198,7 @@ class UNet(nn.Module):
             x = resize_nearest(x, size)
         else:
             x = resize_bilinear(x, size, align_corners=False)
-            x = _crop(x, (size[0] - 2, size[1] - 2)) if valid else x  # the edge is a guess
+            x = _crop(x, (size[0] - 2, size[1] - 2)) if valid else x  # the edge is extrapolated
         kernel_init = _kernel_init(self.kernel_init)
         padding = 0 if valid else 1
         conv = Conv(

@@ -1,11 +1,11 @@
-"""VGG-16 as a fully convolutional network, and the layer tables that plain networks are made of.
+"""VGG-16 as a fully convolutional network, and the layer tables of plain networks.
 
-A plain network is one table. The table builds the network (`Stack`) and tells where the units of
-each layer sit on the image (`grids`), from which models derive their crops and receptive fields.
+A plain network is one table of layers. `Stack` builds the network from the table. `grids` gives the
+position of each layer's units on the image, and models derive crops and receptive fields from it.
 
 Reference: Simonyan, Zisserman, "Very deep convolutional networks for large-scale image
-recognition", ICLR 2015, arXiv:1409.1556, Table 1 column D. Its fully connected layers as
-convolutions: Long, Shelhamer, Darrell, CVPR 2015, arXiv:1411.4038, Section 3.1.
+recognition", ICLR 2015, arXiv:1409.1556, Table 1 column D. Long, Shelhamer, Darrell, CVPR 2015,
+arXiv:1411.4038, Section 3.1 turns its fully connected layers into convolutions.
 """
 
 from typing import Literal, NamedTuple
@@ -17,16 +17,15 @@ from dense_jax.layers.conv import Conv
 from dense_jax.layers.dropout import Dropout
 from dense_jax.layers.norm import LocalResponseNorm
 from dense_jax.ops.pool import max_pool
-from dense_jax.weights import rules
 
 
 class Grid(NamedTuple):
-    """Where the units of a layer sit on the image, along one axis; all in image pixels.
+    """Positions of a layer's units on the image along one axis, in image pixels.
 
     Attributes:
-      first: centre of unit 0; pixel centres are whole numbers, and padding makes it negative.
+      first: centre of unit 0. Pixel centres are whole numbers; padding makes it negative.
       step: distance between neighbouring units.
-      field: how many pixels one unit sees.
+      field: size of the receptive field of one unit.
     """
 
     first: float = 0.0
@@ -43,7 +42,7 @@ class Grid(NamedTuple):
         )
 
     def up_conv(self, kernel: int, stride: int, padding: int = 0) -> "Grid":
-        """Returns the grid behind a convolution of fractional stride 1 / stride."""
+        """Returns the grid behind an up-convolution, whose fractional stride is 1 / stride."""
         step = self.step / stride
         return Grid(
             first=self.first - ((kernel - 1) / 2 - padding) * step,
@@ -52,27 +51,27 @@ class Grid(NamedTuple):
         )
 
     def index_of(self, other: "Grid") -> int:
-        """Returns which unit of this grid sits where unit 0 of the other, equally fine, one sits.
+        """Returns the index of the unit at the position of unit 0 of another grid of equal step.
 
         Raises:
-          ValueError: none does.
+          ValueError: there is no unit at this position, or the steps differ.
         """
         index = (other.first - self.first) / self.step
         if self.step != other.step or index < 0 or index != int(index):
-            raise ValueError(f"No unit of {self} sits at unit 0 of {other}.")
+            raise ValueError(f"No unit of {self} is at unit 0 of {other}.")
         return int(index)
 
 
 class Layer(NamedTuple):
-    """One row of a layer table: conv*, fc* (convolution and ReLU), pool* or norm* by its name."""
+    """One row of a layer table; the name says conv* or fc* (convolution, ReLU), pool* or norm*."""
 
     name: str
     kernel: int = 1
     stride: int = 1
     padding: int = 0
-    features: int = 0  # Of convolutions.
+    features: int = 0  # For convolutions.
     groups: int = 1
-    dilation: int = 1  # Of convolutions.
+    dilation: int = 1  # For convolutions.
 
 
 def grids(layers: tuple[Layer, ...]) -> dict[str, Grid]:
@@ -85,14 +84,14 @@ def grids(layers: tuple[Layer, ...]) -> dict[str, Grid]:
 
 
 def image_size(images: jax.Array) -> tuple[int, int]:
-    """Returns (H, W) of images [B, H, W, C]; other shapes raise `ValueError`."""
+    """Returns (H, W) of images [B, H, W, C]; raises `ValueError` for other shapes."""
     if images.ndim != 4:
         raise ValueError(f"Expected images [B, H, W, C], received {images.shape}.")
     return images.shape[1], images.shape[2]
 
 
 def scaled(features: int, width: float, groups: int = 1) -> int:
-    """Returns max(1, round(features * width)), to a multiple of `groups`."""
+    """Returns features * width, rounded to a multiple of `groups`, at least `groups`."""
     return groups * max(1, round(features * width / groups))
 
 
@@ -100,12 +99,12 @@ class Stack(nn.Module):
     """A plain network; maps [B, H, W, C] to the output of every layer by name, [B, H', W', C'].
 
     Attributes:
-      layers: the table, first layer first.
+      layers: the table, from the first layer to the last.
       width: channel multiplier, see `scaled`.
-      ceil: pooling sizes are rounded up, as in Caffe, rather than down, as in torch.
-      dropout_rate: dropout behind fc6 and fc7.
-      axis_name: the mapped axis over which the batch is split; None outside of `pmap`.
-      dtype: computation dtype; None: float32 parameters' own.
+      ceil: whether pooling rounds sizes up, as in Caffe, or down, as in torch.
+      dropout_rate: dropout rate behind fc6 and fc7.
+      axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
+      dtype: computation dtype; None computes in the dtype of the parameters, float32.
     """
 
     layers: tuple[Layer, ...]
@@ -117,10 +116,10 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns the layers' outputs, after ReLU and, for fc6 and fc7, dropout.
+        """Returns the output of each layer, behind ReLU and, for fc6 and fc7, behind dropout.
 
         Raises:
-          ValueError: images are not [B, H, W, C], or too small for the table.
+          ValueError: images do not have the shape [B, H, W, C], or are too small for the table.
         """
         image_size(images)
         groups = max(layer.groups for layer in self.layers)
@@ -144,7 +143,7 @@ class Stack(nn.Module):
 
 
 def vgg16_layers(first_padding: int = 1, fc6_padding: int = 0) -> tuple[Layer, ...]:
-    """Returns the table of VGG-16 from conv1_1 to fc7; every layer has its released name."""
+    """Returns the table of VGG-16 from conv1_1 to fc7, with the names of the release."""
     rows, padding = [], first_padding
     for stage, (features, depth) in enumerate(
         [(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)], start=1
@@ -164,75 +163,16 @@ def vgg16(
     last: str = "fc7",
     **options,
 ) -> Stack:
-    """Returns VGG-16 up to fc7, 134,260,544 parameters.
+    """Returns VGG-16 up to fc7, with 134,260,544 parameters.
 
     Args:
-      padding: "caffe" rounds pooling sizes up and leaves fc6 unpadded; "same" rounds them down and
-        pads fc6 by 3, so that an image of 32 h x 32 w pixels gives h x w units in fc7.
-      first_padding: padding of conv1_1 (FCN takes 100).
-      last: name of the last layer, for networks that stop earlier.
+      padding: "caffe" rounds pooling sizes up and does not pad fc6. "same" rounds them down and
+        pads fc6 by 3; then an image of 32 h x 32 w pixels gives h x w units in fc7.
+      first_padding: padding of conv1_1 (100 in FCN).
+      last: name of the last layer, for networks that end earlier.
       **options: width, dropout_rate, axis_name, dtype of `Stack`.
     """
     caffe = padding == "caffe"
     layers = vgg16_layers(first_padding, 0 if caffe else 3)
     end = [layer.name for layer in layers].index(last) + 1
     return Stack(layers[:end], ceil=caffe, **options)
-
-
-def torchvision_rules(norm: str | None = None) -> tuple[rules.Rule, ...]:
-    """Returns rules for torchvision's vgg16, which numbers layers, ReLUs and poolings through.
-
-    Its classifier reads a map of 7x7 units, channels first, as fc6 does by a 7x7 kernel.
-
-    Args:
-      norm: name here of the normalisation behind "conv{}", for vgg16_bn.
-    """
-    table, number = [], 0
-    for layer in vgg16_layers():
-        if layer.name.startswith("conv"):
-            table += rules.conv(f"features.{number}", layer.name)
-            if norm:
-                name = norm.format(layer.name.removeprefix("conv"))
-                table += rules.batch_norm(f"features.{number + 1}", name)
-            number += 3 if norm else 2
-        elif layer.name.startswith("pool"):
-            number += 1
-    table += rules.conv("classifier.0", "fc6", "dense_chw")
-    table += rules.conv("classifier.3", "fc7", "dense_chw")
-    for i in (1, 2):  # timm's names, of kernels
-        table += (
-            rule._replace(role="alias") for rule in rules.conv(f"pre_logits.fc{i}", f"fc{i + 5}")
-        )
-    # Scores of ImageNet's classes, which no network here has.
-    scores = ("classifier.6", "head.fc")
-    table += [rules.Rule(f"{name}.{kind}", None) for name in scores for kind in ("weight", "bias")]
-    return tuple(table)
-
-
-# Block by block: networks may end before conv5, and leave it in the file.
-TRUNK = tuple(f"*/conv{block}_?/*" for block in range(1, 6))
-TORCHVISION = rules.Release("torchvision's vgg16", torchvision_rules(), TRUNK, "torchvision")
-# VGG16_Weights.IMAGENET1K_FEATURES: the authors' own layers, with a classifier of nothing but NaN.
-TORCHVISION_FEATURES = TORCHVISION._replace(
-    name="torchvision's vgg16, features alone",
-    rules=tuple(
-        rule._replace(target=None) if rule.source.startswith("classifier.") else rule
-        for rule in TORCHVISION.rules
-    ),
-    normalisation="torchvision_vgg16_features",
-    absent=("*/fc[67]/*",),
-    hollow=("classifier.6.bias",),
-)
-
-# conv1_1 to fc7 in Caffe, with fc6 and fc7 dense or, as "fully convolutional" networks have them,
-# on a map. What the authors' file and others derived from it have in common.
-CAFFE_RULES = rules.caffe_convs(
-    *(layer.name for layer in vgg16_layers() if not layer.name.startswith("pool"))
-)
-# VGG_ILSVRC_16_layers.caffemodel.
-CAFFE = rules.Release(
-    "Caffe's VGG-16",
-    (*CAFFE_RULES, *(rules.Rule(f"fc8.{i}", None) for i in range(2))),  # ImageNet's classes
-    TRUNK,
-    "caffe",
-)

@@ -12,14 +12,13 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from dense_jax import runs
+from dense_jax import runs, start
 from dense_jax.data import dataset as datasets
 from dense_jax.data import pipeline
 from dense_jax.data.dataset import Dataset, Source
 from dense_jax.data.transforms import Transform
 from dense_jax.errors import UserError
 from dense_jax.evaluation import report
-from dense_jax.tasks import import_weights
 from dense_jax.tasks.task import Task
 from dense_jax.train import cli
 from dense_jax.train.checkpoint import has_checkpoint
@@ -215,7 +214,7 @@ def _follow_weights(config: ConfigT) -> ConfigT:
     if has_checkpoint(workdir):
         expected = runs.read_config(workdir)["config"].get("normalisation")
     else:
-        expected = import_weights.normalisation_of(config.init or "")
+        expected = start.normalisation_of(config.init or "")
     if expected in (None, config.normalisation):
         return config
     config = dataclasses.replace(config, normalisation=expected)
@@ -226,7 +225,7 @@ def _follow_weights(config: ConfigT) -> ConfigT:
 def _initialise_from(source: str, state: TrainState, tx: Any, normalisation: str) -> TrainState:
     """Copies parameters and batch statistics of equal name and shape from ``--init``."""
     ours = {"params": dict(state.params), **state.model_state}
-    theirs, expected = import_weights.initial(source, ours)
+    theirs, expected = start.initial(source, ours)
     if expected not in (None, normalisation):
         print(
             f"init: warning: these weights expect --normalisation={expected}, and this run has "

@@ -1,4 +1,4 @@
-"""What became of every tensor of a weight file and of every parameter of a network."""
+"""What happens to each tensor of a weight file and to each parameter of a network."""
 
 import dataclasses
 from collections import Counter
@@ -8,25 +8,29 @@ from typing import Literal, NamedTuple
 from dense_jax.errors import UserError
 
 Shape = tuple[int, ...]
-Status = Literal["loaded", "ignored", "new", "missing", "unexpected", "misfit"]
+Status = Literal["loaded", "ignored", "new", "missing", "unexpected", "mismatch"]
 
-_UNEXPLAINED: tuple[Status, ...] = ("missing", "unexpected", "misfit")
+_UNEXPLAINED: tuple[Status, ...] = ("missing", "unexpected", "mismatch")
 _NUM_NAMED = 3  # names of each kind in an error message
 
 
 class Row(NamedTuple):
-    """One tensor of the file, one parameter of the network, or one pair of both.
+    """A tensor of the file, a parameter of the network, or a pair of both.
 
     Attributes:
-      status: "loaded"; "ignored", left in the file on purpose; "new", kept as initialised on
-        purpose; or, not explained, "missing" in the file, "unexpected" in the file, or "misfit", a
-        pair of different shape or kind.
+      status: three statuses explain a row, and three are errors.
+        "loaded": the tensor becomes the parameter.
+        "ignored": the tensor stays in the file on purpose.
+        "new": the parameter keeps its initial value on purpose.
+        "missing": the file lacks a parameter of the network.
+        "unexpected": the network lacks a tensor of the file.
+        "mismatch": tensor and parameter differ in shape or dtype.
       source: name in the file, or "".
       source_shape: shape in the file; None without a source.
       target: name in the network, or "".
       target_shape: shape in the network; None without a target.
-      layout: how the pair's layouts differ; see `dense_jax.weights.layouts`.
-      note: what is done to the values ("permuted, cast from float16"), or why they do not fit.
+      layout: layout of the tensor; see `dense_jax.weights.layouts`.
+      note: how the values change ("permuted, cast from float16"), or why they do not fit.
     """
 
     status: Status
@@ -40,27 +44,27 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """All rows: those of the file in its order, then what only the network has.
+    """All rows: the tensors in the order of the file, then parameters that only the network has.
 
-    Printed it is a table of all rows with their sums below.
+    `str` returns a table of all rows with the totals below.
     """
 
     rows: tuple[Row, ...]
 
     @property
     def unexplained(self) -> tuple[Row, ...]:
-        """The rows that forbid loading."""
+        """The rows that are errors."""
         return tuple(row for row in self.rows if row.status in _UNEXPLAINED)
 
-    def check(self, path: str, advice: str = "give a network, or a file, that fits") -> None:
-        """Refuses what is not explained.
+    def check(self, path: str, advice: str = "give another network or another file") -> None:
+        """Raises an error if any row is one.
 
         Args:
           path: the file, for the message.
-          advice: what can be done, for the message.
+          advice: what the user can do, for the message.
 
         Raises:
-          UserError: names the first tensors of each kind.
+          UserError: the message names the first tensors of each status.
         """
         kinds = []
         for status in _UNEXPLAINED:
@@ -72,7 +76,7 @@ class Account:
             raise UserError(f"{path} does not fit the network ({'; '.join(kinds)}): {advice}")
 
     def summary(self) -> str:
-        """One line: how many rows of each status, and of those loaded how many were changed."""
+        """Returns one line: the number of rows of each status, and how many loaded ones change."""
         counts = Counter(row.status for row in self.rows)
         changes = Counter(
             change.split(" from ")[0]

@@ -1,9 +1,9 @@
-"""Reads Caffe's .caffemodel files, a protobuf message, without protobuf and without copying.
+"""Reads Caffe's .caffemodel files, which are protobuf messages, without protobuf and copies.
 
-A message is a row of fields, each a number and wire type followed by a value, so four wire types
-and the numbers of a few fields are all that weights need; other fields are stepped over. Arrays of
-floats lie in the file as they are in memory and are mapped. Blobs keep Caffe's own layout: kernels
-of convolutions are [out, in / groups, kh, kw], of inner products [out, in].
+A message is a sequence of fields. A field is a number, a wire type and a value. Weights need four
+wire types and a few field numbers; the reader skips all other fields. Floats have the same bytes in
+the file as in memory, so the reader maps arrays. Blobs keep Caffe's layout: kernels of convolutions
+are [out, in / groups, kh, kw] and kernels of inner products [out, in].
 
 References: protobuf.dev/programming-guides/encoding; BVLC/caffe:src/caffe/proto/caffe.proto,
 messages NetParameter, LayerParameter, V1LayerParameter, BlobProto, BlobShape.
@@ -32,22 +32,22 @@ _BLOB_VALUES = {5: np.dtype("<f4"), 8: np.dtype("<f8")}  # data, double_data
 _SHAPE_DIM = 1
 _MOST_AXES = 32  # Caffe's own limit
 
-# The types of V1LayerParameter.LayerType that have weights, as they are called today.
+# Types of V1LayerParameter.LayerType that have weights, by the names that V2 gives them.
 _V1_TYPES = {4: "Convolution", 14: "InnerProduct", 39: "Deconvolution"}
 
 
 class _Field(NamedTuple):
-    """A field of a message; its value lies in bytes start..end of the file.
+    """A field of a message; its value is bytes start..end of the file.
 
-    Neighbours of one number and a fixed size come as one field: values then alternate with tags
-    of a byte, the first of them before `start`.
+    Consecutive fields of one number and a fixed size are one `_Field`. Its values alternate with
+    tags of one byte, and the first tag is in front of `start`.
     """
 
     number: int
     wire: int
     start: int
     end: int
-    value: int = 0  # of a varint
+    value: int = 0  # if the wire type is varint
 
 
 class _Layer(NamedTuple):
@@ -68,15 +68,15 @@ def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str
       path: a .caffemodel file with `layer` (V2) or `layers` (V1) messages.
 
     Returns:
-      Arrays by ``LAYER.INDEX``, where 0 are the weights and 1 is the bias of a convolution or inner
-      product; read-only and mapped where the file holds them in one piece, which is as Caffe writes
-      them. Shapes are the file's: old ones have four axes, a bias then is [1, 1, 1, C]. Of a
-      BatchNorm, 0 and 1 are the mean and the variance (`batch_norm_statistics`), and there is no 2.
-      And what else the file says: ``layers``, a JSON object from the name of each layer, those
-      without blobs too, to its type; ``net``, its name.
+      Read-only arrays by ``LAYER.INDEX``, with the shapes of the file; old files have four axes, so
+      that a bias is [1, 1, 1, C]. Index 0 is the weights and 1 the bias of a convolution or inner
+      product. A BatchNorm has its mean at 0 and its variance at 1 (`batch_norm_statistics`), and
+      nothing at 2. An array is mapped if its values are contiguous, as Caffe writes them.
+      And other facts: ``layers``, a JSON object from the name of each layer, with or without blobs,
+      to its type; ``net``, the name of the network.
 
     Raises:
-      UserError: the file is truncated, damaged, without weights, or no caffemodel of these kinds.
+      UserError: the file is truncated or damaged, has no weights, or has another format.
     """
     data = map_file(path)
     try:
@@ -90,10 +90,10 @@ def batch_norm_statistics(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and variance, each [C], from the three blobs of a BatchNorm layer.
 
-    Caffe stores sums that decay and, as the third blob, the weight that they have gathered: the
-    statistics are the sums divided by it, or zero if it is zero
-    (BVLC/caffe:src/caffe/layers/batch_norm_layer.cpp). Scale and shift are the blobs of the Scale
-    layer that follows.
+    Caffe stores decaying sums and, in the third blob, the sum of their weights. It divides the sums
+    by this weight; a weight of zero gives statistics of zero
+    (BVLC/caffe:src/caffe/layers/batch_norm_layer.cpp). The Scale layer that follows has the scale
+    and the shift.
 
     Args:
       mean: blob 0, [C].
@@ -101,7 +101,7 @@ def batch_norm_statistics(
       factor: blob 2, one number of any shape.
     """
     weight = float(np.asarray(factor).reshape(()))
-    with np.errstate(all="ignore"):  # of damaged files
+    with np.errstate(all="ignore"):  # damaged files overflow
         inverse = mean.dtype.type(0 if weight == 0 else np.divide(1, weight))
         return mean * inverse, variance * inverse
 
@@ -120,16 +120,16 @@ def _read_net(data: mmap.mmap) -> tuple[Mapping[str, np.ndarray], dict[str, str]
             types[name] = kind
             tensors |= {f"{name}.{i}": make for i, make in enumerate(_makers(name, kind, blobs))}
     if not tensors:
-        raise ValueError(f"{len(types)} layers and no weights")
+        raise ValueError(f"{len(types)} layers without weights")
     return Lazy(tensors), info | {"layers": json.dumps(types)}
 
 
 def _makers(name: str, kind: str, blobs: Sequence[np.ndarray]) -> list[Callable[[], np.ndarray]]:
-    """Returns what makes the arrays of a layer when they are asked for."""
-    if kind != "BatchNorm" or len(blobs) != 3:  # others of this type keep no factor
+    """Returns functions that make the arrays of a layer on access."""
+    if kind != "BatchNorm" or len(blobs) != 3:  # other implementations have no factor
         return [functools.partial(np.asarray, blob) for blob in blobs]
     if blobs[2].size != 1:
-        raise ValueError(f"the BatchNorm {name!r} is divided by {blobs[2].size} numbers")
+        raise ValueError(f"the BatchNorm {name!r} has {blobs[2].size} factors")
     return [lambda i=i: batch_norm_statistics(blobs[0], blobs[1], blobs[2])[i] for i in (0, 1)]
 
 
@@ -146,7 +146,7 @@ def _read_layer(
         elif field.number == numbers.blobs:
             blobs.append(_read_blob(data, field))
         elif layer.number == _NET_LAYERS and field.number == _V0_LAYER:
-            raise ValueError("layers of 2013, which Caffe's upgrade_net_proto_binary converts")
+            raise ValueError("layers of 2013; convert them by Caffe's upgrade_net_proto_binary")
     return name, kind, blobs
 
 
@@ -165,7 +165,7 @@ def _read_blob(data: mmap.mmap, blob: _Field) -> np.ndarray:
             shape += _read_shape(data, field)
         elif field.number in _BLOB_VALUES:
             pieces[field.number].append(_values(data, field, _BLOB_VALUES[field.number]))
-    if legacy:  # has precedence in Caffe too
+    if legacy:  # it takes precedence in Caffe too
         shape = [legacy.get(axis, 0) for axis in range(_BLOB_NUM, _BLOB_WIDTH + 1)]
     parts = pieces[8] or pieces[5] or [np.zeros(0, np.float32)]
     values = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -188,11 +188,11 @@ def _read_shape(data: mmap.mmap, shape: _Field) -> Iterator[int]:
 
 
 def _values(data: mmap.mmap, field: _Field, dtype: np.dtype) -> np.ndarray:
-    """Returns a view of packed numbers, or of a run of single ones."""
+    """Returns a view of packed numbers, or of consecutive single ones."""
     size = field.end - field.start
     if field.wire == _BYTES:
         if size % dtype.itemsize:
-            raise ValueError(f"{size} bytes at byte {field.start} are not whole numbers")
+            raise ValueError(f"{size} bytes at byte {field.start} end inside a number")
         return view(data, field.start, dtype, [size // dtype.itemsize])
     _expect(field, _FIXED32 if dtype.itemsize == 4 else _FIXED64)
     row = np.dtype([("tag", "u1"), ("value", dtype)])
@@ -235,7 +235,7 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[_Field]:
             raise ValueError(f"field 0 at byte {start}")
         if stop > end:
             raise ValueError(
-                f"{stop - at} bytes announced at byte {start}, but {end - at} are left"
+                f"the field at byte {start} has {stop - at} bytes, and {end - at} are left"
             )
         if wire in _FIXED_SIZES and at == start + 1:
             stop = _end_of_run(data, start, end, stop - start)
@@ -244,9 +244,9 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[_Field]:
 
 
 def _end_of_run(data: mmap.mmap, start: int, end: int, size: int) -> int:
-    """Returns where fields of `size` bytes that begin with the byte at `start` end."""
+    """Returns the end of consecutive fields of `size` bytes with the tag at `start`."""
     tags = np.frombuffer(data, np.uint8, end - start, start)[::size][: (end - start) // size]
-    seen = 64  # doubles, so that what is looked at in vain is bounded by the run
+    seen = 64  # doubles, so that the work in vain stays below the length of the run
     while True:
         others = np.flatnonzero(tags[:seen] != tags[0])
         if len(others):
@@ -257,7 +257,7 @@ def _end_of_run(data: mmap.mmap, start: int, end: int, size: int) -> int:
 
 
 def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    """Returns a number in groups of seven bits, lowest first, and where it ends."""
+    """Returns a number that is stored in groups of seven bits, lowest first, and its end."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:
@@ -267,4 +267,4 @@ def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at
-    raise ValueError(f"a number that does not end at byte {at}")
+    raise ValueError(f"the number at byte {at} does not end")

@@ -3,9 +3,9 @@
     file = files.read("fcn_resnet50_coco.pth")
     file.tensors["backbone.conv1.weight"].shape  # (64, 3, 7, 7): as stored, never transposed
 
-Which reader a file goes to is told by its first bytes, not by its name; only Caffe's files have
-no mark of their own and are known by ``.caffemodel``. What the names and layouts mean for a network
-of this library is said by rules, not here.
+The first bytes of a file choose its reader; its name does not matter. Only Caffe's files have no
+signature, and the ending ``.caffemodel`` marks them. `dense_jax.weights.rules` says which parameter
+each tensor is; the readers know nothing of networks.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from dense_jax.weights.tensors import Lazy, damaged
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
-_TORCH = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # its magic number, pickled
-# What torch.nn.DataParallel and torch.compile put before each name.
+_TORCH = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the pickled magic number
+# torch.nn.DataParallel and torch.compile put these in front of each name.
 _PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -34,9 +34,10 @@ class WeightFile:
     Attributes:
       path: the file.
       format: "safetensors", "npz", "torch", "caffe" or "keras".
-      tensors: name to array, in the order and the layout of the file. Reading an item maps or
-        reads that array only, each time anew; arrays may be read-only and unaligned.
-      info: what else the file says: versions, what was taken off the names, what was left out.
+      tensors: name to array, in the order and the layout of the file. Each access maps or reads
+        one array anew. Arrays may be read-only and unaligned.
+      info: other facts: versions, the prefix that the reader removed from the names, and what it
+        left out.
     """
 
     path: str
@@ -45,7 +46,7 @@ class WeightFile:
     info: Mapping[str, str]
 
     def without(self, prefix: str) -> "WeightFile":
-        """Returns the same with a prefix of all names taken off, which `info` then tells."""
+        """Returns the file without a prefix that all names share; `info` records the prefix."""
         names = {name.removeprefix(prefix): name for name in self.tensors}
         if isinstance(self.tensors, Lazy):
             tensors: Mapping[str, np.ndarray] = self.tensors.renamed(names)
@@ -56,24 +57,24 @@ class WeightFile:
 
 
 def read(path: str | os.PathLike[str]) -> WeightFile:
-    """Reads the names, shapes and kinds of a weight file; its values when they are asked for.
+    """Reads the names, shapes and dtypes of a weight file; values are read on access.
 
-    Names of nested containers are joined by dots. A prefix of all names that is no name but torch's
-    wrapper of networks ("module.") is taken off.
+    Dots join the names of nested containers. Wrappers of torch put a prefix in front of all names
+    ("module."); the prefix is removed.
 
     Raises:
-      UserError: the file is missing, of no known format, damaged, would run a program, or needs a
-        package that is not installed.
+      UserError: the file is missing, damaged or of an unknown format, it would run a program, or
+        its reader needs a package that is not installed.
     """
     path = pathlib.Path(path)
     kind = _kind(path)
-    # Imported here, since a reader may need a package that readers of other files do without.
+    # Import it late: a reader may need a package that the other readers do without.
     reader = importlib.import_module(f"dense_jax.weights.{kind}_file")
     tensors, info = reader.read_tensors(path)
     if not tensors:
         raise UserError(f"{path} holds no arrays: give a file of weights")
     if not all(name.isprintable() for name in tensors):
-        raise damaged(path, "a name that cannot be printed")
+        raise damaged(path, "a name has unprintable characters")
     file = WeightFile(str(path), kind, tensors, info)
     while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in file.tensors)), ""):
         file = file.without(prefix)
@@ -83,7 +84,7 @@ def read(path: str | os.PathLike[str]) -> WeightFile:
 def _kind(path: pathlib.Path) -> str:
     try:
         if not path.is_file():
-            raise UserError(f"{path} is no file: give a file of weights")
+            raise UserError(f"{path} is not a file: give a file of weights")
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(64)
@@ -95,14 +96,14 @@ def _kind(path: pathlib.Path) -> str:
         return "torch" if _has_pickle(path) else "npz"
     if _TORCH in head:
         return "torch"
-    length = int.from_bytes(head[:8], "little")  # of the header of safetensors
+    length = int.from_bytes(head[:8], "little")  # bytes of a safetensors header
     if head[8:9] == b"{" and (length < size or path.suffix != ".caffemodel"):
         return "safetensors"
     if path.suffix == ".caffemodel":
         return "caffe"
     raise UserError(
-        f"{path} is no weight file known here: give safetensors, NumPy .npz, PyTorch .pth, "
-        "Caffe .caffemodel or Keras .h5"
+        f"{path} is not a weight file of a known format: give safetensors, NumPy .npz, "
+        "PyTorch .pth, Caffe .caffemodel or Keras .h5"
     )
 
 

@@ -1,4 +1,4 @@
-"""Weight files from the Hugging Face Hub, kept in the cache that its own tools use.
+"""Downloads weight files from the Hugging Face Hub into the cache that its own tools use.
 
 Reference: huggingface.co/docs/huggingface_hub, "Download files from the Hub" and "Understand
 caching". HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT have their usual meaning.
@@ -14,13 +14,13 @@ _FILE = "model.safetensors"  # as timm and transformers name it
 
 
 def download(name: str) -> pathlib.Path:
-    """Returns a file of the Hub on this machine; it is downloaded the first time.
+    """Returns the local path of a file of the Hub; the first call downloads it.
 
     Args:
-      name: OWNER/REPOSITORY[@REVISION][:FILE]; the file is model.safetensors unless it is given.
+      name: OWNER/REPOSITORY[@REVISION][:FILE]; the default file is model.safetensors.
 
     Raises:
-      UserError: the name is not of this form, there is no such file, it can not be reached, or
+      UserError: the name has another form, the file does not exist, the Hub cannot be reached, or
         huggingface_hub is not installed.
     """
     found = _NAME.fullmatch(name)
@@ -32,10 +32,10 @@ def download(name: str) -> pathlib.Path:
     except ImportError as error:
         raise UserError(f"hub:{name} needs: pip install huggingface_hub") from error
     repo, revision, file = found.group("repo", "revision", "file")
-    logging.set_verbosity_error()  # what fails is told once, below
+    logging.set_verbosity_error()  # the error below reports a failure once
     try:
         path = huggingface_hub.hf_hub_download(repo, file or _FILE, revision=revision)
-    except Exception as error:  # theirs and those of the network have nothing else in common
+    except Exception as error:  # errors of the Hub and of the network share no other class
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"hub:{name}: no {file or _FILE} ({reason}): check the name and the connection, or "

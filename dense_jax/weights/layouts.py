@@ -1,6 +1,6 @@
-"""How the tensors of a file are laid out, by name, and the ways to our layouts and back.
+"""The layouts of tensors in files by name, and how to convert them to ours and back.
 
-Kernels here are [h, w, i, o] of cross-correlation for images in RGB. "same" is none of these:
+Kernels here are [h, w, i, o], for cross-correlation and RGB images. "same" changes nothing:
 
   conv            [o, i, h, w]: torch, Caffe, Theano; any number of groups
   conv_ohwi       [o, h, w, i]: TensorFlow Lite
@@ -9,20 +9,20 @@ Kernels here are [h, w, i, o] of cross-correlation for images in RGB. "same" is 
   depthwise       [h, w, i, 1]: TensorFlow's and Keras's depthwise convolution, of multiplier 1
   depthwise_1hwc  [1, h, w, i]: TensorFlow Lite's
   dense           [o, i]: torch's Linear, Caffe's InnerProduct
-  dense_chw       [o, c h w]: the same on a map flattened in this order, here a kernel of its size
+  dense_chw       [o, c h w]: a dense layer on a map [c, h, w]; here a kernel of the map's size
 
 Behind one of these, joined by "+":
 
-  flip            a kernel stored for true convolution is turned around
-  bgr             the first kernel of a network for images in BGR
+  flip            flips a kernel that is stored for true convolution
+  bgr             reverses the input channels of a kernel that reads BGR images
 
 In front of one of these, or alone:
 
-  ones            axes of length 1 that ours does not have are left out: old Caffe's [1, 1, 1, o]
-  rows            kernels that are stored as dense layers, [o, c h w] or [1, 1, o, c h w], become
-                  [o, c, h, w]; those that are kernels already stay
-  diagonal        [c, c, h, w], zero between different channels, becomes [c, 1, h, w]
-  minus           values change their sign
+  ones            removes axes of length 1 that ours lacks: old Caffe's [1, 1, 1, o]
+  rows            reshapes kernels stored as dense layers, [o, c h w] or [1, 1, o, c h w], to
+                  [o, c, h, w]; leaves kernels as they are
+  diagonal        reduces [c, c, h, w], zero between different channels, to [c, 1, h, w]
+  minus           changes the sign
 """
 
 from collections.abc import Callable
@@ -34,11 +34,11 @@ from dense_jax.weights.account import Shape
 
 
 class UnfitError(ValueError):
-    """Values that a layout cannot be made of; the message says why."""
+    """These values do not suit the layout; the message says why."""
 
 
 class _Step(NamedTuple):
-    """A change of layout: what it is called, the way here (with the shape here), the way back."""
+    """One conversion: its name, the function for our layout and shape, and its inverse."""
 
     name: str
     load: Callable[[np.ndarray, Shape], np.ndarray]
@@ -61,7 +61,7 @@ def _itself(x: np.ndarray) -> np.ndarray:
 def _split(x: np.ndarray, shape: Shape) -> np.ndarray:
     height, width, channels, features = shape
     if x.shape != (features, channels * height * width):
-        raise ValueError("rows of another length")
+        raise ValueError("the rows have another length")
     return x.reshape(features, channels, height, width).transpose(2, 3, 1, 0)
 
 
@@ -89,7 +89,7 @@ def _diagonal(x: np.ndarray, shape: Shape) -> np.ndarray:
         return x
     own = np.einsum("iihw->ihw", x)[:, None]
     if np.count_nonzero(x) > np.count_nonzero(own):
-        raise UnfitError("it mixes channels, which are kept apart here")
+        raise UnfitError("it mixes channels, and this layer keeps them separate")
     return own
 
 
@@ -116,15 +116,16 @@ LAYOUTS: dict[str, _Step] = {
 
 
 def load(tensor: np.ndarray, layout: str, shape: Shape) -> np.ndarray:
-    """Returns a tensor of a file in our layout, a view where that can be.
+    """Returns a tensor of a file in our layout, as a view where possible.
 
     Args:
-      tensor: as the file has it.
-      layout: "same", a name of `LAYOUTS`, or several joined by "+", done from left to right.
-      shape: of the parameter here.
+      tensor: the tensor in the layout of the file.
+      layout: "same", a name of `LAYOUTS`, or several joined by "+" and applied from left to right.
+      shape: shape of the parameter here.
 
     Raises:
-      ValueError: the tensor cannot be laid out so; of type `UnfitError` if by its values.
+      ValueError: the shape of the tensor does not suit the layout.
+      UnfitError: its values do not.
     """
     for step in _steps(layout):
         tensor = step.load(tensor, shape)
@@ -132,14 +133,14 @@ def load(tensor: np.ndarray, layout: str, shape: Shape) -> np.ndarray:
 
 
 def unload(values: np.ndarray, layout: str) -> np.ndarray:
-    """Returns a parameter in the layout of a file: `load` undone."""
+    """Returns a parameter in the layout of a file: the inverse of `load`."""
     for step in reversed(_steps(layout)):
         values = step.unload(values)
     return values
 
 
 def changes(tensor: np.ndarray, layout: str, shape: Shape) -> list[str]:
-    """Returns what `load` does to a tensor, in words."""
+    """Returns the names of the conversions with which `load` changes a tensor."""
     names = []
     for step in _steps(layout):
         before, tensor = tensor, step.load(tensor, shape)

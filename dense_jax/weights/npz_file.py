@@ -1,7 +1,7 @@
-"""Reads NumPy's .npz files: a zip file of arrays, with anything that could run refused.
+"""Reads NumPy's .npz files, which are zip files of arrays, and rejects anything that could run.
 
-`numpy.savez` stores the arrays as they are, and these are mapped; those that
-`numpy.savez_compressed` packed are unpacked one at a time, when asked for.
+`numpy.savez` stores arrays uncompressed, and the reader maps them. `numpy.savez_compressed`
+compresses them, and the reader decompresses each one on access.
 
 Reference: NumPy Enhancement Proposal 1, "A simple file format for NumPy arrays".
 """
@@ -23,22 +23,22 @@ from dense_jax.weights.tensors import Lazy, damaged, empty, map_file, view
 
 _SUFFIX = ".npy"
 _MOST_HEADER_BYTES = 1 << 16
-_NUMBERS = (
-    "biufc"  # kinds of dtypes; the rest are text, dates, records, and objects, which run code
-)
+_NUMBERS = "biufc"  # kinds of dtypes; others are text, dates, records, and objects, which run code
 
 
 def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
-    """Returns the arrays of an .npz file by name; the headers are read, the arrays are not.
+    """Returns the arrays of an .npz file by name; reads their headers, and values on access.
 
     Raises:
-      UserError: the file is damaged, or holds something else than arrays of numbers.
+      UserError: the file is damaged, or holds anything but arrays of numbers.
     """
     data = map_file(path)
     found = zips.members(path, data)
     others = [name for name in found if not name.endswith(_SUFFIX)]
     if others:
-        raise UserError(f"{path} holds {others[0]!r}, which is no array: give an .npz of arrays")
+        raise UserError(
+            f"{path} holds {others[0]!r}, which is not an array: give an .npz of arrays"
+        )
     makers, outlines = (
         {
             name.removesuffix(_SUFFIX): functools.partial(read, path, data, name, member)
@@ -57,12 +57,12 @@ def _read(
         shape, is_fortran, dtype = _header(content)
         if dtype.kind not in _NUMBERS:
             raise UserError(
-                f"{path}: {name!r} holds {dtype}, no numbers: save it as float32 or integers"
+                f"{path}: {name!r} has no numbers but {dtype}: save it as float32 or integers"
             )
         start = content.tell()
         num_bytes = member.size - start
         if dtype.itemsize * math.prod(shape) != num_bytes:
-            raise ValueError(f"the shape {shape} does not fill {num_bytes} bytes")
+            raise ValueError(f"the shape {shape} does not match {num_bytes} bytes")
         if outline:
             return empty(shape, dtype)
         if member.is_packed:
@@ -77,7 +77,7 @@ def _read(
 
 
 def _head(data: mmap.mmap, member: zips.Member) -> bytes:
-    """Returns the first bytes of a member, unpacked: as many as a header may have."""
+    """Returns the first bytes of a member, decompressed: as many as a header may have."""
     start, size = member.start, min(member.packed, _MOST_HEADER_BYTES)
     head = data[start : start + size]
     if not member.is_packed:
@@ -96,5 +96,5 @@ def _header(content: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
         if version == (2, 0):
             return np.lib.format.read_array_header_2_0(content)
     except (SyntaxError, tokenize.TokenError, KeyError, RecursionError, MemoryError) as error:
-        raise ValueError("a header that is no description of an array") from error
-    raise ValueError(f"version {version} of the array format")
+        raise ValueError("the header does not describe an array") from error
+    raise ValueError(f"unknown version {version} of the array format")

@@ -1,6 +1,6 @@
-"""Stand-ins for NumPy's arrays, scalars and dtypes in pickles; of numbers only.
+"""Stand-ins for NumPy's arrays, scalars and dtypes in pickles, for numbers only.
 
-Arrays of objects would hold addresses taken from the file, so kinds are checked before use.
+An array of objects would hold addresses that the file chooses, so dtypes are checked before use.
 
 Reference: numpy/numpy:numpy/_core/src/multiarray/methods.c, `array_reduce`, and descriptor.c,
 `arraydescr_reduce`; numpy/_core/multiarray.py, `scalar` and `_reconstruct`.
@@ -19,25 +19,25 @@ _NUMBER = re.compile(r"[biufc]\d{1,2}")
 
 
 class NumpyArray(Built):
-    """An array; `content` is set once the pickle has filled it."""
+    """An array; `content` is None until the pickle sets its state."""
 
     content: np.ndarray | None = None
 
     def set_state(self, state: Any) -> None:
-        """Takes (version, shape, dtype, is in Fortran's order, bytes)."""
+        """Takes (version, shape, dtype, is in Fortran order, bytes)."""
         _, shape, dtype, is_fortran, content = state
         raw, made = _bytes(content), _dtype(dtype)
         if made.itemsize * math.prod(shape) != len(raw):
-            raise ValueError("an array whose shape does not fill its bytes")
+            raise ValueError("the shape of an array does not match its bytes")
         self.content = np.ndarray(shape, made, raw, order="F" if is_fortran else "C")
 
 
 class _Dtype(Built):
-    """A dtype; its order of bytes comes with its state."""
+    """A dtype; its state gives the byte order."""
 
     def __init__(self, code: str, *_: Any):
         if not _NUMBER.fullmatch(code):
-            raise ValueError(f"values of NumPy's kind {code!r}, no numbers")
+            raise ValueError(f"NumPy's type {code!r} has no numbers")
         self.code, self.order = code, "="
 
     def set_state(self, state: Any) -> None:
@@ -46,7 +46,7 @@ class _Dtype(Built):
 
 def _dtype(stand_in: Any) -> np.dtype:
     if type(stand_in) is not _Dtype or stand_in.order not in ("<", ">", "=", "|"):
-        raise ValueError("an array without a dtype")
+        raise ValueError("an array has no dtype")
     return np.dtype(stand_in.order + stand_in.code)
 
 
@@ -63,7 +63,7 @@ def _scalar(dtype: Any, content: Any) -> Any:
 
 
 def _encode(text: Any, *_: Any) -> bytes:
-    """Stands for `_codecs.encode`, by which old pickles hold bytes as text."""
+    """Stands for `_codecs.encode`; old pickles hold bytes as text and call it."""
     return _bytes(text)
 
 

@@ -1,12 +1,12 @@
-"""Follows a pickle without Python's unpickler, so that nothing in it can run.
+"""Interprets a pickle without Python's unpickler, so that nothing in the pickle can run.
 
-A pickle is a program for a small stack machine. `pickle` also fetches any function of any module
-for it, calls it, and sets attributes on what it finds; limiting which functions it may fetch leaves
-the rest open. Here the machine is written out for what plain data need: values and containers are
-pushed, names are looked up in a table of stand-ins, and everything else is refused.
+A pickle is a program for a small stack machine. Python's `pickle` fetches any function of any
+module for the program, calls it, and sets attributes on any object. A limit on the functions closes
+only the first of these doors. The machine here has what plain data need: it pushes values and
+containers, looks names up in a table of stand-ins, and rejects everything else.
 
 Reference: Python library reference, `pickletools`; PEP 3154; pytorch/pytorch:
-torch/_weights_only_unpickler.py, which draws the same line.
+torch/_weights_only_unpickler.py, which sets the same limits.
 """
 
 import mmap
@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple, cast
 _LONGEST_LINE = 4096
 _LONGEST_TEXT = 2**24  # bytes of one text or number
 _MOST_STEPS = 2**22
-_LONGEST_KEY = 32  # of plain values
+_LONGEST_KEY = 32  # plain values in a tuple
 
 _KEYS = (str, int, float, bool, type(None))
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -26,11 +26,11 @@ _VALUES = re.compile(r"(SHORT_)?(BIN)?(INT|LONG|FLOAT|STRING|UNICODE|BYTES)[1248
 
 
 class RefusedError(ValueError):
-    """A name that the pickle asks for and that is not admitted; the text is the name."""
+    """The pickle asks for a name that is not admitted; the text is the name."""
 
 
 class UnsupportedError(ValueError):
-    """Sound files may have it, and it is not read here; the text says what, and what to do."""
+    """Valid files may have this, but the reader does not take it; the text says what to do."""
 
 
 class Name(NamedTuple):
@@ -40,18 +40,18 @@ class Name(NamedTuple):
 
 
 class Built:
-    """A stand-in for an object that a pickle fills after making it."""
+    """A stand-in for an object whose state a pickle sets after it makes the object."""
 
     def set_state(self, state: Any) -> None:
-        """Takes what the pickle stores of the object."""
+        """Takes the state of the object from the pickle."""
         raise NotImplementedError
 
 
 class Stream:
-    """Bytes as the file that `pickletools` reads, with a bound on each piece.
+    """A file for `pickletools` that limits the length of each piece.
 
     Attributes:
-      position: of the next byte.
+      position: position of the next byte.
     """
 
     def __init__(self, data: bytes | mmap.mmap, position: int = 0, end: int | None = None):
@@ -59,13 +59,13 @@ class Stream:
         self.end = len(data) if end is None else end
 
     def read(self, size: int) -> bytes:
-        """Returns the next bytes, fewer where the stream ends or where a piece is too long."""
+        """Returns the next bytes; fewer if the stream ends or the piece is too long."""
         stop = min(self.position + min(size, _LONGEST_TEXT), self.end)
         piece, self.position = self.data[self.position : stop], stop
         return piece
 
     def readline(self) -> bytes:
-        """Returns the bytes up to a line's end, or a part of them where the line is too long."""
+        """Returns the bytes up to the end of the line, or the first ones of a line too long."""
         stop = min(self.position + _LONGEST_LINE, self.end)
         return self.read((self.data.find(b"\n", self.position, stop) + 1 or stop) - self.position)
 
@@ -75,23 +75,23 @@ def follow(
     admitted: Mapping[str, Callable[..., Any] | None],
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Returns what the pickle at the stream's position describes, and moves behind it.
+    """Returns the object that a pickle describes, and moves the stream behind the pickle.
 
     Args:
-      stream: where the pickle begins.
-      admitted: name to what is called in its place; None for names that are never called.
-      persistent: what is called for objects stored outside the pickle, with their description.
+      stream: a stream at the start of the pickle.
+      admitted: name to the function that is called in its place; None for names without a call.
+      persistent: function from the description of an object outside the pickle to its stand-in.
 
     Returns:
-      Plain values, lists, tuples and dicts, `Name`s, and what the stand-ins return.
+      Plain values, lists, tuples and dicts, `Name`s, and the results of the stand-ins.
 
     Raises:
       RefusedError: a name is not admitted.
-      UnsupportedError: a sound pickle may be like this.
+      UnsupportedError: the pickle may be valid, but the reader does not take it.
       ValueError, TypeError, IndexError, KeyError: the pickle is damaged.
     """
     machine = _Machine(admitted, persistent)
-    file = cast(IO[bytes], stream)  # two of a file's functions are enough
+    file = cast(IO[bytes], stream)  # `pickletools` calls only read and readline
     for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if step == _MOST_STEPS:
             raise UnsupportedError(f"over {_MOST_STEPS} plain values: save the arrays alone")
@@ -100,15 +100,15 @@ def follow(
 
 
 def put(target: dict[Any, Any], key: Any, value: Any) -> None:
-    """Sets an item; keys are plain values or a few in a tuple: hashing others may never end."""
+    """Sets an item; a key is a plain value or a short tuple: the hash of others may never end."""
     parts = key if type(key) is tuple else (key,)
     if len(parts) > _LONGEST_KEY or any(type(part) not in _KEYS for part in parts):
-        raise UnsupportedError("a key that is no plain value: save the arrays alone")
+        raise UnsupportedError("a key that is not a plain value: save the arrays alone")
     target[key] = value
 
 
 class _Machine:
-    """The stack machine; `marks` are heights of the stack."""
+    """The stack machine; `marks` holds heights of the stack."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class _Machine:
                 stack.append(self.name(f"{module}.{attribute}"))
             case "INST":
                 self.name(argument.replace(" ", "."))
-                raise ValueError("an instance of an old kind of class")
+                raise ValueError("the pickle makes an instance of an old-style class")
             case "REDUCE" | "NEWOBJ":
                 name, arguments = self.pop_to(len(stack) - 2)
                 stack.append(self.call(name, arguments))
@@ -172,29 +172,29 @@ class _Machine:
                 state = stack.pop()
                 if isinstance(stack[-1], Built):
                     stack[-1].set_state(state)
-                elif not isinstance(stack[-1], dict):  # attributes of an OrderedDict say nothing
-                    raise ValueError("a state for what has none")
+                elif not isinstance(stack[-1], dict):  # an OrderedDict's attributes do not matter
+                    raise ValueError("the pickle sets a state of an object without states")
             case "BINPERSID" if self.persistent is not None:
                 stack.append(self.persistent(stack.pop()))
             case _:
-                raise ValueError(f"the step {code}, which plain data do not need")
+                raise ValueError(f"plain data do not need the step {code}")
 
     def pop_to(self, height: int) -> list[Any]:
-        """Returns what lies above a height of the stack, and takes it off."""
+        """Removes the items above a height of the stack and returns them."""
         if not 0 <= height <= len(self.stack):
-            raise ValueError("a step that lacks its operands")
+            raise ValueError("a step lacks its operands")
         items = self.stack[height:]
         del self.stack[height:]
         return items
 
     def extend(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise ValueError("entries for what is no list")
+            raise ValueError("the pickle extends an object that is not a list")
         self.stack[-1].extend(items)
 
     def set_items(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not dict or len(items) % 2:
-            raise ValueError("items for what is no dict")
+            raise ValueError("the pickle sets items of an object that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             put(self.stack[-1], key, value)
 
@@ -206,5 +206,5 @@ class _Machine:
     def call(self, name: Any, arguments: Any) -> Any:
         function = self.admitted[name.text] if type(name) is Name else None
         if function is None or type(arguments) is not tuple:
-            raise ValueError("a call of what cannot be called")
+            raise ValueError("an object that cannot be called is called")
         return function(*arguments)

@@ -1,13 +1,12 @@
-"""Rules that bring the tensors of a weight file into the tree of a network, and back again.
+"""Rules that load the tensors of a weight file into the tree of a network, and the way back.
 
-A rule is a name in the file, the name here, and how the layouts differ:
+A rule has the name in the file, the name here, and the layout in the file:
 
     Rule("layer{s}.{b}.conv{i}.weight", "params/layer{s}_{b}/conv{i}/kernel", "conv")
 
-where {...} stands for a whole number, the same wherever the word is the same. Names here are the
-path in the tree of variables. A table of rules stands beside each model. Whatever a table does not
-explain, of the file or of the network, is an error; nothing is dropped or left as initialised in
-silence.
+A field {...} stands for a whole number, and equal fields for the same number. The name here is the
+path in the tree of variables. `dense_jax.releases` has the tables of published weights. A table
+must explain each tensor of the file and each parameter of the network; loading stops otherwise.
 """
 
 import functools
@@ -16,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -30,18 +31,17 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 
 class Rule(NamedTuple):
-    """What a tensor of a file is here.
+    """Says which parameter a tensor becomes.
 
     Attributes:
       source: name in the file, with fields.
-      target: path here with the same fields, such as "batch_stats/bn{i}/mean"; None for tensors
-        that have no counterpart, such as torch's count of batches.
-      layout: a name of `layouts.LAYOUTS`, or several joined by "+", done from left to right.
-      role: "whole": the tensor is the parameter. "alias": it is, under a name that other files of
-        this kind have; `unload` does not use it. "part": it is added to the tensor that is the
-        parameter; likewise.
-      constant: for layers that networks may have as a constant: what they then compute with, from
-        the shape here. A tensor of other values does not fit such a network.
+      target: path here with the same fields, such as "batch_stats/bn{i}/mean"; None for a tensor
+        without a counterpart, such as torch's count of batches.
+      layout: a name of `layouts.LAYOUTS`, or several joined by "+" and applied from left to right.
+      role: "whole": the tensor becomes the parameter. "alias": so it does, and the name is one of
+        other files. "part": its values are added to the parameter. `unload` uses "whole" alone.
+      constant: for layers that are fixed in some networks: a function from the shape here to the
+        fixed values. A network with the fixed layer rejects a tensor of other values.
     """
 
     source: str
@@ -52,18 +52,18 @@ class Rule(NamedTuple):
 
 
 class Release(NamedTuple):
-    """Weights that somebody has published, for networks here of certain names.
+    """Weights that somebody has published.
 
     Attributes:
-      name: whose they are.
-      rules: what its tensors are here.
-      trunk: patterns ("*/layer*") of the parameters that the file has to have, as far as a network
-        has any of a pattern. What stands on the trunk may be of another kind here.
-      normalisation: what the weights expect of images, a name of
-        `dense_jax.data.transforms.NORMALISATIONS`; in RGB, BGR is permuted by the rules.
-      absent: patterns of the parameters that its files never have; they stay as initialised.
-      needs: what else a network has to be like to compute what the release did, for people; "".
-      hollow: patterns of the tensors that its files fill with NaN, by which they are known.
+      name: who published them, and for which network.
+      rules: the table of rules for its tensors.
+      trunk: patterns ("*/layer*") of the parameters that a file must have. A pattern counts if the
+        network has a parameter that matches it. The head on the trunk may differ.
+      normalisation: how the weights expect images, a name of
+        `dense_jax.data.transforms.NORMALISATIONS`. Images are RGB; rules permute BGR weights.
+      absent: patterns of the parameters that its files never have; these keep their initial values.
+      needs: options with which a network reproduces the published outputs, as text for the user.
+      hollow: patterns of tensors that its files, and no others, fill with NaN.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Release(NamedTuple):
 
 
 def conv(source: str, target: str, layout: str = "conv") -> tuple[Rule, Rule]:
-    """Rules for torch's name of a convolution (`dense_jax.layers.conv.Conv`)."""
+    """Returns rules for torch's name of a convolution (`dense_jax.layers.conv.Conv`)."""
     return (
         Rule(f"{source}.weight", f"params/{target}/kernel", layout),
         Rule(f"{source}.bias", f"params/{target}/bias"),
@@ -84,12 +84,12 @@ def conv(source: str, target: str, layout: str = "conv") -> tuple[Rule, Rule]:
 
 
 def dense(source: str, target: str) -> tuple[Rule, Rule]:
-    """Rules for torch's name of a fully connected layer (`flax.linen.Dense`)."""
+    """Returns rules for torch's name of a fully connected layer (`flax.linen.Dense`)."""
     return conv(source, target, "dense")
 
 
 def batch_norm(source: str, target: str) -> tuple[Rule, ...]:
-    """Rules for torch's name of a batch normalisation; its count of batches has no use here."""
+    """Returns rules for torch's name of a batch normalisation; they drop its count of batches."""
     return (
         Rule(f"{source}.weight", f"params/{target}/scale"),
         Rule(f"{source}.bias", f"params/{target}/bias"),
@@ -100,7 +100,7 @@ def batch_norm(source: str, target: str) -> tuple[Rule, ...]:
 
 
 def caffe_conv(source: str, target: str, layout: str = "rows+conv") -> tuple[Rule, Rule]:
-    """Rules for Caffe's name of a Convolution, or of an InnerProduct on a map."""
+    """Returns rules for Caffe's name of a Convolution, or of an InnerProduct on a map."""
     return (
         Rule(f"{source}.0", f"params/{target}/kernel", layout),
         Rule(f"{source}.1", f"params/{target}/bias", "ones"),
@@ -108,7 +108,7 @@ def caffe_conv(source: str, target: str, layout: str = "rows+conv") -> tuple[Rul
 
 
 def caffe_convs(first: str, *others: str) -> tuple[Rule, ...]:
-    """Rules for layers of the same name here, of which the first reads images in BGR."""
+    """Returns rules for layers with the same names here; the first one reads BGR images."""
     return (
         *caffe_conv(first, first, "rows+conv+bgr"),
         *(rule for name in others for rule in caffe_conv(name, name)),
@@ -116,12 +116,12 @@ def caffe_convs(first: str, *others: str) -> tuple[Rule, ...]:
 
 
 def caffe_dense(source: str, target: str) -> tuple[Rule, Rule]:
-    """Rules for Caffe's name of an InnerProduct (`flax.linen.Dense`)."""
+    """Returns rules for Caffe's name of an InnerProduct (`flax.linen.Dense`)."""
     return caffe_conv(source, target, "ones+dense")
 
 
 def caffe_scale(source: str, target: str) -> tuple[Rule, Rule]:
-    """Rules for Caffe's name of a Scale, and of others' BN that knows no statistics."""
+    """Returns rules for Caffe's name of a Scale, or of a BN layer without statistics."""
     return (
         Rule(f"{source}.0", f"params/{target}/scale", "ones"),
         Rule(f"{source}.1", f"params/{target}/bias", "ones"),
@@ -129,7 +129,7 @@ def caffe_scale(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def caffe_batch_norm(source: str, scale: str, target: str) -> tuple[Rule, ...]:
-    """Rules for Caffe's names of a BatchNorm and of the Scale that follows it."""
+    """Returns rules for Caffe's names of a BatchNorm and of the Scale behind it."""
     return (
         Rule(f"{source}.0", f"batch_stats/{target}/mean", "ones"),
         Rule(f"{source}.1", f"batch_stats/{target}/var", "ones"),
@@ -137,11 +137,22 @@ def caffe_batch_norm(source: str, scale: str, target: str) -> tuple[Rule, ...]:
     )
 
 
+def template_of(model: nn.Module, num_channels: int = 3) -> Any:
+    """Returns the shapes of a network's variables without computing on any device.
+
+    Args:
+      model: the network; it must take images of 32x32 pixels.
+      num_channels: number of image channels.
+    """
+    images = jax.ShapeDtypeStruct((1, 32, 32, num_channels), jnp.float32)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+
+
 def outline(tensors: Mapping[str, Any], rules: Sequence[Rule] = ()) -> dict[str, np.ndarray]:
     """Returns arrays of the same names, shapes and dtypes that take no memory.
 
-    For `match`: some files have to read a tensor each time its shape is asked for.
-    What `match` would compare by its values stays as it is, if it gets the same rules.
+    Some files read a tensor each time `match` asks for its shape; outlines avoid this. Tensors
+    whose values `match` compares by these rules stay as they are.
     """
     find = _finder([rule for rule in rules if rule.constant or "diagonal" in rule.layout])
 
@@ -164,23 +175,23 @@ def match(
     absent: Sequence[str] = (),
     ignore: Sequence[str] = (),
 ) -> Account:
-    """Says what would become of each tensor and each parameter.
+    """Returns the account of loading: what happens to each tensor and each parameter.
 
-    Values are read only of layers that rules call constant, or diagonal.
+    It reads values only where rules have a constant or a diagonal layout.
 
     Args:
-      template: the network's variables {"params": ..., "batch_stats": ...}; shapes will do.
+      template: the network's variables {"params": ..., "batch_stats": ...}, or their shapes.
       tensors: the file's arrays by name.
-      rules: what they are here.
-      required: patterns ("*/layer*") of the parameters that must come from the file, and of which
-        the file must have no others, unless the network has none at all. Others may be new here,
-        and their counterparts may be left in the file.
-      absent: patterns of those among them that stay as initialised (`Release.absent`).
-      ignore: patterns of the names of tensors to leave in the file.
+      rules: the table of rules.
+      required: patterns ("*/layer*") of the parameters that must come from the file. The file must
+        have no other tensors for a pattern, unless the network has no parameter that matches it.
+        Other parameters may be new, and other tensors may stay in the file.
+      absent: patterns of required parameters that keep their initial values (`Release.absent`).
+      ignore: patterns of the names of tensors that stay in the file.
 
     Raises:
-      UserError: two tensors are the same parameter.
-      ValueError: two rules speak of one tensor.
+      UserError: two tensors become the same parameter.
+      ValueError: two rules match one tensor.
     """
     leaves: dict[str, Any] = traverse_util.flatten_dict(template, sep="/")
     required = [p for p in required if p == "*" or any(_matches(leaf, [p]) for leaf in leaves)]
@@ -189,7 +200,7 @@ def match(
         row = Row("ignored", name, tuple(tensor.shape))
         found = [] if _matches(name, ignore) else find(name)
         if len(found) > 1:
-            raise ValueError(f"Two rules speak of {name}: {found[0]} and {found[1]}.")
+            raise ValueError(f"Two rules match {name}: {found[0]} and {found[1]}.")
         rule = found[0] if found else None
         if rule is None or rule.target is None:
             known = rule or _matches(name, ignore)
@@ -202,13 +213,13 @@ def match(
         others = parts if rule.role == "part" else taken
         if target in others:
             raise UserError(
-                f"the tensors {others[target]} and {name} are both {target}: give --ignore={name} "
-                "to leave one out"
+                f"the tensors {others[target]} and {name} both become {target}: give "
+                f"--ignore={name} to leave one out"
             )
         others[target] = name
         leaf = leaves[target]
         fault = _fault(tensor, rule.layout, leaf)
-        status = "misfit" if _matches(target, required) else "new"
+        status = "mismatch" if _matches(target, required) else "new"
         status, note = (status, fault) if fault else ("loaded", _changes(tensor, rule, leaf))
         rows.append(Row(status, *row[1:3], target, tuple(leaf.shape), rule.layout, note))
     for target, leaf in leaves.items():
@@ -230,24 +241,24 @@ def load(
     path: str = "the file",
     advice: str | None = None,
 ) -> tuple[dict[str, Any], Account]:
-    """Brings a file's tensors into the tree of a network.
+    """Loads a file's tensors into the tree of a network.
 
     Args:
-      template: see `match`, as the next five.
-      tensors: these are read one by one.
-      rules: the table.
+      template: see `match`, also for the next five.
+      tensors: the file's arrays; they are read one by one.
+      rules: the table of rules.
       required: parameters that must come from the file.
-      absent: parameters among them that need not.
-      ignore: tensors to leave in it.
+      absent: required parameters that may be missing.
+      ignore: tensors that stay in the file.
       path: the file, for messages.
-      advice: what to do where something is not explained; see `Account.check`.
+      advice: what the user can do about errors; see `Account.check`.
 
     Returns:
-      The tree of those parameters that come from the file, in the dtypes of the template. Arrays
-      that need no other dtype are views of the file's. And the account.
+      The tree of the parameters that come from the file, in the dtypes of the template, and the
+      account. Arrays that keep their dtype are views of the file.
 
     Raises:
-      UserError: something is not explained, or a value is one that no parameter can have.
+      UserError: a tensor or a parameter is not explained, or a value is not valid.
     """
     seen = outline(tensors, rules)
     account = match(template, seen, rules, required=required, absent=absent, ignore=ignore)
@@ -258,10 +269,10 @@ def load(
 def fill(
     template: Any, tensors: Mapping[str, Any], account: Account, path: str = "the file"
 ) -> dict[str, Any]:
-    """Returns the tree of those parameters that an account calls loaded; see `load`.
+    """Returns the tree of the parameters with the status "loaded"; see `load`.
 
     Raises:
-      UserError: a value is one that no parameter can have.
+      UserError: a value is not valid.
     """
     leaves: dict[str, Any] = traverse_util.flatten_dict(template, sep="/")
     loaded = {}
@@ -272,28 +283,29 @@ def fill(
             with np.errstate(over="ignore"):
                 values = values.astype(leaf.dtype, copy=False)
             _check_values(values, path, row)
-            before = loaded.get(row.target)  # parts are added up
+            before = loaded.get(row.target)  # parts are summed
             loaded[row.target] = values if before is None else before + values
     return traverse_util.unflatten_dict(loaded, sep="/")
 
 
 def unload(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
-    """Returns a network's variables under the names and in the layouts of a file: `load` undone.
+    """Returns a network's variables under the names and in the layouts of a file.
 
-    What rules drop is not there. Arrays are views where the layouts allow it.
+    This is the inverse of `load`, without the tensors that the rules drop. Arrays are views where
+    the layouts allow it.
 
     Raises:
-      UserError: a parameter has no name there.
-      ValueError: two rules speak of one parameter.
+      UserError: a parameter has no name in the file.
+      ValueError: two rules match one parameter.
     """
     tensors = {}
     find = _finder([rule for rule in rules if rule.role == "whole"], by="target")
     for path, leaf in traverse_util.flatten_dict(variables, sep="/").items():
         found = find(path)
         if len(found) > 1:
-            raise ValueError(f"Two rules speak of {path}: {found[0]} and {found[1]}.")
+            raise ValueError(f"Two rules match {path}: {found[0]} and {found[1]}.")
         if not found:
-            raise UserError(f"{path} has no name among the weights asked for: take another table")
+            raise UserError(f"the table of rules has no name for {path}: give another table")
         name = _renamed(path, found[0].target or "", found[0].source)
         tensors[name] = layouts.unload(np.asarray(leaf), found[0].layout)
     return tensors
@@ -302,20 +314,21 @@ def unload(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
 def choose(
     releases: Sequence[Release], template: Any, tensors: Mapping[str, Any], path: str = "the file"
 ) -> Release:
-    """Returns the release whose names a file has, if the network has any of them.
+    """Returns the release that a file belongs to.
 
-    It is the one that knows most of the file; of several the one that finds most in the network,
-    and then the one that has the fewest names which the file lacks. Only names count, and the
-    values of what is `Release.hollow`.
+    The release with rules for the most tensors wins; then the one whose tensors match the most
+    parameters of the network; then the one with the fewest rules that the file does not use. The
+    texts of `name` and `trunk` break the last ties, so that the order of the releases does not
+    matter. Only names count, and NaN in the tensors of `Release.hollow`.
 
     Args:
-      releases: those that are known.
+      releases: the known releases.
       template: see `match`; None for any network.
       tensors: the file's arrays by name.
       path: the file, for messages.
 
     Raises:
-      UserError: none finds any.
+      UserError: no release has rules for the file, or the network has no parameter of the release.
     """
     leaves = traverse_util.flatten_dict(template or {}, sep="/")
 
@@ -329,23 +342,24 @@ def choose(
         num_unused = len(release.rules) - len(used)
         return is_of_use, len(known), bool(release.hollow), num_pairs, -num_unused
 
-    fits = {
-        fit(release): release
-        for release in reversed(releases)  # of equals the first
+    fits = [
+        (fit(release), release)
+        for release in releases
         if not release.hollow or _is_hollow(release, tensors)
-    }
-    best = max(fits)
-    if best[0]:
-        return fits[best]
+    ]
+    best_fit, best = max(fits, key=lambda pair: (pair[0], pair[1].name, pair[1].trunk))
+    is_of_use, num_known = best_fit[:2]
+    if is_of_use:
+        return best
     some = ", ".join(f"{name:.60}" for name in list(tensors)[:_NUM_NAMED])
-    if template is not None and best[1]:  # of another network
+    if template is not None and num_known:  # the file belongs to another network
         raise UserError(
-            f"{path} has names of {fits[best].name} ({some}, ...), of which this network has none: "
-            "give another network, or another file"
+            f"{path} holds {best.name} ({some}, ...), and this network has no layer of it: give "
+            "another network, or another file"
         )
     raise UserError(
-        f"{path} has tensors of no known names ({some}, ...): give weights that docs/weights.md "
-        "lists, or load them by a table of rules, which it explains"
+        f"{path} has tensors of unknown names ({some}, ...): give weights that docs/weights.md "
+        "lists, or write a table of rules, as it explains"
     )
 
 
@@ -357,7 +371,7 @@ def _is_hollow(release: Release, tensors: Mapping[str, Any]) -> bool:
 def _finder(
     rules: Sequence[Rule], by: Literal["source", "target"] = "source"
 ) -> Callable[[str], list[Rule]]:
-    """Returns what finds the rules that speak of a name; most have no fields and are looked up."""
+    """Returns a function from a name to the rules that match it; it looks up plain names."""
     plain: dict[str, list[Rule]] = {}
     others = []
     for rule in rules:
@@ -375,7 +389,7 @@ def _finder(
 
 @functools.cache
 def _pattern(template: str) -> re.Pattern[str]:
-    """The names that a template with fields stands for."""
+    """Returns a regular expression for the names that a template with fields matches."""
     parts, seen = [], set()
     for i, part in enumerate(_FIELD.split(template)):
         if i % 2 == 0:
@@ -397,48 +411,48 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _fault(tensor: Any, layout: str, leaf: Any) -> str:
-    """Why a tensor cannot be a parameter, or ""."""
+    """Returns why a tensor cannot become a parameter, or ""."""
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        return f"of dtype {tensor.dtype}"
+        return f"dtype {tensor.dtype}"
     try:
         shape = layouts.load(tensor, layout, leaf.shape).shape
     except layouts.UnfitError as error:
         return str(error)
-    except ValueError:  # other axes, or not as many values
+    except ValueError:  # other axes, or another number of values
         shape = None
     if shape is None or tuple(shape) != tuple(leaf.shape):
-        return f"{tuple(tensor.shape)} does not make {tuple(leaf.shape)}"
+        return f"{tuple(tensor.shape)} does not become {tuple(leaf.shape)}"
     return ""
 
 
 def _without_target(row: Row, tensor: Any, rule: Rule, target: str, required: Sequence[str]) -> Row:
-    """The row of a tensor whose parameter this network does not have."""
+    """Returns the row of a tensor whose parameter this network lacks."""
     needed = _matches(target, required)
     if rule.constant is None:
         return row._replace(status="unexpected" if needed else "ignored", note=f"no {target} here")
-    note = "not what is built in here, where this layer is not learned"
+    note = "its values differ from the fixed ones of this layer"
     try:
         values = layouts.load(tensor, rule.layout, tensor.shape)
         constant = np.asarray(rule.constant(values.shape))
         if values.shape == constant.shape and np.allclose(values, constant, 1e-5, 1e-6):
-            return row._replace(note="what is built in here")
-    except ValueError as error:  # of another shape
+            return row._replace(note="equal to the fixed values of this layer")
+    except ValueError as error:  # another shape
         note = str(error)
-    return row._replace(status="misfit" if needed else "ignored", note=note)
+    return row._replace(status="mismatch" if needed else "ignored", note=note)
 
 
 def _check_values(values: np.ndarray, path: str, row: Row) -> None:
-    """Refuses what no parameter can be."""
-    with np.errstate(invalid="ignore"):  # of infinities of both signs
+    """Rejects values that no parameter can have."""
+    with np.errstate(invalid="ignore"):  # infinities of both signs
         total = np.sum(values, dtype=np.float64)
     fault = ""
     if not np.isfinite(total):
-        fault = f"NaN, or what is infinite in {values.dtype}"
+        fault = f"NaN, or numbers beyond {values.dtype}"
     elif _matches(row.target, ["batch_stats/*/var"]) and np.min(values, initial=0) < 0:
         fault = "a variance below 0"
     if fault:
         raise UserError(
-            f"{path}: {row.source} holds {fault}: give another file, or, if it is of the head, "
+            f"{path}: {row.source} holds {fault}: give another file or, for a tensor of the head, "
             f"import-weights --new-head --ignore={row.source}"
         )
 

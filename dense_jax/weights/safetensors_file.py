@@ -1,7 +1,7 @@
-"""Reads safetensors files: eight bytes of length, a JSON header, the arrays one after another.
+"""Reads safetensors files: eight bytes of length, a JSON header, then the arrays in sequence.
 
-The format has nothing that could run, and its arrays lie in the file as in memory, so they are
-mapped. The safetensors package copies each array for NumPy; a map needs no memory.
+Nothing in this format can run. Arrays have the same bytes in the file as in memory, so the reader
+maps them. The safetensors package copies each array for NumPy; a map needs no memory.
 
 Reference: huggingface/safetensors:README.md, section "Format".
 """
@@ -33,21 +33,21 @@ _KINDS: dict[object, np.dtype] = {
 
 
 def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
-    """Returns the arrays of a safetensors file by name, mapped, and its metadata.
+    """Returns the mapped arrays of a safetensors file by name, and its metadata.
 
     Raises:
-      UserError: the file is damaged or has a kind of number that NumPy lacks.
+      UserError: the file is damaged or has a dtype that NumPy lacks.
     """
     data = map_file(path)
     try:
         length = int.from_bytes(data[:_LENGTH_BYTES], "little")
         first = _LENGTH_BYTES + length
         if length > _MOST_HEADER_BYTES or first > len(data):
-            raise ValueError(f"a header of {length} bytes in a file of {len(data)}")
+            raise ValueError(f"the header has {length} bytes and the file {len(data)}")
         header = json.loads(data[_LENGTH_BYTES:first].decode(), object_pairs_hook=_unique)
         info = header.pop(_METADATA, {})
         if not all(type(text) is str for text in info.values()):
-            raise ValueError("metadata that is no text")
+            raise ValueError("the metadata are not text")
         tensors = {name: _array(data, first, name, item) for name, item in header.items()}
         _check(sorted(item["data_offsets"] for item in header.values()), len(data) - first)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -58,22 +58,22 @@ def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = dict(pairs)
     if len(names) < len(pairs):
-        raise ValueError("a name given twice")
+        raise ValueError("a name stands twice in the header")
     return names
 
 
 def _array(data: mmap.mmap, first: int, name: str, item: dict[str, Any]) -> np.ndarray:
     dtype, (begin, end) = _KINDS.get(item["dtype"]), item["data_offsets"]
     if dtype is None:
-        raise ValueError(f"{name!r} has values of the unknown kind {item['dtype']!r}")
+        raise ValueError(f"{name!r} has the unknown dtype {item['dtype']!r}")
     array = view(data, first + begin, dtype, item["shape"])
     if array.nbytes != end - begin:
-        raise ValueError(f"{name!r} has a shape that does not fill its bytes")
+        raise ValueError(f"the shape of {name!r} does not match its bytes")
     return array
 
 
 def _check(places: list[list[int]], num_bytes: int) -> None:
-    """Arrays must follow each other to the end: then none can hide, and none can overlap."""
+    """Arrays must follow each other to the end: then no bytes hide and no arrays overlap."""
     begins, ends = [place[0] for place in places], [place[1] for place in places]
     if [*begins, num_bytes] != [0, *ends]:
-        raise ValueError("arrays that leave a gap, overlap or end elsewhere than the file")
+        raise ValueError("the arrays leave a gap, overlap, or do not end with the file")

@@ -1,8 +1,8 @@
-"""What readers of weight files share: mapped files, arrays made on demand, one kind of complaint.
+"""What the readers of weight files share: mapped files, arrays on access, one form of error.
 
-A header may say anything, so readers compare what it declares with the size of the file before
-they make an array of it. Arrays on a mapped file cost address space only: the system reads a page
-when a value on it is used, and may drop it again. The file must not be cut while they live.
+A header can declare anything, so readers compare its sizes with the size of the file before they
+make an array. Arrays on a mapped file take address space only: the system reads a page when a value
+on it is used, and may drop the page again. Nobody may truncate the file while arrays use it.
 """
 
 import math
@@ -18,20 +18,20 @@ from dense_jax.errors import UserError
 _LONGEST_REASON = 200
 _LONGEST_VALUE = 1000
 _MOST_AXES = 32
-_LARGEST = 2**48  # of any size, in values or bytes: far above files, far below int64
-# Packed weights unpack to this many times their bytes; only a few zeros unpack to more.
+_LARGEST = 2**48  # bound on any size, in values or bytes: far above files, far below int64
+# Compressed weights grow at most by this factor; only files of zeros grow more, up to `_FEW` bytes.
 _MOST_EXPANSION, _FEW = 64, 2**24
 
-# Keys under which readers say what they did; a file may not say it for them.
+# Readers record what they did under these keys; the metadata of a file may not use them.
 REMARKS = ("container", "prefix", "left out")
 
 
 class Lazy(Mapping[str, np.ndarray]):
-    """Names to arrays, where each is made when it is asked for, and not kept.
+    """Names to arrays; each access makes the array anew.
 
     Attributes:
-      makers: name to a function that makes the array; raises UserError where it cannot.
-      outlines: the same for what `outline` returns, where that takes less.
+      makers: name to a function that makes the array, or raises UserError.
+      outlines: name to a cheaper function for `outline`, where there is one.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Lazy(Mapping[str, np.ndarray]):
         self.makers, self.outlines = makers, outlines or {}
 
     def outline(self, name: str) -> np.ndarray:
-        """Returns an array of the same shape and dtype, without the values."""
+        """Returns an array of zeros with the shape and the dtype of an array."""
         array = self.outlines.get(name, self.makers[name])()
         return empty(array.shape, array.dtype)
 
@@ -72,23 +72,23 @@ def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def said(info: Mapping[Any, Any]) -> dict[str, str]:
-    """Returns what a file says of itself, without what only its reader may say."""
+    """Returns the metadata of a file without the keys that only its reader may set."""
     return {str(key): str(info[key])[:_LONGEST_VALUE] for key in info if key not in REMARKS}
 
 
 def damaged(path: pathlib.Path, reason: object) -> UserError:
-    """Returns the error for a file that does not hold what its format promises."""
+    """Returns the error for a file that breaks the rules of its format."""
     line = " ".join(str(reason).split())[:_LONGEST_REASON]
     return UserError(f"{path} is damaged ({line}): download or save it again")
 
 
 def most_unpacked(packed: int) -> int:
-    """Returns the most bytes that so many packed ones may become."""
+    """Returns the largest size that `packed` compressed bytes may have after decompression."""
     return max(_FEW, _MOST_EXPANSION * packed)
 
 
 def map_file(path: pathlib.Path) -> mmap.mmap:
-    """Returns the bytes of a file, read-only and not yet read.
+    """Maps a file: returns its bytes, read-only, and reads them on access.
 
     Raises:
       UserError: the file is empty or cannot be opened.
@@ -107,26 +107,27 @@ def view(
     shape: Sequence[int],
     strides: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Returns a read-only array on mapped bytes, without reading them.
+    """Returns a read-only array on mapped bytes, and does not read them.
 
     Args:
-      data: a file, as of `map_file`.
-      start: byte of the file at which the first value lies.
-      dtype: kind of the values, with their byte order.
-      shape: the array's shape.
-      strides: values from one entry to the next along each axis; None for rows one after another.
+      data: a file that `map_file` maps.
+      start: byte of the first value.
+      dtype: dtype of the values, with their byte order.
+      shape: shape of the array.
+      strides: number of values from one entry to the next along each axis; None for an array in
+        row-major order.
 
     Raises:
-      ValueError: the array does not lie in the file, or repeats values so often that a copy of it
-        would be larger than the file.
+      ValueError: the array reaches beyond the file, or it repeats values and would be larger than
+        the file as a copy.
     """
     if len(shape) > _MOST_AXES or (strides is not None and len(strides) != len(shape)):
-        raise ValueError("a shape of too many axes, or with other steps")
+        raise ValueError("a shape has too many axes, or another number of strides")
     if not all(type(n) is int and 0 <= n < _LARGEST for n in (start, *shape, *(strides or ()))):
-        raise ValueError("a size that is no whole number of 0 or more")
+        raise ValueError("a size is not a whole number of 0 or more")
     num_bytes = math.prod(shape) * dtype.itemsize
     if start + num_bytes > len(data) and (strides is None or num_bytes > len(data)):
-        raise ValueError(f"an array of {num_bytes} bytes in a file of {len(data)}")
+        raise ValueError(f"an array has {num_bytes} bytes and the file {len(data)}")
     if not num_bytes:
         return np.zeros(shape, dtype)
     steps = None if strides is None else [step * dtype.itemsize for step in strides]

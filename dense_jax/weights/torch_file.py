@@ -1,15 +1,16 @@
-"""Reads what `torch.save` writes, in its form of today and that of before version 1.6.
+"""Reads the files of `torch.save`: today's form, and the form before version 1.6.
 
-Both are a pickle that describes the tensors, and their numbers outside it. Today's form is a zip
-file, ``archive/data.pkl`` and ``archive/data/0``, ..., members stored as they are; the older form
-is four pickles (a magic number, a version, the machine, the object), a fifth with the names of the
-storages, and these one after another, each behind its length. Numbers are mapped in both.
+In both, a pickle describes the tensors, and their numbers are outside the pickle. Today's form is a
+zip file with the uncompressed members ``archive/data.pkl`` and ``archive/data/0``, ... The older
+form is four pickles (a magic number, a version, the machine, the object), a fifth pickle with the
+names of the storages, and then the storages, each behind its length. The reader maps the numbers of
+both forms.
 
-The pickles are followed, not run (`dense_jax.weights.pickles`): they can make tensors, NumPy's
-arrays, and plain values and containers.
+`dense_jax.weights.pickles` interprets the pickles and runs nothing: they can make tensors, NumPy
+arrays, plain values and containers.
 
 Reference: pytorch/pytorch:torch/serialization.py, functions `_save` and `_legacy_save`;
-torch/_utils.py; torch/_tensor.py, `__setstate__`, for the parameters of 2017.
+torch/_utils.py; torch/_tensor.py, `__setstate__`, for parameters in files of 2017.
 """
 
 import collections
@@ -40,14 +41,14 @@ _PICKLE = "data.pkl"
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 _COUNT_BYTES = 8
-# The first of these at the top holds the weights of a checkpoint; others, averages of the weights,
-# optimisers and such lie beside it.
+# The first of these keys that a checkpoint has holds the weights. Other keys hold averages of the
+# weights, states of optimisers and the like.
 _CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "net")
 _MOST_NAMED = 10
-# What a hostile file may cost: containers in containers, all they hold, letters of a name.
+# Bounds for hostile files: depth of containers, number of entries, letters of a name.
 _DEEPEST, _MOST_ENTRIES, _LONGEST_NAME = 32, 2**18, 1000
 
-_BIG_ENDIAN = "numbers whose highest byte comes first: load and save it on another machine"
+_BIG_ENDIAN = "big-endian numbers: load it in torch and save it on a little-endian machine"
 
 _PLAIN = (str, int, float, bool)
 
@@ -74,7 +75,7 @@ INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64")
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """Values that tensors share; the offset, in values, is that of a view on the storage."""
+    """Values that tensors share; `offset` is the first value of a view on the storage."""
 
     key: str
     dtype: np.dtype
@@ -83,7 +84,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A tensor as its pickle describes it; offset and strides are in values."""
+    """A tensor as its pickle describes it; offset and strides count values."""
 
     storage: _Storage
     offset: int
@@ -95,7 +96,7 @@ _Places = Mapping[str, tuple[int, int]]  # key of a storage: first byte, number 
 
 
 class _Parameter(Built):
-    """A parameter as of 2017, filled with (tensor, gradient, hooks, ...)."""
+    """A parameter in a file of 2017; its state is (tensor, gradient, hooks, ...)."""
 
     content: Any = None
 
@@ -104,13 +105,13 @@ class _Parameter(Built):
 
 
 _CONTAINER_TYPES = (dict, list, tuple)
-_KINDS = (*_CONTAINER_TYPES, _Tensor, _Parameter, NumpyArray)  # all that is no plain value
+_KINDS = (*_CONTAINER_TYPES, _Tensor, _Parameter, NumpyArray)  # all but plain values
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
     """Stands for `_rebuild_tensor` and `_rebuild_tensor_v2`."""
     if type(storage) is not _Storage or type(shape) is not tuple or type(strides) is not tuple:
-        raise ValueError("a tensor without a storage, a shape or strides")
+        raise ValueError("a tensor has no storage, no shape or no strides")
     if len(rest) > 2 and rest[2]:
         raise UnsupportedError(
             "a conjugate or negative view: save its resolve_conj().resolve_neg()"
@@ -119,7 +120,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> 
 
 
 def _first(value: Any, *_: Any) -> Any:
-    """Stands for what wraps a value."""
+    """Stands for a function that wraps its first argument."""
     return value
 
 
@@ -130,15 +131,15 @@ def _ordered_dict(items: Any = ()) -> dict[Any, Any]:
     return made
 
 
-_BUILTINS = "builtins", "__builtin__"  # of Python 2, as which protocol 2 writes it
-_FACTORIES = "bool", "dict", "float", "int", "list", "str"  # of entries that a defaultdict lacks
+_BUILTINS = "builtins", "__builtin__"  # the name in Python 2, which protocol 2 writes
+_FACTORIES = "bool", "dict", "float", "int", "list", "str"  # types that a defaultdict fills in
 
 _ADMITTED: dict[str, Callable[..., Any] | None] = {
     **NUMPY,
     **dict.fromkeys(_STORAGES),
     **dict.fromkeys(f"torch.{name}" for name in (*FLOATS, *INTEGERS)),
     "collections.OrderedDict": _ordered_dict,
-    "collections.Counter": _first,  # in the state of schedules
+    "collections.Counter": _first,  # learning rate schedules have one
     "collections.defaultdict": lambda *_: {},
     **{f"{builtins}.{kind}": None for builtins in _BUILTINS for kind in _FACTORIES},
     **{f"{builtins}.set": _first for builtins in _BUILTINS},
@@ -152,10 +153,10 @@ _ADMITTED: dict[str, Callable[..., Any] | None] = {
 
 
 def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
-    """Returns the tensors of a PyTorch file by name, mapped, and what lies beside them.
+    """Returns the mapped tensors of a PyTorch file by name, and the plain values beside them.
 
     Raises:
-      UserError: the file is damaged, or names something else than tensors and plain values.
+      UserError: the file is damaged, or holds anything but tensors and plain values.
     """
     data = map_file(path)
     try:
@@ -169,8 +170,8 @@ def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str
         raise UserError(f"{path} holds {error}") from error
     except RefusedError as error:
         raise UserError(
-            f"{path}: refused to load {error}, as loading it could run a program: "
-            "save the state_dict() alone and give that"
+            f"{path}: refused to load {error}, which could run a program: save the state_dict() "
+            "alone and give that file"
         ) from error
     except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
         raise damaged(path, error) from error
@@ -180,13 +181,13 @@ def _read_zip(path: pathlib.Path, data: mmap.mmap) -> tuple[Any, _Places]:
     found = zips.members(path, data)
     pickles = [name for name in found if name.endswith(_PICKLE)]
     if len(pickles) != 1:
-        raise ValueError(f"{len(pickles)} members called {_PICKLE}")
+        raise ValueError(f"{len(pickles)} members have the name {_PICKLE}")
     root = pickles[0].removesuffix(_PICKLE)
     order = found.get(f"{root}byteorder")
     if order and order.unpack(data) != b"little":
         raise UnsupportedError(_BIG_ENDIAN)
-    if found[pickles[0]].is_packed:  # torch packs nothing
-        raise UserError(f"{path} was packed anew: unpack it, and zip it with no compression")
+    if found[pickles[0]].is_packed:  # torch compresses nothing
+        raise UserError(f"{path} was compressed later: unzip it, and zip it without compression")
     content = follow(Stream(bytes(found[pickles[0]].unpack(data))), _ADMITTED, _storage)
     places = {
         name.removeprefix(f"{root}data/"): (member.start, member.size)
@@ -199,7 +200,7 @@ def _read_zip(path: pathlib.Path, data: mmap.mmap) -> tuple[Any, _Places]:
 def _read_old(data: mmap.mmap) -> tuple[Any, _Places]:
     stream = Stream(data)
     if follow(stream, {}) != _MAGIC or follow(stream, {}) != _VERSION:
-        raise ValueError("no version of PyTorch's form that is known")
+        raise ValueError("an unknown version of PyTorch's older form")
     if follow(stream, {})["little_endian"] is not True:
         raise UnsupportedError(_BIG_ENDIAN)
     dtypes: dict[str, np.dtype] = {}
@@ -228,7 +229,7 @@ def _storage(description: Any) -> _Storage:
     """Stands for ("storage", kind, key, device, size) and, in old files, a view or None."""
     kind, name, key, _, _, *rest = description
     if kind != "storage" or type(name) is not Name or type(key) is not str:
-        raise ValueError("an object stored elsewhere that is no storage")
+        raise ValueError("an object outside the pickle is not a storage")
     offset = rest[0][1] if rest and rest[0] else 0  # (key of the view, offset, size)
     return _Storage(key, _STORAGES[name.text], offset)
 
@@ -236,25 +237,25 @@ def _storage(description: Any) -> _Storage:
 def _array(data: mmap.mmap, tensor: _Tensor, places: _Places) -> np.ndarray:
     storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
     if storage.key not in places:
-        raise ValueError(f"storage {storage.key!r} is missing or packed")
+        raise ValueError(f"storage {storage.key!r} is missing or compressed")
     start, num_bytes = places[storage.key]
     itemsize = storage.dtype.itemsize
     first = storage.offset + tensor.offset
     reach = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 1
     if first < 0 or (0 not in shape and (first + reach) * itemsize > num_bytes):
-        raise ValueError(f"a tensor that reaches beyond its storage {storage.key!r}")
+        raise ValueError(f"a tensor reaches beyond its storage {storage.key!r}")
     return view(data, start + first * itemsize, storage.dtype, shape, strides)
 
 
 def _leaves(content: Any) -> Iterator[tuple[str, np.ndarray | _Tensor]]:
-    """Yields names and tensors; refuses two of one name."""
+    """Yields names and tensors; two tensors of one name are an error."""
     names: set[str] = set()
     for number, (name, value) in enumerate(_walk(content, "", 0, {})):
         if number == _MOST_ENTRIES or len(name) > _LONGEST_NAME:
             raise UnsupportedError("too many tensors, or names too long: save the weights alone")
         if isinstance(value, np.ndarray | _Tensor):
             if name in names:
-                raise ValueError(f"two tensors are called {name!r}")
+                raise ValueError(f"two tensors have the name {name!r}")
             names.add(name)
             yield name, value
 
@@ -262,7 +263,7 @@ def _leaves(content: Any) -> Iterator[tuple[str, np.ndarray | _Tensor]]:
 def _walk(
     value: Any, name: str, depth: int, known: dict[int, list[tuple[Any, Any]]]
 ) -> Iterator[tuple[str, Any]]:
-    """Yields containers and tensors; `known` is what is in containers, by their identities."""
+    """Yields containers and tensors; `known` has the content of containers by identity."""
     if isinstance(value, _Parameter | NumpyArray):
         value = value.content
         if not isinstance(value, _Tensor | np.ndarray):
@@ -270,19 +271,19 @@ def _walk(
     yield name, value
     if type(value) not in _CONTAINER_TYPES:
         return
-    if id(value) not in known:  # one list may lie in many places
+    if id(value) not in known:  # many containers may share one list
         entries = value.items() if type(value) is dict else enumerate(value)
         known[id(value)] = [(key, entry) for key, entry in entries if type(entry) in _KINDS]
     for key, entry in known[id(value)]:
         if depth == _DEEPEST:
-            raise ValueError("containers in containers without end")
+            raise ValueError("containers are nested without end")
         yield from _walk(entry, f"{name}.{key}" if name else str(key), depth + 1, known)
 
 
 def _unwrap(
     content: Any, tensors: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Takes the weights out of a checkpoint, and says so."""
+    """Returns the weights of a checkpoint, and records what it leaves out."""
     top = content if type(content) is dict else {}
     info = said({key: value for key, value in top.items() if type(value) in _PLAIN})
     outer = [

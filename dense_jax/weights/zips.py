@@ -1,4 +1,4 @@
-"""Where the members of a zip file lie, so that those stored as they are can be mapped.
+"""Finds the members of a zip file, so that the uncompressed ones can be mapped.
 
 Reference: PKWARE, ".ZIP File Format Specification" (APPNOTE.TXT), sections 4.3.7 and 4.4.
 """
@@ -23,11 +23,11 @@ class Member(NamedTuple):
     """A file in a zip file.
 
     Attributes:
-      start: where its bytes, packed or not, begin in the zip file.
-      packed: how many they are there.
-      size: how many they are unpacked.
-      checksum: CRC-32 of the unpacked bytes.
-      is_packed: they are deflated; else they are stored as they are.
+      start: position of its bytes in the zip file.
+      packed: number of its bytes in the zip file.
+      size: number of its bytes after decompression.
+      checksum: CRC-32 of the decompressed bytes.
+      is_packed: whether the bytes are compressed (deflated).
     """
 
     start: int
@@ -37,10 +37,10 @@ class Member(NamedTuple):
     is_packed: bool
 
     def unpack(self, data: mmap.mmap) -> bytes | bytearray:
-        """Returns the unpacked bytes.
+        """Returns the decompressed bytes.
 
         Raises:
-          ValueError: they are not of the size and checksum that the zip file declares.
+          ValueError: their size or checksum is not the one in the zip file.
         """
         end = self.start + self.packed
         content = self._inflate(data, end) if self.is_packed else data[self.start : end]
@@ -49,7 +49,7 @@ class Member(NamedTuple):
         return content
 
     def _inflate(self, data: mmap.mmap, end: int) -> bytearray:
-        """Unpacks piece by piece into place, so that the bytes are there only once."""
+        """Decompresses piece by piece into one buffer, so that memory holds the bytes once."""
         content, filled, stream = bytearray(self.size), 0, zlib.decompressobj(-zlib.MAX_WBITS)
         for start in range(self.start, end, _PIECE):
             try:
@@ -59,14 +59,14 @@ class Member(NamedTuple):
             except zlib.error as error:
                 raise ValueError(str(error)) from error
             if filled + len(piece) > self.size:
-                raise ValueError("its bytes are more than it declares")
+                raise ValueError("it has more bytes than it declares")
             content[filled : filled + len(piece)] = piece
             filled += len(piece)
-            if hasattr(data, "madvise"):  # what is unpacked needs no memory any more
+            if hasattr(data, "madvise"):  # the pages of this piece are no longer needed
                 page = start - start % mmap.PAGESIZE
                 data.madvise(mmap.MADV_DONTNEED, page, start + _PIECE - page)
         if filled < self.size:
-            raise ValueError("its bytes are fewer than it declares")
+            raise ValueError("it has fewer bytes than it declares")
         return content
 
 
@@ -75,24 +75,25 @@ def members(path: pathlib.Path, data: mmap.mmap) -> dict[str, Member]:
 
     Args:
       path: the file.
-      data: the same, mapped.
+      data: the mapped file.
 
     Raises:
-      UserError: the file is damaged, encrypted, packed in a rare way, or unpacks to too much.
+      UserError: the file is damaged, encrypted, compressed by a rare method, or too large after
+        decompression.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
         found = {entry.filename: _member(entry, data) for entry in entries}
         if len(found) < len(entries):
-            raise ValueError("two members of one name")
+            raise ValueError("two members have one name")
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError) as error:
         raise damaged(path, error) from error
     unpacked = sum(member.size for member in found.values() if member.is_packed)
     if unpacked > most_unpacked(len(data)):
         raise UserError(
-            f"{path} of {len(data) / 1e6:.1f} MB would unpack to {unpacked / 1e6:,.0f} MB: save it "
-            "without packing"
+            f"{path} would grow from {len(data) / 1e6:.1f} to {unpacked / 1e6:,.0f} MB: save it "
+            "without compression"
         )
     return found
 
@@ -100,7 +101,7 @@ def members(path: pathlib.Path, data: mmap.mmap) -> dict[str, Member]:
 def _member(entry: zipfile.ZipInfo, data: mmap.mmap) -> Member:
     local = data[entry.header_offset : entry.header_offset + _LOCAL.size]
     if len(local) < _LOCAL.size:
-        raise ValueError(f"{entry.filename!r} lies beyond the end")
+        raise ValueError(f"{entry.filename!r} is beyond the end")
     signature, *lengths = _LOCAL.unpack(local)
     start = entry.header_offset + _LOCAL.size + sum(lengths)
     if signature != _SIGNATURE or start + entry.compress_size > len(data):
@@ -109,7 +110,7 @@ def _member(entry: zipfile.ZipInfo, data: mmap.mmap) -> Member:
         raise ValueError(f"{entry.filename!r} is encrypted")
     is_packed = entry.compress_type == zipfile.ZIP_DEFLATED
     if not is_packed and entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{entry.filename!r} is packed by method {entry.compress_type}")
+        raise ValueError(f"{entry.filename!r} is compressed by method {entry.compress_type}")
     if not is_packed and entry.compress_size != entry.file_size:
         raise ValueError(f"{entry.filename!r} has two sizes")
     return Member(start, entry.compress_size, entry.file_size, entry.CRC, is_packed)

@@ -14,11 +14,12 @@ from flax import traverse_util
 from benchmarks import train_step as benchmark
 from benchmarks import twins
 from dense_jax.objectives.pixels import LossTerm
-from dense_jax.tasks import import_weights, semantic
+from dense_jax.tasks import semantic
 from dense_jax.train import step as steps
 from dense_jax.train.config import RunConfig
 from dense_jax.train.schedules import build_optimizer
 from dense_jax.train.state import TrainState
+from dense_jax.weights import rules
 from tests.parity import drawn
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "losses.npz"
@@ -81,7 +82,7 @@ def network(run: Run) -> nn.Module:
 
 def variables(model: nn.Module, dtype: Any = np.float64) -> Any:
     """Returns parameters and batch statistics drawn from their names; nothing is zero."""
-    leaves: Any = traverse_util.flatten_dict(import_weights.template_of(model), sep="/")
+    leaves: Any = traverse_util.flatten_dict(rules.template_of(model), sep="/")
 
     def fill(path: str, shape: tuple[int, ...]) -> np.ndarray:
         values = drawn.uniform(path, shape).astype(dtype)

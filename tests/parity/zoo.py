@@ -12,7 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from dense_jax.models import deeplabv3, resnet, segnet, vgg
-from dense_jax.tasks import import_weights
+from dense_jax.releases import catalogue
 from dense_jax.weights import rules
 from tests.parity import drawn
 
@@ -116,8 +116,8 @@ def ours(
     """
     network = NETWORKS[name]
     model = model or network.build()
-    template = import_weights.template_of(model)
-    release = rules.choose(import_weights.RELEASES, template, rules.outline(tensors))
+    template = rules.template_of(model)
+    release = rules.choose(catalogue.releases(), template, rules.outline(tensors))
     required = release.trunk if name == "vgg16_bn" else ("*",)
     loaded, _ = rules.load(template, tensors, release.rules, required=required)
     leaves: Any = traverse_util.flatten_dict(template)

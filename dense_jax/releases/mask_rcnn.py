@@ -1,24 +1,26 @@
-"""Names of Mask R-CNN's published weights; the network is not here yet.
+"""Published weights of Mask R-CNN in torchvision; the network is not here yet.
 
 Reference: He, Gkioxari, Dollar, Girshick, "Mask R-CNN", ICCV 2017, arXiv:1703.06870; names and
 layouts: pytorch/vision, torchvision/models/detection/{mask_rcnn,faster_rcnn,rpn}.py and
 torchvision/ops/feature_pyramid_network.py.
 """
 
-from dense_jax.models import resnet
+from dense_jax.releases import resnet
+from dense_jax.releases.catalogue import Network
 from dense_jax.weights import rules
+from dense_jax.weights.rules import Release, Rule
 
 
-def _torchvision_rules(fpn: str, rpn: str, mask: dict[str, str]) -> tuple[rules.Rule, ...]:
-    """Rules for maskrcnn_resnet50_fpn and others on a residual network with a feature pyramid.
+def _torchvision_rules(fpn: str, rpn: str, mask: dict[str, str]) -> tuple[Rule, ...]:
+    """Returns rules for maskrcnn_resnet50_fpn and others on a ResNet with a feature pyramid.
 
-    fc6 reads 7x7 units, channels first, and is a kernel of this size here. The four deltas of a
-    box, or of a class, are neighbours among the channels of bbox_pred.
+    fc6 reads 7x7 units, channels first; here it has a 7x7 kernel. The four deltas of a box, or of
+    a class, are consecutive channels of bbox_pred.
 
     Args:
-      fpn: name there of a convolution of the pyramid, with its kind and level.
-      rpn: name there of the shared convolution of the proposals.
-      mask: names there of the mask head's four convolutions, by ours.
+      fpn: torchvision's name of a convolution of the pyramid, with its kind and level.
+      rpn: torchvision's name of the shared convolution of the proposal network.
+      mask: our names of the mask head's four convolutions to torchvision's.
     """
     table = list(resnet.torchvision_rules("backbone.body.", "backbone/"))
     for kind in ("inner_blocks", "layer_blocks"):
@@ -38,16 +40,16 @@ def _torchvision_rules(fpn: str, rpn: str, mask: dict[str, str]) -> tuple[rules.
     return tuple(table)
 
 
-def _release(name: str, table: tuple[rules.Rule, ...], needs: str) -> rules.Release:
-    # The heads know the classes that they were trained for.
+def _release(name: str, table: tuple[Rule, ...], needs: str) -> Release:
+    # The heads depend on the classes of the training set.
     trunk = ("*/backbone/*", "*/fpn/*", "*/rpn/*")
-    return rules.Release(name, table, trunk, "torchvision", needs=needs)
+    return Release(name, table, trunk, "torchvision", needs=needs)
 
 
 _CONVS = [f"mask_fcn{i}" for i in range(1, 5)]
-# Files saved today, and those of 2019, among them torchvision's own of COCO. Their normalisation is
-# frozen: torchvision adds nothing to the variance for its own file (pytorch/vision#2933), and 1e-5
-# for others.
+# Files saved today, and files of 2019 such as torchvision's own for COCO. Their normalisation is
+# frozen: torchvision adds nothing to the variance for its own file (pytorch/vision#2933), and adds
+# 1e-5 for others.
 TORCHVISION = (
     _release(
         "torchvision's Mask R-CNN",
@@ -56,7 +58,7 @@ TORCHVISION = (
             "rpn.head.conv.0.0",
             {name: f"{i}.0" for i, name in enumerate(_CONVS)},
         ),
-        needs="bn_epsilon=1e-5, or 0 if torchvision's weights of COCO were its start",
+        needs="bn_epsilon=1e-5, or 0 if training started from torchvision's weights for COCO",
     ),
     _release(
         "torchvision's Mask R-CNN of 2019",
@@ -64,3 +66,7 @@ TORCHVISION = (
         needs="bn_epsilon=0",
     ),
 )
+
+# No command uses the tables above until the network is here.
+RELEASES: tuple[Release, ...] = ()
+NETWORKS: dict[str, Network] = {}
