@@ -189,9 +189,10 @@ def test_images_come_as_the_weights_expect_them(resnet_file, tmp_path, configura
     assert configurations(fcn).normalisation == "torchvision"
     file = f"--init=file:{path}"
     assert configurations(unet, file).normalisation == "torchvision"
-    # SegNet brings images to a common contrast by itself.
-    assert configurations(segnet, init, "--input-norm=lrn").normalisation == "none"
-    assert configurations(segnet, init, "--input-norm=meanstd").normalisation == "caffe"
+    assert configurations(segnet, init).normalisation == "caffe"
+    # SegNet-Basic brings pixels of 0 to 255 to a common contrast by itself.
+    raw = ("--input-lrn=on", "--normalisation=none")
+    assert configurations(segnet, init, *raw).normalisation == "none"
     # A run goes on as it began, when the weights have gone too.
     runs.prepare(config, dataset.load("shapes", size=(8, 8), num_train=2, num_val=2, num_test=1))
     (workdir / "checkpoints/1").mkdir(parents=True)

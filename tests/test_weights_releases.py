@@ -338,12 +338,12 @@ def test_a_network_without_statistics_says_so(tmp_path, monkeypatch, capsys):
     path = written(tensors, tmp_path / "x.caffemodel", form)
     import_weights.run(model="segnet_basic", source=str(path), out=tmp_path / "out")
     said = capsys.readouterr().out
-    assert "build the network with --input-norm=lrn" in said
+    assert "build the network with --input-lrn=on" in said
     assert "16 new" in said
     loaded, normalisation = start.initial(f"run:{tmp_path / 'out'}", None)
     assert (list(loaded), normalisation) == (["params"], "none")
     assert (
-        "init: to reproduce the published outputs, build the network with --input-norm=lrn"
+        "init: to reproduce the published outputs, build the network with --input-lrn=on"
         in capsys.readouterr().out
     )
 

@@ -43,7 +43,7 @@ CAFFE = (
         "Caffe's SegNet",
         _caffe_rules("conv1_1_D", *vgg.CONVS, *_DECODER),
         tuple(f"params/{name}{end}/*" for name in (*vgg.CONVS, *_DECODER) for end in ("", "_bn")),
-        needs=f"--input-norm=none; {_FOLDED}",
+        needs=f"--normalisation=none; {_FOLDED}",
     ),
     _release(
         "Caffe's SegNet-Basic",
@@ -55,7 +55,7 @@ CAFFE = (
             ),
         ),
         tuple(f"params/{name}{end}/*" for name in _BASIC for end in ("", "_bn")),
-        needs=f"--input-norm=lrn; {_FOLDED}",
+        needs=f"--input-lrn=on; {_FOLDED}",
     ),
 )
 
