@@ -16,7 +16,7 @@ from dense_jax.analysis import cost
 from dense_jax.data import check
 from dense_jax.data import dataset as datasets
 from dense_jax.data.datasets.shapes import ShapesSpec
-from dense_jax.data.transforms import num_channels
+from dense_jax.data.normalise import num_channels
 from dense_jax.errors import UserError
 from dense_jax.infer import predictor
 from dense_jax.ops.crf import CrfParams

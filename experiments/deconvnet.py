@@ -36,7 +36,8 @@ from flax import linen as nn
 
 from dense_jax.data import crops
 from dense_jax.data.dataset import Dataset, Source
-from dense_jax.data.transforms import Resize, Transform, num_channels, to_uint8, whole_images
+from dense_jax.data.normalise import num_channels, to_uint8
+from dense_jax.data.transforms import Resize, Transform, whole_images
 from dense_jax.errors import UserError
 from dense_jax.infer import proposals
 from dense_jax.infer.crf import WithCrf, with_crf

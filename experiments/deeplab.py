@@ -23,7 +23,8 @@ from typing import Literal
 
 from flax import linen as nn
 
-from dense_jax.data.transforms import Normalise, RandomCrop, RandomFlip, RandomScale, Transform
+from dense_jax.data.normalise import Normalise
+from dense_jax.data.transforms import RandomCrop, RandomFlip, RandomScale, Transform
 from dense_jax.errors import UserError
 from dense_jax.infer.crf import with_crf
 from dense_jax.infer.tiles import overlap_tile

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import jax
 
 from dense_jax.data.dataset import Source
-from dense_jax.data.transforms import NORMALISATIONS, RandomCrop, Transform, whole_images
+from dense_jax.data.normalise import PixelValues
+from dense_jax.data.transforms import RandomCrop, Transform, whole_images
 from dense_jax.errors import UserError
 from dense_jax.infer.crf import with_crf
 from dense_jax.infer.tiles import overlap_tile
@@ -137,7 +138,7 @@ def build_model(config: Config, num_classes: int) -> Dilated | WithCrfRnn:
     network = build_network(config, num_classes)
     if config.post != "crf_rnn":
         return network
-    return WithCrfRnn(network, *NORMALISATIONS[config.normalisation], params=config.crf)
+    return WithCrfRnn(network, PixelValues(config.normalisation), params=config.crf)
 
 
 def build_network(config: Config, num_classes: int) -> Dilated:

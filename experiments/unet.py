@@ -21,10 +21,10 @@ from typing import Literal
 from dense_jax import report
 from dense_jax.data.border import BorderWeights, SeparateTouching
 from dense_jax.data.dataset import Source
+from dense_jax.data.normalise import Normalise
 from dense_jax.data.transforms import (
     ElasticDeformation,
     GreyJitter,
-    Normalise,
     RandomCrop,
     RandomFlip,
     RandomRotate90,

@@ -16,7 +16,7 @@ from PIL import Image
 from dense_jax.data import check, dataset, files, pipeline
 from dense_jax.data.classes import IGNORE_LABEL, ClassTable
 from dense_jax.data.datasets import camvid, folder
-from dense_jax.data.transforms import Normalise
+from dense_jax.data.normalise import Normalise
 from dense_jax.errors import UserError
 
 CLASSES = "ground\nroof\ntree\n"

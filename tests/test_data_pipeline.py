@@ -8,9 +8,9 @@ import pytest
 
 from dense_jax.data import dataset, pipeline
 from dense_jax.data.classes import IGNORE_LABEL
+from dense_jax.data.normalise import Normalise
 from dense_jax.data.transforms import (
     ColourJitter,
-    Normalise,
     RandomCrop,
     RandomFlip,
     RandomScale,

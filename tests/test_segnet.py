@@ -16,7 +16,7 @@ from dense_jax import losses
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
 from dense_jax.data.datasets import camvid
-from dense_jax.data.transforms import Normalise
+from dense_jax.data.normalise import Normalise
 from dense_jax.errors import UserError
 from dense_jax.models import segnet
 from dense_jax.models.segnet import SegNet, SegNetBasic

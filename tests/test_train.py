@@ -16,7 +16,7 @@ from jax import lax
 
 from dense_jax import losses
 from dense_jax.data.datasets.shapes import ShapesSpec
-from dense_jax.data.transforms import Normalise
+from dense_jax.data.normalise import Normalise
 from dense_jax.errors import UserError
 from dense_jax.layers.conv import Conv
 from dense_jax.tasks import prediction, semantic

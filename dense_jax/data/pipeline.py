@@ -23,7 +23,8 @@ from absl import flags
 
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example, Source
-from dense_jax.data.transforms import Normalise, Resize, Transform, num_channels, window
+from dense_jax.data.normalise import Normalise, num_channels
+from dense_jax.data.transforms import Resize, Transform, window
 from dense_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]

@@ -17,76 +17,13 @@ from PIL import Image
 
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example
+from dense_jax.data.normalise import Normalise, luma
 
 Transform = Callable[[Example, np.random.Generator], Example]
 
 Mirror = Literal["reflect", "symmetric"]
 
 _FILL = {"image": 0.0, "label": IGNORE_LABEL, "instances": 0, "weights": 0.0}
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-
-NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    # name: (mean, standard deviation) of R, G, B, or of the one grey channel, on the scale 0..255.
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # SegNet subtracts nothing
-    "torchvision": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
-    "torchvision_vgg16_features": ((123.0, 117.0, 104.0), (1.0, 1.0, 1.0)),
-    "caffe": ((122.679, 116.669, 104.007), (1.0, 1.0, 1.0)),  # FCN, DeconvNet, DeepLab
-    "dilation_voc": ((116.52, 111.36, 102.93), (1.0, 1.0, 1.0)),  # fyu/dilation's four models
-    "dilation_camvid": ((105.412, 108.778, 110.703), (1.0, 1.0, 1.0)),
-    "dilation_kitti": ((91.347, 95.551, 96.194), (1.0, 1.0, 1.0)),
-    "dilation_cityscapes": ((73.16, 82.91, 72.39), (1.0, 1.0, 1.0)),
-    "fast_rcnn": ((122.7717, 115.946, 102.9801), (1.0, 1.0, 1.0)),
-    "grey": ((127.5,), (64.0,)),  # about unit deviation for pictures of middling contrast
-    "grey_image": ((127.5,), (64.0,)),  # only for pictures: each image has its own mean and scale
-}
-"""Mean and scale by convention. Images stay RGB here: weights trained on BGR are permuted once
-when they are imported, which leaves the outputs as they were. The two grey conventions take the
-luma of a picture as its only channel; "grey_image" brings every single image to mean 0 and
-deviation 1, for microscopes whose brightness says nothing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Normalise:
-    """Turns the uint8 image into float32 (image - mean) / std by a name of `NORMALISATIONS`.
-
-    The result is [H, W, `num_channels` (name)].
-    """
-
-    name: str = "torchvision"
-
-    def __post_init__(self):
-        _convention(self.name)
-
-    def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
-        """Returns the example with a float32 image."""
-        image, (mean, std) = example["image"], _convention(self.name)
-        if len(mean) == 1:
-            image = (image @ _LUMA)[..., None]
-        if self.name == "grey_image":
-            mean, std = image.mean(), max(image.std(), np.float32(1))  # plain grey has no scale
-        return {**example, "image": (image - mean) / std}
-
-
-def num_channels(name: str) -> int:
-    """Returns the number of channels of images normalised by a name of `NORMALISATIONS`."""
-    return len(_convention(name)[0])
-
-
-def to_uint8(images: np.ndarray, name: str) -> np.ndarray:
-    """Inverts `Normalise`: float [..., C] to uint8 [..., 3], for pictures.
-
-    What "grey_image" had for mean and scale is lost; such pictures come out in middling contrast.
-    """
-    mean, std = _convention(name)
-    images = np.clip(np.asarray(images, np.float32) * std + mean + 0.5, 0, 255).astype(np.uint8)
-    return np.broadcast_to(images, (*images.shape[:-1], 3)) if len(mean) == 1 else images
-
-
-def _convention(name: str) -> tuple[np.ndarray, np.ndarray]:
-    if name not in NORMALISATIONS:
-        raise ValueError(f"unknown normalisation {name!r}; known: {', '.join(NORMALISATIONS)}")
-    mean, std = NORMALISATIONS[name]
-    return np.array(mean, np.float32), np.array(std, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +153,7 @@ class ColourJitter:
         spread = np.array([self.brightness, self.contrast, self.saturation], np.float32)
         brightness, contrast, saturation = 1 + spread * rng.uniform(-1, 1, 3).astype(np.float32)
         image = example["image"] * brightness
-        grey = image @ _LUMA
+        grey = luma(image)
         image = grey[..., None] + saturation * (image - grey[..., None])
         mean = grey.mean()
         image = mean + contrast * (image - mean)
@@ -344,7 +281,7 @@ def whole_images(
     """Returns the usual transforms of training on whole images or crops of them.
 
     Args:
-      normalisation: a name of `NORMALISATIONS`.
+      normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
       scale: images are resized by this.
       augment: "none"; anything else mirrors left and right, and "mirror_scale" also resizes by a
         factor from 0.75 to 1.5.

@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from dense_jax.data.transforms import NORMALISATIONS
+from dense_jax.data.normalise import PixelValues
 from dense_jax.errors import UserError
 from dense_jax.infer.tiles import PredictFn
 from dense_jax.ops import crf
@@ -26,7 +25,7 @@ class WithCrf:
       predict: the prediction without the CRF.
       params: the CRF.
       normalisation: what the images were brought to, a name in
-        `dense_jax.data.transforms.NORMALISATIONS`.
+        `dense_jax.data.normalise.NORMALISATIONS`.
     """
 
     predict: PredictFn
@@ -85,19 +84,5 @@ def refine(
     normalisation: str,
 ) -> jax.Array:
     """Returns log-probabilities [B, H, W, C] for logits of normalised images [B, H, W, 3 or 1]."""
-    rgb = pixel_values(images, normalisation)
+    rgb = PixelValues(normalisation)(images)
     return crf.mean_field(logits.astype(jnp.float32), rgb, params, sizes)
-
-
-def pixel_values(images: jax.Array, normalisation: str) -> jax.Array:
-    """Undoes a normalisation: float [B, H, W, 3 or 1] to RGB [B, H, W, 3] from 0 to 255.
-
-    Integers come out as the integers that they were, so that a CRF is the same behind every
-    normalisation. Padding becomes the mean colour. "grey_image" cannot be undone.
-    """
-    mean, std = (
-        np.array(values, np.float32).reshape(1, 1, 1, -1)
-        for values in NORMALISATIONS[normalisation]
-    )
-    rgb = jnp.clip(jnp.round(images.astype(jnp.float32) * std + mean), 0, 255)
-    return jnp.broadcast_to(rgb, (*rgb.shape[:3], 3))

@@ -15,8 +15,8 @@ from PIL import Image
 from dense_jax import viz
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.files import decode_image
+from dense_jax.data.normalise import normalise, num_channels
 from dense_jax.data.pipeline import padded_shapes
-from dense_jax.data.transforms import Normalise, num_channels
 from dense_jax.errors import UserError
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -70,7 +70,7 @@ def predict_folder(
       predict_fn: (images [1, H, W, channels] float32, sizes [1, 2] in front of padding) to logits
         [1, H, W, C].
       classes: names and colours of the C classes.
-      normalisation: a name in `dense_jax.data.transforms.NORMALISATIONS`.
+      normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
       input_path: an image, or a folder whose images (not its sub-folders) are labelled.
       output_dir: made if it is not there; earlier predictions in it are replaced.
       overlays: write the image tinted by its labels.
@@ -160,5 +160,5 @@ def _read_sizes(
 def _normalise_and_pad(image: np.ndarray, name: str, shape: tuple[int, int]) -> np.ndarray:
     """A batch of one, [1, *shape, 3] float32; zeros fill up, which is the mean colour."""
     batch = np.zeros((1, *shape, num_channels(name)), np.float32)
-    batch[0, : image.shape[0], : image.shape[1]] = Normalise(name)({"image": image})["image"]
+    batch[0, : image.shape[0], : image.shape[1]] = normalise(image, name)
     return batch

@@ -9,38 +9,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from dense_jax.data.transforms import NORMALISATIONS
+from dense_jax.data.normalise import normalise_batch
 from dense_jax.infer.tiles import PredictFn
 
 Scores = Literal["probabilities", "logits"]
 
 SIZE_MULTIPLE = 32  # As `predictor.predict_folder` pads to.
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-
-
-def normalise(images: jax.Array, name: str) -> jax.Array:
-    """Does to a batch what `dense_jax.data.transforms.Normalise` does to an image.
-
-    Args:
-      images: RGB [B, H, W, 3] of values from 0 to 255, integers or not.
-      name: a name of `NORMALISATIONS`.
-
-    Returns:
-      Float32 [B, H, W, 3 or 1].
-    """
-    images = images.astype(jnp.float32)
-    mean, std = (
-        np.array(values, np.float32).reshape(1, 1, 1, -1) for values in NORMALISATIONS[name]
-    )
-    if mean.size == 1:
-        images = jnp.sum(images * _LUMA.reshape(1, 1, 1, 3), axis=-1, keepdims=True)
-    if name == "grey_image":
-        mean = jnp.mean(images, axis=(1, 2, 3), keepdims=True)
-        std = jnp.maximum(jnp.std(images, axis=(1, 2, 3), keepdims=True), 1)
-    return (images - mean) / std
 
 
 def label_fn(
@@ -64,7 +40,7 @@ def label_fn(
         rows, columns = (
             -(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE - side for side in (height, width)
         )
-        padded = _extend(normalise(images, normalisation), rows, columns)
+        padded = _extend(normalise_batch(images, normalisation), rows, columns)
         size = jnp.array([height, width], jnp.int32)
         sizes = jnp.broadcast_to(size.reshape(1, 2), (batch, 2))
         logits = _extend(predict(variables, padded, sizes), -rows, -columns).astype(jnp.float32)

@@ -17,7 +17,8 @@ from jax import lax
 
 from dense_jax.data import crops, pipeline
 from dense_jax.data.dataset import Source
-from dense_jax.data.transforms import Normalise, window
+from dense_jax.data.normalise import Normalise
+from dense_jax.data.transforms import window
 from dense_jax.infer.crf import refine
 from dense_jax.ops.crf import CrfParams
 
@@ -177,7 +178,7 @@ def label_images(
       variables: of the network.
       source: the images.
       boxes: of each image, best first.
-      normalisation: a name in `dense_jax.data.transforms.NORMALISATIONS`.
+      normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
       num: how many boxes an image has at most; smaller ones than `min_side` do not count.
       min_side: least shorter side of a box, in pixels.
       crf: refines the scores, unless it is None.

@@ -21,7 +21,8 @@ from dense_jax.data import boxes as box_data
 from dense_jax.data import pipeline
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Dataset, Example, Source
-from dense_jax.data.transforms import Normalise, Resize, Transform
+from dense_jax.data.normalise import Normalise
+from dense_jax.data.transforms import Resize, Transform
 from dense_jax.errors import UserError
 from dense_jax.tasks import evaluation, prediction, semantic
 from dense_jax.train.config import RunConfig

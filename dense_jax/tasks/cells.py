@@ -16,7 +16,8 @@ from dense_jax import viz
 from dense_jax.data.border import BorderWeights, SeparateTouching
 from dense_jax.data.classes import voc_colours
 from dense_jax.data.dataset import Source
-from dense_jax.data.transforms import Normalise, Transform, to_uint8
+from dense_jax.data.normalise import Normalise, to_uint8
+from dense_jax.data.transforms import Transform
 from dense_jax.metrics import em, instances
 from dense_jax.tasks import prediction
 from dense_jax.train.config import RunConfig

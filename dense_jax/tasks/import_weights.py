@@ -19,7 +19,7 @@ import tyro
 from flax import traverse_util
 
 from dense_jax import runs
-from dense_jax.data.transforms import NORMALISATIONS
+from dense_jax.data.normalise import NORMALISATIONS
 from dense_jax.errors import UserError, printable
 from dense_jax.models import (
     deconvnet,

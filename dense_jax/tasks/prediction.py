@@ -12,7 +12,7 @@ from flax import linen as nn
 from dense_jax import runs
 from dense_jax.data import pipeline
 from dense_jax.data.dataset import Source
-from dense_jax.data.transforms import Normalise
+from dense_jax.data.normalise import Normalise
 from dense_jax.errors import UserError
 from dense_jax.infer import ensemble
 from dense_jax.infer.crf import WithCrf, with_crf, without_crf

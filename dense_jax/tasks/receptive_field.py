@@ -10,7 +10,7 @@ from dense_jax import viz
 from dense_jax.analysis import receptive_field as fields
 from dense_jax.analysis import receptive_field_figures as figures
 from dense_jax.data.files import read_image
-from dense_jax.data.transforms import Normalise, num_channels
+from dense_jax.data.normalise import Normalise, num_channels
 from dense_jax.errors import UserError
 from dense_jax.tasks.networks import Network, network
 

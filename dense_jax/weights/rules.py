@@ -60,7 +60,7 @@ class Release(NamedTuple):
       trunk: patterns ("*/layer*") of the parameters that the file has to have, as far as a network
         has any of a pattern. What stands on the trunk may be of another kind here.
       normalisation: what the weights expect of images, a name of
-        `dense_jax.data.transforms.NORMALISATIONS`; in RGB, BGR is permuted by the rules.
+        `dense_jax.data.normalise.NORMALISATIONS`; in RGB, BGR is permuted by the rules.
       absent: patterns of the parameters that its files never have; they stay as initialised.
       needs: what else a network has to be like to compute what the release did, for people; "".
       hollow: patterns of the tensors that its files fill with NaN, by which they are known.
