@@ -6,7 +6,7 @@
 
 Stage 1 trains on windows around single objects, whose neighbours count as background; stage 2 goes
 on with proposals that overlap an object. --proposals takes the boxes of any method (the paper's
-are Edge Boxes) as JSON {"image name": [[x1, y1, x2, y2], ...]}, best first, in pixels. Without it
+are Edge Boxes) as JSON {"image name": [[x0, y0, x1, y1], ...]}, best first, in pixels. Without it
 stage 2 trains on randomly moved object boxes and sliding windows, and images are labelled from
 sliding windows. For scenes without single objects --stages=whole trains on (crops of) whole images,
 and --proposal-source=none labels them in one pass.
@@ -43,6 +43,7 @@ from dense_jax.infer import proposals
 from dense_jax.infer.crf import WithCrf, with_crf
 from dense_jax.metrics import semantic as metrics
 from dense_jax.models.deconvnet import DeconvNet
+from dense_jax.ops.boxes import min_side
 from dense_jax.ops.crf import CrfParams
 from dense_jax.tasks import prediction, semantic
 from dense_jax.train.config import FROM_SCRATCH, SMOKE, RunConfig
@@ -288,7 +289,7 @@ def _without_crf(config: Config, model: nn.Module) -> prediction.PredictFn:
 
     def predict(variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
         boxes = proposals.sliding_boxes(sizes)[:, : 1 if whole else config.num_proposals]
-        valid = proposals.min_sides(boxes) >= (1 if whole else config.min_box)
+        valid = min_side(boxes) >= (1 if whole else config.min_box)
         return score(variables, images, boxes, valid)
 
     return predict

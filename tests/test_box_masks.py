@@ -8,9 +8,10 @@ import pytest
 from flax import linen as nn
 
 from dense_jax import runs
-from dense_jax.data import boxes, crops
+from dense_jax.data import boxes
 from dense_jax.data.datasets import shapes
 from dense_jax.errors import UserError
+from dense_jax.ops.boxes import iou
 from dense_jax.tasks import box_masks
 from dense_jax.train.schedules import build_optimizer
 from experiments import hypercolumns as script
@@ -45,7 +46,7 @@ def test_objects_have_tight_boxes_and_the_class_of_most_labelled_pixels():
 def test_jittered_boxes_keep_their_overlap(min_iou):
     tight = np.tile(np.array([[10, 20, 40, 30]], np.float32), (200, 1))
     moved = boxes.jitter(tight, min_iou, np.random.default_rng(0))
-    overlaps = crops.iou(moved, tight[:1])[:, 0]
+    overlaps = iou(moved, tight[:1])[:, 0]
     assert overlaps.min() >= min_iou - 1e-6
     assert moved.dtype == np.float32
     if min_iou == 1:

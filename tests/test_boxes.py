@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dense_jax.data import crops
-from dense_jax.infer import proposals
 from dense_jax.ops import boxes
 
 # One of 4 x 2 pixels, its right half, one that shares a corner, one far off and an empty one.
@@ -70,6 +68,8 @@ def test_slow_twins(call):
         [len(pixels(a) & pixels(b)) / len(pixels(a) | pixels(b)) for b in others] for a in some
     ]
     np.testing.assert_allclose(call(boxes.iou, some, others), expected, rtol=1e-6)
+    whole = some.astype(np.int32), others.astype(np.int32)
+    np.testing.assert_allclose(call(boxes.iou, *whole), expected, rtol=1e-6)
     image = {(y, x) for y in range(SIDE) for x in range(SIDE)}
     clipped = call(lambda b: boxes.clip(b, (SIDE, SIDE)), some)
     assert [pixels(box) for box in clipped] == [pixels(box) & image for box in some]
@@ -99,15 +99,7 @@ def test_tight_box_of_a_mask():
     assert boxes.of_mask(np.eye(3, 5, dtype=bool)).tolist() == [0, 0, 3, 3]
 
 
-def test_equal_to_the_former_forms():
-    whole, others = drawn(30), drawn(7, 1)
-    tries = whole + np.random.default_rng(0).uniform(-1, 1, (30, 4))
-    for some in (whole.astype(int), whole, tries):
-        np.testing.assert_array_equal(boxes.iou(some, others), crops.iou(some, others))
-    former = jax.jit(proposals.min_sides)(jnp.asarray(whole))
-    np.testing.assert_array_equal(jax.jit(boxes.min_side)(whole), former)
-    # As `dense_jax.tasks.box_masks` scales the boxes of an image with it.
-    factors = np.divide((31, 47), (97, 101))
-    scaled = np.zeros_like(whole)
-    scaled[:] = whole * factors[[1, 0, 1, 0]]
-    np.testing.assert_array_equal(boxes.scale(whole, (factors[0], factors[1])), scaled)
+def test_boxes_of_an_image_are_scaled_in_double_precision():
+    some, factors = drawn(12), np.divide((31, 47), (97, 101))
+    scaled = boxes.scale(some, (factors[0], factors[1]))
+    np.testing.assert_array_equal(scaled, (some * factors[[1, 0, 1, 0]]).astype(np.float32))

@@ -17,6 +17,7 @@ from scipy import ndimage
 from dense_jax.data import crops
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example
+from dense_jax.ops import boxes as box_ops
 
 _MIN_SIDE = 4  # Objects with a shorter side, in pixels, are rests behind others, and left out.
 _NUM_TRIES = 20  # Random boxes for each object, of which the first with enough overlap is taken.
@@ -82,11 +83,11 @@ def jitter(boxes: np.ndarray, min_iou: float, rng: np.random.Generator) -> np.nd
       float32 [N, 4].
     """
     reach = (1 - min_iou) / 2  # Two opposite edges that move so far inwards leave `min_iou`.
-    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    sides = np.tile(box_ops.sides(boxes), 2)
     shifts = rng.uniform(-reach, reach, (_NUM_TRIES, *boxes.shape))
     result = boxes.astype(np.float32)
     for box, tries in zip(result, (boxes + shifts * sides).swapaxes(0, 1), strict=True):
-        good = crops.iou(tries, box[None])[:, 0] >= min_iou
+        good = box_ops.iou(tries, box[None])[:, 0] >= min_iou
         if good.any():
             box[:] = tries[good.argmax()]
     return result
@@ -164,7 +165,7 @@ class SampleBoxes:
             }
         chosen = rng.integers(len(found.boxes), size=self.num_boxes)
         boxes = jitter(found.boxes[chosen], self.min_iou, rng)
-        areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+        areas = box_ops.area(boxes)
         return {
             **example,
             "boxes": boxes,

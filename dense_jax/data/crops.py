@@ -1,7 +1,7 @@
 """Windows of images as training examples: single objects, and proposals around objects.
 
-A box is (x1, y1, x2, y2) in pixels, between pixels: x2 - x1 is its width, and it may leave the
-image. Windows are cut from uint8 images, so `Resize` and `Normalise` come afterwards.
+A box is (x0, y0, x1, y1) in whole pixels, as in `dense_jax.ops.boxes`, and may leave the image.
+Windows are cut from uint8 images, so `Resize` and `Normalise` come afterwards.
 
 Reference: Noh, Hong, Han, "Learning deconvolution network for semantic segmentation", ICCV 2015,
 arXiv:1505.04366, Section 4.2 (two-stage training) and the released window lists' enlargement.
@@ -23,6 +23,7 @@ from scipy import ndimage
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example, Source
 from dense_jax.errors import UserError
+from dense_jax.ops import boxes as box_ops
 
 Box = tuple[int, int, int, int]
 
@@ -74,8 +75,8 @@ class Crops:
 
     def size(self, index: int) -> tuple[int, int]:
         """Returns the height and width of a window."""
-        x1, y1, x2, y2 = self.windows[index].box
-        return y2 - y1, x2 - x1
+        x0, y0, x1, y1 = self.windows[index].box
+        return y1 - y0, x1 - x0
 
     def __getitem__(self, index: int) -> Example:
         window = self.windows[index]
@@ -93,13 +94,13 @@ class Crops:
 
 
 def cut(array: np.ndarray, box: Box, fill: int | Sequence[int]) -> np.ndarray:
-    """Returns the part [y2 - y1, x2 - x1, ...] of [H, W, ...], with `fill` outside of it."""
-    (x1, y1, x2, y2), (height, width) = box, array.shape[:2]
-    result = np.empty((y2 - y1, x2 - x1, *array.shape[2:]), array.dtype)
+    """Returns the part [y1 - y0, x1 - x0, ...] of [H, W, ...], with `fill` outside of it."""
+    (x0, y0, x1, y1), (height, width) = box, array.shape[:2]
+    result = np.empty((y1 - y0, x1 - x0, *array.shape[2:]), array.dtype)
     result[...] = fill
-    top, left, bottom, right = max(y1, 0), max(x1, 0), min(y2, height), min(x2, width)
+    top, left, bottom, right = max(y0, 0), max(x0, 0), min(y1, height), min(x1, width)
     if top < bottom and left < right:
-        result[top - y1 : bottom - y1, left - x1 : right - x1] = array[top:bottom, left:right]
+        result[top - y0 : bottom - y0, left - x0 : right - x0] = array[top:bottom, left:right]
     return result
 
 
@@ -164,17 +165,6 @@ def enlarged(windows: Iterable[Window], factor: float) -> list[Window]:
     return [dataclasses.replace(w, box=enlarge(w.box, factor)) for w in windows]
 
 
-def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Returns the intersection over the union of each two boxes, [N, 4] and [M, 4] to [N, M]."""
-    boxes, others = boxes[:, None], others[None]
-    sides = np.minimum(boxes[..., 2:], others[..., 2:]) - np.maximum(
-        boxes[..., :2], others[..., :2]
-    )
-    both = np.prod(np.maximum(sides, 0), axis=-1)
-    areas = [np.prod(b[..., 2:] - b[..., :2], axis=-1) for b in (boxes, others)]
-    return both / (areas[0] + areas[1] - both)
-
-
 def relative_windows() -> np.ndarray:
     """Returns windows, int [39, 4], in twelfths of an image's width and height, largest first.
 
@@ -229,7 +219,7 @@ def propose(
             )
         else:
             candidates = np.array(boxes_of(boxes, found[0].name), int).reshape(-1, 4)
-        overlaps = iou(candidates, truth)
+        overlaps = box_ops.iou(candidates, truth)
         for box, row in zip(candidates, overlaps, strict=True):
             if row.max() >= min_iou:
                 best = found[int(row.argmax())]
@@ -259,10 +249,10 @@ def balance(windows: Sequence[Window]) -> list[Window]:
 
 
 def read_proposals(path: str | os.PathLike[str]) -> dict[str, list[Box]]:
-    """Reads proposals: JSON ``{"image name": [[x1, y1, x2, y2], ...], ...}``, best boxes first.
+    """Reads proposals: JSON ``{"image name": [[x0, y0, x1, y1], ...], ...}``, best boxes first.
 
     Names are those of the dataset (of most, the file's name without its ending); numbers are
-    pixels, rounded to whole ones, with x1 < x2 and y1 < y2.
+    pixels, rounded to whole ones, with x0 < x1 and y0 < y1.
 
     Raises:
       UserError: the file cannot be read, or a box is none.
@@ -298,11 +288,11 @@ def _parse(name: str, boxes: Any, path: str | os.PathLike[str]) -> list[Box]:
             raise ValueError
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: a box of {name!r} is not [x1, y1, x2, y2] with x1 < x2, y1 < y2; correct it"
+            f"{path}: a box of {name!r} is not [x0, y0, x1, y1] with x0 < x1, y0 < y1; correct it"
         ) from error
     return [_box(row) for row in array]
 
 
 def _box(row: np.ndarray) -> Box:
-    x1, y1, x2, y2 = (int(edge) for edge in row)
-    return x1, y1, x2, y2
+    x0, y0, x1, y1 = (int(edge) for edge in row)
+    return x0, y0, x1, y1

@@ -1,7 +1,7 @@
 """Labels of an image from those of many boxes in it: cut, label, put back, aggregate.
 
-A box is (x1, y1, x2, y2) in pixels, between pixels: x2 - x1 is its width. Boxes are whole numbers
-in float32; all sizes of arrays are fixed, so that everything can be compiled.
+Boxes are those of `dense_jax.ops.boxes`, with edges on whole pixels. All sizes of arrays are fixed,
+so that everything can be compiled.
 
 Reference: Noh, Hong, Han, ICCV 2015, arXiv:1505.04366, Section 5.1; the release's
 generate_EDeconvNet_CRF_results.m and preprocess_image_bb.m.
@@ -20,6 +20,7 @@ from dense_jax.data.dataset import Source
 from dense_jax.data.normalise import Normalise
 from dense_jax.data.transforms import window
 from dense_jax.infer.crf import refine
+from dense_jax.ops import boxes as box_ops
 from dense_jax.ops.crf import CrfParams
 
 Aggregate = Literal["max", "sum", "mean"]
@@ -34,11 +35,6 @@ def sliding_boxes(sizes: jax.Array) -> jax.Array:
     sides = sizes.astype(jnp.int32)[:, jnp.array([1, 0, 1, 0])]
     boxes = (jnp.asarray(crops.relative_windows())[None] * sides[:, None] + 6) // 12
     return boxes.astype(jnp.float32)
-
-
-def min_sides(boxes: jax.Array) -> jax.Array:
-    """Returns the shorter side of boxes [..., 4], [...]."""
-    return jnp.minimum(boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1])
 
 
 def crop_boxes(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
@@ -87,8 +83,8 @@ def paste_scores(
         return _triangle(centres, taps, step, inside[:, None])
 
     ys, xs = (jnp.arange(n, dtype=jnp.float32)[None] for n in size)
-    x1, y1, x2, y2 = (boxes[:, i : i + 1] for i in range(4))
-    rows, columns = (ys >= y1) & (ys < y2), (xs >= x1) & (xs < x2)
+    x0, y0, x1, y1 = (boxes[:, i : i + 1] for i in range(4))
+    rows, columns = (ys >= y0) & (ys < y1), (xs >= x0) & (xs < x1)
     return _apply(weights, scores, boxes, size), rows[:, :, None] & columns[:, None, :]
 
 
@@ -197,7 +193,7 @@ def label_images(
     shape_of = pipeline.padded_shapes(sizes, multiple=32, max_shapes=4)
     for index, (height, width) in enumerate(sizes):
         found = np.array(boxes[index], np.float32).reshape(-1, 4)
-        found = found[(found[:, 2:] - found[:, :2]).min(axis=1) >= min_side][:num]
+        found = found[box_ops.min_side(found) >= min_side][:num]
         filled = np.zeros((1, num, 4), np.float32)
         filled[0, : len(found)] = found
         valid = np.arange(num)[None] < len(found)
