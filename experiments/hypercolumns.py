@@ -23,7 +23,7 @@ from typing import Literal
 
 from flax import linen as nn
 
-from dense_jax.data.boxes import SampleBoxes
+from dense_jax.data.box_masks import SampleBoxes
 from dense_jax.data.transforms import Transform, whole_images
 from dense_jax.errors import UserError
 from dense_jax.models.hypercolumns import (

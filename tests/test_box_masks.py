@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 from dense_jax import runs
-from dense_jax.data import boxes
+from dense_jax.data import box_masks as boxes
 from dense_jax.data.datasets import shapes
 from dense_jax.errors import UserError
 from dense_jax.ops.boxes import iou
@@ -34,7 +34,7 @@ def example():
 def test_objects_have_tight_boxes_and_the_class_of_most_labelled_pixels():
     found = boxes.find_objects(example())
     np.testing.assert_array_equal(found.boxes, [[2, 1, 10, 6], [4, 6, 9, 12]])
-    np.testing.assert_array_equal(found.categories, [0, 2])
+    np.testing.assert_array_equal(found.classes, [1, 3])
     assert [found.mask(i).sum() for i in range(2)] == [40, 30]
     # Without instances the connected parts of a class are its objects.
     parts = example()

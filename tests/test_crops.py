@@ -65,19 +65,8 @@ def test_cut_fills_what_lies_outside(box):
     np.testing.assert_array_equal(crops.cut(LABEL, box, V), slow_cut(LABEL, box, V))
 
 
-def test_connected_parts_of_a_class_are_objects():
-    objects = crops.object_map(example(), background=0)
-    assert objects.max() == 3
-    assert len(np.unique(objects[LABEL == 1])) == 2
-    assert len(np.unique(objects[LABEL == 2])) == 1
-    assert not np.any(objects[(LABEL == 0) | (LABEL == V)])
-    # Without a background its parts are objects too: here two, as touching corners do not connect.
-    assert crops.object_map(example(), background=None).max() == 5
-
-
 def test_instances_are_objects_where_there_are_some():
     instances = np.where(LABEL == 2, 9, 0).astype(np.int32)
-    assert crops.object_map(example(instances=instances), 0) is instances
     (found,) = crops.find_objects(Memory(example(instances=instances)), 0, min_side=1)
     assert (found.object_id, found.label, found.box) == (9, 2, (2, 2, 4, 4))
 

@@ -1,4 +1,6 @@
-"""The finder of objects gives what each former finder gave, on real images too."""
+"""The finder of objects against a slow twin, on real images too."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -6,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dense_jax.data import border, boxes, crops, objects
+from dense_jax.data import objects
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.datasets import camvid, nuclei, nuclei_border, shapes, voc2012
-from dense_jax.errors import UserError
 from dense_jax.metrics import instances as metrics
+from dense_jax.ops import boxes
 
 REAL = ("camvid", "nuclei", "nuclei_border", "voc2012", "voc2012 objects")
 
@@ -56,54 +58,112 @@ def examples(request):
     return list(real(request.param, request.getfixturevalue("data_root")))
 
 
-class Source:
-    """A source of given examples."""
+def slow_number(label, is_object, by_class):
+    """Visits the neighbours of each pixel, and theirs, as long as there are any."""
+    result, count = np.zeros(label.shape, np.int32), 0
+    for start in np.argwhere(is_object):
+        if result[tuple(start)]:
+            continue
+        count += 1
+        result[tuple(start)] = count
+        queue = [tuple(start)]
+        while queue:
+            y, x = queue.pop()
+            for at in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                if (
+                    0 <= at[0] < label.shape[0]
+                    and 0 <= at[1] < label.shape[1]
+                    and is_object[at]
+                    and not result[at]
+                    and (not by_class or label[at] == label[y, x])
+                ):
+                    result[at] = count
+                    queue.append(at)
+    return result
 
-    def __init__(self, examples):
-        self.examples = examples
 
-    def __len__(self):
-        return len(self.examples)
+def slow_find(numbers, label, background, min_side, background_votes):
+    """Box and class by the pixels of each object."""
+    result = {}
+    for number in np.unique(numbers[numbers > 0]):
+        rows, columns = np.nonzero(numbers == number)
+        x0, y0, x1, y1 = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        votes = [int(v) for v in label[rows, columns] if v != IGNORE_LABEL]
+        if not background_votes:
+            votes = [v for v in votes if v != background]
+        if min(x1 - x0, y1 - y0) >= min_side and votes:
+            winner = max(sorted(set(votes)), key=votes.count)
+            if winner != background:
+                result[int(number)] = (x0, y0, x1, y1), winner
+    return result
 
-    def __getitem__(self, index):
-        return self.examples[index]
 
-    def size(self, index):
-        return self.examples[index]["label"].shape
+def check_against_slow_twins(example, min_side=8):
+    label = example["label"]
+    for background, by_class in itertools.product((0, None), (True, False)):
+        numbers = objects.number(example, background, by_class=by_class)
+        if "instances" in example:
+            assert numbers is example["instances"]
+            continue
+        is_object = (label != IGNORE_LABEL) & (label != (-1 if background is None else background))
+        expected = slow_number(label, is_object, by_class)
+        # The same parts, numbered 1, 2, ... in one order or another.
+        pairs = np.unique(np.stack([numbers.ravel(), expected.ravel()]), axis=1)
+        assert pairs.shape[1] == len(np.unique(numbers)) == len(np.unique(expected))
+        assert numbers.max() == expected.max()
+        assert numbers.dtype == np.int32
+        np.testing.assert_array_equal(numbers > 0, is_object)
+    for background, votes in itertools.product((0, None), (True, False)):
+        found = objects.find(example, background, min_side=min_side, background_votes=votes)
+        assert found.boxes.dtype == np.float32
+        assert found.classes.dtype == found.numbers.dtype == np.int32
+        np.testing.assert_array_equal(found.map, objects.number(example, background))
+        expected = slow_find(found.map, label, background, min_side, votes)
+        assert found.numbers.tolist() == list(expected)
+        for i, (box, value) in enumerate(expected.values()):
+            assert tuple(found.boxes[i]) == box
+            assert found.classes[i] == value
+            np.testing.assert_array_equal(found.boxes[i], boxes.of_mask(found.mask(i)))
 
 
-def check_equal_to_former(examples, least=8):
+def test_slow_twins(examples):
     for example in examples:
-        former = boxes.find_objects(example)
-        now = objects.find(example, 0, min_side=4)
-        np.testing.assert_array_equal(now.boxes, former.boxes)
-        np.testing.assert_array_equal(now.classes, former.categories + 1)
-        np.testing.assert_array_equal(now.numbers, former.numbers)
-        np.testing.assert_array_equal(now.map, former.map)
-        assert [x.dtype for x in now[:3]] == [np.float32, np.int32, np.int32]
-        assert now.map.dtype == former.map.dtype
-        for background in (0, None):
-            numbered = objects.number(example, background)
-            np.testing.assert_array_equal(numbered, crops.object_map(example, background))
-        joined = objects.number(example, 0, by_class=False)
-        np.testing.assert_array_equal(joined, border.objects(example))
-        assert joined.dtype == border.objects(example).dtype
-    for background in (0, None):
-        try:
-            former = crops.find_objects(Source(examples), background, least)
-        except UserError:
-            former = []
-        now = [
-            crops.Window(index, example["name"], crops._box(box), int(label), int(number))
-            for index, example in enumerate(examples)
-            for found in [objects.find(example, background, min_side=least, background_votes=True)]
-            for box, label, number in zip(found.boxes, found.classes, found.numbers, strict=True)
-        ]
-        assert now == former
+        small = {key: example[key][::3, ::3] for key in ("label", "instances") if key in example}
+        check_against_slow_twins(small)
 
 
-def test_equal_to_the_former_finders(examples):
-    check_equal_to_former(examples)
+def test_by_hand():
+    label = np.array(
+        [[0, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 1], [0, 255, 2, 2, 0, 1], [0, 0, 2, 2, 0, 0]], np.uint8
+    )
+    numbers = objects.number({"label": label}, 0)
+    np.testing.assert_array_equal(
+        numbers, [[0, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 2], [0, 0, 3, 3, 0, 2], [0, 0, 3, 3, 0, 0]]
+    )
+    # Without a background its two parts are objects too: touching corners do not connect.
+    assert objects.number({"label": label}, None).max() == 5
+    joined = objects.number({"label": label}, 0, by_class=False)
+    np.testing.assert_array_equal(joined, np.where(numbers == 3, 1, numbers))
+    found = objects.find({"label": label}, 0, min_side=1)
+    assert found.boxes.tolist() == [[1, 0, 3, 2], [5, 1, 6, 3], [2, 2, 4, 4]]
+    assert found.classes.tolist() == [1, 1, 2]
+    assert len(objects.find({"label": label}, 0, min_side=2).boxes) == 2
+    assert objects.find({"label": label}, 0, min_side=3).boxes.shape == (0, 4)
+
+
+def test_votes_by_hand():
+    """Object 1 has most pixels of background, object 2 none with a label, object 3 a tie."""
+    example = {
+        "instances": np.array([[1, 1, 1, 0, 2, 2, 0, 3, 3]], np.int32),
+        "label": np.array([[0, 0, 5, 0, 255, 255, 0, 7, 4]], np.uint8),
+    }
+    found = objects.find(example, 0, min_side=1)
+    assert (found.numbers.tolist(), found.classes.tolist()) == ([1, 3], [5, 4])
+    assert found.mask(1).tolist() == [[False] * 7 + [True] * 2]
+    found = objects.find(example, 0, min_side=1, background_votes=True)
+    assert (found.numbers.tolist(), found.classes.tolist()) == ([3], [4])
+    found = objects.find(example, None, min_side=1)
+    assert (found.numbers.tolist(), found.classes.tolist()) == ([1, 3], [0, 4])
 
 
 def drawn(height, width, num, seed, has_instances):
@@ -129,8 +189,8 @@ def drawn(height, width, num, seed, has_instances):
         st.booleans(),
     )
 )
-def test_equal_to_the_former_finders_on_noise(example):
-    check_equal_to_former([example], least=2)
+def test_slow_twins_on_noise(example):
+    check_against_slow_twins(example, min_side=2)
 
 
 def test_predictions_of_one_class_are_numbered_alike(examples):

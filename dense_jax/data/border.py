@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 
+from dense_jax.data import objects as object_lib
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example
 
@@ -90,17 +91,6 @@ def class_balance(label: np.ndarray) -> np.ndarray:
     return weights[label].astype(np.float32)
 
 
-def objects(example: Example) -> np.ndarray:
-    """Returns the object numbers [H, W] of an example.
-
-    Without "instances" they are the 4-connected components of all that is not background.
-    """
-    if "instances" in example:
-        return example["instances"]
-    label = example["label"]
-    return scipy.ndimage.label((label != _BACKGROUND) & (label != IGNORE_LABEL))[0]
-
-
 @dataclasses.dataclass(frozen=True)
 class SeparateTouching:
     """Labels a thin ridge between touching objects as background; see `touching_ridge`.
@@ -113,7 +103,7 @@ class SeparateTouching:
 
     def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
         """Returns the example with other "label" and "instances"."""
-        instances = objects(example)
+        instances = _instances(example)
         ridge = touching_ridge(instances, self.width)
         return {
             **example,
@@ -141,7 +131,12 @@ class BorderWeights:
         """Returns the example with weights."""
         label, weights = example["label"], class_balance(example["label"])
         if self.w0 != 0:
-            distances = two_nearest(objects(example), _REACH * self.sigma)
+            distances = two_nearest(_instances(example), _REACH * self.sigma)
             term = border_term(*distances, w0=self.w0, sigma=self.sigma)
             weights += np.where(label == _BACKGROUND, term, 0).astype(np.float32)
         return {**example, "weights": weights}
+
+
+def _instances(example: Example) -> np.ndarray:
+    """Returns the object numbers [H, W]; touching cells of two classes are one object."""
+    return object_lib.number(example, _BACKGROUND, by_class=False)

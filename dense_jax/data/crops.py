@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from scipy import ndimage
 
+from dense_jax.data import objects as object_lib
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example, Source
 from dense_jax.errors import UserError
@@ -41,7 +41,7 @@ class Window:
       name: name of the image.
       box: the part.
       label: class of the object for which it was chosen.
-      object_id: that object in `object_map`.
+      object_id: its number; see `dense_jax.data.objects.number`.
     """
 
     index: int
@@ -83,7 +83,7 @@ class Crops:
         example = self.source[window.index]
         label = example["label"]
         if self.background is not None:
-            is_other = object_map(example, self.background) != window.object_id
+            is_other = object_lib.number(example, self.background) != window.object_id
             is_other &= label != IGNORE_LABEL
             label = np.where(is_other, np.uint8(self.background), label)
         return {
@@ -104,22 +104,6 @@ def cut(array: np.ndarray, box: Box, fill: int | Sequence[int]) -> np.ndarray:
     return result
 
 
-def object_map(example: Example, background: int | None) -> np.ndarray:
-    """Returns int32 [H, W], a number for each object and 0 elsewhere.
-
-    Those of "instances" where the example has it; else each connected part (over edges) of the
-    pixels of one class is an object. Without a background every class has objects.
-    """
-    if "instances" in example:
-        return example["instances"]
-    label = example["label"]
-    result = np.zeros(label.shape, np.int32)
-    for value in np.setdiff1d(label, [IGNORE_LABEL, *([] if background is None else [background])]):
-        parts, _ = ndimage.label(label == value)
-        np.add(result, parts + result.max(), out=result, where=parts > 0)
-    return result
-
-
 def find_objects(source: Source, background: int | None, min_side: int = 8) -> list[Window]:
     """Reads a split and returns the tight box of every object, image after image.
 
@@ -134,18 +118,9 @@ def find_objects(source: Source, background: int | None, min_side: int = 8) -> l
     windows = []
     for index in tqdm.trange(len(source), desc="looking for objects", unit="image", disable=None):
         example = source[index]
-        objects = object_map(example, background)
-        for object_id, slices in enumerate(ndimage.find_objects(objects), 1):
-            if slices is None:
-                continue
-            rows, columns = slices
-            box = (columns.start, rows.start, columns.stop, rows.stop)
-            labels = example["label"][slices][objects[slices] == object_id]
-            counts = np.bincount(labels[labels != IGNORE_LABEL])
-            if min(box[2] - box[0], box[3] - box[1]) < min_side or not counts.any():
-                continue
-            if (label := int(counts.argmax())) != background:
-                windows.append(Window(index, example["name"], box, label, object_id))
+        found = object_lib.find(example, background, min_side=min_side, background_votes=True)
+        for box, label, number in zip(found.boxes, found.classes, found.numbers, strict=True):
+            windows.append(Window(index, example["name"], _box(box), int(label), int(number)))
     if not windows:
         raise UserError(
             f"no image shows an object of at least {min_side} x {min_side} pixels: "

@@ -3,7 +3,7 @@
 A batch is a dict of NumPy arrays: ``images`` float32 [B, H, W, C], ``labels`` int32 [B, H, W],
 ``valid`` bool [B] (False for padding), ``index`` int32 [B], the position in the split, -1 for
 padding. Examples that carry ``weights`` add float32 [B, H, W], those with boxes what
-`dense_jax.data.boxes.SampleBoxes` puts into them. Evaluation adds ``size`` int32
+`dense_jax.data.box_masks.SampleBoxes` puts into them. Evaluation adds ``size`` int32
 [B, 2], the height and width before padding. Images are larger than their labels where a transform
 gave them context on all sides.
 """

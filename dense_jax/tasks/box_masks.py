@@ -17,11 +17,12 @@ from flax import linen as nn
 from PIL import Image, ImageDraw
 
 from dense_jax import losses, report
-from dense_jax.data import boxes as box_data
+from dense_jax.data import box_masks as box_data
 from dense_jax.data import pipeline
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Dataset, Example, Source
 from dense_jax.data.normalise import Normalise
+from dense_jax.data.objects import Objects
 from dense_jax.data.transforms import Resize, Transform
 from dense_jax.errors import UserError
 from dense_jax.tasks import evaluation, prediction, semantic
@@ -92,7 +93,7 @@ class Predicted:
       heatmaps: float32 [N, S, S] probabilities, over the boxes.
     """
 
-    objects: box_data.Objects
+    objects: Objects
     boxes: np.ndarray
     heatmaps: np.ndarray
 
@@ -124,7 +125,7 @@ class Predictor:
 
         self._probabilities = probabilities
 
-    def boxes_of(self, index: int, objects: box_data.Objects) -> np.ndarray:
+    def boxes_of(self, index: int, objects: Objects) -> np.ndarray:
         """Returns the boxes of an image, a function of its index."""
         return box_data.jitter(objects.boxes, self._min_iou, np.random.default_rng(index))
 
@@ -139,7 +140,7 @@ class Predictor:
         room = max(_FEW, -(-count // _FEW) * _FEW)
         given, categories = np.zeros((1, room, 4), np.float32), np.zeros((1, room), np.int32)
         factors = np.divide(size, example["label"].shape)[[1, 0, 1, 0]]
-        given[0, :count], categories[0, :count] = boxes * factors, objects.categories
+        given[0, :count], categories[0, :count] = boxes * factors, objects.classes - 1
         heatmaps = np.asarray(self._probabilities(variables, images, given, categories))
         return Predicted(objects, boxes, heatmaps[:count])
 
@@ -191,7 +192,7 @@ def score_image(predicted: Predicted, label: np.ndarray, threshold: float) -> Im
         num_pixels += right.size
     labels = np.zeros(label.shape, np.uint8)
     for i in sorted(range(len(pasted)), key=lambda i: pasted[i][0]):
-        labels[pasted[i][1]] = objects.categories[i] + 1
+        labels[pasted[i][1]] = objects.classes[i]
     return ImageScore(np.array(ious), np.array(box_ious), log_loss, num_pixels, labels)
 
 

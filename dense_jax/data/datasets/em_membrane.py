@@ -9,9 +9,7 @@ look alike, so val is one block at the end of the stack.
 import dataclasses
 import pathlib
 
-from scipy import ndimage
-
-from dense_jax.data import prepared
+from dense_jax.data import objects, prepared
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
 from dense_jax.data.files import Files, Pair, Sample, pairs_in, read_pair
@@ -61,9 +59,9 @@ def find(data_dir: pathlib.Path | None = None, *, val_slices: int = 4) -> Files:
 def read_slice(pair: Pair, classes: ClassTable) -> Sample:
     """Reads one slice; its instances are the 4-connected components of the insides of cells."""
     sample = read_pair(pair, classes)
-    instances, number = ndimage.label(sample.label == classes.names.index("cell"))
-    if number >= 2**16:
-        raise UserError(f"{pair.label}: {number} separate cells; give a label without such noise")
+    instances = objects.number({"label": sample.label}, classes.names.index("membrane"))
+    if (count := instances.max()) >= 2**16:
+        raise UserError(f"{pair.label}: {count} separate cells; give a label without such noise")
     return dataclasses.replace(sample, instances=instances)
 
 

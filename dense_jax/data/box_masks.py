@@ -1,22 +1,20 @@
 """Boxes around objects, and the mask of the object in each: targets of box networks.
 
-A box is (x0, y0, x1, y1) in pixels from outer edge to outer edge, float32: the pixel in row 0 and
-column 0 fills (0, 0, 1, 1). A heat map is a grid of equal cells over a box. Class 0 is background;
-categories are counted from 0, category c being class c + 1.
+Boxes are those of `dense_jax.ops.boxes`. A heat map is a grid of equal cells over a box. Class 0 is
+background; a network's category c, counted from 0, is class c + 1.
 
 Reference: Hariharan, Arbelaez, Girshick, Malik, CVPR 2015, arXiv:1411.5752; target size, IoU of the
 training boxes, ignored pixels and area weights follow bharath272/sds.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
-from dense_jax.data import crops
+from dense_jax.data import objects as object_lib
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example
+from dense_jax.data.objects import Objects
 from dense_jax.ops import boxes as box_ops
 
 _MIN_SIDE = 4  # Objects with a shorter side, in pixels, are rests behind others, and left out.
@@ -24,49 +22,9 @@ _NUM_TRIES = 20  # Random boxes for each object, of which the first with enough 
 _AREA = 224**2  # Boxes of at least this area, in pixels, have weight 1.
 
 
-class Objects(NamedTuple):
-    """The objects of an image.
-
-    Attributes:
-      boxes: float32 [N, 4], tight.
-      categories: int32 [N].
-      numbers: int32 [N], of each in `map`.
-      map: int32 [H, W], the number of the object of each pixel, labelled or not.
-    """
-
-    boxes: np.ndarray
-    categories: np.ndarray
-    numbers: np.ndarray
-    map: np.ndarray
-
-    def mask(self, index: int) -> np.ndarray:
-        """Returns the pixels of one of the objects, bool [H, W]."""
-        return self.map == self.numbers[index]
-
-
 def find_objects(example: Example) -> Objects:
-    """Returns the objects of an example's "instances", or the connected parts of its classes.
-
-    Those shorter than 4 pixels or without a labelled pixel are left out.
-    """
-    object_map, label = crops.object_map(example, 0), example["label"]
-    boxes, categories, numbers = [], [], []
-    for number, slices in enumerate(ndimage.find_objects(object_map), 1):
-        if slices is None or min(s.stop - s.start for s in slices) < _MIN_SIDE:
-            continue
-        rows, columns = slices
-        labels = label[slices][object_map[slices] == number]
-        counts = np.bincount(labels, minlength=IGNORE_LABEL + 1)[1:IGNORE_LABEL]
-        if counts.any():
-            boxes.append((columns.start, rows.start, columns.stop, rows.stop))
-            categories.append(counts.argmax())
-            numbers.append(number)
-    return Objects(
-        np.array(boxes, np.float32).reshape(-1, 4),
-        np.array(categories, np.int32),
-        np.array(numbers, np.int32),
-        object_map,
-    )
+    """Returns the objects of an example whose masks a box network learns; class 0 is background."""
+    return object_lib.find(example, 0, min_side=_MIN_SIDE)
 
 
 def jitter(boxes: np.ndarray, min_iou: float, rng: np.random.Generator) -> np.ndarray:
@@ -169,7 +127,7 @@ class SampleBoxes:
         return {
             **example,
             "boxes": boxes,
-            "categories": found.categories[chosen],
+            "categories": found.classes[chosen] - 1,
             "targets": np.stack(
                 [
                     targets(found.mask(i), example["label"], box, self.heatmap)
