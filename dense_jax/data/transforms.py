@@ -329,13 +329,24 @@ def _maps(example: Example) -> list[str]:
     return [key for key in _FILL if key in example]
 
 
-def _resize(example: Example, size: tuple[int, int]) -> Example:
-    if example["image"].dtype != np.uint8:
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes a uint8 image [H, W, 3] to `size` (height, width): bilinear, antialiased.
+
+    Raises:
+      ValueError: the image is normalised already.
+    """
+    if image.dtype != np.uint8:
         raise ValueError("images are resized as uint8: put Normalise after Resize or RandomScale")
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def _resize(example: Example, size: tuple[int, int]) -> Example:
+    resized = {"image": resize_image(example["image"], size)}
     if example["label"].shape == size:
         return example
-    resized = {}
-    for key in _maps(example):
-        method = Image.Resampling.BILINEAR if key == "image" else Image.Resampling.NEAREST
-        resized[key] = np.asarray(Image.fromarray(example[key]).resize(size[::-1], method))
+    for key in set(_maps(example)) - {"image"}:
+        nearest = Image.fromarray(example[key]).resize(size[::-1], Image.Resampling.NEAREST)
+        resized[key] = np.asarray(nearest)
     return {**example, **resized}
