@@ -144,17 +144,6 @@ def test_evaluation_at_another_resolution():
     assert (batch["size"] == [20, 24]).all()
 
 
-def test_padded_shapes_joins_what_wastes_least():
-    sizes = [(32, 32)] * 9 + [(30, 64), (31, 60), (96, 96)]
-    joined = pipeline.padded_shapes(sizes, 32, 2)
-    assert joined == {
-        (32, 32): (32, 64),
-        (30, 64): (32, 64),
-        (31, 60): (32, 64),
-        (96, 96): (96, 96),
-    }
-
-
 class _Raises:
     def __call__(self, example, rng):
         raise UserError(f"bad.png is bad: mend {rng is not None}")

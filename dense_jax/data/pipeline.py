@@ -11,10 +11,7 @@ gave them context on all sides.
 import contextlib
 import dataclasses
 import functools
-import itertools
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
 import jax
@@ -24,11 +21,11 @@ from absl import flags
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example, Source
 from dense_jax.data.normalise import Normalise, num_channels
-from dense_jax.data.transforms import Resize, Transform, window
+from dense_jax.data.padded import MAX_SHAPES, SIZE_MULTIPLE, Size, pad, padded_shapes
+from dense_jax.data.transforms import Resize, Transform
 from dense_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-Size = tuple[int, int]
 
 _ENDLESS = 2**32  # Epochs; Grain's own endlessness overflows in batches of one.
 
@@ -145,8 +142,8 @@ def eval_batches(
     transforms: Sequence[Transform],
     batch_size: int,
     *,
-    size_multiple: int = 32,
-    max_shapes: int = 4,
+    size_multiple: int = SIZE_MULTIPLE,
+    max_shapes: int = MAX_SHAPES,
     num_threads: int = 2,
     process_index: int | None = None,
     process_count: int | None = None,
@@ -198,31 +195,6 @@ class EvalBatches:
         options = _read_options(self.num_threads)
         with contextlib.closing(iter(self.batches.to_iter_dataset(options))) as iterator:
             yield from iterator
-
-
-def padded_shapes(sizes: Iterable[Size], multiple: int, max_shapes: int) -> dict[Size, Size]:
-    """Returns the padded shape of each size: rounded up, then joined until few are left.
-
-    Of all pairs of shapes, the two whose union adds the fewest pixels over all images are joined.
-    """
-    counts = Counter(sizes)
-    shape_of = {
-        (h, w): (-(-h // multiple) * multiple, -(-w // multiple) * multiple) for h, w in counts
-    }
-    while len(shapes := sorted(set(shape_of.values()))) > max_shapes:
-        num = {s: sum(counts[k] for k, v in shape_of.items() if v == s) for s in shapes}
-
-        def added(pair: tuple[Size, Size], num: dict[Size, int] = num) -> int:
-            area = math.prod(_union(*pair))
-            return sum(num[shape] * (area - math.prod(shape)) for shape in pair)
-
-        pair = min(itertools.combinations(shapes, 2), key=added)
-        shape_of = {k: _union(*pair) if v in pair else v for k, v in shape_of.items()}
-    return shape_of
-
-
-def _union(a: Size, b: Size) -> Size:
-    return max(a[0], b[0]), max(a[1], b[1])
 
 
 def _read_options(num_threads: int) -> grain.ReadOptions:
@@ -278,7 +250,7 @@ class _LoadPadded:
         for row, index in enumerate(indices):
             example = self.chain(self.source[index], np.random.default_rng(index))
             sizes[row] = example["label"].shape
-            rows.append(window(example, 0, 0, shape))
+            rows.append(pad(example, shape))
         return {**_collect(rows + [blank] * (self.batch_size - len(rows))), "size": sizes}
 
 

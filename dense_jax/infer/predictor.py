@@ -15,8 +15,7 @@ from PIL import Image
 from dense_jax import viz
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.files import decode_image
-from dense_jax.data.normalise import normalise, num_channels
-from dense_jax.data.pipeline import padded_shapes
+from dense_jax.data.padded import MAX_SHAPES, SIZE_MULTIPLE, cut, padded_shapes, prepare
 from dense_jax.errors import UserError
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -54,8 +53,8 @@ def predict_folder(
     *,
     overlays: bool = True,
     probabilities: bool = False,
-    size_multiple: int = 32,
-    max_shapes: int = 4,
+    size_multiple: int = SIZE_MULTIPLE,
+    max_shapes: int = MAX_SHAPES,
 ) -> Summary:
     """Labels one image or all images of a folder, each at its own size.
 
@@ -93,25 +92,23 @@ def predict_folder(
             (output / folder).mkdir(parents=True, exist_ok=True)
         (output / "classes.json").write_text(json.dumps(classes.to_json(), indent=2) + "\n")
         Image.fromarray(viz.legend(classes.names, palette)).save(output / "legend.png")
-        for path, (height, width) in tqdm.tqdm(sizes.items(), unit="image", disable=None):
+        for path, size in tqdm.tqdm(sizes.items(), unit="image", disable=None):
             try:
                 image = decode_image(path.read_bytes(), path)
             except UserError as error:
                 failures.append(str(error))
                 continue
-            shape = shape_of[height, width]
-            size = np.array([[height, width]], np.int32)
-            logits = predict_fn(_normalise_and_pad(image, normalisation, shape), size)
+            shape = shape_of[size]
+            logits = predict_fn(*prepare(image, normalisation, shape))
             if logits.shape != (1, *shape, classes.num_classes):
                 raise ValueError(f"predict_fn gave {logits.shape} for an image padded to {shape}")
-            # Reduced before it is cut: a cut on the device would compile for each image size.
-            labels = np.asarray(jnp.argmax(logits[0], axis=-1))[:height, :width]
+            labels = cut(jnp.argmax(logits[0], axis=-1), size)
             viz.save_label_png(output / "labels" / f"{path.stem}.png", labels, palette)
             if overlays:
                 tinted = Image.fromarray(viz.overlay(image, labels, palette))
                 tinted.save(output / "overlays" / f"{path.stem}.png")
             if probabilities:
-                soft = np.asarray(jax.nn.softmax(logits[0]))[:height, :width].astype(np.float16)
+                soft = cut(jax.nn.softmax(logits[0]), size).astype(np.float16)
                 np.savez_compressed(output / "probabilities" / path.stem, probabilities=soft)
             predicted.append(path)
             shapes.add(shape)
@@ -155,10 +152,3 @@ def _read_sizes(
         except (OSError, SyntaxError, ValueError):  # Pillow raises all three
             failures.append(f"{path}: not an image or damaged; restore or remove it")
     return sizes, failures
-
-
-def _normalise_and_pad(image: np.ndarray, name: str, shape: tuple[int, int]) -> np.ndarray:
-    """A batch of one, [1, *shape, 3] float32; zeros fill up, which is the mean colour."""
-    batch = np.zeros((1, *shape, num_channels(name)), np.float32)
-    batch[0, : image.shape[0], : image.shape[1]] = normalise(image, name)
-    return batch

@@ -4,19 +4,18 @@ What `dense_jax.infer.predictor` does to the images of a folder is inside: norma
 class map. All of it can be traced with sizes left open (`jax.export`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from dense_jax.data.normalise import normalise_batch
+from dense_jax.data.padded import run_padded
 from dense_jax.infer.tiles import PredictFn
 
 Scores = Literal["probabilities", "logits"]
-
-SIZE_MULTIPLE = 32  # As `predictor.predict_folder` pads to.
 
 
 def label_fn(
@@ -35,22 +34,9 @@ def label_fn(
     """
 
     def label(images: jax.Array) -> dict[str, jax.Array]:
-        batch, height, width, _ = images.shape
-        # As whole multiples, from which sizes further on follow even where a side is left open.
-        rows, columns = (
-            -(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE - side for side in (height, width)
-        )
-        padded = _extend(normalise_batch(images, normalisation), rows, columns)
-        size = jnp.array([height, width], jnp.int32)
-        sizes = jnp.broadcast_to(size.reshape(1, 2), (batch, 2))
-        logits = _extend(predict(variables, padded, sizes), -rows, -columns).astype(jnp.float32)
+        normalised = normalise_batch(images, normalisation)
+        logits = run_padded(functools.partial(predict, variables), normalised).astype(jnp.float32)
         values = logits if scores == "logits" else jax.nn.softmax(logits)
         return {"labels": jnp.argmax(logits, axis=-1).astype(jnp.uint8), scores: values}
 
     return label
-
-
-def _extend(x: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Adds zeros at the bottom and right of [B, H, W, C], or cuts there."""
-    edges = [(0, 0, 0), (0, rows, 0), (0, columns, 0), (0, 0, 0)]
-    return lax.pad(x, jnp.zeros((), x.dtype), edges)

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dense_jax.data import crops, pipeline
+from dense_jax.data import crops
 from dense_jax.data.dataset import Source
-from dense_jax.data.normalise import Normalise
-from dense_jax.data.transforms import window
+from dense_jax.data.padded import cut, padded_shapes, prepare
 from dense_jax.infer.crf import refine
 from dense_jax.ops import boxes as box_ops
 from dense_jax.ops.crf import CrfParams
@@ -189,15 +188,13 @@ def label_images(
             scores = refine(scores, images, sizes, crf, normalisation)
         return jnp.argmax(scores[0], axis=-1)
 
-    sizes, normalise = [source.size(i) for i in range(len(source))], Normalise(normalisation)
-    shape_of = pipeline.padded_shapes(sizes, multiple=32, max_shapes=4)
-    for index, (height, width) in enumerate(sizes):
+    sizes = [source.size(i) for i in range(len(source))]
+    shape_of = padded_shapes(sizes)
+    for index, size in enumerate(sizes):
         found = np.array(boxes[index], np.float32).reshape(-1, 4)
         found = found[box_ops.min_side(found) >= min_side][:num]
         filled = np.zeros((1, num, 4), np.float32)
         filled[0, : len(found)] = found
         valid = np.arange(num)[None] < len(found)
-        example = window(normalise(source[index]), 0, 0, shape_of[height, width])
-        image, size = example["image"][None], np.array([[height, width]], np.int32)
-        labels = label(variables, image, filled, valid, size)
-        yield np.asarray(labels)[:height, :width]
+        images, image_sizes = prepare(source[index]["image"], normalisation, shape_of[size])
+        yield cut(label(variables, images, filled, valid, image_sizes), size)

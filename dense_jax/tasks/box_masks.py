@@ -18,11 +18,11 @@ from PIL import Image, ImageDraw
 
 from dense_jax import losses, report
 from dense_jax.data import box_masks as box_data
-from dense_jax.data import pipeline
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Dataset, Example, Source
 from dense_jax.data.normalise import Normalise
 from dense_jax.data.objects import Objects
+from dense_jax.data.padded import padded_shapes
 from dense_jax.data.transforms import Resize, Transform
 from dense_jax.errors import UserError
 from dense_jax.tasks import evaluation, prediction, semantic
@@ -112,7 +112,7 @@ class Predictor:
         self.description = f"of the ground truth, edges moved at random to an IoU >= {min_iou}"
         sizes = {source.size(i) for i in range(len(source))}
         scaled = {size: _scaled(size, config.scale) for size in sizes}
-        shapes = pipeline.padded_shapes(scaled.values(), 32, 4)
+        shapes = padded_shapes(scaled.values(), 32, 4)
         self._sizes = {size: (small, shapes[small]) for size, small in scaled.items()}
         self.shapes = set(shapes.values())
 
