@@ -181,7 +181,7 @@ def test_file_of_proposals(tmp_path):
         ('{"a": [[5, 0, 4, 9]]}', "box of 'a'"),
         ('{"a": "boxes"}', "box of 'a'"),
         ("[]", "no object"),
-        ("{", "no JSON"),
+        ("{", "not JSON"),
     ]:
         path.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -27,9 +27,9 @@ from dense_jax.ops import boxes as box_ops
 
 Box = tuple[int, int, int, int]
 
-_CELLS = (2, 3, 4, 6)  # of the grids of `relative_windows`, an axis
+_CELLS = (2, 3, 4, 6)  # cells along each axis of the grids of `relative_windows`
 _NUM_JITTERED = 8  # random boxes for each object
-_JITTER = 0.25  # how far an edge moves at most, as a share of the object's width or height
+_JITTER = 0.25  # largest shift of an edge, as a share of the object's width or height
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Window:
     """A part of an image.
 
     Attributes:
-      index: position of the image in its split.
-      name: name of the image.
+      index: of the image in its split.
+      name: of the image.
       box: the part.
-      label: class of the object for which it was chosen.
-      object_id: its number; see `dense_jax.data.objects.number`.
+      label: class id of the object that the window is for.
+      object_id: number of this object; see `dense_jax.data.objects.number`.
     """
 
     index: int
@@ -53,16 +53,16 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Crops:
-    """Windows of a split as examples of their own: a `Source`.
+    """A `Source` with one example for each window of a split.
 
-    Outside of the image a window has the colour `fill` and labels that no loss counts.
+    Outside the image, a window has the colour `fill` and the ignore label.
 
     Attributes:
       source: the split.
-      windows: an example each.
+      windows: one for each example.
       fill: R, G, B.
-      background: what other objects are labelled, so that an example shows one object alone; None
-        keeps all labels.
+      background: label for all other objects, so that an example shows one object alone; None
+        keeps their labels.
     """
 
     source: Source
@@ -94,7 +94,7 @@ class Crops:
 
 
 def cut(array: np.ndarray, box: Box, fill: int | Sequence[int]) -> np.ndarray:
-    """Returns the part [y1 - y0, x1 - x0, ...] of [H, W, ...], with `fill` outside of it."""
+    """Returns a part of an array: [H, W, ...] to [y1 - y0, x1 - x0, ...], `fill` outside."""
     (x0, y0, x1, y1), (height, width) = box, array.shape[:2]
     result = np.empty((y1 - y0, x1 - x0, *array.shape[2:]), array.dtype)
     result[...] = fill
@@ -105,15 +105,15 @@ def cut(array: np.ndarray, box: Box, fill: int | Sequence[int]) -> np.ndarray:
 
 
 def find_objects(source: Source, background: int | None, min_side: int = 8) -> list[Window]:
-    """Reads a split and returns the tight box of every object, image after image.
+    """Reads a split and returns the tight box of every object, image by image.
 
     Args:
       source: the split.
-      background: the class that is no object, or None.
-      min_side: objects with a shorter side than this, in pixels, are left out.
+      background: the class that is not an object, or None.
+      min_side: objects with a side shorter than this, in pixels, are left out.
 
     Raises:
-      UserError: there are none.
+      UserError: the split has no objects.
     """
     windows = []
     for index in tqdm.trange(len(source), desc="looking for objects", unit="image", disable=None):
@@ -130,21 +130,21 @@ def find_objects(source: Source, background: int | None, min_side: int = 8) -> l
 
 
 def enlarge(box: Box, factor: float) -> Box:
-    """Returns the box, `factor` times as wide and as high around the same centre."""
+    """Returns the box enlarged `factor` times around its centre."""
     grow_x, grow_y = (round((b - a) * (factor - 1) / 2) for a, b in (box[::2], box[1::2]))
     return box[0] - grow_x, box[1] - grow_y, box[2] + grow_x, box[3] + grow_y
 
 
 def enlarged(windows: Iterable[Window], factor: float) -> list[Window]:
-    """Returns the windows with enlarged boxes."""
+    """Returns the windows with enlarged boxes; see `enlarge`."""
     return [dataclasses.replace(w, box=enlarge(w.box, factor)) for w in windows]
 
 
 def relative_windows() -> np.ndarray:
     """Returns windows, int [39, 4], in twelfths of an image's width and height, largest first.
 
-    They are 2 x 2 cells of grids of 2 x 2 to 6 x 6 cells: the whole image, then two thirds, half
-    and a third of its sides in steps of half a window.
+    Each has 2 x 2 cells of a grid of 2 x 2 to 6 x 6 cells: the whole image, then windows with two
+    thirds, half and a third of its sides, in steps of half a window.
     """
     return np.array(
         [
@@ -170,18 +170,18 @@ def propose(
     seed: int = 0,
     boxes: Mapping[str, Sequence[Box]] | None = None,
 ) -> list[Window]:
-    """Returns the proposals that overlap an object enough; each takes the object's class.
+    """Returns the proposals that overlap an object enough, with the class of the object.
 
     Args:
       source: the split.
       objects: from `find_objects`.
-      min_iou: least intersection over union with the best of the image's objects.
+      min_iou: least intersection over union with an object of the image; the best object counts.
       seed: of the random boxes.
-      boxes: proposals by the name of the image; None: sliding windows, and the objects' own
-        boxes with randomly moved edges, a function of the seed and of the image alone.
+      boxes: proposals by image name; None takes sliding windows and the objects' boxes with
+        randomly moved edges, a function of the seed and the image alone.
 
     Raises:
-      UserError: the proposals of an image with objects are missing, or nothing overlaps enough.
+      UserError: an image with objects has no proposals, or no proposal overlaps enough.
     """
     windows = []
     for index, group in itertools.groupby(objects, key=lambda window: window.index):
@@ -205,7 +205,7 @@ def propose(
 
 
 def _jittered(truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns boxes [N * _NUM_JITTERED, 4], the first of each object's not moved."""
+    """Returns boxes [N * _NUM_JITTERED, 4]; the first box of each object is not moved."""
     sides = np.tile(truth[:, 2:] - truth[:, :2], (1, 2))
     shifts = rng.uniform(-_JITTER, _JITTER, (_NUM_JITTERED, len(truth), 4))
     shifts[0] = 0
@@ -214,9 +214,9 @@ def _jittered(truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def balance(windows: Sequence[Window]) -> list[Window]:
-    """Repeats the windows of rare classes, as often as brings a class up to the median.
+    """Repeats the windows of rare classes until each class has about the median number.
 
-    The authors repeat rare classes too, without saying how often.
+    The authors repeat rare classes too and do not say how often.
     """
     counts = Counter(window.label for window in windows)
     median = np.median(list(counts.values()))
@@ -226,11 +226,11 @@ def balance(windows: Sequence[Window]) -> list[Window]:
 def read_proposals(path: str | os.PathLike[str]) -> dict[str, list[Box]]:
     """Reads proposals: JSON ``{"image name": [[x0, y0, x1, y1], ...], ...}``, best boxes first.
 
-    Names are those of the dataset (of most, the file's name without its ending); numbers are
-    pixels, rounded to whole ones, with x0 < x1 and y0 < y1.
+    Names are those of the dataset (usually the file name without its suffix). Numbers are pixels,
+    rounded to integers, with x0 < x1 and y0 < y1.
 
     Raises:
-      UserError: the file cannot be read, or a box is none.
+      UserError: the file cannot be read, or a box is not valid.
     """
     try:
         entries = json.loads(pathlib.Path(path).read_text())
@@ -239,9 +239,9 @@ def read_proposals(path: str | os.PathLike[str]) -> dict[str, list[Box]]:
             f"{path} cannot be read ({error.strerror}): give --proposals=FILE"
         ) from error
     except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): see dense_jax/data/crops.py") from error
+        raise UserError(f"{path} is not JSON ({error}): see dense_jax/data/crops.py") from error
     if not isinstance(entries, dict):
-        raise UserError(f'{path} holds no object {{"image name": boxes}}: write one')
+        raise UserError(f'{path} has no object {{"image name": boxes}}: write one')
     return {name: _parse(name, boxes, path) for name, boxes in entries.items()}
 
 
@@ -249,7 +249,7 @@ def boxes_of(boxes: Mapping[str, Sequence[Box]], name: str) -> list[Box]:
     """Returns the proposals of an image.
 
     Raises:
-      UserError: there is no list of its name.
+      UserError: there is no list with its name.
     """
     if name not in boxes:
         raise UserError(f"--proposals: no boxes for image {name!r}; add its list to the file")

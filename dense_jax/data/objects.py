@@ -39,7 +39,7 @@ def number(example: Example, background: int | None, *, by_class: bool = True) -
 
     Args:
       example: its "instances" are returned as they are.
-      background: class whose pixels belong to no object; None: all labelled pixels belong to one.
+      background: class whose pixels belong to no object; None: each labelled pixel has an object.
       by_class: pixels connect only within a class; else neighbours of two classes are one object.
     """
     if "instances" in example:
@@ -66,7 +66,7 @@ def find(
 
     Args:
       example: with "label" and perhaps "instances".
-      background: class that is no object; None: every class has objects.
+      background: class that is not an object; None: every class has objects.
       min_side: objects with a shorter side than this, in pixels, are left out.
       background_votes: whether background pixels of an object vote too. An object whose majority is
         background is left out.
