@@ -88,7 +88,7 @@ STACK_DAMAGE = {
     ),
     "name": (
         lambda r: shutil.copy(r / "images/03.png", r / "images/x.png"),
-        r"x\.png: not the num",
+        r"x\.png: the name is not a slice num",
     ),
     "nothing": (lambda r: shutil.rmtree(r / "labels"), "no em_membrane dataset here"),
 }

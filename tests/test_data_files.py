@@ -220,7 +220,7 @@ def test_damage_stops_with_one_line_that_names_the_culprit(own, damage):
 
 
 def test_empty_and_missing_folders(tmp_path):
-    with pytest.raises(UserError, match="no images here; put them into"):
+    with pytest.raises(UserError, match="no images here; put them in"):
         dataset.load("folder", tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         dataset.load("folder", tmp_path / "nowhere")
