@@ -1,4 +1,4 @@
-"""A fully connected CRF behind any prediction: labels end where the picture's colours do.
+"""A fully connected CRF behind any prediction: it aligns labels with the edges of the image.
 
 Reference: Kraehenbuehl, Koltun, NeurIPS 2011, arXiv:1210.5644; behind a network as in Chen et al.,
 ICLR 2015, arXiv:1412.7062, Section 4.
@@ -23,9 +23,8 @@ class WithCrf:
 
     Attributes:
       predict: the prediction without the CRF.
-      params: the CRF.
-      normalisation: what the images were brought to, a name in
-        `dense_jax.data.normalise.NORMALISATIONS`.
+      params: of the CRF.
+      normalisation: of the images, a name in `dense_jax.data.normalise.NORMALISATIONS`.
     """
 
     predict: PredictFn
@@ -39,28 +38,30 @@ class WithCrf:
     def before_and_after(
         self, variables: Any, images: jax.Array, sizes: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the logits of one pass of the network and what the CRF makes of them."""
+        """Returns the logits of one pass of the network, and the log-probabilities of the CRF."""
         logits = self.predict(variables, images, sizes)
         return logits, refine(logits, images, sizes, self.params, self.normalisation)
 
 
 def with_crf(predict: PredictFn, params: CrfParams, normalisation: str) -> WithCrf:
-    """Lets a CRF refine a prediction; it compares the pixels as they were before normalisation.
+    """Refines a prediction by a CRF, which compares the pixels from before normalisation.
 
     Args:
-      predict: (variables, images, sizes) -> logits [B, H, W, C]. A CRF of its own is taken away.
-      params: the CRF.
-      normalisation: what `predict`'s images were brought to.
+      predict: (variables, images, sizes) -> logits [B, H, W, C]. Its own CRF is removed.
+      params: of the CRF.
+      normalisation: of the images of `predict`.
 
     Returns:
       A prediction whose logits are log-probabilities.
 
     Raises:
-      UserError: a parameter that no CRF can have, or images whose pixel values are lost.
+      UserError: a parameter is invalid, or the pixel values of the images are lost.
     """
     for name in ("sxy", "srgb", "sg"):
         if not getattr(params, name) > 0:
-            raise UserError(f"--crf.{name}={getattr(params, name)}: give a deviation above 0")
+            raise UserError(
+                f"--crf.{name}={getattr(params, name)}: give a standard deviation above 0"
+            )
     if params.iterations < 0:
         raise UserError(f"--crf.iterations={params.iterations}: give 0 or more")
     if normalisation == "grey_image":
@@ -72,7 +73,7 @@ def with_crf(predict: PredictFn, params: CrfParams, normalisation: str) -> WithC
 
 
 def without_crf(predict: PredictFn) -> PredictFn:
-    """The prediction itself, or what a CRF refines of it."""
+    """Returns a prediction without its CRF, if it has one."""
     return predict.predict if isinstance(predict, WithCrf) else predict
 
 

@@ -1,4 +1,4 @@
-"""Labels a folder of images and writes files that people and programs can use."""
+"""Labels a folder of images and writes files for people and programs."""
 
 import dataclasses
 import json
@@ -23,12 +23,12 @@ _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff",
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What became of a folder.
+    """The result for a folder.
 
     Attributes:
-      predicted: the images that were labelled.
-      failures: a line for each image that was not, with its path and the reason.
-      shapes: the padded sizes (height, width) the network ran at, each compiled once.
+      predicted: the labelled images.
+      failures: one line for each other image, with its path and the reason.
+      shapes: the padded sizes (height, width) at which the network ran, each compiled once.
     """
 
     predicted: tuple[pathlib.Path, ...]
@@ -36,7 +36,7 @@ class Summary:
     shapes: frozenset[tuple[int, int]]
 
     def __str__(self) -> str:
-        """One line for the folder and one for each failure."""
+        """One line for the folder and one line for each failure."""
         shapes = ", ".join(f"{height}x{width}" for height, width in sorted(self.shapes))
         done = f"{len(self.predicted)} images labelled" + (
             f", padded to {shapes}" if shapes else ""
@@ -60,28 +60,28 @@ def predict_folder(
 
     Writes ``labels/NAME.png`` (palette PNG of class ids, size of the image),
     ``overlays/NAME.png``, ``probabilities/NAME.npz`` (key "probabilities", float16 [H, W, C]),
-    ``legend.png`` and ``classes.json``. Images run one at a time, since reading and writing files
-    takes longer than the network; as in evaluation they are padded below and on the right with
-    the mean colour to one of a few shapes. Pixels are taken as stored, whatever orientation the
-    EXIF data ask for, so that a label always fits the file it belongs to.
+    ``legend.png`` and ``classes.json``. Images run one at a time, because reading and writing files
+    takes longer than the network. As in evaluation, they are padded at the bottom and on the right
+    with the mean colour to one of a few shapes. Pixels are read as stored and the orientation in
+    the EXIF data is ignored, so that a label always matches its file.
 
     Args:
-      predict_fn: (images [1, H, W, channels] float32, sizes [1, 2] in front of padding) to logits
+      predict_fn: (images float32 [1, H, W, channels], sizes int32 [1, 2] before padding) to logits
         [1, H, W, C].
       classes: names and colours of the C classes.
       normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
-      input_path: an image, or a folder whose images (not its sub-folders) are labelled.
-      output_dir: made if it is not there; earlier predictions in it are replaced.
+      input_path: an image, or a folder of images (without its sub-folders).
+      output_dir: made if it does not exist; earlier predictions in it are replaced.
       overlays: write the image tinted by its labels.
       probabilities: write the softmax of the logits.
       size_multiple: padded heights and widths are multiples of this, in pixels.
-      max_shapes: how many padded shapes at most.
+      max_shapes: the largest number of padded shapes.
 
     Returns:
-      A summary; a bad file is one of its failures and stops nothing.
+      A summary; a bad file becomes one of its failures.
 
     Raises:
-      UserError: if there is no image, or the output cannot be written.
+      UserError: there is no image, or the output cannot be written.
     """
     sizes, failures = _read_sizes(_find_images(pathlib.Path(input_path)))
     shape_of = padded_shapes(sizes.values(), size_multiple, max_shapes)
@@ -126,29 +126,27 @@ def _find_images(path: pathlib.Path) -> list[pathlib.Path]:
         raise UserError(f"{path} does not exist: give an image or a folder of images")
     found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
     if not found:
-        raise UserError(
-            f"{path} holds no images: give a folder with {', '.join(sorted(_SUFFIXES))}"
-        )
+        raise UserError(f"{path} has no images: give a folder with {', '.join(sorted(_SUFFIXES))}")
     return found
 
 
 def _read_sizes(
     paths: list[pathlib.Path],
 ) -> tuple[dict[pathlib.Path, tuple[int, int]], list[str]]:
-    """Height and width of each image from its header, and a line for each file left out."""
+    """Returns height and width of each image, from its header, and one line for each bad file."""
     sizes: dict[pathlib.Path, tuple[int, int]] = {}
     failures = []
     owners: dict[str, pathlib.Path] = {}
     for path in paths:
         owner = owners.setdefault(path.stem, path)
         if owner != path:
-            failures.append(f"{path}: its files would replace those of {owner.name}; rename it")
+            failures.append(f"{path}: its output would replace that of {owner.name}; rename it")
             continue
         try:
             with Image.open(path) as image:
                 sizes[path] = (image.height, image.width)
         except Image.DecompressionBombError:
-            failures.append(f"{path}: the image is too large to be opened; cut it")
+            failures.append(f"{path}: the image is too large to open; crop it")
         except (OSError, SyntaxError, ValueError):  # Pillow raises all three
             failures.append(f"{path}: not an image or damaged; restore or remove it")
     return sizes, failures

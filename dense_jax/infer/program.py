@@ -1,7 +1,7 @@
-"""A finished network as one function of pictures, as other programs want it.
+"""A trained network as one function of images, for other programs.
 
-What `dense_jax.infer.predictor` does to the images of a folder is inside: normalisation, padding,
-class map. All of it can be traced with sizes left open (`jax.export`).
+The function includes what `dense_jax.infer.predictor` does to each image of a folder: normalise,
+pad, predict, take the labels. It can be traced with symbolic sizes (`jax.export`).
 """
 
 import functools
@@ -21,16 +21,17 @@ Scores = Literal["probabilities", "logits"]
 def label_fn(
     predict: PredictFn, variables: Any, normalisation: str, scores: Scores = "probabilities"
 ) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    """Returns what labels pictures: RGB [B, H, W, 3] of values from 0 to 255, any H, W >= 1.
+    """Returns a function of RGB images [B, H, W, 3] with values from 0 to 255, any H, W >= 1.
 
-    Its result has "labels", uint8 [B, H, W], and `scores`, float32 [B, H, W, classes], by its name.
-    Pictures are padded at the bottom and right with the mean colour to multiples of 32 pixels.
+    Its result has "labels", uint8 [B, H, W], and `scores`, float32 [B, H, W, classes], under its
+    name. Images are padded at the bottom and on the right with the mean colour, to multiples of 32
+    pixels.
 
     Args:
-      predict: how the network is used, with (variables, images, sizes).
+      predict: (variables, images, sizes) -> logits.
       variables: of the network.
-      normalisation: what it expects of images.
-      scores: its logits or their softmax.
+      normalisation: of the images that the network expects.
+      scores: the logits or their softmax.
     """
 
     def label(images: jax.Array) -> dict[str, jax.Array]:

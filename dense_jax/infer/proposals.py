@@ -1,7 +1,7 @@
-"""Labels of an image from those of many boxes in it: cut, label, put back, aggregate.
+"""Labels of an image from many boxes in it: crop, label, paste, aggregate.
 
-Boxes are those of `dense_jax.ops.boxes`, with edges on whole pixels. All sizes of arrays are fixed,
-so that everything can be compiled.
+Boxes are those of `dense_jax.ops.boxes`, with edges on whole pixels. All array shapes are fixed, so
+all functions can be compiled.
 
 Reference: Noh, Hong, Han, ICCV 2015, arXiv:1505.04366, Section 5.1; the release's
 generate_EDeconvNet_CRF_results.m and preprocess_image_bb.m.
@@ -27,9 +27,10 @@ MaxInit = Literal["zero", "neg_inf"]
 
 
 def sliding_boxes(sizes: jax.Array) -> jax.Array:
-    """Returns boxes [B, 39, 4] over images of `sizes` [B, 2] (height, width), the largest first.
+    """Returns the boxes [B, 39, 4] of `dense_jax.data.crops.sliding_windows`, the largest first.
 
-    Those of `dense_jax.data.crops.sliding_windows`.
+    Args:
+      sizes: heights and widths of the images, [B, 2].
     """
     sides = sizes.astype(jnp.int32)[:, jnp.array([1, 0, 1, 0])]
     boxes = (jnp.asarray(crops.relative_windows())[None] * sides[:, None] + 6) // 12
@@ -37,11 +38,11 @@ def sliding_boxes(sizes: jax.Array) -> jax.Array:
 
 
 def crop_boxes(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
-    """Cuts one box out of each image and resizes it, [B, H, W, C] to [B, size, size, C].
+    """Crops one box from each image and resizes it, [B, H, W, C] to [B, size, size, C].
 
-    Bilinear and, where a box shrinks, antialiased, as Pillow resizes training images and Matlab
-    those of the release. Outside of the image there is zero, the mean colour of a normalised
-    image; a box may leave it by as much as the image is wide or high.
+    Bilinear, and antialiased where a box shrinks, as Pillow resizes training images and Matlab
+    those of the release. Outside the image, pixels are zero, the mean colour of a normalised image.
+    A box may extend beyond the image by up to the image's width or height.
 
     Args:
       images: [B, H, W, C].
@@ -62,7 +63,7 @@ def crop_boxes(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
 def paste_scores(
     scores: jax.Array, boxes: jax.Array, size: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    """Resizes scores to their boxes and puts these into images of `size`.
+    """Resizes scores to their boxes and pastes them into images of `size`.
 
     Args:
       scores: [B, s, s, C].
@@ -70,7 +71,7 @@ def paste_scores(
       size: height and width of the images.
 
     Returns:
-      [B, H, W, C], zero outside of the box, and bool [B, H, W], True inside.
+      [B, H, W, C], zero outside the box, and bool [B, H, W], True inside.
     """
 
     def weights(start: jax.Array, stop: jax.Array, length: int) -> jax.Array:
@@ -88,7 +89,10 @@ def paste_scores(
 
 
 def _triangle(centres: jax.Array, at: jax.Array, step: jax.Array, inside: jax.Array) -> jax.Array:
-    """Returns weights [N, M] of values at `at` for outputs at `centres`; rows sum to 1 or 0."""
+    """Returns the weight of each value at `at` for each output at `centres`, [N, M].
+
+    Rows sum to 1, or to 0 where no value is inside.
+    """
     distance = jnp.abs(centres[:, None] - at[None]) / jnp.maximum(step, 1)
     weights = jnp.where(inside, jnp.maximum(1 - distance, 0), 0)
     total = jnp.sum(weights, axis=1, keepdims=True)
@@ -96,7 +100,7 @@ def _triangle(centres: jax.Array, at: jax.Array, step: jax.Array, inside: jax.Ar
 
 
 def _apply(weights: Callable, x: jax.Array, boxes: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Multiplies the rows and columns of each x [B, h, w, C] by `weights` of its box."""
+    """Applies the `weights` of its box to the rows and columns of each x [B, h, w, C]."""
     height, width = size
     rows = jax.vmap(lambda box: weights(box[1], box[3], height))(boxes)
     columns = jax.vmap(lambda box: weights(box[0], box[2], width))(boxes)
@@ -114,20 +118,20 @@ def aggregate(
     how: Aggregate = "max",
     max_init: MaxInit = "zero",
 ) -> jax.Array:
-    """Scores of images from those of boxes in them, one box of every image at a time.
+    """Aggregates the scores of boxes to scores of images, one box of every image at a time.
 
     Args:
       score_fn: the network, [B, size, size, C] to scores [B, size, size, classes].
       images: [B, H, W, C].
       boxes: [B, N, 4].
-      valid: bool [B, N]; other boxes are left out.
-      size: height and width that the network sees boxes at.
-      how: over the boxes that cover a pixel, the elementwise maximum, the sum or the mean.
-      max_init: "zero" starts the maximum at zero as the release does, which no class can fall
-        below; "neg_inf" takes the maximum of the scores alone.
+      valid: bool [B, N]; the other boxes are left out.
+      size: height and width of the network's input.
+      how: elementwise maximum, sum or mean over the boxes that cover a pixel.
+      max_init: "zero" starts the maximum at zero, as the release does, so no score is negative;
+        "neg_inf" takes the maximum of the scores alone.
 
     Returns:
-      Float32 [B, H, W, classes]. Where no box is, all are zero: the label is the first class.
+      Float32 [B, H, W, classes]. Pixels without a box have zeros: their label is the first class.
     """
     image_size = (images.shape[1], images.shape[2])
     crop = jax.ShapeDtypeStruct((images.shape[0], size, size, images.shape[3]), jnp.float32)
@@ -166,7 +170,7 @@ def label_images(
     min_side: int,
     crf: CrfParams | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields the labels [H, W] of every image from boxes of its own.
+    """Yields the labels [H, W] of every image, from the image's own boxes.
 
     Args:
       score: (variables, images [1, H, W, C], boxes [1, num, 4], valid [1, num]) -> scores.
@@ -174,9 +178,9 @@ def label_images(
       source: the images.
       boxes: of each image, best first.
       normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
-      num: how many boxes an image has at most; smaller ones than `min_side` do not count.
-      min_side: least shorter side of a box, in pixels.
-      crf: refines the scores, unless it is None.
+      num: largest number of boxes for an image, of those not smaller than `min_side`.
+      min_side: boxes with a side shorter than this, in pixels, are left out.
+      crf: refines the scores; None leaves them.
     """
 
     @jax.jit
