@@ -13,7 +13,8 @@ import time
 import tyro
 
 from dense_jax.data import dataset, pipeline
-from dense_jax.data.transforms import Normalise, RandomCrop, RandomFlip, RandomScale
+from dense_jax.data.normalise import Normalise
+from dense_jax.data.transforms import RandomCrop, RandomFlip, RandomScale
 
 
 def main(

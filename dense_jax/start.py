@@ -12,7 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from dense_jax import runs
-from dense_jax.data.transforms import NORMALISATIONS
+from dense_jax.data.normalise import NORMALISATIONS
 from dense_jax.errors import UserError
 from dense_jax.releases import catalogue
 from dense_jax.train.checkpoint import read_variables

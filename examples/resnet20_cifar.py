@@ -23,7 +23,7 @@ import tyro
 from PIL import Image
 
 from dense_jax.data.datasets import voc2012
-from dense_jax.data.transforms import Normalise
+from dense_jax.data.normalise import Normalise
 from dense_jax.errors import UserError
 from dense_jax.layers.conv import Conv
 from dense_jax.layers.norm import BatchNorm

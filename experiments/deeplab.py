@@ -21,7 +21,8 @@ import functools
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from dense_jax.data.transforms import Normalise, RandomCrop, RandomFlip, RandomScale, Transform
+from dense_jax.data.normalise import Normalise
+from dense_jax.data.transforms import RandomCrop, RandomFlip, RandomScale, Transform
 from dense_jax.errors import refuse
 from dense_jax.infer.tiles import overlap_tile
 from dense_jax.infer.whole_image import whole_image

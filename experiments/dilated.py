@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
-from dense_jax.data.transforms import NORMALISATIONS, crop_with_context, whole_images
+from dense_jax.data.normalise import PixelValues
+from dense_jax.data.transforms import crop_with_context, whole_images
 from dense_jax.errors import refuse
 from dense_jax.infer.tiles import in_two_parts
 from dense_jax.infer.whole_image import ONE_PASS, whole_image
@@ -165,7 +166,7 @@ def build(config: Config, num_classes: int) -> Semantic:
     network, is_tiled = _network(config, num_classes), config.front_pad == "valid_reflect"
     front, learned = network.front_end(), None
     if config.post == "crf_rnn":
-        learned = WithCrfRnn(network, *NORMALISATIONS[config.normalisation], params=config.crf)
+        learned = WithCrfRnn(network, PixelValues(config.normalisation), params=config.crf)
     # A learned CRF sees images at the scale that it was trained at.
     forward = whole_image(learned or network, config.scale, sized=learned is not None)
     words = ONE_PASS

@@ -22,7 +22,7 @@ import dataclasses
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from dense_jax.data.boxes import SampleBoxes
+from dense_jax.data.box_masks import SampleBoxes
 from dense_jax.errors import UserError
 from dense_jax.infer.whole_image import ONE_PASS, whole_image
 from dense_jax.models import hypercolumns

@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal
 
 from dense_jax.data import transforms
 from dense_jax.data.border import BorderWeights, SeparateTouching
-from dense_jax.data.transforms import Normalise, RandomFlip, Transform
+from dense_jax.data.normalise import Normalise
+from dense_jax.data.transforms import RandomFlip, Transform
 from dense_jax.errors import refuse
 from dense_jax.evaluation import cells
 from dense_jax.infer.tiles import average_views, overlap_tile

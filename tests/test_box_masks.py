@@ -10,11 +10,13 @@ from flax import linen as nn
 from PIL import Image
 
 from dense_jax.commands import evaluate, export, predict
-from dense_jax.data import boxes, crops, given_boxes, rle
+from dense_jax.data import box_masks as boxes
+from dense_jax.data import given_boxes, rle
 from dense_jax.data.datasets import shapes
 from dense_jax.errors import UserError
 from dense_jax.evaluation import box_masks
 from dense_jax.objectives.box_masks import mask_loss
+from dense_jax.ops.boxes import iou
 from dense_jax.tasks import trained, training
 from dense_jax.tasks.box_masks import BoxMasks
 from dense_jax.train.schedules import build_optimizer
@@ -38,7 +40,7 @@ def example():
 def test_objects_have_tight_boxes_and_the_class_of_most_labelled_pixels():
     found = boxes.find_objects(example())
     np.testing.assert_array_equal(found.boxes, [[2, 1, 10, 6], [4, 6, 9, 12]])
-    np.testing.assert_array_equal(found.categories, [0, 2])
+    np.testing.assert_array_equal(found.classes, [1, 3])
     assert [found.mask(i).sum() for i in range(2)] == [40, 30]
     # Without instances the connected parts of a class are its objects.
     parts = example()
@@ -50,7 +52,7 @@ def test_objects_have_tight_boxes_and_the_class_of_most_labelled_pixels():
 def test_jittered_boxes_keep_their_overlap(min_iou):
     tight = np.tile(np.array([[10, 20, 40, 30]], np.float32), (200, 1))
     moved = boxes.jitter(tight, min_iou, np.random.default_rng(0))
-    overlaps = crops.iou(moved, tight[:1])[:, 0]
+    overlaps = iou(moved, tight[:1])[:, 0]
     assert overlaps.min() >= min_iou - 1e-6
     assert moved.dtype == np.float32
     if min_iou == 1:

@@ -11,10 +11,10 @@ from PIL import Image
 from dense_jax.data.border import BorderWeights, SeparateTouching
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset, Example
+from dense_jax.data.normalise import Normalise
 from dense_jax.data.transforms import (
     ElasticDeformation,
     GreyJitter,
-    Normalise,
     RandomCrop,
     RandomFlip,
     RandomRotate90,

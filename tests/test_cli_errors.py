@@ -17,7 +17,7 @@ from PIL import Image
 from dense_jax import runs
 from dense_jax.commands import summary
 from dense_jax.data import dataset, pipeline
-from dense_jax.data.transforms import Normalise
+from dense_jax.data.normalise import Normalise
 from dense_jax.errors import UserError
 from dense_jax.tasks import training
 from dense_jax.train import checkpoint, cli

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import special
 
+from dense_jax.data.normalise import PixelValues, normalise_batch
 from dense_jax.layers.conv import Conv
 from dense_jax.layers.crf_rnn import CrfRnn, WithCrfRnn
 from dense_jax.ops import crf, permutohedral
@@ -133,9 +134,8 @@ class Unary(nn.Module):
 def test_a_network_is_refined_and_its_parameters_keep_their_names(exact):
     rng = np.random.default_rng(3)
     pixels = rng.integers(0, 256, (2, 8, 9, 3)).astype(np.float32)
-    mean, std = (100.0, 110.0, 120.0), (50.0, 60.0, 70.0)
-    images = jnp.asarray((pixels - np.array(mean)) / np.array(std), jnp.float32)
-    model = WithCrfRnn(Unary(), mean, std, PARAMS)
+    images = normalise_batch(jnp.asarray(pixels), "torchvision")
+    model = WithCrfRnn(Unary(), PixelValues("torchvision"), PARAMS)
     variables = model.init(jax.random.key(0), images, train=False)
     assert set(variables["params"]) == {"score", "crf_rnn"}
     alone = {"params": {"score": variables["params"]["score"]}}
@@ -172,7 +172,7 @@ def test_sizes_keep_padding_out_and_the_lattice_hands_gradients_on(monkeypatch):
     images = rng.normal(0, 40, (1, 7, 8, 3)).astype(np.float32)
     other = images.copy()
     other[:, 5:], other[:, :, 6:] = 0, 0
-    model = WithCrfRnn(Identity(), (128.0,) * 3, (1.0,) * 3, PARAMS)
+    model = WithCrfRnn(Identity(), PixelValues("caffe"), PARAMS)
     variables = model.init(jax.random.key(0), images, train=False)
     sizes = jnp.array([[5.0, 6.0]])
 

@@ -88,7 +88,7 @@ STACK_DAMAGE = {
     ),
     "name": (
         lambda r: shutil.copy(r / "images/03.png", r / "images/x.png"),
-        r"x\.png: not the num",
+        r"x\.png: the name is not a slice num",
     ),
     "nothing": (lambda r: shutil.rmtree(r / "labels"), "no em_membrane dataset here"),
 }
@@ -218,7 +218,7 @@ NUMBERED_DAMAGE = {
     ),
     "colours": (
         lambda r: _save(r / "instances/a.png", _noise(0, (*SIZE, 3))),
-        r"instances/a\.png: the file holds RGB, not object numbers; save",
+        r"instances/a\.png: the file has RGB values, not object numbers; save",
     ),
     "one mask for all": (
         lambda r: _save(r / "instances/a.png", 255 * (_cells(0) > 0).astype(np.uint8)),
@@ -251,7 +251,7 @@ MASK_DAMAGE = {
     ),
     "smooth": (
         lambda r: _save(r / "a/masks/00001.png", _noise(0)),
-        r"a/masks/00001\.png: a mask has 0 and one other value, this one also",
+        r"a/masks/00001\.png: a mask has 0 and one other value, but this one also has 1",
     ),
     "truncated": (
         lambda r: _truncate(r / "a/masks/00001.png"),

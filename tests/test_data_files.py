@@ -16,7 +16,7 @@ from PIL import Image
 from dense_jax.data import check, dataset, files, pipeline
 from dense_jax.data.classes import IGNORE_LABEL, ClassTable
 from dense_jax.data.datasets import camvid, folder
-from dense_jax.data.transforms import Normalise
+from dense_jax.data.normalise import Normalise
 from dense_jax.errors import UserError
 
 CLASSES = "ground\nroof\ntree\n"
@@ -150,15 +150,15 @@ def _png(width, height, *, depth):
 DAMAGE = {
     "out of range": (
         lambda r: _write_pair(r, "tile3", label=np.full((12, 16), 9, np.uint8)),
-        r"labels/tile3\.png: label value 9 \(100\.00% of the pixels\).*0\.\.2.*255.*mend",
+        r"labels/tile3\.png: label value 9 \(100\.00% of the pixels\).*0\.\.2.*255.*correct",
     ),
     "colours": (
         lambda r: Image.new("RGB", (16, 12)).save(r / "labels/tile3.png"),
-        r"labels/tile3\.png: the label holds colours \(RGB\).*save class ids as an 8-bit",
+        r"labels/tile3\.png: the label has colours \(RGB\).*save class ids as an 8-bit",
     ),
     "16 bits": (
         lambda r: Image.fromarray(np.full((12, 16), 300, np.uint16)).save(r / "labels/tile3.png"),
-        r"labels/tile3\.png: a label of 16 bits or more \(values 300 to 300\).*8-bit",
+        r"labels/tile3\.png: a label with 16 bits or more \(values 300 to 300\).*8-bit",
     ),
     "missing label": (
         lambda r: (r / "labels/tile3.png").unlink(),
@@ -220,7 +220,7 @@ def test_damage_stops_with_one_line_that_names_the_culprit(own, damage):
 
 
 def test_empty_and_missing_folders(tmp_path):
-    with pytest.raises(UserError, match="no images here; put them into"):
+    with pytest.raises(UserError, match="no images here; put them in"):
         dataset.load("folder", tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         dataset.load("folder", tmp_path / "nowhere")
@@ -258,7 +258,7 @@ def test_the_doctor_lists_all_and_warns(own):
     for line in (
         "4 wrong files",
         "train: no pixel of roof, tree",
-        "train: every pixel is void in 1, such as tile6",
+        "train: images without labelled pixels: 1, such as tile6",
         "val/tile7 has the same pixels as train/tile7",
         "train/tile6: 100% of the pixels are void",
     ):

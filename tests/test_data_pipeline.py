@@ -8,9 +8,9 @@ import pytest
 
 from dense_jax.data import dataset, pipeline
 from dense_jax.data.classes import IGNORE_LABEL
+from dense_jax.data.normalise import Normalise
 from dense_jax.data.transforms import (
     ColourJitter,
-    Normalise,
     RandomCrop,
     RandomFlip,
     RandomScale,
@@ -142,17 +142,6 @@ def test_evaluation_at_another_resolution():
     (batch,) = pipeline.eval_batches(_Mixed(), [Resize((20, 24)), Normalise()], 7)
     chex.assert_shape(batch["images"], (7, 32, 32, 3))
     assert (batch["size"] == [20, 24]).all()
-
-
-def test_padded_shapes_joins_what_wastes_least():
-    sizes = [(32, 32)] * 9 + [(30, 64), (31, 60), (96, 96)]
-    joined = pipeline.padded_shapes(sizes, 32, 2)
-    assert joined == {
-        (32, 32): (32, 64),
-        (30, 64): (32, 64),
-        (31, 60): (32, 64),
-        (96, 96): (96, 96),
-    }
 
 
 class _Raises:

@@ -6,12 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dense_jax.data.classes import IGNORE_LABEL
+from dense_jax.data.normalise import Normalise
 from dense_jax.data.transforms import (
-    NORMALISATIONS,
     ColourJitter,
     ElasticDeformation,
     GreyJitter,
-    Normalise,
     RandomCrop,
     RandomFlip,
     RandomRotate90,
@@ -20,8 +19,6 @@ from dense_jax.data.transforms import (
     Resize,
     displacement_field,
     mirrored,
-    num_channels,
-    to_uint8,
     window,
 )
 
@@ -223,41 +220,6 @@ def test_originals_are_not_changed():
         result = transform(result, rng)
     for key, array in kept.items():
         np.testing.assert_array_equal(example[key], array)
-
-
-@pytest.mark.parametrize("name", NORMALISATIONS)
-def test_normalise_is_inverted_for_pictures(name):
-    image = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    example = Normalise(name)({"image": image, "label": image[..., 0]})
-    assert example["image"].dtype == np.float32
-    assert example["image"].shape == (16, 16, num_channels(name))
-    assert num_channels(name) == (1 if name.startswith("grey") else 3)
-    picture = to_uint8(example["image"], name)
-    assert picture.shape == image.shape
-    if name == "grey_image":  # its mean and scale are lost, its order is not
-        assert np.all(np.diff(picture[..., 0].ravel().astype(int)) >= 0)
-    else:
-        np.testing.assert_array_equal(picture, image)
-
-
-def test_grey_conventions():
-    image = np.random.default_rng(0).integers(100, 120, (8, 9, 3), np.uint8)
-    luma = image @ np.array([0.299, 0.587, 0.114])
-    grey = Normalise("grey")({"image": image})["image"]
-    np.testing.assert_allclose(grey[..., 0], (luma - 127.5) / 64, rtol=1e-4)
-    own = Normalise("grey_image")({"image": image})["image"]
-    np.testing.assert_allclose([own.mean(), own.std()], [0, 1], atol=1e-5)
-    plain = Normalise("grey_image")({"image": np.full((2, 2, 3), 7, np.uint8)})["image"]
-    np.testing.assert_allclose(plain, 0, atol=1e-5)
-
-
-def test_normalisations_are_the_published_ones_in_rgb():
-    mean, std = NORMALISATIONS["torchvision"]
-    np.testing.assert_allclose(np.array(mean) / 255, [0.485, 0.456, 0.406])
-    np.testing.assert_allclose(np.array(std) / 255, [0.229, 0.224, 0.225])
-    assert NORMALISATIONS["caffe"][0][0] > NORMALISATIONS["caffe"][0][2]  # red first
-    with pytest.raises(ValueError, match="unknown normalisation 'vgg'"):
-        Normalise("vgg")
 
 
 def test_colour_jitter():

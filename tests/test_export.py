@@ -23,7 +23,7 @@ from PIL import Image
 
 from dense_jax import runs
 from dense_jax.commands import export
-from dense_jax.data.transforms import NORMALISATIONS, Normalise
+from dense_jax.data.normalise import NORMALISATIONS, Normalise
 from dense_jax.errors import UserError
 from dense_jax.infer import onnx_file, predictor, program
 from dense_jax.ops.resize import rescaled, resize_bilinear
@@ -188,15 +188,6 @@ def test_one_shape_is_the_only_one(run_of, tmp_path):
     loaded = jax.export.deserialize(bytearray(file.read_bytes()))
     assert loaded.in_avals[0].shape == (1, 48, 64, 3)
     assert json.loads((tmp_path / "x.stablehlo.json").read_text())["sizes"] == "this shape alone"
-
-
-@pytest.mark.parametrize("name", NORMALISATIONS)
-def test_images_are_normalised_as_in_training(name):
-    batch = images((3, 9, 11))
-    batch[1] = 77  # plain: no scale of its own
-    expected = [Normalise(name)({"image": image})["image"] for image in batch]
-    found = program.normalise(jnp.asarray(batch), name)
-    np.testing.assert_allclose(found, np.stack(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_a_program_pads_with_the_mean_colour_and_tells_sizes():

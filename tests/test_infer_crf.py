@@ -16,9 +16,8 @@ from dense_jax.commands import crf_search, evaluate, predict
 from dense_jax.commands.crf_flags import with_flags
 from dense_jax.data import dataset as datasets
 from dense_jax.data.datasets import shapes
-from dense_jax.data.transforms import NORMALISATIONS, Normalise
+from dense_jax.data.normalise import Normalise, PixelValues
 from dense_jax.errors import UserError
-from dense_jax.infer import crf as infer_crf
 from dense_jax.infer.crf import check_crf, with_crf
 from dense_jax.infer.whole_image import whole_image
 from dense_jax.ops import crf as ops_crf
@@ -45,7 +44,7 @@ class Noisy(nn.Module):
     @nn.compact
     def __call__(self, images, *, train):
         del train
-        rgb = infer_crf.pixel_values(images, "torchvision")[..., None, :]
+        rgb = PixelValues("torchvision")(images)[..., None, :]
         colours = np.array(shapes.CLASSES.colours, np.float32).reshape(1, 1, 1, 6, 3)
         distance = jnp.sum((rgb - colours) ** 2, axis=-1)
         noise = NOISE[None, : images.shape[1], : images.shape[2]]
@@ -94,18 +93,7 @@ def batch_of(normalisation, sizes, side=SIDE, seed=0):
     return jnp.asarray(np.stack(images)), jnp.array(sizes, jnp.int32), pixels
 
 
-@pytest.mark.parametrize("name", sorted(set(NORMALISATIONS) - {"grey", "grey_image"}))
-def test_pixels_come_back_as_the_integers_they_were(name):
-    images, _, pixels = batch_of(name, [(SIDE, SIDE)] * 2)
-    np.testing.assert_array_equal(infer_crf.pixel_values(images, name), pixels)
-
-
-def test_grey_comes_back_in_three_channels():
-    images, _, pixels = batch_of("grey", [(SIDE, SIDE)])
-    found = infer_crf.pixel_values(images, "grey")
-    luma = np.rint(pixels @ np.array([0.299, 0.587, 0.114]))
-    assert found.shape == pixels.shape
-    np.testing.assert_allclose(found, np.broadcast_to(luma[..., None], found.shape), atol=1)
+def test_images_without_pixel_values_are_refused():
     with pytest.raises(UserError, match="--normalisation=grey_image"):
         check_crf(PARAMS, "grey_image")
 

@@ -13,7 +13,7 @@ ALLOWED = {
     "models": {"ops", "layers", "models"},
     "objectives": {"ops", "objectives"},
     "metrics": {"ops", "metrics"},
-    "data": {"data", "viz"},
+    "data": {"data", "ops", "viz"},
     "train": {"data", "train"},
     "viz": set(),
     "weights": {"weights"},

@@ -113,7 +113,7 @@ def test_optional_files_are_left_out(tmp_path):
 
 
 def test_nothing_to_do_or_nowhere_to_write(tmp_path):
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="has no images"):
         run(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="does not exist"):
         run(tmp_path / "missing", tmp_path / "out")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dense_jax.data import crops
 from dense_jax.infer import proposals
+from dense_jax.ops.boxes import min_side
 
 SIZE = 8  # that the network sees boxes at
 HEIGHT, WIDTH = 20, 26
@@ -39,11 +40,11 @@ def slow_aggregate(score_fn, image, boxes, how, start):
     for box in boxes.astype(int):
         crop = slow_resize(crops.cut(image, crops._box(box), 0), (SIZE, SIZE))
         scores = score_fn(crop)
-        x1, y1, x2, y2 = box
-        pasted = slow_resize(scores, (y2 - y1, x2 - x1))
-        for y in range(max(y1, 0), min(y2, image.shape[0])):
-            for x in range(max(x1, 0), min(x2, image.shape[1])):
-                new = pasted[y - y1, x - x1]
+        x0, y0, x1, y1 = box
+        pasted = slow_resize(scores, (y1 - y0, x1 - x0))
+        for y in range(max(y0, 0), min(y1, image.shape[0])):
+            for x in range(max(x0, 0), min(x1, image.shape[1])):
+                new = pasted[y - y0, x - x0]
                 total[y, x] = np.maximum(total[y, x], new) if how == "max" else total[y, x] + new
                 count[y, x] += 1
     if how == "mean":
@@ -131,8 +132,8 @@ def test_fact_4_the_maximum_needs_no_order_and_only_rises(image):
 def test_fact_5_a_pixel_without_boxes_is_background(image):
     few = BOXES[2:4]
     covered = np.zeros((HEIGHT, WIDTH), bool)
-    for x1, y1, x2, y2 in few.astype(int):
-        covered[max(y1, 0) : y2, max(x1, 0) : x2] = True
+    for x0, y0, x1, y1 in few.astype(int):
+        covered[max(y0, 0) : y1, max(x0, 0) : x1] = True
     assert not covered.all()
     for how, max_init in HOW:
         scores = one(image, few, how, max_init)
@@ -156,4 +157,4 @@ def test_sliding_boxes_are_those_of_training():
     boxes = proposals.sliding_boxes(jnp.asarray(sizes))
     for got, size in zip(boxes, sizes, strict=True):
         np.testing.assert_array_equal(got, crops.sliding_windows((size[0], size[1])))
-    np.testing.assert_array_equal(proposals.min_sides(boxes)[0, :6], [60, 40, 40, 40, 40, 30])
+    np.testing.assert_array_equal(min_side(boxes)[0, :6], [60, 40, 40, 40, 40, 30])

@@ -15,7 +15,7 @@ from PIL import Image
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
 from dense_jax.data.datasets import camvid
-from dense_jax.data.transforms import Normalise
+from dense_jax.data.normalise import Normalise
 from dense_jax.errors import UserError
 from dense_jax.evaluation.record import Record
 from dense_jax.infer.whole_image import ONE_PASS

@@ -96,7 +96,7 @@ def test_a_batch_may_be_filled_up_with_nothing():
 
 
 def test_too_small_a_tile_is_refused():
-    with pytest.raises(ValueError, match="take at least 10"):
+    with pytest.raises(ValueError, match="give at least 10"):
         overlap_tile(Corner(), tile=9, context=CONTEXT, grid=GRID)
 
 

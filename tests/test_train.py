@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 from dense_jax.data.datasets.shapes import ShapesSpec
-from dense_jax.data.transforms import Normalise
+from dense_jax.data.normalise import Normalise
 from dense_jax.errors import UserError
 from dense_jax.infer.whole_image import whole_image
 from dense_jax.layers.conv import Conv

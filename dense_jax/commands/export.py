@@ -20,7 +20,7 @@ from flax import traverse_util
 from jax import export
 
 from dense_jax import runs
-from dense_jax.data.transforms import NORMALISATIONS
+from dense_jax.data.normalise import NORMALISATIONS
 from dense_jax.errors import UserError
 from dense_jax.infer import onnx_file, program
 from dense_jax.releases import catalogue

@@ -11,7 +11,7 @@ from dense_jax.analysis import receptive_field as fields
 from dense_jax.analysis import receptive_field_figures as figures
 from dense_jax.commands.networks import Network, network
 from dense_jax.data.files import read_image
-from dense_jax.data.transforms import Normalise, num_channels
+from dense_jax.data.normalise import Normalise, num_channels
 from dense_jax.errors import UserError
 
 _WHOLE = 512  # Side of the image for a map that sees all of any image.

@@ -4,7 +4,7 @@ import pathlib
 
 from dense_jax.analysis import cost
 from dense_jax.commands.networks import network
-from dense_jax.data.transforms import num_channels
+from dense_jax.data.normalise import num_channels
 from dense_jax.errors import UserError
 
 

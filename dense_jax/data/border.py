@@ -1,4 +1,4 @@
-"""Touching cells told apart: background carved between them, and a loss that insists on it.
+"""Separation of touching cells: background between them, and a larger loss weight there.
 
 Reference: Ronneberger, Fischer, Brox, "U-Net: convolutional networks for biomedical image
 segmentation", MICCAI 2015, arXiv:1505.04597, Section 3, Equation 2 and Figure 3. The background is
@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 
+from dense_jax.data import objects as object_lib
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example
 
 _BACKGROUND = 0
-_REACH = 6  # In sigmas: what lies farther adds less than 2e-8 of w0.
+_REACH = 6  # In sigmas; larger distances add less than 2e-8 of w0.
 
 
 def touching_ridge(instances: np.ndarray, width: int = 1) -> np.ndarray:
-    """Returns which pixels of objects must become background so that no two objects touch.
+    """Returns the object pixels that must become background so that no two objects touch.
 
-    Of two objects closer than ``width`` pixels, the one of higher number gives way; afterwards
-    at least ``width`` pixels lie between them, in rows, columns and diagonals.
+    If two objects are closer than ``width`` pixels, the one with the higher number loses pixels.
+    Then at least ``width`` pixels separate them, in rows, columns and diagonals.
 
     Args:
       instances: [H, W] integer object numbers, 0 = none, below 2^31.
@@ -49,12 +50,12 @@ def border_term(
 def two_nearest(instances: np.ndarray, reach: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns each pixel's distances to the nearest and to the second nearest object.
 
-    Euclidean, between pixel centres, exact up to ``reach`` pixels and infinite beyond. An object
-    may be of several pieces.
+    Euclidean distances between pixel centres, exact up to ``reach`` pixels and infinite beyond. An
+    object may consist of several parts.
 
     Args:
       instances: [H, W] integer object numbers, 0 = none.
-      reach: in pixels. Each object only looks at its surroundings of this size.
+      reach: in pixels. Only this much around each object is computed.
 
     Returns:
       float64 [H, W] twice.
@@ -75,7 +76,7 @@ def two_nearest(instances: np.ndarray, reach: float) -> tuple[np.ndarray, np.nda
 def class_balance(label: np.ndarray) -> np.ndarray:
     """Returns w_c: the inverse frequency of each pixel's class, scaled to mean 1 over the image.
 
-    The paper has no formula. Ignored pixels have weight 0 and do not count.
+    The paper gives no formula. Ignored pixels have weight 0 and do not count.
 
     Args:
       label: [H, W] class ids.
@@ -91,17 +92,6 @@ def class_balance(label: np.ndarray) -> np.ndarray:
     return weights[label].astype(np.float32)
 
 
-def objects(example: Example) -> np.ndarray:
-    """Returns the object numbers [H, W] of an example.
-
-    Without "instances" they are the 4-connected components of all that is not background.
-    """
-    if "instances" in example:
-        return example["instances"]
-    label = example["label"]
-    return scipy.ndimage.label((label != _BACKGROUND) & (label != IGNORE_LABEL))[0]
-
-
 @dataclasses.dataclass(frozen=True)
 class SeparateTouching:
     """Labels a thin ridge between touching objects as background; see `touching_ridge`.
@@ -113,8 +103,8 @@ class SeparateTouching:
     width: int = 1
 
     def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
-        """Returns the example with other "label" and "instances"."""
-        instances = objects(example)
+        """Returns the example with new "label" and "instances"."""
+        instances = _instances(example)
         ridge = touching_ridge(instances, self.width)
         return {
             **example,
@@ -127,12 +117,12 @@ class SeparateTouching:
 class BorderWeights:
     """Adds "weights", float32 [H, W]: w_c + w0 exp(-(d1 + d2)^2 / (2 sigma^2)), Equation 2.
 
-    The second term is for background pixels only: inside a cell d1 is 0, which is no border. It is
-    0 where fewer than two objects are near.
+    The second term is for background pixels only: inside a cell d1 is 0, but there is no border. It
+    is 0 where fewer than two objects are near.
 
     Attributes:
-      w0: weight of the borders; 0 leaves `class_balance`.
-      sigma: their width in pixels.
+      w0: weight of the borders; 0 leaves `class_balance` alone.
+      sigma: width of the borders, in pixels.
     """
 
     w0: float = 10.0
@@ -142,7 +132,12 @@ class BorderWeights:
         """Returns the example with weights."""
         label, weights = example["label"], class_balance(example["label"])
         if self.w0 != 0:
-            distances = two_nearest(objects(example), _REACH * self.sigma)
+            distances = two_nearest(_instances(example), _REACH * self.sigma)
             term = border_term(*distances, w0=self.w0, sigma=self.sigma)
             weights += np.where(label == _BACKGROUND, term, 0).astype(np.float32)
         return {**example, "weights": weights}
+
+
+def _instances(example: Example) -> np.ndarray:
+    """Returns the object numbers [H, W]; touching cells of two classes are one object."""
+    return object_lib.number(example, _BACKGROUND, by_class=False)

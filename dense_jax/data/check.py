@@ -1,8 +1,8 @@
-"""The label doctor: reads every file of a dataset and reports what is wrong and what is odd.
+"""Checks a dataset: reads every file and reports errors and warnings.
 
-Wrong data (a value that is no class, colours for ids, damaged or missing files, sizes that
-differ) stops a run: in JAX a label out of range raises nothing and only spoils the loss. Odd data
-(classes that never occur, mostly void images, one image in two splits) is reported.
+Wrong data (a value that is not a class, colours in place of ids, damaged or missing files, sizes
+that differ) stops a run: in JAX, a label out of range raises no error and only corrupts the loss.
+Unusual data (classes that never occur, mostly void images, one image in two splits) is reported.
 """
 
 import collections
@@ -26,18 +26,18 @@ from dense_jax.data.files import Files, Pair, Sample, digest
 from dense_jax.errors import UserError
 
 _GENERATED_SAMPLE = 200
-"""Of a dataset without files, so many examples of each split are looked at."""
+"""Number of examples that are checked in each split of a dataset without files."""
 
 
 @dataclasses.dataclass
 class SplitReport:
-    """Findings on one split.
+    """The findings of one split.
 
     Attributes:
-      pixels: how often each class occurs, by id.
-      void_pixels: how many pixels do not count.
-      names, sizes, void_shares, image_digests, label_digests, num_objects: one for each good
-        image, in order; no numbers of objects where there are no instances.
+      pixels: number of pixels of each class.
+      void_pixels: number of void pixels.
+      names, sizes, void_shares, image_digests, label_digests, num_objects: one for each valid
+        image, in order; `num_objects` is empty without instances.
     """
 
     pixels: list[int]
@@ -52,13 +52,13 @@ class SplitReport:
 
 @dataclasses.dataclass
 class Report:
-    """What the doctor found; printing it shows all there is to know.
+    """The findings of all splits; `str` gives them as a table.
 
     Attributes:
       name: of the dataset.
       classes: its class table.
-      splits: findings by split.
-      errors: one line for each file that is wrong.
+      splits: the findings of each split.
+      errors: one line for each wrong file.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Report:
     errors: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, split: str, name: str, sample: Sample) -> None:
-        """Counts one image and its label."""
+        """Adds one image and its label."""
         label = sample.label
         num_classes = self.classes.num_classes
         found = self.splits.setdefault(split, SplitReport([0] * num_classes))
@@ -86,11 +86,11 @@ class Report:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that was read: class table, names, pixels of images and labels."""
+        """A hash of the class table, the names, and the pixels of images and labels."""
         return hashlib.blake2b(json.dumps(self.to_json()).encode(), digest_size=8).hexdigest()
 
     def warnings(self) -> list[str]:
-        """Returns one line for each thing that is odd but may be meant."""
+        """Returns one line for each finding that is unusual but may be intended."""
         lines = []
         for split, found in self.splits.items():
             absent = [n for n, k in zip(self.classes.names, found.pixels, strict=True) if not k]
@@ -99,11 +99,13 @@ class Report:
             if absent and found.void_pixels > sum(found.pixels):
                 lines.append(
                     f"{split}: most pixels are void (file value {self.classes.void_values}); if"
-                    " that is a class, move it to the values of the class table"
+                    " this is a class, move it to the values of the class table"
                 )
             void = [n for n, s in zip(found.names, found.void_shares, strict=True) if s == 1]
             if void:
-                lines.append(f"{split}: every pixel is void in {len(void)}, such as {void[0]}")
+                lines.append(
+                    f"{split}: images without labelled pixels: {len(void)}, such as {void[0]}"
+                )
         first: dict[str, str] = {}
         twins = []
         for split, found in self.splits.items():
@@ -115,7 +117,7 @@ class Report:
         return lines + twins[:10] + (more if len(twins) > 10 else [])
 
     def mostly_void(self, number: int = 10) -> list[str]:
-        """Returns one line for each of the images with the largest void share, if above half."""
+        """Returns one line for each image with the largest void shares, if above half."""
         shares = [
             (share, f"{split}/{name}: {share:.0%} of the pixels are void")
             for split, found in self.splits.items()
@@ -128,7 +130,7 @@ class Report:
         """Stops a run on wrong data.
 
         Raises:
-          UserError: names the first wrong file and how many more there are.
+          UserError: with the first wrong file and the number of others.
         """
         if self.errors:
             more = len(self.errors) - 1
@@ -136,12 +138,12 @@ class Report:
             raise UserError(self.errors[0] + rest)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the findings as plain lists; `from_json` reads them back."""
+        """Returns the findings as plain lists; `from_json` reads them."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, report: dict[str, Any]) -> "Report":
-        """Builds the report that `to_json` wrote."""
+        """Builds a report from the result of `to_json`."""
         splits = {split: SplitReport(**found) for split, found in report["splits"].items()}
         for found in splits.values():
             found.sizes = [(height, width) for height, width in found.sizes]
@@ -161,11 +163,11 @@ class Report:
         if any(found.num_objects for found in self.splits.values()):
             rows.append(["    objects", *(str(sum(s.num_objects)) for s in self.splits.values())])
         wide = max(len(row[0]) for row in rows) + 2
-        lines = [f"dataset {self.name}: share of pixels by class (void apart)"]
+        lines = [f"dataset {self.name}: share of pixels by class (without void)"]
         lines += [row[0].ljust(wide) + "".join(cell.rjust(10) for cell in row[1:]) for row in rows]
         for title, found in (
             (f"{len(self.errors)} wrong files", self.errors),
-            ("to look at", self.warnings()),
+            ("warnings", self.warnings()),
             ("mostly void", self.mostly_void()),
         ):
             lines += [f"{title}:", *(f"  {line}" for line in found)] if found else []
@@ -173,14 +175,14 @@ class Report:
 
 
 def scan(files: Files, report: Report, split: str) -> Iterator[tuple[Pair, Sample]]:
-    """Reads the pairs of a split in order on all cores, adds them to the report, yields the good.
+    """Reads the pairs of a split in order, adds all to the report and yields the valid ones.
 
-    Pillow decodes outside Python's lock, so threads are enough.
+    On all cores: threads are enough, because Pillow releases Python's lock to decode.
     """
     pairs = [pair for pair in files.pairs if pair.split == split]
     progress = tqdm.tqdm(desc=f"checking {files.name} {split}", total=len(pairs), disable=None)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress:
-        for i in range(0, len(pairs), 64):  # a chunk at a time bounds the memory
+        for i in range(0, len(pairs), 64):  # chunks, to limit the memory
             chunk = pairs[i : i + 64]
             read = [pool.submit(files.read, pair, files.classes) for pair in chunk]
             for pair, future in zip(chunk, read, strict=True):
@@ -195,15 +197,15 @@ def scan(files: Files, report: Report, split: str) -> Iterator[tuple[Pair, Sampl
 
 
 def check_dataset(name: str, data_dir: str | pathlib.Path | None = None, **options: Any) -> Report:
-    """Examines a dataset without preparing it: every file of it, or what it generates.
+    """Checks every file of a dataset, or what it generates, without preparing it.
 
     Args:
       name: one of `dataset.names()`.
       data_dir: the folder with its files.
-      **options: as of `dataset.load`.
+      **options: see `dataset.load`.
 
     Raises:
-      UserError: unknown name, or no dataset in the folder. Wrong files are in the report.
+      UserError: the name is unknown, or the folder has no dataset. Wrong files are in the report.
     """
     module = dataset_lib.module(name)
     if hasattr(module, "find"):
@@ -224,9 +226,9 @@ def check_dataset(name: str, data_dir: str | pathlib.Path | None = None, **optio
 
 
 def sheet(dataset: Dataset, split: str = "train", number: int = 12) -> np.ndarray:
-    """Returns a picture, uint8 [H, W, 3]: evenly picked images under their labels, and a legend.
+    """Returns evenly chosen images with their labels on top and a legend, uint8 [H, W, 3].
 
-    To see at a glance whether the labels lie where they should and have the names they should.
+    It shows at a glance whether the labels are in the right position and have the right names.
     """
     source, palette = dataset.split(split), dataset.classes.palette()
     picked = np.unique(np.linspace(0, len(source) - 1, number).astype(int))

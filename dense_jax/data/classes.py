@@ -1,4 +1,4 @@
-"""What the numbers in a label file mean: names, colours, and which values are void."""
+"""The meaning of the numbers in a label file: class names, colours and void values."""
 
 import dataclasses
 import functools
@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 IGNORE_LABEL = 255
-"""The label of a pixel that no loss and no score counts, in every array of this library."""
+"""The label of a pixel that no loss and no metric counts, in every array of this library."""
 
 _VOID_COLOUR = (224, 224, 192)  # the border colour of the PASCAL VOC palette
 
 
 @functools.cache
 def _voc_palette() -> np.ndarray:
-    """The PASCAL VOC colour map: bit i of a channel comes from bit 3 (7 - i) of the id."""
+    """Returns the PASCAL VOC colour map: bit i of a channel comes from bit 3 (7 - i) of the id."""
     ids = np.arange(256)
     palette = np.zeros((256, 3), np.uint8)
     for bit in range(8):
@@ -31,16 +31,16 @@ def voc_colours(num_classes: int) -> tuple[tuple[int, int, int], ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ClassTable:
-    """The classes of a dataset; class id = position.
+    """The classes of a dataset; a class id is an index into the names.
 
     Attributes:
-      names: one name a class.
-      colours: (R, G, B) in 0..255, one a class; empty for the PASCAL VOC colours.
-      values: the value that stands for each class in the label *files*; empty for 0, 1, 2, ...
+      names: the name of each class.
+      colours: (R, G, B) in 0..255 of each class; empty for the PASCAL VOC colours.
+      values: the value of each class in the label *files*; empty for 0, 1, 2, ...
       void_values: file values that mean "do not count this pixel"; they become `IGNORE_LABEL`.
 
     Raises:
-      ValueError: the lists disagree in length, a name or a value occurs twice, or there are no
+      ValueError: the lists differ in length, a name or a value occurs twice, or there are no
         classes or more than 255.
     """
 
@@ -74,28 +74,28 @@ class ClassTable:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes, void not counted."""
+        """The number of classes, without void."""
         return len(self.names)
 
     def palette(self) -> np.ndarray:
-        """Returns uint8 [256, 3]: colour by class id, the void colour at 255."""
+        """Returns the colour of each class id, uint8 [256, 3], with the void colour at 255."""
         palette = _voc_palette().copy()
         palette[: self.num_classes] = self.colours
         palette[IGNORE_LABEL] = _VOID_COLOUR
         return palette
 
     def lookup(self) -> np.ndarray:
-        """Returns int16 [256]: file value to class id, `IGNORE_LABEL` for void, -1 for neither."""
+        """Returns the class id of each file value, int16 [256]; 255 for void, -1 for no class."""
         lookup = np.full(256, -1, np.int16)
         lookup[list(self.void_values)] = IGNORE_LABEL
         lookup[list(self.values)] = np.arange(self.num_classes)
         return lookup
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the table as plain lists; `from_json` reads it back."""
+        """Returns the table as plain lists; `from_json` reads them."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> "ClassTable":
-        """Builds the table that `to_json` wrote, or one with only some of its keys."""
+        """Builds a table from the result of `to_json`, or from some of its keys."""
         return cls(**table)

@@ -1,7 +1,7 @@
 """Windows of images as training examples: single objects, and proposals around objects.
 
-A box is (x1, y1, x2, y2) in pixels, between pixels: x2 - x1 is its width, and it may leave the
-image. Windows are cut from uint8 images, so `Resize` and `Normalise` come afterwards.
+A box is (x0, y0, x1, y1) in whole pixels, as in `dense_jax.ops.boxes`, and may leave the image.
+Windows are cut from uint8 images, so `Resize` and `Normalise` come afterwards.
 
 Reference: Noh, Hong, Han, "Learning deconvolution network for semantic segmentation", ICCV 2015,
 arXiv:1505.04366, Section 4.2 (two-stage training) and the released window lists' enlargement.
@@ -18,18 +18,19 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from scipy import ndimage
 
+from dense_jax.data import objects as object_lib
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example, Source
-from dense_jax.data.transforms import num_channels, to_uint8
+from dense_jax.data.normalise import num_channels, to_uint8
 from dense_jax.errors import UserError
+from dense_jax.ops import boxes as box_ops
 
 Box = tuple[int, int, int, int]
 
-_CELLS = (2, 3, 4, 6)  # of the grids of `relative_windows`, an axis
+_CELLS = (2, 3, 4, 6)  # cells along each axis of the grids of `relative_windows`
 _NUM_JITTERED = 8  # random boxes for each object
-_JITTER = 0.25  # how far an edge moves at most, as a share of the object's width or height
+_JITTER = 0.25  # largest shift of an edge, as a share of the object's width or height
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Window:
     """A part of an image.
 
     Attributes:
-      index: position of the image in its split.
-      name: name of the image.
+      index: of the image in its split.
+      name: of the image.
       box: the part.
-      label: class of the object for which it was chosen.
-      object_id: that object in `object_map`.
+      label: class id of the object that the window is for.
+      object_id: number of this object; see `dense_jax.data.objects.number`.
     """
 
     index: int
@@ -53,16 +54,16 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Crops:
-    """Windows of a split as examples of their own: a `Source`.
+    """A `Source` with one example for each window of a split.
 
-    Outside of the image a window has the colour `fill` and labels that no loss counts.
+    Outside the image, a window has the colour `fill` and the ignore label.
 
     Attributes:
       source: the split.
-      windows: an example each.
+      windows: one for each example.
       fill: R, G, B.
-      background: what other objects are labelled, so that an example shows one object alone; None
-        keeps all labels.
+      background: label for all other objects, so that an example shows one object alone; None
+        keeps their labels.
     """
 
     source: Source
@@ -75,15 +76,15 @@ class Crops:
 
     def size(self, index: int) -> tuple[int, int]:
         """Returns the height and width of a window."""
-        x1, y1, x2, y2 = self.windows[index].box
-        return y2 - y1, x2 - x1
+        x0, y0, x1, y1 = self.windows[index].box
+        return y1 - y0, x1 - x0
 
     def __getitem__(self, index: int) -> Example:
         window = self.windows[index]
         example = self.source[window.index]
         label = example["label"]
         if self.background is not None:
-            is_other = object_map(example, self.background) != window.object_id
+            is_other = object_lib.number(example, self.background) != window.object_id
             is_other &= label != IGNORE_LABEL
             label = np.where(is_other, np.uint8(self.background), label)
         return {
@@ -94,58 +95,33 @@ class Crops:
 
 
 def cut(array: np.ndarray, box: Box, fill: int | Sequence[int]) -> np.ndarray:
-    """Returns the part [y2 - y1, x2 - x1, ...] of [H, W, ...], with `fill` outside of it."""
-    (x1, y1, x2, y2), (height, width) = box, array.shape[:2]
-    result = np.empty((y2 - y1, x2 - x1, *array.shape[2:]), array.dtype)
+    """Returns a part of an array: [H, W, ...] to [y1 - y0, x1 - x0, ...], `fill` outside."""
+    (x0, y0, x1, y1), (height, width) = box, array.shape[:2]
+    result = np.empty((y1 - y0, x1 - x0, *array.shape[2:]), array.dtype)
     result[...] = fill
-    top, left, bottom, right = max(y1, 0), max(x1, 0), min(y2, height), min(x2, width)
+    top, left, bottom, right = max(y0, 0), max(x0, 0), min(y1, height), min(x1, width)
     if top < bottom and left < right:
-        result[top - y1 : bottom - y1, left - x1 : right - x1] = array[top:bottom, left:right]
-    return result
-
-
-def object_map(example: Example, background: int | None) -> np.ndarray:
-    """Returns int32 [H, W], a number for each object and 0 elsewhere.
-
-    Those of "instances" where the example has it; else each connected part (over edges) of the
-    pixels of one class is an object. Without a background every class has objects.
-    """
-    if "instances" in example:
-        return example["instances"]
-    label = example["label"]
-    result = np.zeros(label.shape, np.int32)
-    for value in np.setdiff1d(label, [IGNORE_LABEL, *([] if background is None else [background])]):
-        parts, _ = ndimage.label(label == value)
-        np.add(result, parts + result.max(), out=result, where=parts > 0)
+        result[top - y0 : bottom - y0, left - x0 : right - x0] = array[top:bottom, left:right]
     return result
 
 
 def find_objects(source: Source, background: int | None, min_side: int = 8) -> list[Window]:
-    """Reads a split and returns the tight box of every object, image after image.
+    """Reads a split and returns the tight box of every object, image by image.
 
     Args:
       source: the split.
-      background: the class that is no object, or None.
-      min_side: objects with a shorter side than this, in pixels, are left out.
+      background: the class that is not an object, or None.
+      min_side: objects with a side shorter than this, in pixels, are left out.
 
     Raises:
-      UserError: there are none.
+      UserError: the split has no objects.
     """
     windows = []
     for index in tqdm.trange(len(source), desc="looking for objects", unit="image", disable=None):
         example = source[index]
-        objects = object_map(example, background)
-        for object_id, slices in enumerate(ndimage.find_objects(objects), 1):
-            if slices is None:
-                continue
-            rows, columns = slices
-            box = (columns.start, rows.start, columns.stop, rows.stop)
-            labels = example["label"][slices][objects[slices] == object_id]
-            counts = np.bincount(labels[labels != IGNORE_LABEL])
-            if min(box[2] - box[0], box[3] - box[1]) < min_side or not counts.any():
-                continue
-            if (label := int(counts.argmax())) != background:
-                windows.append(Window(index, example["name"], box, label, object_id))
+        found = object_lib.find(example, background, min_side=min_side, background_votes=True)
+        for box, label, number in zip(found.boxes, found.classes, found.numbers, strict=True):
+            windows.append(Window(index, example["name"], _box(box), int(label), int(number)))
     if not windows:
         raise UserError(
             f"no image shows an object of at least {min_side} x {min_side} pixels: "
@@ -155,32 +131,21 @@ def find_objects(source: Source, background: int | None, min_side: int = 8) -> l
 
 
 def enlarge(box: Box, factor: float) -> Box:
-    """Returns the box, `factor` times as wide and as high around the same centre."""
+    """Returns the box enlarged `factor` times around its centre."""
     grow_x, grow_y = (round((b - a) * (factor - 1) / 2) for a, b in (box[::2], box[1::2]))
     return box[0] - grow_x, box[1] - grow_y, box[2] + grow_x, box[3] + grow_y
 
 
 def enlarged(windows: Iterable[Window], factor: float) -> list[Window]:
-    """Returns the windows with enlarged boxes."""
+    """Returns the windows with enlarged boxes; see `enlarge`."""
     return [dataclasses.replace(w, box=enlarge(w.box, factor)) for w in windows]
-
-
-def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Returns the intersection over the union of each two boxes, [N, 4] and [M, 4] to [N, M]."""
-    boxes, others = boxes[:, None], others[None]
-    sides = np.minimum(boxes[..., 2:], others[..., 2:]) - np.maximum(
-        boxes[..., :2], others[..., :2]
-    )
-    both = np.prod(np.maximum(sides, 0), axis=-1)
-    areas = [np.prod(b[..., 2:] - b[..., :2], axis=-1) for b in (boxes, others)]
-    return both / (areas[0] + areas[1] - both)
 
 
 def relative_windows() -> np.ndarray:
     """Returns windows, int [39, 4], in twelfths of an image's width and height, largest first.
 
-    They are 2 x 2 cells of grids of 2 x 2 to 6 x 6 cells: the whole image, then two thirds, half
-    and a third of its sides in steps of half a window.
+    Each has 2 x 2 cells of a grid of 2 x 2 to 6 x 6 cells: the whole image, then windows with two
+    thirds, half and a third of its sides, in steps of half a window.
     """
     return np.array(
         [
@@ -206,18 +171,18 @@ def propose(
     seed: int = 0,
     boxes: Mapping[str, Sequence[Box]] | None = None,
 ) -> list[Window]:
-    """Returns the proposals that overlap an object enough; each takes the object's class.
+    """Returns the proposals that overlap an object enough, with the class of the object.
 
     Args:
       source: the split.
       objects: from `find_objects`.
-      min_iou: least intersection over union with the best of the image's objects.
+      min_iou: least intersection over union with an object of the image; the best object counts.
       seed: of the random boxes.
-      boxes: proposals by the name of the image; None: sliding windows, and the objects' own
-        boxes with randomly moved edges, a function of the seed and of the image alone.
+      boxes: proposals by image name; None takes sliding windows and the objects' boxes with
+        randomly moved edges, a function of the seed and the image alone.
 
     Raises:
-      UserError: the proposals of an image with objects are missing, or nothing overlaps enough.
+      UserError: an image with objects has no proposals, or no proposal overlaps enough.
     """
     windows = []
     for index, group in itertools.groupby(objects, key=lambda window: window.index):
@@ -230,7 +195,7 @@ def propose(
             )
         else:
             candidates = np.array(boxes_of(boxes, found[0].name), int).reshape(-1, 4)
-        overlaps = iou(candidates, truth)
+        overlaps = box_ops.iou(candidates, truth)
         for box, row in zip(candidates, overlaps, strict=True):
             if row.max() >= min_iou:
                 best = found[int(row.argmax())]
@@ -241,7 +206,7 @@ def propose(
 
 
 def _jittered(truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns boxes [N * _NUM_JITTERED, 4], the first of each object's not moved."""
+    """Returns boxes [N * _NUM_JITTERED, 4]; the first box of each object is not moved."""
     sides = np.tile(truth[:, 2:] - truth[:, :2], (1, 2))
     shifts = rng.uniform(-_JITTER, _JITTER, (_NUM_JITTERED, len(truth), 4))
     shifts[0] = 0
@@ -250,9 +215,9 @@ def _jittered(truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def balance(windows: Sequence[Window]) -> list[Window]:
-    """Repeats the windows of rare classes, as often as brings a class up to the median.
+    """Repeats the windows of rare classes until each class has about the median number.
 
-    The authors repeat rare classes too, without saying how often.
+    The authors repeat rare classes too and do not say how often.
     """
     counts = Counter(window.label for window in windows)
     median = np.median(list(counts.values()))
@@ -260,13 +225,13 @@ def balance(windows: Sequence[Window]) -> list[Window]:
 
 
 def read_proposals(path: str | os.PathLike[str]) -> dict[str, list[Box]]:
-    """Reads proposals: JSON ``{"image name": [[x1, y1, x2, y2], ...], ...}``, best boxes first.
+    """Reads proposals: JSON ``{"image name": [[x0, y0, x1, y1], ...], ...}``, best boxes first.
 
-    Names are those of the dataset (of most, the file's name without its ending); numbers are
-    pixels, rounded to whole ones, with x1 < x2 and y1 < y2.
+    Names are those of the dataset (usually the file name without its suffix). Numbers are pixels,
+    rounded to integers, with x0 < x1 and y0 < y1.
 
     Raises:
-      UserError: the file cannot be read, or a box is none.
+      UserError: the file cannot be read, or a box is not valid.
     """
     try:
         entries = json.loads(pathlib.Path(path).read_text())
@@ -275,9 +240,9 @@ def read_proposals(path: str | os.PathLike[str]) -> dict[str, list[Box]]:
             f"{path} cannot be read ({error.strerror}): give --proposals=FILE"
         ) from error
     except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): see dense_jax/data/crops.py") from error
+        raise UserError(f"{path} is not JSON ({error}): see dense_jax/data/crops.py") from error
     if not isinstance(entries, dict):
-        raise UserError(f'{path} holds no object {{"image name": boxes}}: write one')
+        raise UserError(f'{path} has no object {{"image name": boxes}}: write one')
     return {name: _parse(name, boxes, path) for name, boxes in entries.items()}
 
 
@@ -285,7 +250,7 @@ def boxes_of(boxes: Mapping[str, Sequence[Box]], name: str) -> list[Box]:
     """Returns the proposals of an image.
 
     Raises:
-      UserError: there is no list of its name.
+      UserError: there is no list with its name.
     """
     if name not in boxes:
         raise UserError(f"--proposals: no boxes for image {name!r}; add its list to the file")
@@ -299,14 +264,14 @@ def _parse(name: str, boxes: Any, path: str | os.PathLike[str]) -> list[Box]:
             raise ValueError
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: a box of {name!r} is not [x1, y1, x2, y2] with x1 < x2, y1 < y2; correct it"
+            f"{path}: a box of {name!r} is not [x0, y0, x1, y1] with x0 < x1, y0 < y1; correct it"
         ) from error
     return [_box(row) for row in array]
 
 
 def _box(row: np.ndarray) -> Box:
-    x1, y1, x2, y2 = (int(edge) for edge in row)
-    return x1, y1, x2, y2
+    x0, y0, x1, y1 = (int(edge) for edge in row)
+    return x0, y0, x1, y1
 
 
 def training_windows(

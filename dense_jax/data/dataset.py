@@ -1,7 +1,7 @@
-"""A dataset is named splits of examples that can be read in any order, and a class table.
+"""A dataset: named splits of examples that can be read in any order, and a class table.
 
-Each module of `dense_jax.data.datasets` defines one function ``load(data_dir, **options)``;
-its name is the dataset's name. Nothing else has to be edited to add one.
+Each module in `dense_jax.data.datasets` defines ``load(data_dir, **options)``. The name of the
+module is the name of the dataset. A new dataset needs no other edit.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from dense_jax.data.classes import ClassTable
 from dense_jax.errors import UserError
 
 Example = dict[str, Any]
-"""``image`` uint8 [H, W, 3] RGB, ``label`` uint8 [H, W], ``name`` str, and for some datasets
-``instances`` int32 [H, W] (0 = no object). Transforms turn one example into another."""
+"""``image`` uint8 [H, W, 3] RGB, ``label`` uint8 [H, W], ``name`` str, and in some datasets
+``instances`` int32 [H, W] (0 = no object). Transforms map an example to another."""
 
 
 class Source(Protocol):
-    """Examples of one split, readable in any order and from many threads."""
+    """The examples of one split, readable in any order and from many threads."""
 
     def __len__(self) -> int:
         """Returns the number of examples."""
@@ -33,22 +33,22 @@ class Source(Protocol):
         ...
 
     def size(self, index: int) -> tuple[int, int]:
-        """Returns the height and width of an image without decoding it."""
+        """Returns the height and width of an image, without decoding it."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Splits and what their labels mean.
+    """The splits of a dataset and the meaning of their labels.
 
     Attributes:
-      name: as given to `load`.
-      classes: names, colours and void of the labels.
-      splits: "train", "val", ... by name.
-      fingerprint: a hash of everything the examples depend on, for the record of a run.
+      name: the argument of `load`.
+      classes: names and colours of the classes, and void.
+      splits: the examples of "train", "val", ...
+      fingerprint: a hash of everything that the examples depend on, for the record of a run.
       description: one line for reports.
-      warnings: what the label doctor found odd, a line each.
-      absent: of splits that one may ask for but that are not there, by name, why and what to do.
+      warnings: what `dense_jax.data.check` found unusual, one line each.
+      absent: for each missing split that a user may ask for, why it is missing and what to do.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Dataset:
 
 
 def names() -> list[str]:
-    """Returns the names that `load` knows."""
+    """Returns the names of all datasets."""
     return [module.name for module in pkgutil.iter_modules(datasets.__path__)]
 
 
@@ -86,7 +86,7 @@ def module(name: str) -> types.ModuleType:
     """Returns the module of a dataset.
 
     Raises:
-      UserError: unknown name.
+      UserError: the name is unknown.
     """
     if name not in names():
         raise UserError(f"unknown dataset {name!r}; the known ones are {', '.join(names())}")
@@ -94,10 +94,10 @@ def module(name: str) -> types.ModuleType:
 
 
 def folder(data_dir: str | pathlib.Path | None) -> pathlib.Path | None:
-    """Returns the folder that a user named, "~" resolved.
+    """Returns the folder that a user gave, with "~" expanded.
 
     Raises:
-      UserError: there is no such folder.
+      UserError: the folder does not exist.
     """
     if data_dir is None:
         return None
@@ -108,14 +108,14 @@ def folder(data_dir: str | pathlib.Path | None) -> pathlib.Path | None:
 
 
 def load(name: str, data_dir: str | pathlib.Path | None = None, **options: Any) -> Dataset:
-    """Opens a dataset by name; what has to be prepared is prepared once and cached.
+    """Opens a dataset by name; files are prepared once and cached.
 
     Args:
       name: one of `names()`.
-      data_dir: the folder with the files, for datasets that have files.
-      **options: what the dataset's own ``load`` takes, such as ``size`` of "shapes".
+      data_dir: the folder with the files, for datasets of files.
+      **options: arguments of the dataset's own ``load``, such as ``size`` of "shapes".
 
     Raises:
-      UserError: unknown name, missing folder, or files that are wrong.
+      UserError: the name is unknown, the folder is missing, or a file is wrong.
     """
     return module(name).load(folder(data_dir), **options)

@@ -1,8 +1,8 @@
-"""Reads image and label files, and says in one line what is wrong with one.
+"""Reads image and label files; a wrong file gives an error of one line.
 
-A label file holds one number a pixel: a grey or palette PNG (palette indices are the numbers) or
-a MATLAB file of the Semantic Boundaries Dataset. Here the numbers become class ids. An instance
-file holds the number of an object instead, 0 for none, and may need 16 bits.
+A label file has one number for each pixel: a grey or palette PNG (palette indices are the numbers)
+or a MATLAB file of the Semantic Boundaries Dataset. Reading maps the numbers to class ids. An
+instance file has the number of an object for each pixel, 0 for none, and may need 16 bits.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from dense_jax.errors import UserError
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-_MAT_COMPRESSED = 15  # kind of a variable
-_MOST_OBJECTS = 2**16 - 1  # what 16 bits hold
+_MAT_COMPRESSED = 15  # type code of a compressed variable
+_MOST_OBJECTS = 2**16 - 1  # the largest number in 16 bits
 _VAL_SHARE = 0.2
 
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -31,7 +31,7 @@ _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """An image and its label file, either of which may turn out to be missing."""
+    """The paths of an image and its label; either file may be missing."""
 
     split: str
     name: str
@@ -41,13 +41,13 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A pair that was read and found right.
+    """The content of a valid pair.
 
     Attributes:
       image: the bytes of the image file.
       label: class ids, uint8 [H, W].
       digest: a hash of the image's pixels.
-      instances: object numbers in 0..65535, [H, W], 0 = no object; None if there are none.
+      instances: object numbers in 0..65535, [H, W], 0 = no object; None for a dataset without them.
     """
 
     image: bytes
@@ -60,8 +60,8 @@ def read_pair(pair: Pair, classes: ClassTable) -> Sample:
     """Reads and decodes both files in full.
 
     Raises:
-      UserError: a file is missing, empty, truncated, no picture, no label, or has a value that is
-        not in the class table; or the two differ in size.
+      UserError: a file is missing, empty, truncated, not an image or not a label, a value is not in
+        the class table, or the sizes differ.
     """
     image_bytes, pixels = read_image(pair.image)
     label = read_label(pair.label, classes)
@@ -71,12 +71,14 @@ def read_pair(pair: Pair, classes: ClassTable) -> Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """A dataset as it lies on disk: what a dataset module finds in ``data_dir``.
+    """A dataset on disk: what a dataset module finds in ``data_dir``.
 
     Attributes:
-      read: turns a pair into a sample; raises UserError for files that are wrong.
-      has_instances: the samples of ``read`` have instances.
-      options: what, besides files and classes, the samples depend on.
+      name, classes, description: see `dense_jax.data.dataset.Dataset`.
+      pairs: the files of all splits.
+      read: reads a pair; raises UserError for a wrong file.
+      has_instances: whether the samples have instances.
+      options: what the samples depend on besides files and classes.
       absent: see `dense_jax.data.dataset.Dataset`.
     """
 
@@ -96,10 +98,10 @@ class Files:
 
 
 def read_image(path: pathlib.Path) -> tuple[bytes, np.ndarray]:
-    """Returns an image file as it is, and its pixels as of `decode_image`.
+    """Returns the bytes of an image file and its pixels; see `decode_image`.
 
     Raises:
-      UserError: the file is missing, empty, damaged or no image of 8 bits.
+      UserError: the file is missing, empty, damaged or not an 8-bit image.
     """
     data = _read(path)
     return data, decode_image(data, path)
@@ -109,8 +111,8 @@ def read_label(path: pathlib.Path, classes: ClassTable) -> np.ndarray:
     """Returns the class ids of a label file, uint8 [H, W].
 
     Raises:
-      UserError: the file is missing, empty, damaged, no label, or has a value that is not in the
-        class table.
+      UserError: the file is missing, empty, damaged or not a label, or a value is not in the class
+        table.
     """
     return _to_ids(_read_label_values(path), classes, path)
 
@@ -118,10 +120,10 @@ def read_label(path: pathlib.Path, classes: ClassTable) -> np.ndarray:
 def check_size(
     label: np.ndarray, path: pathlib.Path, pixels: np.ndarray, image: pathlib.Path
 ) -> None:
-    """Refuses a label, read from ``path``, that is not as large as its image.
+    """Refuses a label, read from ``path``, whose size is not that of its image.
 
     Raises:
-      UserError: names the file and both sizes.
+      UserError: with the file and both sizes.
     """
     if pixels.shape[:2] != label.shape:
         raise UserError(
@@ -131,21 +133,21 @@ def check_size(
 
 
 def read_instances(path: pathlib.Path) -> np.ndarray:
-    """Reads object numbers from a grey PNG of 8 or 16 bits, 0 = no object.
+    """Reads object numbers from an 8-bit or 16-bit grey PNG, 0 = no object.
 
     Returns:
       uint16 [H, W].
 
     Raises:
-      UserError: the file is missing, empty, damaged, or its values are not object numbers.
+      UserError: the file is missing, empty or damaged, or its values are not object numbers.
     """
     data = _read(path)
     image = _open(data, path)
-    remedy = "save object numbers 1, 2, ... (0 = none) as a grey PNG of 8 or 16 bits"
+    remedy = "save object numbers 1, 2, ... (0 = none) as an 8-bit or 16-bit grey PNG"
     if image.format == "JPEG":
         raise UserError(f"{path}: JPEG changes object numbers; {remedy}")
     if image.mode not in ("L", "P", "I", "I;16"):
-        raise UserError(f"{path}: the file holds {image.mode}, not object numbers; {remedy}")
+        raise UserError(f"{path}: the file has {image.mode} values, not object numbers; {remedy}")
     if image.format == "PNG" and image.mode == "L" and data[24] < 8:  # the depth in its header
         raise UserError(f"{path}: readers stretch the {data[24]}-bit greys to 0..255; {remedy}")
     values = np.asarray(image)
@@ -153,27 +155,27 @@ def read_instances(path: pathlib.Path) -> np.ndarray:
         raise UserError(f"{path}: object number {values.max()} needs more than 16 bits; {remedy}")
     if values.max() in (255, _MOST_OBJECTS) and len(np.unique(values)) <= 2:
         raise UserError(
-            f"{path}: one mask of value {values.max()} for all objects, not a number for each;"
+            f"{path}: one mask of value {values.max()} for all objects, not one number for each;"
             f" {remedy}"
         )
     return values.astype(np.uint16)
 
 
 def read_mask(path: pathlib.Path) -> np.ndarray:
-    """Reads the mask of one object: a picture with 0 and at most one other value.
+    """Reads the mask of one object: an image with 0 and at most one other value.
 
     Returns:
       bool [H, W].
 
     Raises:
-      UserError: the file is missing, empty, damaged, or has more values.
+      UserError: the file is missing, empty or damaged, or has more values.
     """
     image = _open(_read(path), path)
     values = np.asarray(image if image.mode in ("1", "L", "P") else image.convert("L"))
     wrong = np.setdiff1d(values, (0, values.max()))
     if len(wrong):
         raise UserError(
-            f"{path}: a mask has 0 and one other value, this one also {wrong[0]}; save it"
+            f"{path}: a mask has 0 and one other value, but this one also has {wrong[0]}; save it"
             " uncompressed or as PNG, without smoothing"
         )
     return values > 0
@@ -185,19 +187,19 @@ def digest(array: np.ndarray) -> str:
 
 
 def decode_image(data: bytes, path: pathlib.Path | str) -> np.ndarray:
-    """Decodes an image to uint8 [H, W, 3] RGB; ``path`` is for the message.
+    """Decodes an image to uint8 [H, W, 3] RGB; ``path`` is for messages.
 
     Raises:
-      UserError: the bytes are not a whole image of 8 bits a channel.
+      UserError: the bytes are not a complete image with 8 bits per channel.
     """
     image = _open(data, path)
     if image.mode.startswith(("I", "F")):
-        raise UserError(f"{path}: the image has more than 8 bits a channel; convert it to 8 bits")
+        raise UserError(f"{path}: the image has more than 8 bits per channel; convert it to 8 bits")
     return np.asarray(image.convert("RGB"))
 
 
 def decode_label(data: bytes) -> np.ndarray:
-    """Decodes what `encode_label` wrote."""
+    """Decodes the result of `encode_label`."""
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
@@ -209,22 +211,22 @@ def encode_label(label: np.ndarray) -> bytes:
 
 
 def encode_instances(instances: np.ndarray) -> bytes:
-    """Encodes object numbers in 0..65535, [H, W], as a grey PNG of 16 bits."""
+    """Encodes object numbers in 0..65535, [H, W], as a 16-bit grey PNG."""
     buffer = io.BytesIO()
     Image.fromarray(instances.astype(np.uint16)).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def decode_instances(data: bytes) -> np.ndarray:
-    """Decodes what `encode_instances` wrote to int32 [H, W]."""
+    """Decodes the result of `encode_instances` to int32 [H, W]."""
     return np.asarray(Image.open(io.BytesIO(data))).astype(np.int32)
 
 
 def pairs_in(split: str, images: pathlib.Path, labels: pathlib.Path) -> list[Pair]:
-    """Pairs the pictures of two folders by name, in the order of names.
+    """Pairs the images of two folders by name, in the order of names.
 
-    A label without an image, or the other way round, is paired with the path that is missing, so
-    that reading it says so. A folder that is missing gives no pairs.
+    A file without a partner is paired with the missing path, so that reading the pair reports it.
+    A missing folder gives no pairs.
     """
     found = {path.stem: path for path in pictures(labels)}
     pairs = [
@@ -237,7 +239,7 @@ def pairs_in(split: str, images: pathlib.Path, labels: pathlib.Path) -> list[Pai
 
 
 def split_by_hash(pairs: Sequence[Pair]) -> list[Pair]:
-    """Moves every fifth pair, picked by a hash of its name, to val; at least one of two."""
+    """Moves every fifth pair, chosen by a hash of its name, to val; at least one of two."""
     order = sorted(pairs, key=lambda pair: hashlib.blake2b(pair.name.encode()).digest())
     val = {pair.name for pair in order[: max(round(_VAL_SHARE * len(order)), len(order) > 1)]}
     train = [pair for pair in pairs if pair.name not in val]
@@ -245,7 +247,7 @@ def split_by_hash(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def pictures(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the picture files of a folder in the order of names; none if it is missing."""
+    """Returns the image files of a folder in the order of names; none if it is missing."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
@@ -257,10 +259,10 @@ def find_folder(
     dataset: str,
     remedy: str = "give the folder that holds it with --data-dir",
 ) -> pathlib.Path:
-    """Returns the first candidate folder that holds all of the named entries.
+    """Returns the first candidate folder that contains all entries in `holding`.
 
     Raises:
-      UserError: none does; the message names what was looked for.
+      UserError: no folder does; the message lists the entries.
     """
     for folder in candidates:
         if all((folder / entry).exists() for entry in holding):
@@ -276,7 +278,7 @@ def _read(path: pathlib.Path) -> bytes:
     except FileNotFoundError:
         raise UserError(f"{path}: the file is missing; add it or remove its partner") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from None
     if not data:
         raise UserError(f"{path}: the file is empty (0 bytes); restore or remove it")
     return data
@@ -293,7 +295,7 @@ def _open(data: bytes, path: pathlib.Path | str) -> Image.Image:
 
 
 def _read_label_values(path: pathlib.Path) -> np.ndarray:
-    """Returns the numbers in a label file, [H, W]."""
+    """Returns the values of a label file, [H, W]."""
     if path.suffix == ".mat":
         return _read_sbd(path)
     data = _read(path)
@@ -304,11 +306,11 @@ def _read_label_values(path: pathlib.Path) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         low, high = image.getextrema()
         raise UserError(
-            f"{path}: a label of 16 bits or more (values {low} to {high}), which usually holds"
+            f"{path}: a label with 16 bits or more (values {low} to {high}), which usually has"
             f" object numbers and not classes; {remedy}"
         )
     if image.mode not in ("1", "L", "P"):
-        raise UserError(f"{path}: the label holds colours ({image.mode}), not class ids; {remedy}")
+        raise UserError(f"{path}: the label has colours ({image.mode}), not class ids; {remedy}")
     if image.format == "PNG" and image.mode == "L" and data[24] < 8:  # the depth in its header
         raise UserError(f"{path}: readers stretch the {data[24]}-bit greys to 0..255; {remedy}")
     return np.asarray(image, np.uint8)
@@ -320,7 +322,7 @@ def _read_sbd(path: pathlib.Path) -> np.ndarray:
     try:
         _check_mat(data)
         values = np.asarray(scipy.io.loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0])
-    except Exception:  # SciPy parses damaged bytes until anything at all goes wrong
+    except Exception:  # SciPy parses damaged bytes until it fails in any way
         raise wrong from None
     if values.ndim != 2 or not values.size or values.dtype != np.uint8:
         raise wrong
@@ -328,9 +330,9 @@ def _read_sbd(path: pathlib.Path) -> np.ndarray:
 
 
 def _check_mat(data: bytes) -> None:
-    """Raises some exception if a variable of a MATLAB file (version 5) is cut or damaged.
+    """Raises some exception if a variable of a MATLAB file (version 5) is truncated or damaged.
 
-    SciPy does not look at the checksums, and may end the process by a segmentation fault.
+    SciPy does not check the checksums and may end the process by a segmentation fault.
     """
     order = ">" if data[126:128] == b"MI" else "<"
     start = 128
@@ -353,13 +355,13 @@ def _to_ids(values: np.ndarray, classes: ClassTable, path: pathlib.Path) -> np.n
         raise UserError(
             f"{path}: label value {shown} ({share:.2%} of the pixels) is neither a class"
             f" ({_ranges(classes.values)}) nor void ({_ranges(classes.void_values) or 'none'});"
-            " mend the label or the class table"
+            " correct the label or the class table"
         )
     return lookup[values].astype(np.uint8)
 
 
 def _ranges(values: Sequence[int]) -> str:
-    """Returns "0..10" for numbers in a row, else the numbers."""
+    """Returns "0..10" for consecutive numbers, else the numbers."""
     values = sorted(values)
     if len(values) > 2 and values[-1] - values[0] == len(values) - 1:
         return f"{values[0]}..{values[-1]}"

@@ -1,20 +1,17 @@
 """Batches for training (endless, seeded, resumable) and for evaluation (each image once).
 
 A batch is a dict of NumPy arrays: ``images`` float32 [B, H, W, C], ``labels`` int32 [B, H, W],
-``valid`` bool [B] (False for padding), ``index`` int32 [B], the position in the split, -1 for
-padding. Examples that carry ``weights`` add float32 [B, H, W], those with boxes what
-`dense_jax.data.boxes.SampleBoxes` puts into them. Evaluation adds ``size`` int32
-[B, 2], the height and width before padding. Images are larger than their labels where a transform
-gave them context on all sides.
+``valid`` bool [B] (False for padding) and ``index`` int32 [B] (the index in the split, -1 for
+padding). Examples with ``weights`` add float32 [B, H, W]; those with boxes add what
+`dense_jax.data.box_masks.SampleBoxes` gives them. Evaluation adds ``size`` int32 [B, 2], the height
+and width before padding. Images are larger than their labels if a transform adds context on all
+sides.
 """
 
 import contextlib
 import dataclasses
 import functools
-import itertools
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
 import jax
@@ -23,13 +20,14 @@ from absl import flags
 
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example, Source
-from dense_jax.data.transforms import Normalise, Resize, Transform, num_channels, window
+from dense_jax.data.normalise import Normalise, num_channels
+from dense_jax.data.padded import MAX_SHAPES, SIZE_MULTIPLE, Size, pad, padded_shapes
+from dense_jax.data.transforms import Resize, Transform
 from dense_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-Size = tuple[int, int]
 
-_ENDLESS = 2**32  # Epochs; Grain's own endlessness overflows in batches of one.
+_ENDLESS = 2**32  # Epochs; Grain's own endless repetition overflows with batches of one.
 
 _EXTRA = ("weights", "boxes", "categories", "targets", "box_weights", "box_valid")
 
@@ -37,9 +35,8 @@ _EXTRA = ("weights", "boxes", "categories", "targets", "box_weights", "box_valid
 class TrainBatches(Iterator[Batch]):
     """An endless iterator of training batches; made by `train_batches`.
 
-    Its state is the number of the next batch and nothing else: what a batch holds is a function
-    of (seed, number), so a run goes on with the very next batch whatever the number of threads
-    or worker processes was before and is now.
+    Its whole state is the number of the next batch: a batch is a function of (seed, number). So a
+    run continues with the very next batch, even with another number of threads or worker processes.
     """
 
     def __init__(
@@ -61,26 +58,26 @@ class TrainBatches(Iterator[Batch]):
 
     @functools.cached_property
     def example(self) -> Batch:
-        """The very first batch, whatever the position: for shapes and initialisation."""
+        """The very first batch, at any position: for shapes and initialisation."""
         batch = self._batches[0]
-        assert batch is not None  # Grain's type allows for filters; there is none
+        assert batch is not None  # Grain's type allows for filters; there are none
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """Returns the position, to be saved with the model; it is JSON."""
+        """Returns the position as JSON values, to be saved with the model."""
         return {"next_batch": self._next}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes to a position; the next batch is the one that followed `get_state`."""
+        """Sets the position; the next batch is the one that followed `get_state`."""
         self.close()
         self._next = state["next_batch"]
 
     def names(self, index: np.ndarray) -> list[str]:
-        """Returns the names of a batch's images, for messages; reads them again."""
+        """Returns the names of a batch's images, for messages; reads the images again."""
         return [self._source[int(i)]["name"] for i in index]
 
     def close(self) -> None:
-        """Stops threads and worker processes; the next batch would start them again."""
+        """Stops threads and worker processes; the next batch starts them again."""
         if self._iterator is not None:
             self._iterator.close()
         self._iterator = None
@@ -88,7 +85,7 @@ class TrainBatches(Iterator[Batch]):
     def _start(self) -> grain.DatasetIterator:
         dataset = self._batches[self._next :].to_iter_dataset(_read_options(self._num_threads))
         if self._num_workers:
-            # Grain's worker processes read absl flags, which a script without absl never parses.
+            # Grain's worker processes read absl flags; a script without absl does not parse them.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._num_workers))
@@ -106,25 +103,25 @@ def train_batches(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> TrainBatches:
-    """Returns endless shuffled batches, each epoch in another order.
+    """Returns endless shuffled batches; each epoch has another order.
 
     The example at a position of the training order, random transforms included, is a function of
     (seed, position) alone. Several JAX processes take neighbouring blocks of one common order.
 
     Args:
       source: the split.
-      transforms: applied in turn to each example; must end in float32 images of one size.
-      batch_size: examples a batch on this process.
+      transforms: applied in turn to each example; the results are float32 images of one size.
+      batch_size: number of examples in a batch of this process.
       seed: of the order and of the transforms.
-      num_threads: threads that read and transform.
-      num_workers: worker processes, each with that many threads; 0 works in this process. Scripts
-        that use them need the usual ``if __name__ == "__main__"``.
-      process_index: which share of the order is ours; by default that of `jax.process_index`.
-      process_count: into how many shares it is split.
+      num_threads: number of threads that read and transform.
+      num_workers: number of worker processes, each with `num_threads` threads; 0 works in this
+        process. Scripts that use workers need the usual ``if __name__ == "__main__"``.
+      process_index: the share of the order that this process takes; default: `jax.process_index`.
+      process_count: number of shares; default: `jax.process_count`.
 
     Raises:
-      UserError: in a batch: images are not of one size.
-      ValueError: in the first batch: images are not normalised.
+      UserError: when a batch is read: its images differ in size.
+      ValueError: when the first batch is read: images are not normalised.
     """
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
@@ -144,27 +141,27 @@ def eval_batches(
     transforms: Sequence[Transform],
     batch_size: int,
     *,
-    size_multiple: int = 32,
-    max_shapes: int = 4,
+    size_multiple: int = SIZE_MULTIPLE,
+    max_shapes: int = MAX_SHAPES,
     num_threads: int = 2,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> "EvalBatches":
-    """Returns batches that hold every image once, in few shapes, never resized.
+    """Returns batches with every image once, in a few shapes, never resized.
 
-    Images are padded below and on the right with zeros, their labels with ignore; the last batch
-    of each shape is filled up with ``valid=False``. All JAX processes see the same number of
-    batches of the same shapes. Each iteration starts anew.
+    Images are padded at the bottom and on the right with zeros, labels with ignored pixels. The
+    last batch of each shape is filled with rows of ``valid=False``. All JAX processes get the same
+    number of batches of the same shapes. Each iteration starts again.
 
     Args:
       source: the split.
-      transforms: deterministic ones; usually only `Normalise`.
-      batch_size: examples a batch on this process.
+      transforms: deterministic transforms; usually only `Normalise`.
+      batch_size: number of examples in a batch of this process.
       size_multiple: heights and widths are rounded up to a multiple of this, in pixels.
-      max_shapes: no more shapes than this; similar ones are joined where it wastes least.
-      num_threads: threads that read.
-      process_index: which share of each batch is ours; by default that of `jax.process_index`.
-      process_count: into how many shares it is split.
+      max_shapes: the largest number of shapes; see `padded_shapes`.
+      num_threads: number of threads that read.
+      process_index: the share of each batch that this process takes; default: `jax.process_index`.
+      process_count: number of shares; default: `jax.process_count`.
     """
     process = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
@@ -185,7 +182,7 @@ def eval_batches(
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatches:
-    """What `eval_batches` returns: a sized iterable that starts anew each time."""
+    """The result of `eval_batches`: a sized iterable; each iteration starts again."""
 
     batches: grain.MapDataset
     num_threads: int
@@ -199,41 +196,16 @@ class EvalBatches:
             yield from iterator
 
 
-def padded_shapes(sizes: Iterable[Size], multiple: int, max_shapes: int) -> dict[Size, Size]:
-    """Returns the padded shape of each size: rounded up, then joined until few are left.
-
-    Of all pairs of shapes, the two whose union adds the fewest pixels over all images are joined.
-    """
-    counts = Counter(sizes)
-    shape_of = {
-        (h, w): (-(-h // multiple) * multiple, -(-w // multiple) * multiple) for h, w in counts
-    }
-    while len(shapes := sorted(set(shape_of.values()))) > max_shapes:
-        num = {s: sum(counts[k] for k, v in shape_of.items() if v == s) for s in shapes}
-
-        def added(pair: tuple[Size, Size], num: dict[Size, int] = num) -> int:
-            area = math.prod(_union(*pair))
-            return sum(num[shape] * (area - math.prod(shape)) for shape in pair)
-
-        pair = min(itertools.combinations(shapes, 2), key=added)
-        shape_of = {k: _union(*pair) if v in pair else v for k, v in shape_of.items()}
-    return shape_of
-
-
-def _union(a: Size, b: Size) -> Size:
-    return max(a[0], b[0]), max(a[1], b[1])
-
-
 def _read_options(num_threads: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2, num_threads))
 
 
-# The parts below are small classes and not closures because worker processes pickle them.
+# The parts below are small classes and not closures, because worker processes pickle them.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Indexed:
-    """A source whose examples know their index."""
+    """A source whose examples carry their index."""
 
     source: Source
 
@@ -246,7 +218,7 @@ class _Indexed:
 
 @dataclasses.dataclass(frozen=True)
 class _Chain:
-    """All transforms as one, with one random generator for each position of the order."""
+    """All transforms as one, called with the random generator of a position of the order."""
 
     transforms: tuple[Transform, ...]
 
@@ -277,7 +249,7 @@ class _LoadPadded:
         for row, index in enumerate(indices):
             example = self.chain(self.source[index], np.random.default_rng(index))
             sizes[row] = example["label"].shape
-            rows.append(window(example, 0, 0, shape))
+            rows.append(pad(example, shape))
         return {**_collect(rows + [blank] * (self.batch_size - len(rows))), "size": sizes}
 
 

@@ -1,9 +1,9 @@
 """Image and label files, checked once and packed into array records by TFDS.
 
-TFDS runs without TensorFlow here: images stay encoded as they came, Pillow decodes them, and
-`as_data_source` reads any record directly. The cache is keyed by the names, sizes and times of
-the files and by the class table, so changed files are prepared, and checked, again. Labels and
-instances are kept as PNG of 8 and 16 bits, which changes no value.
+TFDS runs without TensorFlow here: images keep their encoding, Pillow decodes them, and
+`as_data_source` reads any record directly. The key of the cache is the class table and the names,
+sizes and times of the files, so changed files are checked and prepared again. Labels and instances
+are stored as 8-bit and 16-bit PNG, which is lossless.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from dense_jax.data.files import (
 )
 from dense_jax.errors import UserError
 
-_VERSION = "1.0.0"  # of what a record holds
+_VERSION = "1.0.0"  # of the content of a record
 _ENCODED = ("image", "label", "instances")
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder):
-    """Packs `Files`; every file is read in full and checked on the way."""
+    """Packs `Files`; reads and checks every file completely."""
 
     VERSION = tfds.core.Version(_VERSION)
 
@@ -61,7 +61,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        del dl_manager  # the files are here already
+        del dl_manager  # nothing to download
         return {split: self._generate_examples(split) for split in self._files.splits}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, Example]]:
@@ -86,7 +86,7 @@ class Records:
         return len(self.sizes)
 
     def size(self, index: int) -> tuple[int, int]:
-        """Returns height and width, known since the preparation."""
+        """Returns the height and width, stored by the preparation."""
         height, width = self.sizes[index]
         return height, width
 
@@ -104,13 +104,13 @@ class Records:
 
 
 def cache_dir() -> pathlib.Path:
-    """Returns where prepared datasets are kept: under DENSE_JAX_CACHE or ~/.cache/dense_jax."""
+    """Returns the folder of prepared datasets, under DENSE_JAX_CACHE or ~/.cache/dense_jax."""
     root = os.environ.get("DENSE_JAX_CACHE") or "~/.cache/dense_jax"
     return pathlib.Path(root).expanduser() / "datasets"
 
 
 def open_files(files: Files) -> Dataset:
-    """Opens a dataset of files; at the first time, checks every file and packs them.
+    """Opens a dataset of files; the first time, checks all files and packs them.
 
     Raises:
       UserError: a file is wrong (see `dense_jax.data.files`), or the cache cannot be written.
@@ -119,7 +119,7 @@ def open_files(files: Files) -> Dataset:
     records = folder / files.name / _VERSION
     if not records.exists():
         _prepare(files, folder, records)
-    # Unlike our builder, this one can be pickled for worker processes.
+    # Unlike `_Builder`, this one can be pickled for worker processes.
     reader: Any = tfds.builder_from_directory(records)
     report = Report.from_json(reader.info.metadata)
     raw = {key: tfds.decode.SkipDecoding() for key in _ENCODED if key in reader.info.features}
@@ -139,17 +139,17 @@ def open_files(files: Files) -> Dataset:
 
 
 def _prepare(files: Files, folder: pathlib.Path, records: pathlib.Path) -> None:
-    """Fills ``folder``; TFDS moves the finished ``records`` to their place at the very end."""
+    """Fills ``folder``; at the very end, TFDS moves the finished files to ``records``."""
     tfds.disable_progress_bar()  # `scan` has its own
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
             _Builder(files, folder).download_and_prepare()
-    except (OSError, RuntimeError) as error:  # the record writer raises the latter
+    except (OSError, RuntimeError) as error:  # RuntimeError: of the record writer
         if records.exists():  # another process was faster
             return
         raise UserError(
-            f"{folder}: cannot keep the prepared dataset here ({_reason(error)});"
-            " set DENSE_JAX_CACHE to a folder with space that you may write"
+            f"{folder}: cannot write the prepared dataset ({_reason(error)});"
+            " set DENSE_JAX_CACHE to a writable folder with enough space"
         ) from error
 
 
@@ -159,7 +159,7 @@ def _reason(error: Exception) -> str:
 
 
 def _key(files: Files) -> str:
-    """Hashes what tells that the files are still the same, without reading them."""
+    """Returns a hash that changes when the files change, without reading them."""
     kept = [field.name for field in dataclasses.fields(SplitReport)]
     variant = (_VERSION, kept, files.classes, files.options)
     state = hashlib.blake2b(repr(variant).encode(), digest_size=8)

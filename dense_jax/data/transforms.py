@@ -1,10 +1,10 @@
 """Paired transforms: image, labels and object masks move together.
 
-A transform is called with an example and a NumPy random generator and returns a new example; the
+A transform is called with an example and a NumPy random generator and returns a new example. The
 generator belongs to one position of the training order, so (seed, position) fixes the result. A
-pipeline is a Python list, in this order: scale and colour (on uint8), `Normalise`, deformation,
-crop, flip and rotation. Geometry comes after `Normalise` where it pads, because zero is then the
-mean colour. Labels and object masks are only ever resampled by the nearest neighbour.
+pipeline is a Python list in this order: scale and colour (on uint8), `Normalise`, deformation,
+crop, flip and rotation. Transforms that pad come after `Normalise`, because zero is then the mean
+colour. Labels and object masks are only resampled by nearest neighbour.
 """
 
 import dataclasses
@@ -17,86 +17,23 @@ from PIL import Image
 
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example
+from dense_jax.data.normalise import Normalise, luma
 
 Transform = Callable[[Example, np.random.Generator], Example]
 
 Mirror = Literal["reflect", "symmetric"]
 
 _FILL = {"image": 0.0, "label": IGNORE_LABEL, "instances": 0, "weights": 0.0}
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-
-NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    # name: (mean, standard deviation) of R, G, B, or of the one grey channel, on the scale 0..255.
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # SegNet subtracts nothing
-    "torchvision": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
-    "torchvision_vgg16_features": ((123.0, 117.0, 104.0), (1.0, 1.0, 1.0)),
-    "caffe": ((122.679, 116.669, 104.007), (1.0, 1.0, 1.0)),  # FCN, DeconvNet, DeepLab
-    "dilation_voc": ((116.52, 111.36, 102.93), (1.0, 1.0, 1.0)),  # fyu/dilation's four models
-    "dilation_camvid": ((105.412, 108.778, 110.703), (1.0, 1.0, 1.0)),
-    "dilation_kitti": ((91.347, 95.551, 96.194), (1.0, 1.0, 1.0)),
-    "dilation_cityscapes": ((73.16, 82.91, 72.39), (1.0, 1.0, 1.0)),
-    "fast_rcnn": ((122.7717, 115.946, 102.9801), (1.0, 1.0, 1.0)),
-    "grey": ((127.5,), (64.0,)),  # about unit deviation for pictures of middling contrast
-    "grey_image": ((127.5,), (64.0,)),  # only for pictures: each image has its own mean and scale
-}
-"""Mean and scale by convention. Images stay RGB here: weights trained on BGR are permuted once
-when they are imported, which leaves the outputs as they were. The two grey conventions take the
-luma of a picture as its only channel; "grey_image" brings every single image to mean 0 and
-deviation 1, for microscopes whose brightness says nothing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Normalise:
-    """Turns the uint8 image into float32 (image - mean) / std by a name of `NORMALISATIONS`.
-
-    The result is [H, W, `num_channels` (name)].
-    """
-
-    name: str = "torchvision"
-
-    def __post_init__(self):
-        _convention(self.name)
-
-    def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
-        """Returns the example with a float32 image."""
-        image, (mean, std) = example["image"], _convention(self.name)
-        if len(mean) == 1:
-            image = (image @ _LUMA)[..., None]
-        if self.name == "grey_image":
-            mean, std = image.mean(), max(image.std(), np.float32(1))  # plain grey has no scale
-        return {**example, "image": (image - mean) / std}
-
-
-def num_channels(name: str) -> int:
-    """Returns the number of channels of images normalised by a name of `NORMALISATIONS`."""
-    return len(_convention(name)[0])
-
-
-def to_uint8(images: np.ndarray, name: str) -> np.ndarray:
-    """Inverts `Normalise`: float [..., C] to uint8 [..., 3], for pictures.
-
-    What "grey_image" had for mean and scale is lost; such pictures come out in middling contrast.
-    """
-    mean, std = _convention(name)
-    images = np.clip(np.asarray(images, np.float32) * std + mean + 0.5, 0, 255).astype(np.uint8)
-    return np.broadcast_to(images, (*images.shape[:-1], 3)) if len(mean) == 1 else images
-
-
-def _convention(name: str) -> tuple[np.ndarray, np.ndarray]:
-    if name not in NORMALISATIONS:
-        raise ValueError(f"unknown normalisation {name!r}; known: {', '.join(NORMALISATIONS)}")
-    mean, std = NORMALISATIONS[name]
-    return np.array(mean, np.float32), np.array(std, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomFlip:
-    """Mirrors left and right with the given probability."""
+    """Flips left and right with the given probability."""
 
     probability: float = 0.5
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the example, mirrored or as it was."""
+        """Returns the example, flipped or unchanged."""
         if rng.random() >= self.probability:
             return example
         return {**example, **{key: example[key][:, ::-1] for key in _maps(example)}}
@@ -104,10 +41,10 @@ class RandomFlip:
 
 @dataclasses.dataclass(frozen=True)
 class RandomRotate90:
-    """Turns by 0, 90, 180 or 270 degrees; what is not square only by 0 or 180."""
+    """Rotates by 0, 90, 180 or 270 degrees; an example that is not square by 0 or 180 only."""
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the turned example."""
+        """Returns the rotated example."""
         height, width = example["label"].shape
         turns = int(rng.integers(4)) if height == width else 2 * int(rng.integers(2))
         return {**example, **{key: np.rot90(example[key], turns) for key in _maps(example)}}
@@ -115,9 +52,9 @@ class RandomRotate90:
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
-    """Resizes to (height, width): antialiased bilinear for the uint8 image, nearest for the rest.
+    """Resizes to (height, width): antialiased bilinear for the uint8 image, else nearest.
 
-    For training at another resolution. Scores are taken against labels of the native size.
+    For training at another resolution. Evaluation uses the labels at their native size.
     """
 
     size: tuple[int, int]
@@ -143,17 +80,17 @@ class RandomScale:
 
 @dataclasses.dataclass(frozen=True)
 class RandomCrop:
-    """Cuts a window (height, width) at random; where the image is smaller, it lies inside.
+    """Crops a random window (height, width); a smaller image is placed at random inside it.
 
     Needs a normalised image: padding is zero, the mean colour, and padded labels are ignored. With
-    ``context`` the image, not the label, keeps that many more pixels on each side, mirrored where
-    there are none: what a network without padding eats up (U-Net, Ronneberger et al., MICCAI 2015,
-    arXiv:1505.04597, Figure 2).
+    ``context`` the image, not the label, has that many more pixels on each side, reflected at the
+    edges of the image. A network without padding consumes them (U-Net, Ronneberger et al., MICCAI
+    2015, arXiv:1505.04597, Figure 2).
 
     Attributes:
-      size: height and width of the labels; one number for squares.
+      size: height and width of the label; one number for a square.
       context: extra pixels of the image on each side.
-      mirror: "reflect" does not repeat the pixel at the edge, "symmetric" does.
+      mirror: "reflect" does not repeat the edge pixel, "symmetric" does.
     """
 
     size: int | tuple[int, int]
@@ -161,7 +98,7 @@ class RandomCrop:
     mirror: Mirror = "reflect"
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the window, of float32 image and labels."""
+        """Returns the cropped example."""
         size = (self.size, self.size) if isinstance(self.size, int) else self.size
         spare = [have - want for have, want in zip(example["label"].shape, size, strict=True)]
         top, left = (int(rng.integers(min(0, s), max(0, s) + 1)) for s in spare)
@@ -183,7 +120,7 @@ def crop_with_context(size: tuple[int, int], context: int) -> RandomCrop:
 
 
 def mirrored(index: np.ndarray, size: int, mirror: Mirror) -> np.ndarray:
-    """Returns the pixel in [0, size) that a mirror at both ends shows at each integer index."""
+    """Returns the index in [0, size) of each integer index, reflected at both ends."""
     if mirror == "symmetric":
         index = index % (2 * size)
         return np.minimum(index, 2 * size - 1 - index)
@@ -194,10 +131,10 @@ def mirrored(index: np.ndarray, size: int, mirror: Mirror) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class RandomTranslate:
-    """Shifts by up to ``pixels`` each way and keeps the size; needs a normalised image.
+    """Shifts by up to ``pixels`` in each direction and keeps the size; needs a normalised image.
 
-    With `RandomFlip`, the augmentation that Long, Shelhamer and Darrell (CVPR 2015, section 4.3)
-    tried with 32 pixels.
+    Long, Shelhamer and Darrell (CVPR 2015, section 4.3) tried 32 pixels, together with
+    `RandomFlip`.
     """
 
     pixels: int = 32
@@ -210,18 +147,18 @@ class RandomTranslate:
 
 @dataclasses.dataclass(frozen=True)
 class ColourJitter:
-    """Changes brightness, contrast and saturation of the uint8 image by factors 1 +- value."""
+    """Multiplies brightness, contrast and saturation of the uint8 image by 1 +- up to the value."""
 
     brightness: float = 0.2
     contrast: float = 0.2
     saturation: float = 0.2
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the example with other colours."""
+        """Returns the example with changed colours."""
         spread = np.array([self.brightness, self.contrast, self.saturation], np.float32)
         brightness, contrast, saturation = 1 + spread * rng.uniform(-1, 1, 3).astype(np.float32)
         image = example["image"] * brightness
-        grey = image @ _LUMA
+        grey = luma(image)
         image = grey[..., None] + saturation * (image - grey[..., None])
         mean = grey.mean()
         image = mean + contrast * (image - mean)
@@ -230,20 +167,20 @@ class ColourJitter:
 
 @dataclasses.dataclass(frozen=True)
 class GreyJitter:
-    """Changes the contrast and brightness of a normalised image, in its standard deviations.
+    """Changes the contrast and brightness of a normalised image.
 
-    After `Normalise`, because "grey_image" would undo what came before it.
+    Comes after `Normalise`, because "grey_image" would undo an earlier change.
 
     Attributes:
-      contrast: values are multiplied by a factor from 1 +- contrast.
-      brightness: and shifted by a number from +- brightness.
+      contrast: values are multiplied by 1 +- up to this.
+      brightness: +- up to this is added, in standard deviations of the normalisation.
     """
 
     contrast: float = 0.25
     brightness: float = 0.25
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the example with other grey values."""
+        """Returns the example with changed grey values."""
         factor, shift = rng.uniform(-1, 1, 2).astype(np.float32)
         scale, offset = np.float32(self.contrast), np.float32(self.brightness)
         return {**example, "image": example["image"] * (1 + scale * factor) + offset * shift}
@@ -251,17 +188,17 @@ class GreyJitter:
 
 @dataclasses.dataclass(frozen=True)
 class ElasticDeformation:
-    """Bends the picture by a smooth random field; needs a normalised image.
+    """Deforms the image by a smooth random field; needs a normalised image.
 
-    Displacements are drawn on a coarse grid, whose outer nodes lie on the corners of the picture,
-    and interpolated bicubically to every pixel (Ronneberger et al., MICCAI 2015,
-    arXiv:1505.04597, Section 3.1). Beyond its edges the picture is mirrored.
+    Displacements are drawn on a coarse grid whose outer nodes lie on the corners of the image.
+    Bicubic interpolation gives the displacement of each pixel (Ronneberger et al., MICCAI 2015,
+    arXiv:1505.04597, Section 3.1). The image is reflected at its edges.
 
     Attributes:
       grid: nodes along each side.
-      std: standard deviation of each displacement's two components, in pixels.
-      order: the image is sampled linearly (1) or by cubic splines (3), labels and object masks by
-        the nearest pixel, weights linearly.
+      std: standard deviation of both components of a displacement, in pixels.
+      order: 1 samples the image linearly, 3 by cubic splines. Labels and object masks take the
+        nearest pixel; weights are sampled linearly.
     """
 
     grid: int = 3
@@ -269,10 +206,10 @@ class ElasticDeformation:
     order: Literal[1, 3] = 1
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the bent example, of the same size.
+        """Returns the deformed example, of the same size.
 
         Raises:
-          ValueError: the image is not normalised, or larger than its label: bend before cropping.
+          ValueError: the image is not normalised or larger than its label: deform before cropping.
         """
         height, width = example["label"].shape
         image = example["image"]
@@ -297,11 +234,11 @@ def displacement_field(nodes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Interpolates displacements bicubically from a grid to each pixel.
 
     Args:
-      nodes: [2, n, m] displacements of rows and columns; the grid spans the picture.
+      nodes: [2, n, m] displacements of rows and columns; the grid spans the image.
       size: height and width.
 
     Returns:
-      [2, *size]. Beyond the grid its outermost nodes are repeated.
+      [2, *size]. Beyond the grid, its outermost nodes are repeated.
 
     Reference: Keys, "Cubic convolution interpolation for digital image processing", IEEE ASSP
     1981, with a = -1/2.
@@ -311,7 +248,7 @@ def displacement_field(nodes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _cubic_weights(nodes: int, size: int) -> np.ndarray:
-    """Returns [size, nodes]: how much of each node reaches each pixel."""
+    """Returns the weight of each node at each pixel, [size, nodes]."""
     at = np.linspace(0, nodes - 1, size)
     first = np.floor(at).astype(np.int64)
     weights = np.zeros((size, nodes))
@@ -324,13 +261,13 @@ def _cubic_weights(nodes: int, size: int) -> np.ndarray:
 
 
 def _sample(values: np.ndarray, places: np.ndarray, order: int) -> np.ndarray:
-    """Samples [H, W] at real places [2, H, W]."""
+    """Samples [H, W] at real coordinates [2, H, W]."""
     return scipy.ndimage.map_coordinates(values, places, order=order, mode="mirror")
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomPixelKeep:
-    """Ignores each pixel with probability 1 - keep, which samples the loss.
+    """Ignores each pixel with probability 1 - keep, so that the loss is taken on a sample.
 
     Long, Shelhamer and Darrell (CVPR 2015, section 4.3, Figure 5) found no gain per image.
     """
@@ -338,7 +275,7 @@ class RandomPixelKeep:
     keep: float
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Returns the example with labels thinned out."""
+        """Returns the example with fewer labelled pixels."""
         kept = rng.random(example["label"].shape, np.float32) < self.keep
         return {**example, "label": np.where(kept, example["label"], np.uint8(IGNORE_LABEL))}
 
@@ -350,14 +287,14 @@ def whole_images(
     crop: int | tuple[int, int] | None,
     zoom: tuple[float, float] = (0.75, 1.5),
 ) -> list[Transform]:
-    """Returns the usual transforms of training on whole images or crops of them.
+    """Returns the usual training transforms for whole images or for crops.
 
     Args:
-      normalisation: a name of `NORMALISATIONS`.
-      scale: images are resized by this.
-      augment: "none"; anything else flips left and right, and "mirror_scale" also resizes.
+      normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
+      scale: factor by which images are resized.
+      augment: "none", or any other value to flip left and right; "mirror_scale" also resizes.
       crop: height and width; None takes whole images.
-      zoom: least and greatest factor of that.
+      zoom: smallest and largest factor of this.
     """
     low, high = zoom if augment == "mirror_scale" else (1.0, 1.0)
     transforms: list[Transform] = []
@@ -372,10 +309,10 @@ def whole_images(
 
 
 def window(example: Example, top: int, left: int, size: tuple[int, int]) -> Example:
-    """Returns the window of ``size`` whose corner is at (top, left), which may lie outside.
+    """Returns the window of ``size`` with its corner at (top, left); it may leave the image.
 
     Raises:
-      ValueError: the image is not normalised yet, so that zero is black and not the mean colour.
+      ValueError: the image is not normalised, so zero would be black and not the mean colour.
     """
     if example["image"].dtype == np.uint8:
         raise ValueError("crops and shifts pad with zero, the mean colour: put Normalise first")
@@ -397,17 +334,28 @@ def _cut(array: np.ndarray, top: int, left: int, size: tuple[int, int], fill: fl
 
 
 def _maps(example: Example) -> list[str]:
-    """The keys that hold one value or one colour for each pixel."""
+    """Returns the keys with one value or one colour for each pixel."""
     return [key for key in _FILL if key in example]
 
 
-def _resize(example: Example, size: tuple[int, int]) -> Example:
-    if example["image"].dtype != np.uint8:
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes a uint8 image [H, W, 3] to `size` (height, width): bilinear, antialiased.
+
+    Raises:
+      ValueError: the image is normalised already.
+    """
+    if image.dtype != np.uint8:
         raise ValueError("images are resized as uint8: put Normalise after Resize or RandomScale")
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def _resize(example: Example, size: tuple[int, int]) -> Example:
+    resized = {"image": resize_image(example["image"], size)}
     if example["label"].shape == size:
         return example
-    resized = {}
-    for key in _maps(example):
-        method = Image.Resampling.BILINEAR if key == "image" else Image.Resampling.NEAREST
-        resized[key] = np.asarray(Image.fromarray(example[key]).resize(size[::-1], method))
+    for key in set(_maps(example)) - {"image"}:
+        nearest = Image.fromarray(example[key]).resize(size[::-1], Image.Resampling.NEAREST)
+        resized[key] = np.asarray(nearest)
     return {**example, **resized}

@@ -8,7 +8,7 @@ import numpy as np
 
 from dense_jax.data import pipeline
 from dense_jax.data.dataset import Source
-from dense_jax.data.transforms import Normalise
+from dense_jax.data.normalise import Normalise
 from dense_jax.train.config import RunConfig
 from dense_jax.train.step import Batch, eval_step, replicate, shard
 

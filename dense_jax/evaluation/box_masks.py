@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dense_jax.data import boxes as box_data
-from dense_jax.data import pipeline
+from dense_jax.data import box_masks as box_data
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Dataset, Example
+from dense_jax.data.objects import Objects
+from dense_jax.data.padded import padded_shapes, prepare
 from dense_jax.errors import UserError
 from dense_jax.evaluation import labels
 from dense_jax.evaluation.record import Findings, Record, Score
-from dense_jax.infer.predictor import SIZE_MULTIPLE, pad
 
-_MAX_SHAPES = 4
 _FEW = 8  # The number of boxes is rounded up to a multiple of this: few shapes to compile.
 
 # (variables, images [1, H, W, C], boxes [1, N, 4], classes [1, N]) -> heat maps [1, N, S, S]
@@ -36,7 +35,7 @@ class Predicted:
       heatmaps: float32 [N, S, S] probabilities, over the boxes.
     """
 
-    objects: box_data.Objects
+    objects: Objects
     boxes: np.ndarray
     heatmaps: np.ndarray
 
@@ -84,7 +83,7 @@ def score_image(predicted: Predicted, label: np.ndarray, threshold: float) -> Im
         num_pixels += right.size
     labels = np.zeros(label.shape, np.uint8)
     for i in sorted(range(len(pasted)), key=lambda i: pasted[i][0]):
-        labels[pasted[i][1]] = objects.categories[i] + 1
+        labels[pasted[i][1]] = objects.classes[i]
     return ImageScore(np.array(ious), np.array(box_ious), log_loss, num_pixels, labels)
 
 
@@ -143,9 +142,9 @@ class MaskEvaluator:
         self._source, self._normalisation = dataset.split(split), normalisation
         self._min_iou, self._threshold = min_iou, threshold
         sizes = [self._source.size(i) for i in range(len(self._source))]
-        self._shapes = pipeline.padded_shapes(sizes, SIZE_MULTIPLE, _MAX_SHAPES)
+        self._shapes = padded_shapes(sizes)
 
-    def boxes_of(self, index: int, objects: box_data.Objects) -> np.ndarray:
+    def boxes_of(self, index: int, objects: Objects) -> np.ndarray:
         """Returns the boxes of an image, a function of its index."""
         return box_data.jitter(objects.boxes, self._min_iou, np.random.default_rng(index))
 
@@ -153,8 +152,8 @@ class MaskEvaluator:
         """Predicts the masks of all objects of an image."""
         objects = box_data.find_objects(example)
         boxes, shape = self.boxes_of(index, objects), self._shapes[example["label"].shape]
-        images = pad(example["image"], self._normalisation, shape)
-        heatmaps = self._heatmaps(variables, images, *in_batch(boxes, objects.categories + 1))
+        images, _ = prepare(example["image"], self._normalisation, shape)
+        heatmaps = self._heatmaps(variables, images, *in_batch(boxes, objects.classes))
         return Predicted(objects, boxes, np.asarray(heatmaps)[0, : len(boxes)])
 
     def __call__(self, variables: Any, card: dict[str, Any], headline: str) -> Record:

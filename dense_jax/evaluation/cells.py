@@ -15,7 +15,8 @@ from dense_jax import viz
 from dense_jax.data.border import BorderWeights, SeparateTouching
 from dense_jax.data.classes import voc_colours
 from dense_jax.data.dataset import Dataset, Source
-from dense_jax.data.transforms import Normalise, Transform, to_uint8
+from dense_jax.data.normalise import Normalise, to_uint8
+from dense_jax.data.transforms import Transform
 from dense_jax.evaluation.batches import Predicts, predict_split
 from dense_jax.evaluation.record import Findings, Picture, Score
 from dense_jax.metrics import em, instances

@@ -1,4 +1,4 @@
-"""A fully connected CRF behind any prediction: labels end where the picture's colours do.
+"""A fully connected CRF behind any prediction: it aligns labels with the edges of the image.
 
 Reference: Kraehenbuehl, Koltun, NeurIPS 2011, arXiv:1210.5644; behind a network as in Chen et al.,
 ICLR 2015, arXiv:1412.7062, Section 4.
@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from dense_jax.data.transforms import NORMALISATIONS
+from dense_jax.data.normalise import PixelValues
 from dense_jax.errors import UserError
 from dense_jax.infer.tiles import PredictFn
 from dense_jax.ops import crf
@@ -42,7 +41,7 @@ def check_crf(params: CrfParams, normalisation: str) -> None:
     """Refuses a CRF behind a network.
 
     Raises:
-      UserError: a parameter that no CRF can have, or images whose pixel values are lost.
+      UserError: a parameter is invalid, or the pixel values of the images are lost.
     """
     for name in ("sxy", "srgb", "sg"):
         if not getattr(params, name) > 0:
@@ -66,19 +65,5 @@ def refine(
     normalisation: str,
 ) -> jax.Array:
     """Returns log-probabilities [B, H, W, C] for logits of normalised images [B, H, W, 3 or 1]."""
-    rgb = pixel_values(images, normalisation)
+    rgb = PixelValues(normalisation)(images)
     return crf.mean_field(logits.astype(jnp.float32), rgb, params, sizes)
-
-
-def pixel_values(images: jax.Array, normalisation: str) -> jax.Array:
-    """Undoes a normalisation: float [B, H, W, 3 or 1] to RGB [B, H, W, 3] from 0 to 255.
-
-    Integers come out as the integers that they were, so that a CRF is the same behind every
-    normalisation. Padding becomes the mean colour. "grey_image" cannot be undone.
-    """
-    mean, std = (
-        np.array(values, np.float32).reshape(1, 1, 1, -1)
-        for values in NORMALISATIONS[normalisation]
-    )
-    rgb = jnp.clip(jnp.round(images.astype(jnp.float32) * std + mean), 0, 255)
-    return jnp.broadcast_to(rgb, (*rgb.shape[:3], 3))

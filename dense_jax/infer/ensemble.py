@@ -1,4 +1,4 @@
-"""Two networks' opinions of one image as one.
+"""Combines the predictions of several networks for one image.
 
 Reference: Noh, Hong, Han, ICCV 2015, arXiv:1505.04366, Section 5.2: DeconvNet and FCN-8s.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def mean_probabilities(logits: Sequence[jax.Array]) -> jax.Array:
-    """The mean of the networks' class probabilities, as in the paper.
+    """Returns the mean of the networks' class probabilities, as in the paper.
 
     Args:
       logits: one array [..., C] for each network, all of one shape.
@@ -23,14 +23,14 @@ def mean_probabilities(logits: Sequence[jax.Array]) -> jax.Array:
 
 
 def product_scores(deconv_scores: jax.Array, fcn_scores: jax.Array) -> jax.Array:
-    """The product of the scores themselves, as in the release (generate_EDeconvNet_CRF_results.m).
+    """Returns the product of the scores, as the release does (generate_EDeconvNet_CRF_results.m).
 
     Args:
-      deconv_scores: [..., C], aggregated by a maximum that starts at zero and so not negative.
-      fcn_scores: [..., C]; negative ones count as zero.
+      deconv_scores: [..., C], not negative, because they are a maximum that starts at zero.
+      fcn_scores: [..., C]; negative scores count as zero.
 
     Returns:
-      Float32 [..., C], of which the release takes the softmax. Where FCN favours no class, all
-      are zero, and the first class, background, is the label.
+      Float32 [..., C]; the release takes their softmax. Where FCN has no positive score, all are
+      zero, so the label is the first class, background.
     """
     return deconv_scores.astype(jnp.float32) * jax.nn.relu(fcn_scores.astype(jnp.float32))

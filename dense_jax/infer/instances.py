@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dense_jax import runs
 from dense_jax.data import rle
-from dense_jax.data.boxes import paste
+from dense_jax.data.box_masks import paste
 from dense_jax.data.classes import ClassTable, voc_colours
 
 _COLOURS = 20

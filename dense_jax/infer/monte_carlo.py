@@ -1,4 +1,4 @@
-"""Prediction by a network that draws: the mean of many passes, and how much they disagree.
+"""Prediction by a stochastic network: the mean of many passes and their variance.
 
 Reference: Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016, arXiv:1506.02142;
 Kendall, Badrinarayanan, Cipolla, "Bayesian SegNet", BMVC 2017, arXiv:1511.02680, Section 4.
@@ -18,16 +18,15 @@ from dense_jax.infer.whole_image import whole_image
 
 @dataclasses.dataclass(frozen=True)
 class MonteCarlo:
-    """The mean class probabilities of many passes; called as any other way to predict.
+    """The mean class probabilities of many passes; called as any other prediction.
 
-    Every image sees the same draws, those of a batch of one, so that its result depends neither on
-    its batch nor on the number of devices.
+    Every image gets the same random draws, those of a batch of one, so its result does not depend
+    on its batch or on the number of devices.
 
     Attributes:
-      one_pass: (variables, images [B, H, W, C], sizes [B, 2], key) -> logits [B, H, W, classes],
-        with what the key draws.
+      one_pass: (variables, images [B, H, W, C], sizes [B, 2], key) -> logits [B, H, W, classes].
       num_samples: number of passes.
-      seed: of the draws.
+      seed: of the random keys.
     """
 
     one_pass: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -45,7 +44,7 @@ class MonteCarlo:
         """Returns mean probabilities [B, H, W, classes] and their uncertainty [B, H, W], float32.
 
         The uncertainty is the variance of each class's probability over the passes, averaged over
-        the classes; it lies between 0 and 1 / 4.
+        the classes, from 0 to 1 / 4.
         """
 
         def probabilities(key: jax.Array) -> jax.Array:
@@ -57,7 +56,7 @@ class MonteCarlo:
         keys = jax.random.split(jax.random.key(self.seed), self.num_samples)
 
         def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            # Welford's update: no difference of large sums, never below zero.
+            # Welford's update: no difference of large sums, never negative.
             mean, squares = carry
             count, step = i.astype(jnp.float32), probabilities(keys[i]) - mean
             return mean + step / (count + 1), squares + step**2 * (count / (count + 1))
@@ -78,5 +77,5 @@ def monte_carlo(model: nn.Module, scale: float, num_samples: int, seed: int) -> 
 
 
 def _log(probabilities: jax.Array) -> jax.Array:
-    """Finite where no pass gave a class any probability, so that losses are."""
+    """Returns the logarithm, finite even where a probability is zero, so that losses are finite."""
     return jnp.log(jnp.maximum(probabilities, jnp.finfo(jnp.float32).tiny))

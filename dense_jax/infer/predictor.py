@@ -15,10 +15,8 @@ from PIL import Image
 from dense_jax import runs, viz
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.files import decode_image
-from dense_jax.data.pipeline import Size, padded_shapes
-from dense_jax.data.transforms import Normalise, num_channels
+from dense_jax.data.padded import MAX_SHAPES, Size, padded_shapes, prepare
 from dense_jax.errors import UserError
-from dense_jax.infer.program import SIZE_MULTIPLE
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -84,7 +82,7 @@ class Predictor:
       answer: (images [1, H, W, channels] float32, sizes [1, 2] before padding, and what else the
         task needs, by name) -> arrays [1, ...] by name.
       read: (arrays [...] by name, uint8 image [H, W, 3]) -> what is said of the image.
-      normalisation: a name in `dense_jax.data.transforms.NORMALISATIONS`.
+      normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
     """
 
     answer: Answer
@@ -100,20 +98,19 @@ class Predictor:
           **inputs: what else the task needs, [1, ...] each.
         """
         size = image.shape[:2]
-        shape = shape or padded_shapes([size], SIZE_MULTIPLE, 1)[size]
-        padded = pad(image, self.normalisation, shape)
-        answers = self.answer(padded, np.array([size], np.int32), **inputs)
+        shape = shape or padded_shapes([size])[size]
+        answers = self.answer(*prepare(image, self.normalisation, shape), **inputs)
         return self.read({name: x[0] for name, x in jax.device_get(answers).items()}, image)
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What became of a folder.
+    """The result for a folder.
 
     Attributes:
-      predicted: the images that were labelled.
-      failures: a line for each image that was not, with its path and the reason.
-      shapes: the padded sizes (height, width) the network ran at, each compiled once.
+      predicted: the labelled images.
+      failures: one line for each other image, with its path and the reason.
+      shapes: the padded sizes (height, width) at which the network ran, each compiled once.
     """
 
     predicted: tuple[pathlib.Path, ...]
@@ -121,7 +118,7 @@ class Summary:
     shapes: frozenset[Size]
 
     def __str__(self) -> str:
-        """One line for the folder and one for each failure."""
+        """One line for the folder and one line for each failure."""
         shapes = ", ".join(f"{height}x{width}" for height, width in sorted(self.shapes))
         done = f"{len(self.predicted)} images labelled" + (
             f", padded to {shapes}" if shapes else ""
@@ -138,7 +135,7 @@ def predict_folder(
     inputs_of: Callable[[pathlib.Path, Size], dict[str, np.ndarray]] | None = None,
     overlays: bool = True,
     probabilities: bool = False,
-    max_shapes: int = 4,
+    max_shapes: int = MAX_SHAPES,
 ) -> Summary:
     """Predicts one image or all images of a folder, each at its own size.
 
@@ -161,13 +158,13 @@ def predict_folder(
       max_shapes: how many padded shapes at most.
 
     Returns:
-      A summary; a bad file is one of its failures and stops nothing.
+      A summary; a bad file becomes one of its failures.
 
     Raises:
-      UserError: if there is no image, or the output cannot be written.
+      UserError: there is no image, or the output cannot be written.
     """
     sizes, failures = _read_sizes(_find_images(pathlib.Path(input_path)))
-    shape_of = padded_shapes(sizes.values(), SIZE_MULTIPLE, max_shapes)
+    shape_of = padded_shapes(sizes.values(), max_shapes=max_shapes)
     output, palette = pathlib.Path(output_dir), classes.palette()
     predicted, shapes, results = [], set(), []
     try:
@@ -205,36 +202,27 @@ def _find_images(path: pathlib.Path) -> list[pathlib.Path]:
         raise UserError(f"{path} does not exist: give an image or a folder of images")
     found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
     if not found:
-        raise UserError(
-            f"{path} holds no images: give a folder with {', '.join(sorted(_SUFFIXES))}"
-        )
+        raise UserError(f"{path} has no images: give a folder with {', '.join(sorted(_SUFFIXES))}")
     return found
 
 
 def _read_sizes(
     paths: list[pathlib.Path],
 ) -> tuple[dict[pathlib.Path, tuple[int, int]], list[str]]:
-    """Height and width of each image from its header, and a line for each file left out."""
+    """Returns height and width of each image, from its header, and one line for each bad file."""
     sizes: dict[pathlib.Path, tuple[int, int]] = {}
     failures = []
     owners: dict[str, pathlib.Path] = {}
     for path in paths:
         owner = owners.setdefault(path.stem, path)
         if owner != path:
-            failures.append(f"{path}: its files would replace those of {owner.name}; rename it")
+            failures.append(f"{path}: its output would replace that of {owner.name}; rename it")
             continue
         try:
             with Image.open(path) as image:
                 sizes[path] = (image.height, image.width)
         except Image.DecompressionBombError:
-            failures.append(f"{path}: the image is too large to be opened; cut it")
+            failures.append(f"{path}: the image is too large to open; crop it")
         except (OSError, SyntaxError, ValueError):  # Pillow raises all three
             failures.append(f"{path}: not an image or damaged; restore or remove it")
     return sizes, failures
-
-
-def pad(image: np.ndarray, name: str, shape: tuple[int, int]) -> np.ndarray:
-    """A batch of one, [1, *shape, 3] float32; zeros fill up, which is the mean colour."""
-    batch = np.zeros((1, *shape, num_channels(name)), np.float32)
-    batch[0, : image.shape[0], : image.shape[1]] = Normalise(name)({"image": image})["image"]
-    return batch

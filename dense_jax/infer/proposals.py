@@ -1,7 +1,7 @@
-"""Labels of an image from those of many boxes in it: cut, label, put back, aggregate.
+"""Labels of an image from many boxes in it: crop, label, paste, aggregate.
 
-A box is (x1, y1, x2, y2) in pixels, between pixels: x2 - x1 is its width. Boxes are whole numbers
-in float32; all sizes of arrays are fixed, so that everything can be compiled.
+Boxes are those of `dense_jax.ops.boxes`, with edges on whole pixels. All array shapes are fixed, so
+all functions can be compiled.
 
 Reference: Noh, Hong, Han, ICCV 2015, arXiv:1505.04366, Section 5.1; the release's
 generate_EDeconvNet_CRF_results.m and preprocess_image_bb.m.
@@ -17,11 +17,12 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from dense_jax.data import crops, pipeline
+from dense_jax.data import crops
 from dense_jax.data.dataset import Source
-from dense_jax.data.transforms import Normalise, window
+from dense_jax.data.padded import cut, padded_shapes, prepare
 from dense_jax.infer.crf import refine
 from dense_jax.infer.whole_image import ONE_PASS, PredictFn
+from dense_jax.ops import boxes as box_ops
 from dense_jax.ops.crf import CrfParams
 
 Aggregate = Literal["max", "sum", "mean"]
@@ -29,26 +30,22 @@ MaxInit = Literal["zero", "neg_inf"]
 
 
 def sliding_boxes(sizes: jax.Array) -> jax.Array:
-    """Returns boxes [B, 39, 4] over images of `sizes` [B, 2] (height, width), the largest first.
+    """Returns the boxes [B, 39, 4] of `dense_jax.data.crops.sliding_windows`, the largest first.
 
-    Those of `dense_jax.data.crops.sliding_windows`.
+    Args:
+      sizes: heights and widths of the images, [B, 2].
     """
     sides = sizes.astype(jnp.int32)[:, jnp.array([1, 0, 1, 0])]
     boxes = (jnp.asarray(crops.relative_windows())[None] * sides[:, None] + 6) // 12
     return boxes.astype(jnp.float32)
 
 
-def min_sides(boxes: jax.Array) -> jax.Array:
-    """Returns the shorter side of boxes [..., 4], [...]."""
-    return jnp.minimum(boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1])
-
-
 def crop_boxes(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
-    """Cuts one box out of each image and resizes it, [B, H, W, C] to [B, size, size, C].
+    """Crops one box from each image and resizes it, [B, H, W, C] to [B, size, size, C].
 
-    Bilinear and, where a box shrinks, antialiased, as Pillow resizes training images and Matlab
-    those of the release. Outside of the image there is zero, the mean colour of a normalised
-    image; a box may leave it by as much as the image is wide or high.
+    Bilinear, and antialiased where a box shrinks, as Pillow resizes training images and Matlab
+    those of the release. Outside the image, pixels are zero, the mean colour of a normalised image.
+    A box may extend beyond the image by up to the image's width or height.
 
     Args:
       images: [B, H, W, C].
@@ -69,7 +66,7 @@ def crop_boxes(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
 def paste_scores(
     scores: jax.Array, boxes: jax.Array, size: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    """Resizes scores to their boxes and puts these into images of `size`.
+    """Resizes scores to their boxes and pastes them into images of `size`.
 
     Args:
       scores: [B, s, s, C].
@@ -77,7 +74,7 @@ def paste_scores(
       size: height and width of the images.
 
     Returns:
-      [B, H, W, C], zero outside of the box, and bool [B, H, W], True inside.
+      [B, H, W, C], zero outside the box, and bool [B, H, W], True inside.
     """
 
     def weights(start: jax.Array, stop: jax.Array, length: int) -> jax.Array:
@@ -89,13 +86,16 @@ def paste_scores(
         return _triangle(centres, taps, step, inside[:, None])
 
     ys, xs = (jnp.arange(n, dtype=jnp.float32)[None] for n in size)
-    x1, y1, x2, y2 = (boxes[:, i : i + 1] for i in range(4))
-    rows, columns = (ys >= y1) & (ys < y2), (xs >= x1) & (xs < x2)
+    x0, y0, x1, y1 = (boxes[:, i : i + 1] for i in range(4))
+    rows, columns = (ys >= y0) & (ys < y1), (xs >= x0) & (xs < x1)
     return _apply(weights, scores, boxes, size), rows[:, :, None] & columns[:, None, :]
 
 
 def _triangle(centres: jax.Array, at: jax.Array, step: jax.Array, inside: jax.Array) -> jax.Array:
-    """Returns weights [N, M] of values at `at` for outputs at `centres`; rows sum to 1 or 0."""
+    """Returns the weight of each value at `at` for each output at `centres`, [N, M].
+
+    Rows sum to 1, or to 0 where no value is inside.
+    """
     distance = jnp.abs(centres[:, None] - at[None]) / jnp.maximum(step, 1)
     weights = jnp.where(inside, jnp.maximum(1 - distance, 0), 0)
     total = jnp.sum(weights, axis=1, keepdims=True)
@@ -103,7 +103,7 @@ def _triangle(centres: jax.Array, at: jax.Array, step: jax.Array, inside: jax.Ar
 
 
 def _apply(weights: Callable, x: jax.Array, boxes: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Multiplies the rows and columns of each x [B, h, w, C] by `weights` of its box."""
+    """Applies the `weights` of its box to the rows and columns of each x [B, h, w, C]."""
     height, width = size
     rows = jax.vmap(lambda box: weights(box[1], box[3], height))(boxes)
     columns = jax.vmap(lambda box: weights(box[0], box[2], width))(boxes)
@@ -121,20 +121,20 @@ def aggregate(
     how: Aggregate = "max",
     max_init: MaxInit = "zero",
 ) -> jax.Array:
-    """Scores of images from those of boxes in them, one box of every image at a time.
+    """Aggregates the scores of boxes to scores of images, one box of every image at a time.
 
     Args:
       score_fn: the network, [B, size, size, C] to scores [B, size, size, classes].
       images: [B, H, W, C].
       boxes: [B, N, 4].
-      valid: bool [B, N]; other boxes are left out.
-      size: height and width that the network sees boxes at.
-      how: over the boxes that cover a pixel, the elementwise maximum, the sum or the mean.
-      max_init: "zero" starts the maximum at zero as the release does, which no class can fall
-        below; "neg_inf" takes the maximum of the scores alone.
+      valid: bool [B, N]; the other boxes are left out.
+      size: height and width of the network's input.
+      how: elementwise maximum, sum or mean over the boxes that cover a pixel.
+      max_init: "zero" starts the maximum at zero, as the release does, so no score is negative;
+        "neg_inf" takes the maximum of the scores alone.
 
     Returns:
-      Float32 [B, H, W, classes]. Where no box is, all are zero: the label is the first class.
+      Float32 [B, H, W, classes]. Pixels without a box have zeros: their label is the first class.
     """
     image_size = (images.shape[1], images.shape[2])
     crop = jax.ShapeDtypeStruct((images.shape[0], size, size, images.shape[3]), jnp.float32)
@@ -207,7 +207,7 @@ class BoxScores:
 
         def predict(variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
             boxes = sliding_boxes(sizes)[:, : 1 if is_whole else self.num]
-            valid = min_sides(boxes) >= (1 if is_whole else self.min_side)
+            valid = box_ops.min_side(boxes) >= (1 if is_whole else self.min_side)
             return {"logits": self.score(variables, images, boxes, valid)}
 
         if is_whole:
@@ -229,17 +229,17 @@ def label_images(
     min_side: int,
     crf: CrfParams | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields the labels [H, W] of every image from boxes of its own.
+    """Yields the labels [H, W] of every image, from the image's own boxes.
 
     Args:
       score: (variables, images [1, H, W, C], boxes [1, num, 4], valid [1, num]) -> scores.
       variables: of the network.
       source: the images.
       boxes: of each image, best first.
-      normalisation: a name in `dense_jax.data.transforms.NORMALISATIONS`.
-      num: how many boxes an image has at most; smaller ones than `min_side` do not count.
-      min_side: least shorter side of a box, in pixels.
-      crf: refines the scores, unless it is None.
+      normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
+      num: largest number of boxes for an image, of those not smaller than `min_side`.
+      min_side: boxes with a side shorter than this, in pixels, are left out.
+      crf: refines the scores; None leaves them.
     """
 
     @jax.jit
@@ -251,15 +251,13 @@ def label_images(
             scores = refine(scores, images, sizes, crf, normalisation)
         return jnp.argmax(scores[0], axis=-1)
 
-    sizes, normalise = [source.size(i) for i in range(len(source))], Normalise(normalisation)
-    shape_of = pipeline.padded_shapes(sizes, multiple=32, max_shapes=4)
-    for index, (height, width) in enumerate(sizes):
+    sizes = [source.size(i) for i in range(len(source))]
+    shape_of = padded_shapes(sizes)
+    for index, size in enumerate(sizes):
         found = np.array(boxes[index], np.float32).reshape(-1, 4)
-        found = found[(found[:, 2:] - found[:, :2]).min(axis=1) >= min_side][:num]
+        found = found[box_ops.min_side(found) >= min_side][:num]
         filled = np.zeros((1, num, 4), np.float32)
         filled[0, : len(found)] = found
         valid = np.arange(num)[None] < len(found)
-        example = window(normalise(source[index]), 0, 0, shape_of[height, width])
-        image, size = example["image"][None], np.array([[height, width]], np.int32)
-        labels = label(variables, image, filled, valid, size)
-        yield np.asarray(labels)[:height, :width]
+        images, image_sizes = prepare(source[index]["image"], normalisation, shape_of[size])
+        yield cut(label(variables, images, filled, valid, image_sizes), size)

@@ -1,4 +1,4 @@
-"""Overlap-tile prediction without seams, and averages over turned and mirrored images.
+"""Overlap-tile prediction without seams, and averages over rotated and flipped images.
 
 A prediction (`dense_jax.infer.whole_image.PredictFn`) is told the sizes of images before padding:
 they are data, not shapes, so that all functions here can be compiled.
@@ -21,9 +21,9 @@ from dense_jax.infer.whole_image import PredictFn
 Mirror = Literal["reflect", "symmetric"]
 Views = Literal["rot7", "d4"]
 
-# Turned and mirrored images, as (transposed first or not, [(rows, columns) mirrored or not, ...]).
-# The paper averages "7 rotated versions" and does not say which: here all of the square's
-# symmetries but the last, which mirrors at the other diagonal.
+# Rotated and flipped images, as (whether to transpose first, [(flip rows, flip columns), ...]).
+# The paper averages "7 rotated versions" and does not say which: here all symmetries of the square
+# except the last, the reflection at the other diagonal.
 _VIEWS: dict[Views, tuple[tuple[bool, tuple[tuple[bool, bool], ...]], ...]] = {
     "rot7": (
         (False, ((False, False), (True, True), (False, True), (True, False))),
@@ -46,35 +46,35 @@ def overlap_tile(
     output: str = "logits",
     stride: int = 1,
 ) -> PredictFn:
-    """Predicts images of any size in tiles that see ``context`` pixels of image on each side.
+    """Predicts images of any size in tiles with ``context`` pixels of image on each side.
 
-    Missing context is mirrored at the true edges of each image. Output tiles of T = tile - 2
-    context pixels start at multiples of the largest step up to T that keeps the poolings of all
-    tiles in phase, a multiple of ``grid``; of the overlap the later tile is taken, nothing is
-    blended. If the network sees nothing but its tile (convolutions without padding), the result is
-    therefore that of one tile as large as the image, whatever ``tile`` is.
+    Missing context is reflected at the true edges of each image. Output tiles have T = tile - 2
+    context pixels. They start at multiples of the largest multiple of ``grid`` up to T, so that the
+    poolings of all tiles are in phase. Where tiles overlap, the later tile wins, without blending.
+    If the network only depends on its tile (convolutions without padding), the result is that of
+    one tile as large as the image, for any ``tile``.
 
     Args:
-      model: maps [B, tile, tile, C] to "logits" that are 2 context pixels smaller, or larger than
-        that, as those of a network with padding, which are cut.
+      model: maps [B, tile, tile, C] to "logits" that are 2 context pixels smaller. Larger logits,
+        such as those of a network with padding, are cut.
       tile: side of the network's input, in pixels.
-      context: how much larger on each side it is than what is kept of the output.
+      context: width of the border of the input without output, in pixels.
       grid: stride of the network's deepest level.
-      mirror: "reflect" does not repeat the pixel at the edge, "symmetric" does.
-      output: which output is predicted, and its name in the result.
-      stride: pixels for each of its units, a divisor of ``grid``: of images [B, H, W, C] it has
-        ceil(H / stride) rows.
+      mirror: "reflect" does not repeat the edge pixel, "symmetric" does.
+      output: name of the predicted output, also in the result.
+      stride: of this output, in pixels, a divisor of ``grid``; for images [B, H, W, C] the output
+        has ceil(H / stride) rows.
 
     Raises:
-      ValueError: the tile leaves less than one grid step of output.
+      ValueError: the tile leaves less output than one grid step.
     """
     out = tile - 2 * context
     step = out - out % grid
     kept = step // stride
     if step < 1:
         raise ValueError(
-            f"A tile of {tile} pixels keeps {out} of them; the network needs steps of {grid}: "
-            f"take at least {2 * context + grid}."
+            f"A tile of {tile} pixels has {out} pixels of output; the network needs {grid}: "
+            f"give at least {2 * context + grid}."
         )
 
     def predict(variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
@@ -137,11 +137,11 @@ def in_two_parts(
 
 
 def _mirrored(index: jax.Array, size: jax.Array, mirror: Mirror) -> jax.Array:
-    """Returns [B, N]: which pixel of [0, size) a mirror at both ends shows at each index.
+    """Returns the index in [0, size) of each index, reflected at both ends, [B, N].
 
     Args:
       index: [N].
-      size: [B], at least 1; padding of a batch may be of size 0 and is treated as 1.
+      size: [B]; size 0 (padding of a batch) counts as 1.
       mirror: see `overlap_tile`.
     """
     index, size = index[None], jnp.maximum(size, 1)[:, None]
@@ -154,11 +154,11 @@ def _mirrored(index: jax.Array, size: jax.Array, mirror: Mirror) -> jax.Array:
 
 
 def average_views(predict: PredictFn, views: Views) -> PredictFn:
-    """Averages the class probabilities of turned and mirrored images, turned back.
+    """Averages the class probabilities of rotated and flipped images, mapped back.
 
     Args:
-      predict: sees the images as they would be if they had been taken that way: what is mirrored is
-        the picture inside its padding.
+      predict: gets each image rotated and flipped inside its padding, which stays at the bottom and
+        on the right.
       views: "d4", all 8 symmetries of the square, or "rot7", 7 of them (Section 4 of the paper).
 
     Returns:
@@ -188,9 +188,9 @@ def average_views(predict: PredictFn, views: Views) -> PredictFn:
 
 
 def _flip(x: jax.Array, *, sizes: jax.Array, flip: jax.Array) -> jax.Array:
-    """Mirrors rows and columns (two booleans) of each picture inside its padding; its own inverse.
+    """Flips rows and columns (two booleans) of each image inside its padding; its own inverse.
 
-    Padding stays padding: the pixels beyond a picture trade places among themselves.
+    Pixels of the padding are permuted among themselves.
     """
     places = []
     for axis, length in enumerate(x.shape[1:3]):

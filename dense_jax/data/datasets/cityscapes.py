@@ -1,13 +1,13 @@
 """Cityscapes with fine annotations: street scenes of 50 cities, 2048x1024, 19 classes and void.
 
 M. Cordts et al., "The Cityscapes Dataset for Semantic Urban Scene Understanding", CVPR 2016,
-arXiv:1604.01685; 2,975 images to train, 500 to validate, 1,525 to test. The folders are those of
+arXiv:1604.01685; 2,975 training, 500 validation and 1,525 test images. The folders are those of
 leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip:
   leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png
-  gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png   or, where that is missing, _labelTrainIds.png
-Class ids here are the 19 train ids. The label files count all annotated classes, and Cityscapes'
-scripts can write files of train ids beside them (mcordts/cityscapesScripts, helpers/labels.py);
-either gives the same labels, so that nothing has to be converted beforehand.
+  gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png   or, where it is missing, _labelTrainIds.png
+Class ids are the 19 train ids. The files of label ids have all annotated classes. Cityscapes'
+scripts can write files of train ids (mcordts/cityscapesScripts, helpers/labels.py). Both give the
+same labels, so no conversion is necessary.
 """
 
 import contextlib
@@ -68,10 +68,10 @@ CLASSES = ClassTable(
     values=_VALUES,
     void_values=tuple(value for value in range(34) if value not in _VALUES),
 )
-"""Of ``_labelIds.png``. Licence plates, id -1, are never drawn: their pixels are the car's."""
+"""Classes of ``_labelIds.png``. Licence plates, id -1, are not drawn: their pixels are car."""
 
 TRAIN_ID_CLASSES = dataclasses.replace(CLASSES, values=(), void_values=(IGNORE_LABEL,))
-"""The same classes by the values of ``_labelTrainIds.png``."""
+"""The same classes with the values of ``_labelTrainIds.png``."""
 
 _IMAGE = "_leftImg8bit.png"
 _LABEL = "_gtFine_labelIds.png"
@@ -79,20 +79,20 @@ _TRAIN_ID_LABEL = "_gtFine_labelTrainIds.png"
 
 
 def find(data_dir: pathlib.Path | None = None) -> Files:
-    """Finds the pairs of the splits that are there and have labels.
+    """Finds the pairs of the splits that have images and labels.
 
-    A split without images or labels is left out, and said to be when it is asked for. So is the
-    public ``gtFine/test``, whose files mark nothing but void.
+    Other splits are absent, with a reason. So is the public ``gtFine/test``, whose files have void
+    pixels only.
 
     Args:
-      data_dir: the folder that holds ``leftImg8bit`` and ``gtFine``, or its parent.
+      data_dir: the folder with ``leftImg8bit`` and ``gtFine``, or its parent.
 
     Raises:
-      UserError: the folder is not given or does not hold the dataset, or no split has labels.
+      UserError: the folder is not given or has no such dataset, or no split has labels.
     """
     if data_dir is None:
         raise UserError(
-            "cityscapes is not downloaded by itself; register at https://www.cityscapes-dataset.com,"
+            "cityscapes has no automatic download; register at https://www.cityscapes-dataset.com,"
             " unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip in one folder and"
             " give it with --data-dir"
         )
@@ -114,13 +114,13 @@ def find(data_dir: pathlib.Path | None = None) -> Files:
 
 
 def _pairs_of(root: pathlib.Path, split: str) -> list[Pair]:
-    """Pairs by city and name; a partner that is missing shows when the pair is read.
+    """Pairs by city and name; reading a pair reports a missing partner.
 
     Raises:
       UserError: the split has no images or no labels.
     """
     images = _files_by_name(root / "leftImg8bit" / split, _IMAGE)
-    # Train ids, which a user may have made in more than one way, only where there is nothing else.
+    # Train ids only where label ids are missing: users may have made them in several ways.
     labels = _files_by_name(root / "gtFine" / split, _TRAIN_ID_LABEL)
     labels |= _files_by_name(root / "gtFine" / split, _LABEL)
     for folder, suffix, found in (("leftImg8bit", _IMAGE, images), ("gtFine", _LABEL, labels)):
@@ -136,20 +136,20 @@ def _pairs_of(root: pathlib.Path, split: str) -> list[Pair]:
         pairs.append(Pair(split, base, images.get(name, image), labels.get(name, label)))
     if split == "test" and _is_void(pairs[0]):
         raise UserError(
-            f"{root / 'gtFine' / split}: its labels are not public, the files mark void only;"
-            " score val, or label the images of test by predict"
+            f"{root / 'gtFine' / split}: its labels are not public, the files are all void;"
+            " evaluate on val, or label the images of test with predict"
         )
     return pairs
 
 
 def _files_by_name(folder: pathlib.Path, suffix: str) -> dict[str, pathlib.Path]:
-    """Returns the files CITY/NAME with the suffix by "CITY/NAME"."""
+    """Returns the files CITY/NAME of a suffix, by "CITY/NAME"."""
     paths = folder.glob(f"*/*{suffix}")
     return {f"{path.parent.name}/{path.name.removesuffix(suffix)}": path for path in paths}
 
 
 def _is_void(pair: Pair) -> bool:
-    with contextlib.suppress(UserError):  # a wrong file is reported when all are read
+    with contextlib.suppress(UserError):  # reading all files reports a wrong one
         return bool((read_label(pair.label, _table_of(pair)) == IGNORE_LABEL).all())
     return False
 
@@ -159,7 +159,7 @@ def _table_of(pair: Pair) -> ClassTable:
 
 
 def _read(pair: Pair, classes: ClassTable) -> Sample:
-    del classes  # the file's name tells which values it has
+    del classes  # the file name decides
     return read_pair(pair, _table_of(pair))
 
 

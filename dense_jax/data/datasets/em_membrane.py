@@ -1,17 +1,15 @@
 """Membranes of nerve cells under the electron microscope: the labelled stack of ISBI 2012.
 
-Slices of 512x512 pixels through the ventral nerve cord of a Drosophila larva, the first experiment
-of U-Net (A. Cardona et al., PLoS Biology 8(10), 2010; I. Arganda-Carreras et al., Frontiers in
-Neuroanatomy 9, 2015). Label files are 255 inside a cell and 0 on a membrane. Neighbouring slices
-look alike, so val is one block at the end of the stack.
+Slices of 512x512 pixels through the ventral nerve cord of a Drosophila larva, the data of U-Net's
+first experiment (A. Cardona et al., PLoS Biology 8(10), 2010; I. Arganda-Carreras et al., Frontiers
+in Neuroanatomy 9, 2015). Label files are 255 inside a cell and 0 on a membrane. Neighbouring slices
+are similar, so val is one block at the end of the stack.
 """
 
 import dataclasses
 import pathlib
 
-from scipy import ndimage
-
-from dense_jax.data import prepared
+from dense_jax.data import objects, prepared
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
 from dense_jax.data.files import Files, Pair, Sample, pairs_in, read_pair
@@ -29,17 +27,17 @@ def find(data_dir: pathlib.Path | None = None, *, val_slices: int = 4) -> Files:
     """Finds the slices and splits the stack.
 
     Args:
-      data_dir: the folder that holds ``images/NN.png`` and ``labels/NN.png``, or the layout of
+      data_dir: the folder with ``images/NN.png`` and ``labels/NN.png``, or the layout of
         zhixuhao/unet, ``data/membrane/train`` with ``image/N.png`` and ``label/N.png``, or a
         parent of either.
-      val_slices: how many slices at the end of the stack are val.
+      val_slices: number of slices at the end of the stack for val.
 
     Raises:
-      UserError: the folder is not given, does not hold the dataset, or has too few slices.
+      UserError: the folder is not given, has no such dataset, or has too few slices.
     """
     if data_dir is None:
         raise UserError(
-            "em_membrane is not downloaded by itself; get data/membrane/train of"
+            "em_membrane has no automatic download; get data/membrane/train of"
             " https://github.com/zhixuhao/unet and give its folder with --data-dir"
         )
     images, labels = _find_folders(data_dir)
@@ -59,11 +57,11 @@ def find(data_dir: pathlib.Path | None = None, *, val_slices: int = 4) -> Files:
 
 
 def read_slice(pair: Pair, classes: ClassTable) -> Sample:
-    """Reads one slice; its instances are the 4-connected components of the insides of cells."""
+    """Reads one slice; its instances are the 4-connected components of class "cell"."""
     sample = read_pair(pair, classes)
-    instances, number = ndimage.label(sample.label == classes.names.index("cell"))
-    if number >= 2**16:
-        raise UserError(f"{pair.label}: {number} separate cells; give a label without such noise")
+    instances = objects.number({"label": sample.label}, classes.names.index("membrane"))
+    if (count := instances.max()) >= 2**16:
+        raise UserError(f"{pair.label}: {count} separate cells; give a label without such noise")
     return dataclasses.replace(sample, instances=instances)
 
 
@@ -81,8 +79,8 @@ def _find_folders(root: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 def _slice_number(pair: Pair) -> int:
     if not pair.name.isdecimal():
         raise UserError(
-            f"{pair.image}: not the number of a slice; name the files 00.png, 01.png, ... in the"
-            " order of the stack"
+            f"{pair.image}: the name is not a slice number; name the files 00.png, 01.png, ... in"
+            " the order of the stack"
         )
     return int(pair.name)
 

@@ -1,11 +1,11 @@
-"""Anyone's own images: a folder with ``images``, ``labels`` and a small class table.
+"""The user's own images: a folder with ``images``, ``labels`` and a small class table.
 
-Images and labels pair by name (``images/x.jpg`` and ``labels/x.png``). Splits are, in this order:
-``images/train`` and ``labels/train``; or ``train/images`` and ``train/labels``; or names listed
-in ``train.txt`` and ``val.txt``; or every fifth image, picked by a hash of its name, is val.
+Names pair images and labels (``images/x.jpg`` and ``labels/x.png``). The splits are the first of:
+``images/train`` and ``labels/train``; ``train/images`` and ``train/labels``; the names in
+``train.txt`` and ``val.txt``; every fifth image, chosen by a hash of its name, as val.
 
 The class table is one of
-  classes.txt, classes.csv   a class a line, in the order of the ids: ``name`` or ``name,r,g,b``
+  classes.txt, classes.csv   one class per line, in the order of the ids: ``name`` or ``name,r,g,b``
   classes.json               {"names": [...], "colours": [...], "values": [...], "void_values":
                              [...]}; only names is needed. "values" are the numbers in the files.
 """
@@ -28,13 +28,14 @@ def find(data_dir: pathlib.Path | None = None) -> Files:
     """Finds the class table and the pairs.
 
     Raises:
-      UserError: no folder given, no or a wrong class table, no images, or a listed name is absent.
+      UserError: the folder is not given or has no images, the class table is missing or wrong, or a
+        list has a name without an image.
     """
     if data_dir is None:
         raise UserError("dataset 'folder' needs --data-dir, a folder with images/ and labels/")
     pairs = _find_pairs(data_dir)
     if not pairs:
-        raise UserError(f"{data_dir}: no images here; put them into {data_dir / 'images'}")
+        raise UserError(f"{data_dir}: no images here; put them in {data_dir / 'images'}")
     return Files("folder", read_classes(data_dir), pairs, f"images of {data_dir.name}")
 
 
@@ -42,7 +43,7 @@ def read_classes(folder: pathlib.Path) -> ClassTable:
     """Reads ``classes.json``, ``classes.txt`` or ``classes.csv``.
 
     Raises:
-      UserError: none is there, or it is not a class table.
+      UserError: the file is missing or not a class table.
     """
     for path in (folder / f"classes.{suffix}" for suffix in ("json", "txt", "csv")):
         if path.is_file():
@@ -54,10 +55,10 @@ def read_classes(folder: pathlib.Path) -> ClassTable:
                 remedy = (
                     'write {"names": ["sky", ...]}, see docs/data.md'
                     if path.suffix == ".json"
-                    else "write one class a line: name or name,r,g,b"
+                    else "write one class per line: name or name,r,g,b"
                 )
                 raise UserError(f"{path}: not a class table ({error}); {remedy}") from None
-    raise UserError(f"{folder}: no class table; write classes.txt with one class name a line")
+    raise UserError(f"{folder}: no class table; write classes.txt with one class name per line")
 
 
 def _parse_classes(text: str) -> ClassTable:
@@ -86,11 +87,11 @@ def _listed(path: pathlib.Path, pairs: Sequence[Pair]) -> list[Pair]:
     for line in filter(None, map(str.strip, path.read_text().splitlines())):
         pair = by_name.get(line) or by_name.get(pathlib.PurePath(line).stem)
         if pair is None:
-            raise UserError(f"{path}: {line!r} is not among the images; add it or mend the list")
+            raise UserError(f"{path}: {line!r} is not among the images; add it or correct the list")
         listed.append(dataclasses.replace(pair, split=path.stem))
     return listed
 
 
 def load(data_dir: pathlib.Path | None = None) -> Dataset:
-    """Opens the images of a folder; see the top of this module."""
+    """Opens the images of a folder; see the docstring of this module."""
     return prepared.open_files(find(data_dir))

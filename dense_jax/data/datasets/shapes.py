@@ -1,7 +1,7 @@
-"""Generated pictures of solid shapes on textured ground: a dataset without files.
+"""Generated images of solid shapes on a textured background: a dataset without files.
 
-Every example is a function of (seed, split, index). Only correctly rounded arithmetic on NumPy's
-documented random bits is used, so that all machines and all processes draw the same pixels.
+Each example is a function of (seed, split, index). The code only uses correctly rounded arithmetic
+on NumPy's documented random bits, so all machines and all processes draw the same pixels.
 """
 
 import colorsys
@@ -34,20 +34,21 @@ _SPLITS = ("train", "val", "test")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapesSpec:
-    """What is drawn, with the difficulty dials.
+    """Content and difficulty of the images.
 
     Attributes:
       size: height and width in pixels.
       num_train: number of training examples; likewise ``num_val``, ``num_test``.
-      num_objects: least and most objects drawn in a picture (later ones may hide earlier ones).
-      radius: least and most radius of an object, as a share of the shorter side.
-      occlusion: 0 keeps objects apart, 1 lets them lie anywhere on each other.
-      contrast: 0 draws objects in the colours of the ground, 1 in their own.
-      hue_spread: how far an object's hue strays from that of its class, in turns; 0.5 makes
-        colour say nothing about the class.
-      noise: amplitude of the pixel noise as a share of the full range.
-      void_border: half width in pixels of the uncounted band on outlines, as in PASCAL VOC.
-      seed: another seed is another dataset of the same kind.
+      num_objects: smallest and largest number of objects in an image; later objects may occlude
+        earlier ones.
+      radius: smallest and largest radius of an object, as a share of the image's shorter side.
+      occlusion: 0 keeps objects apart, 1 lets them overlap anywhere.
+      contrast: 0 draws objects in the colours of the background, 1 in their own.
+      hue_spread: largest difference of an object's hue from that of its class, in turns; with 0.5
+        the colour carries no information about the class.
+      noise: amplitude of the pixel noise, as a share of the full range.
+      void_border: half width in pixels of the void band on outlines, as in PASCAL VOC.
+      seed: another seed gives another dataset of the same kind.
     """
 
     size: tuple[int, int] = (96, 96)
@@ -95,10 +96,10 @@ class Shapes:
 
 
 def draw(spec: ShapesSpec, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws one picture.
+    """Draws one example.
 
     Returns:
-      uint8 image [H, W, 3], uint8 labels [H, W], int32 instance ids [H, W] where 0 is ground.
+      uint8 image [H, W, 3], uint8 label [H, W], int32 object numbers [H, W], 0 = background.
     """
     image = _ground(spec.size, rng)
     label = np.zeros(spec.size, np.uint8)
@@ -107,13 +108,13 @@ def draw(spec: ShapesSpec, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     for number, (y, x, radius) in enumerate(_places(spec, rng), 1):
         kind = int(rng.integers(1, CLASSES.num_classes))
         angle = 2 * math.pi * rng.random()
-        # Six digits of sine and cosine are the same in every mathematics library.
+        # The first six digits of sine and cosine are the same in every mathematics library.
         cos, sin = round(math.cos(angle), 6), round(math.sin(angle), 6)
         u = cos * (columns - x) + sin * (rows - y)
         v = cos * (rows - y) - sin * (columns - x)
         outside = _distance(kind, u, v, radius)
         paint = _paint(spec, kind, u, v, outside, radius, rng)
-        # A soft dark rim below the object sets it off the ground, whatever the two colours are.
+        # A soft dark rim separates the object from a background of any colour.
         image *= 1 - 0.4 * np.clip(1 - outside / 4, 0, 1)[..., None]
         cover = spec.contrast * np.clip(0.5 - outside, 0, 1)[..., None]
         image += cover * (paint - image)
@@ -125,7 +126,7 @@ def draw(spec: ShapesSpec, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
 
 
 def _places(spec: ShapesSpec, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Draws (y, x, radius) of the objects; a place too close to an earlier one is given up."""
+    """Draws (y, x, radius) of the objects; drops those too close to earlier ones."""
     places: list[tuple[float, float, float]] = []
     wanted = rng.integers(spec.num_objects[0], spec.num_objects[1] + 1)
     for _ in range(8 * wanted):
@@ -142,13 +143,13 @@ def _places(spec: ShapesSpec, rng: np.random.Generator) -> list[tuple[float, flo
 
 
 def _half_planes(num: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Returns [num, H, W]: how far each pixel lies along ``num`` evenly turned directions."""
+    """Returns the coordinate of each pixel along ``num`` evenly spaced directions, [num, H, W]."""
     turns = [2 * math.pi * k / num for k in range(num)]
     return np.stack([round(math.cos(t), 6) * u + round(math.sin(t), 6) * v for t in turns])
 
 
 def _distance(kind: int, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
-    """Returns about the signed distance [H, W] in pixels to the outline, negative inside."""
+    """Returns the approximate signed distance in pixels to the outline, [H, W], negative inside."""
     match CLASSES.names[kind]:
         case "disc":
             return np.sqrt(u * u + v * v) - 0.9 * radius
@@ -156,16 +157,16 @@ def _distance(kind: int, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndar
             return np.maximum(np.abs(u), np.abs(v)) - 0.78 * radius
         case "triangle":
             return np.max(_half_planes(3, u, v), axis=0) - 0.6 * radius
-        case "star":  # a pentagram: beyond at most one of its five lines
+        case "star":  # a pentagram: outside at most one of its five lines
             return np.sort(_half_planes(5, u, v), axis=0)[-2] - 0.42 * radius
         case _:  # ring
             return np.abs(np.sqrt(u * u + v * v) - 0.72 * radius) - 0.26 * radius
 
 
 def _smooth(rng: np.random.Generator, size: tuple[int, int], cells: int) -> np.ndarray:
-    """Returns [H, W] in 0..1: random corner values of ``cells`` x ``cells`` squares, blended."""
+    """Interpolates random values on a grid of ``cells`` x ``cells`` squares, [H, W] in 0..1."""
     field = rng.random((cells + 1, cells + 1))
-    for side in size:  # one axis at a time; each turn interpolates and transposes
+    for side in size:  # one axis at a time: interpolate, then transpose
         position = np.arange(side) * (cells / side)
         low = position.astype(int)
         weight = (position - low)[:, None]
@@ -178,7 +179,7 @@ def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def _ground(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Returns float64 [H, W, 3] in 0..1: two dull colours mixed in clouds."""
+    """Returns the background, two dull colours mixed in clouds, float64 [H, W, 3] in 0..1."""
     hue = rng.random()
     first = _colour(hue, 0.15 + 0.2 * rng.random(), 0.25 + 0.3 * rng.random())
     second = _colour(hue + 0.15, 0.15 + 0.2 * rng.random(), 0.45 + 0.35 * rng.random())
@@ -195,7 +196,7 @@ def _paint(
     radius: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Returns [H, W, 3] in 0..1: the colour of an object, plain, striped or chequered, shaded."""
+    """Returns the shaded colour of an object (plain, striped or chequered), [H, W, 3] in 0..1."""
     hue = (kind - 1) / (CLASSES.num_classes - 1) + spec.hue_spread * (2 * rng.random() - 1)
     base = _colour(hue, 0.6 + 0.4 * rng.random(), 0.7 + 0.3 * rng.random())
     pattern, period = rng.integers(3), radius * (0.3 + 0.3 * rng.random())
@@ -207,17 +208,17 @@ def _paint(
 
 @functools.cache
 def _fingerprint(spec: ShapesSpec) -> str:
-    """Hashes the dials and one picture, so that a change of the drawing shows as well."""
+    """Returns a hash of the options and one example, which also changes with the drawing code."""
     image, label, _ = draw(spec, np.random.default_rng(spec.seed))
     return hashlib.blake2b(repr(spec).encode() + image.tobytes() + label.tobytes()).hexdigest()[:16]
 
 
-def load(data_dir: pathlib.Path | None = None, **dials: Any) -> Dataset:
-    """Opens the generated dataset; ``dials`` are the attributes of `ShapesSpec`."""
+def load(data_dir: pathlib.Path | None = None, **options: Any) -> Dataset:
+    """Opens the generated dataset; ``options`` are attributes of `ShapesSpec`."""
     del data_dir  # nothing is read
-    # A configuration that was read back from JSON has lists for tuples.
-    as_given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dials.items()}
-    spec = ShapesSpec(**as_given)
+    # A configuration that was read from JSON has lists in place of tuples.
+    tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    spec = ShapesSpec(**tuples)
     return Dataset(
         name="shapes",
         classes=CLASSES,

@@ -18,7 +18,7 @@ SBD_URL = (
     "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
     "benchmark.tgz"
 )
-_ABSENT = {"test": "its labels are not public; score val, or label the images of test by predict"}
+_ABSENT = {"test": "its labels are not public; evaluate on val, or label its images by predict"}
 
 CLASSES = ClassTable(
     names=(
@@ -51,19 +51,19 @@ def find(data_dir: pathlib.Path | None = None, *, sbd: bool = False) -> Files:
     """Finds the pairs of the train and val lists.
 
     Args:
-      data_dir: a folder that holds ``VOCdevkit/VOC2012``, or one of these two.
+      data_dir: a folder with ``VOCdevkit/VOC2012``, or one of these two.
       sbd: adds to train all images of SBD that are in neither list of VOC, read from
         ``benchmark_RELEASE/dataset`` (``img``, ``cls``, ``train.txt``, ``val.txt``) in the same
-        folder. With the full data these are the 10,582 training images of many papers: of SBD's
-        11,355, 1,103 are in VOC's val; VOC's train has 330 that SBD has not.
+        folder. With the full data, train has the 10,582 images of many papers: SBD has 11,355, of
+        which 1,103 are in VOC's val; 330 images of VOC's train are not in SBD.
 
     Raises:
-      UserError: the folder is not given or does not hold the dataset, or a list is missing or
-        empty. A missing val list stops the training too: SBD would bring val's images into train.
+      UserError: the folder is not given or has no such dataset, or a list is missing or empty. A
+        missing val list also stops training: SBD would add val images to train.
     """
     if data_dir is None:
         raise UserError(
-            "voc2012 has no download that may be automated; get VOCtrainval_11-May-2012.tar from"
+            "voc2012 has no automatic download; get VOCtrainval_11-May-2012.tar from"
             " http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ and give its folder with --data-dir"
         )
     voc = find_folder(
@@ -86,12 +86,12 @@ def find(data_dir: pathlib.Path | None = None, *, sbd: bool = False) -> Files:
 
 
 def _pairs_of_sbd(data_dir: pathlib.Path, taken: set[str]) -> list[Pair]:
-    """Returns the pairs of both lists of SBD, all of them for train, without the names taken."""
+    """Returns the pairs of both lists of SBD, all for train, without the names in `taken`."""
     root = find_folder(
         *(data_dir / inner for inner in ("benchmark_RELEASE/dataset", "sbd", "")),
         holding=("img", "cls"),
         dataset="SBD",
-        remedy=f"unpack {SBD_URL} in the folder of VOC, or take --dataset=voc2012",
+        remedy=f"unpack {SBD_URL} in the folder of VOC, or use --dataset=voc2012",
     )
     names = [*_read_list(root / "train.txt"), *_read_list(root / "val.txt")]
     return [

@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012 with the training labels of SBD, "trainaug": 10,582 images to train."""
+"""PASCAL VOC 2012 with the training labels of SBD, "trainaug": 10,582 training images."""
 
 import functools
 

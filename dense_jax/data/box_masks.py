@@ -1,108 +1,67 @@
-"""Boxes around objects, and the mask of the object in each: targets of box networks.
+"""Boxes around objects and the mask of the object in each: the targets of box networks.
 
-A box is (x0, y0, x1, y1) in pixels from outer edge to outer edge, float32: the pixel in row 0 and
-column 0 fills (0, 0, 1, 1). A heat map is a grid of equal cells over a box. Class 0 is background;
-categories are counted from 0, category c being class c + 1.
+Boxes are those of `dense_jax.ops.boxes`. A heat map is a grid of equal cells over a box. Class 0 is
+background; a network's category c, counted from 0, is class c + 1.
 
 Reference: Hariharan, Arbelaez, Girshick, Malik, CVPR 2015, arXiv:1411.5752; target size, IoU of the
 training boxes, ignored pixels and area weights follow bharath272/sds.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
-from dense_jax.data import crops
+from dense_jax.data import objects as object_lib
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example
+from dense_jax.data.objects import Objects
+from dense_jax.ops import boxes as box_ops
 
-_MIN_SIDE = 4  # Objects with a shorter side, in pixels, are rests behind others, and left out.
-_NUM_TRIES = 20  # Random boxes for each object, of which the first with enough overlap is taken.
-_AREA = 224**2  # Boxes of at least this area, in pixels, have weight 1.
-
-
-class Objects(NamedTuple):
-    """The objects of an image.
-
-    Attributes:
-      boxes: float32 [N, 4], tight.
-      categories: int32 [N].
-      numbers: int32 [N], of each in `map`.
-      map: int32 [H, W], the number of the object of each pixel, labelled or not.
-    """
-
-    boxes: np.ndarray
-    categories: np.ndarray
-    numbers: np.ndarray
-    map: np.ndarray
-
-    def mask(self, index: int) -> np.ndarray:
-        """Returns the pixels of one of the objects, bool [H, W]."""
-        return self.map == self.numbers[index]
+_MIN_SIDE = 4  # Objects with a side shorter than this (pixels) are mostly occluded; skip them.
+_NUM_TRIES = 20  # Random boxes for each object; the first with enough overlap is taken.
+_AREA = 224**2  # Boxes of at least this area (pixels) have weight 1.
 
 
 def find_objects(example: Example) -> Objects:
-    """Returns the objects of an example's "instances", or the connected parts of its classes.
-
-    Those shorter than 4 pixels or without a labelled pixel are left out.
-    """
-    object_map, label = crops.object_map(example, 0), example["label"]
-    boxes, categories, numbers = [], [], []
-    for number, slices in enumerate(ndimage.find_objects(object_map), 1):
-        if slices is None or min(s.stop - s.start for s in slices) < _MIN_SIDE:
-            continue
-        rows, columns = slices
-        labels = label[slices][object_map[slices] == number]
-        counts = np.bincount(labels, minlength=IGNORE_LABEL + 1)[1:IGNORE_LABEL]
-        if counts.any():
-            boxes.append((columns.start, rows.start, columns.stop, rows.stop))
-            categories.append(counts.argmax())
-            numbers.append(number)
-    return Objects(
-        np.array(boxes, np.float32).reshape(-1, 4),
-        np.array(categories, np.int32),
-        np.array(numbers, np.int32),
-        object_map,
-    )
+    """Returns the objects whose masks a box network learns; class 0 is background."""
+    return object_lib.find(example, 0, min_side=_MIN_SIDE)
 
 
 def jitter(boxes: np.ndarray, min_iou: float, rng: np.random.Generator) -> np.ndarray:
-    """Moves all four edges of each box at random, keeping an IoU of `min_iou` with it.
+    """Moves all four edges of each box at random; the IoU with the box stays at least `min_iou`.
 
-    These boxes stand for proposals and detections.
+    The results stand for proposals and detections.
 
     Args:
       boxes: [N, 4].
-      min_iou: least intersection over union; 1 keeps the boxes as they are.
+      min_iou: least intersection over union; 1 keeps the boxes.
       rng: source of randomness.
 
     Returns:
       float32 [N, 4].
     """
-    reach = (1 - min_iou) / 2  # Two opposite edges that move so far inwards leave `min_iou`.
-    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    reach = (1 - min_iou) / 2  # IoU is `min_iou` if two opposite edges move inwards by this.
+    sides = np.tile(box_ops.sides(boxes), 2)
     shifts = rng.uniform(-reach, reach, (_NUM_TRIES, *boxes.shape))
     result = boxes.astype(np.float32)
     for box, tries in zip(result, (boxes + shifts * sides).swapaxes(0, 1), strict=True):
-        good = crops.iou(tries, box[None])[:, 0] >= min_iou
+        good = box_ops.iou(tries, box[None])[:, 0] >= min_iou
         if good.any():
             box[:] = tries[good.argmax()]
     return result
 
 
 def targets(mask: np.ndarray, label: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
-    """Returns what a heat map over a box should show, int32 [size, size].
+    """Returns the target of a heat map over a box, int32 [size, size].
 
-    1 inside the object and 0 outside, by the pixel at each cell's centre; -1 where that pixel is
-    not labelled or lies outside of the image.
+    Each cell takes the pixel at its centre: 1 inside the object, 0 outside, -1 where the pixel is
+    not labelled or is outside the image.
 
     Args:
       mask: bool [H, W], the object.
       label: [H, W], class ids.
       box: [4].
-      size: cells along each side.
+      size: number of cells along each side.
     """
     truth = np.where(label == IGNORE_LABEL, -1, mask.astype(np.int32))
     truth = np.pad(truth, 1, constant_values=-1)
@@ -115,9 +74,9 @@ def targets(mask: np.ndarray, label: np.ndarray, box: np.ndarray, size: int) -> 
 
 
 def paste(heatmap: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns an image of `size` that shows a heat map [S, S] in its box and 0 outside of it.
+    """Returns an array of `size` with a heat map [S, S] in its box and 0 outside.
 
-    Each pixel takes the cell in which its centre lies.
+    Each pixel takes the cell that contains its centre.
     """
     result = np.zeros(size, heatmap.dtype)
     inside, cells = [], []
@@ -131,17 +90,17 @@ def paste(heatmap: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.nda
 
 @dataclasses.dataclass(frozen=True)
 class SampleBoxes:
-    """Draws boxes around an example's objects; the last of the transforms.
+    """Draws boxes around the objects of an example; the last transform.
 
     Adds "boxes" float32 [N, 4], "categories" int32 [N], "targets" int32 [N, S, S] (see `targets`),
-    "box_weights" float32 [N] and "box_valid" bool [N]. An image without objects has N boxes that
-    are not valid.
+    "box_weights" float32 [N] and "box_valid" bool [N]. An image without objects has N invalid
+    boxes.
 
     Attributes:
       num_boxes: N; objects are drawn with replacement.
       heatmap: S.
-      min_iou: least IoU of a box with the object's own.
-      weigh: boxes weigh min(area / 224^2, 1), else 1.
+      min_iou: least IoU of a box with the tight box of its object.
+      weigh: the weight of a box is min(area / 224^2, 1), else 1.
     """
 
     num_boxes: int
@@ -164,11 +123,11 @@ class SampleBoxes:
             }
         chosen = rng.integers(len(found.boxes), size=self.num_boxes)
         boxes = jitter(found.boxes[chosen], self.min_iou, rng)
-        areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+        areas = box_ops.area(boxes)
         return {
             **example,
             "boxes": boxes,
-            "categories": found.categories[chosen],
+            "categories": found.classes[chosen] - 1,
             "targets": np.stack(
                 [
                     targets(found.mask(i), example["label"], box, self.heatmap)

@@ -1,0 +1,170 @@
+"""Images are prepared, padded and cut alike wherever a network runs, on real images too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dense_jax.data import pipeline
+from dense_jax.data.classes import IGNORE_LABEL, ClassTable
+from dense_jax.data.normalise import NORMALISATIONS, Normalise, normalise, normalise_batch
+from dense_jax.data.padded import cut, pad, padded_shapes, prepare, run_padded, scaled
+from dense_jax.infer import predictor, program, proposals
+
+NAMES = sorted(NORMALISATIONS)
+SAMPLES = ("dsb2018_nuclei/images/*.png", "voc2012_sample/VOCdevkit/VOC2012/JPEGImages/*.jpg")
+
+
+@pytest.fixture(scope="module", params=["drawn", *SAMPLES])
+def paths(request, tmp_path_factory):
+    """Files of a few images of different sizes."""
+    if request.param != "drawn":
+        found = sorted(request.getfixturevalue("data_root").glob(request.param))
+        return [found[i] for i in np.linspace(0, len(found) - 1, 5).astype(int)]
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    result = []
+    for height, width in ((1, 1), (20, 33), (64, 32), (40, 100)):
+        result.append(folder / f"{height}x{width}.png")
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(result[-1])
+    return sorted(result)
+
+
+class Source:
+    """A source of images without labels."""
+
+    def __init__(self, paths):
+        self.images = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+
+    def __len__(self):
+        return len(self.images)
+
+    def size(self, index):
+        height, width, _ = self.images[index].shape
+        return height, width
+
+    def __getitem__(self, index):
+        label = np.full(self.size(index), index, np.uint8)
+        return {"image": self.images[index], "label": label, "name": str(index)}
+
+
+def test_padded_shapes_joins_what_wastes_least():
+    sizes = [(32, 32)] * 9 + [(30, 64), (31, 60), (96, 96)]
+    joined = padded_shapes(sizes, 32, 2)
+    assert joined == {
+        (32, 32): (32, 64),
+        (30, 64): (32, 64),
+        (31, 60): (32, 64),
+        (96, 96): (96, 96),
+    }
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.3])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_is_resized_normalised_and_padded(name, scale, paths):
+    """In this order: normalised pixels would be rounded, and padding is the mean colour."""
+    for image in Source(paths).images:
+        height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+        assert scaled(image.shape[:2], scale) == (height, width)
+        small = image
+        if scale != 1:
+            small = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        (shape,) = padded_shapes([(height, width)]).values()
+        images, sizes = prepare(image, name, shape, scale)
+        assert images.dtype == np.float32
+        assert sizes.dtype == np.int32
+        assert sizes.tolist() == [[height, width]]
+        assert images.shape[:3] == (1, *shape)
+        np.testing.assert_array_equal(images[0, :height, :width], normalise(np.array(small), name))
+        assert not images[0, height:].any()
+        assert not images[0, :, width:].any()
+        restored = cut(jnp.asarray(images[0]), (height, width))
+        assert isinstance(restored, np.ndarray)
+        np.testing.assert_array_equal(restored, images[0, :height, :width])
+
+
+def test_labels_are_padded_with_ignored_pixels():
+    example = {"image": np.ones((2, 3, 3), np.float32), "label": np.ones((2, 3), np.uint8)}
+    padded = pad(example, (4, 4))
+    expected = np.full((4, 4), IGNORE_LABEL)
+    expected[:2, :3] = 1
+    np.testing.assert_array_equal(padded["label"], expected)
+    np.testing.assert_array_equal(padded["image"][..., 0], expected == 1)
+
+
+@pytest.mark.parametrize("name", ["caffe", "grey_image"])
+def test_all_loops_over_images_prepare_them_alike(name, paths, tmp_path):
+    source = Source(paths)
+    sizes = [source.size(i) for i in range(len(source))]
+    shape_of = padded_shapes(sizes)
+    prepared = [prepare(source[i]["image"], name, shape_of[size]) for i, size in enumerate(sizes)]
+    # Evaluation, with other examples in the batch and rows that are padding.
+    rows = []
+    for batch in pipeline.eval_batches(source, [Normalise(name)], 2):
+        for row, i in enumerate(batch["index"]):
+            if i >= 0:
+                rows.append(int(i))
+                np.testing.assert_array_equal(batch["images"][row], prepared[i][0][0])
+                np.testing.assert_array_equal(batch["size"][row], prepared[i][1][0])
+    assert sorted(rows) == list(range(len(source)))
+
+    # Prediction of a folder.
+    seen = []
+
+    def keep(images, sizes):
+        seen.append((images, sizes))
+        return jnp.asarray(np.broadcast_to(images[..., :1], (*images.shape[:3], 3)))
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in paths:
+        (folder / path.name).symlink_to(path)
+    classes = ClassTable(["a", "b", "c"])
+    predictor.predict_folder(keep, classes, name, folder, tmp_path / "out", overlays=False)
+    for expected, found in zip(prepared, seen, strict=True):
+        np.testing.assert_array_equal(found[0], expected[0])
+        np.testing.assert_array_equal(found[1], expected[1])
+
+    # Labelling from boxes: the labels show which rows and columns are dark.
+    def score(variables, images, boxes, valid):
+        dark = (images.mean(-1, keepdims=True) < 0).astype(jnp.float32)
+        return jnp.concatenate([jnp.full_like(dark, 0.5), dark], axis=-1)
+
+    labels = proposals.label_images(
+        score, {}, source, [[]] * len(source), normalisation=name, num=1, min_side=1
+    )
+    for (images, size), found in zip(prepared, labels, strict=True):
+        height, width = size[0]
+        expected = jnp.mean(images[0], -1) < 0
+        np.testing.assert_array_equal(found, expected[:height, :width])
+
+
+def surroundings(images, sizes):
+    """A function of a pixel and of its neighbours, and the size that it is told."""
+    sums = jax.lax.reduce_window(images, 0.0, jax.lax.add, (1, 5, 5, 1), (1, 1, 1, 1), "SAME")
+    told = jnp.broadcast_to(sizes[:, None, None].astype(jnp.float32), (*sums.shape[:3], 2))
+    return jnp.concatenate([sums, told], axis=-1)
+
+
+@pytest.mark.parametrize("shape", [(2, 20, 33, 3), (1, 32, 64, 3), (1, 1, 1, 3)])
+def test_traced_calls_pad_and_cut_as_the_host_does(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    ((size, padded_shape),) = padded_shapes([shape[1:3]]).items()
+    expected = []
+    for image in pixels:
+        images, sizes = prepare(image, "caffe", padded_shape)
+        expected.append(cut(surroundings(jnp.asarray(images), jnp.asarray(sizes))[0], size))
+
+    def traced(images):
+        return run_padded(surroundings, normalise_batch(images, "caffe"))
+
+    label = program.label_fn(lambda _, *inputs: surroundings(*inputs), None, "caffe", "logits")
+    sizes_open = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b, h, w"), 3), jnp.uint8)
+    for call in (jax.jit, lambda f: jax.export.export(jax.jit(f))(sizes_open).call):
+        found = call(traced)(pixels)
+        assert found.shape == (*shape[:3], 5)
+        np.testing.assert_allclose(found, np.stack(expected), rtol=1e-6, atol=1e-4)
+        np.testing.assert_array_equal(call(label)(pixels)["logits"], found)
+    assert (
+        run_padded(lambda x, sizes: x[..., :1] + x.shape[1], jnp.zeros((1, 5, 5, 3)), 4).max() == 8
+    )
