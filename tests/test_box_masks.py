@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -247,7 +248,10 @@ def test_a_box_run_is_evaluated_again_as_any_other(smoke_run):
     again = json.loads((smoke_run / "evaluate-val-last" / "evaluation.json").read_text())
     first = json.loads((smoke_run / "evaluation.json").read_text())
     assert again["scores"] == first["scores"]
-    for flags in ({"crf": True}, {"absent": "zero"}, {"ensemble": (smoke_run,)}):
+    refused: list[dict[str, Any]] = [
+        {"crf": True}, {"absent": "zero"}, {"ensemble": (smoke_run,)}
+    ]  # fmt: skip
+    for flags in refused:
         with pytest.raises(UserError, match="runs that label pixels"):
             evaluate.run(run=smoke_run, **flags)
 
@@ -437,5 +441,6 @@ def test_the_grid_of_a_run_spans_images_and_not_their_padding():
     run = jax.jit(task.predict)
     whole, half = (run(variables, images, np.array([[32, w]] * 2))["logits"] for w in (64, 32))
     assert np.any(np.abs(whole - half) > 1e-4)
-    assert "2x2" in script.build(config, 4).test_time
-    assert "2x2" not in script.build(dataclasses.replace(config, grid=1), 4).test_time
+    one = script.build(dataclasses.replace(config, grid=1), 4)
+    assert "2x2" in task.card["test_time_options"]
+    assert "2x2" not in one.card["test_time_options"]

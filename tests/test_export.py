@@ -100,9 +100,11 @@ def predicted(run, pictures, folder):
     folder.mkdir()
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(folder / f"{i}.png")
-    each = predictor.Predictor(
-        keep, lambda *x: task.read(*x, opened.classes), opened.config.normalisation
-    )
+
+    def read(answers, image):
+        return task.read(answers, image, opened.classes)
+
+    each = predictor.Predictor(keep, read, opened.config.normalisation)
     predictor.predict_folder(each, opened.classes, folder, folder / "out", overlays=False)
     labels = [np.asarray(Image.open(folder / f"out/labels/{i}.png")) for i in range(len(pictures))]
     height, width = pictures.shape[1:3]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,9 +144,9 @@ def own_crf(run):
 
 def test_the_command_decides_or_leaves_it_to_the_run(run):
     def found(task, crf, params=CrfParams()):  # noqa: B008
-        task = with_flags(task, crf, params)
-        card = "none" if task.crf is None else dataclasses.asdict(task.crf)
-        assert task.card["crf"] == card
+        task = semantic.labelling(with_flags(task, crf, params), "")
+        expected: Any = task.crf
+        assert task.card["crf"] == (dataclasses.asdict(expected) if expected else "none")
         return task.crf
 
     other = CrfParams(w1=1.0)

@@ -113,14 +113,20 @@ def test_all_loops_over_images_prepare_them_alike(name, paths, tmp_path):
 
     def keep(images, sizes):
         seen.append((images, sizes))
-        return jnp.asarray(np.broadcast_to(images[..., :1], (*images.shape[:3], 3)))
+        soft = np.broadcast_to(images[..., :1], (*images.shape[:3], 3))
+        return {"labels": jnp.zeros(images.shape[:3]), "probabilities": jnp.asarray(soft)}
+
+    def read(answers, image):
+        labels, soft = (cut(answers[k], image.shape[:2]) for k in ("labels", "probabilities"))
+        return predictor.Labels(image, labels, soft, classes)
 
     folder = tmp_path / "images"
     folder.mkdir()
     for path in paths:
         (folder / path.name).symlink_to(path)
     classes = ClassTable(["a", "b", "c"])
-    predictor.predict_folder(keep, classes, name, folder, tmp_path / "out", overlays=False)
+    each = predictor.Predictor(keep, read, name)
+    predictor.predict_folder(each, classes, folder, tmp_path / "out", overlays=False)
     for expected, found in zip(prepared, seen, strict=True):
         np.testing.assert_array_equal(found[0], expected[0])
         np.testing.assert_array_equal(found[1], expected[1])
@@ -158,7 +164,7 @@ def test_traced_calls_pad_and_cut_as_the_host_does(shape):
     def traced(images):
         return run_padded(surroundings, normalise_batch(images, "caffe"))
 
-    label = program.label_fn(lambda _, *inputs: surroundings(*inputs), None, "caffe", "logits")
+    label = program.program(lambda *inputs: {"logits": surroundings(*inputs)}, "caffe")
     sizes_open = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b, h, w"), 3), jnp.uint8)
     for call in (jax.jit, lambda f: jax.export.export(jax.jit(f))(sizes_open).call):
         found = call(traced)(pixels)

@@ -15,6 +15,7 @@ from PIL import Image
 from dense_jax.analysis import receptive_field as rf
 from dense_jax.analysis import receptive_field_figures as figures
 from dense_jax.analysis.reach_rules import Seen
+from dense_jax.commands import receptive_field as command
 from dense_jax.errors import UserError
 from dense_jax.layers import init
 from dense_jax.layers.conv import Conv, UpConv
@@ -31,7 +32,6 @@ from dense_jax.models import (
 )
 from dense_jax.ops.pool import max_pool
 from dense_jax.ops.resize import resize_bilinear, resize_nearest
-from dense_jax.tasks import receptive_field as command
 from tests import contract
 
 # ---------------------------------------------------------------- the literature's numbers

@@ -215,7 +215,7 @@ def test_weighted_loss():
 
     def loss(weights):
         total = losses.softmax_cross_entropy(logits, labels, class_weights=weights).sum()
-        return total / losses.loss_denominator(labels, jnp.ones(2, bool), "valid")
+        return total / losses.count_pixels(labels, jnp.ones(2, bool), "valid")
 
     log_p, truth = np.asarray(jax.nn.log_softmax(logits)), np.asarray(labels)
     scored = truth != 255
@@ -451,17 +451,17 @@ def test_class_balance():
     maps = [np.array([[0, 0, 0, 1]]), np.array([[0, 2, 2, 2]])]
     split = [{"label": label} for label in maps]
     three = Dataset("three", ClassTable(["a", "b", "c"]), {"train": split}, "", "")  # pyrefly: ignore
-    assert script.class_weights(config(class_balance="none"), three) is None
-    pixels = script.class_weights(config(class_balance="median_pixels"), three)
+    assert script.class_weights("none", three) is None
+    pixels = script.class_weights("median_pixels", three)
     assert pixels is not None
     np.testing.assert_allclose(pixels, [3 / 4, 3, 1])
-    eigen = script.class_weights(config(class_balance="median_eigen"), three)
+    eigen = script.class_weights("median_eigen", three)
     assert eigen is not None
     np.testing.assert_allclose(eigen, [1, 2, 2 / 3])
     with pytest.raises(UserError, match="CamVid's 11 classes, not for three"):
-        script.class_weights(config(class_balance="published"), three)
+        script.class_weights("published", three)
     real = Dataset("camvid", camvid.CLASSES, {}, "", "")
-    published = script.class_weights(config(class_balance="published"), real)
+    published = script.class_weights("published", real)
     assert published is not None
     assert published[[0, 6, 10]].tolist() == pytest.approx([0.2595, 9.6446, 7.3614])
 

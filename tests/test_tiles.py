@@ -41,7 +41,7 @@ def padded_batch(sizes, shape, channels=1):
 
 
 def run(predict, batch, sizes, variables=None):
-    return np.asarray(jax.jit(predict)(variables or {}, batch, sizes))
+    return np.asarray(jax.jit(predict)(variables or {}, batch, sizes)["logits"])
 
 
 SIZES, SHAPE = [(9, 13), (16, 3), (1, 1), (2, 12)], (16, 13)
@@ -144,7 +144,7 @@ def recording(record):
 
     def predict(variables, images, sizes):
         jax.debug.callback(lambda x, s: record.append((np.array(x), np.array(s))), images, sizes)
-        return images
+        return {"logits": images}
 
     return predict
 
@@ -176,7 +176,7 @@ def test_views_are_symmetries_of_the_picture_inside_its_padding(views, count):
 @pytest.mark.parametrize("views", ["rot7", "d4"])
 def test_views_are_turned_back_and_probabilities_averaged(views):
     images, batch, sizes = padded_batch([(3, 4), (5, 2)], (5, 6), channels=3)
-    logits = run(average_views(lambda variables, x, sizes: 2 * x, views), batch, sizes)
+    logits = run(average_views(lambda variables, x, sizes: {"logits": 2 * x}, views), batch, sizes)
     assert logits.shape == batch.shape
     for image, found in zip(images, logits, strict=True):
         expected = jax.nn.log_softmax(2 * image)
@@ -185,7 +185,7 @@ def test_views_are_turned_back_and_probabilities_averaged(views):
         )
 
     def column_prediction(variables, x, sizes):  # knows left from right, so views disagree
-        return x * np.arange(x.shape[2], dtype=np.float32).reshape(1, 1, -1, 1)
+        return {"logits": x * np.arange(x.shape[2], dtype=np.float32).reshape(1, 1, -1, 1)}
 
     squares, three = batch[:1, :3, :3], np.full((1, 2), 3, np.int32)
     averaged = run(average_views(column_prediction, views), squares, three)
@@ -199,6 +199,6 @@ def test_views_are_turned_back_and_probabilities_averaged(views):
 
 def test_impossible_classes_stay_finite():
     batch = np.array([[[[300.0, 0, 0]]]], np.float32)
-    predict = average_views(lambda variables, x, sizes: x, "d4")
+    predict = average_views(lambda variables, x, sizes: {"logits": x}, "d4")
     averaged = run(predict, batch, np.ones((1, 2), np.int32))
     assert np.isfinite(averaged).all()

@@ -51,14 +51,7 @@ def run(
     task, variables = opened.task, opened.variables
     if others:
         task, variables = _together([opened, *others], combine, crf is not None)
-    task = with_flags(task, crf, crf_params)
-    for flag, name, value in (
-        ("absent", "absent", absent),
-        ("bf-match", "boundary_match", bf_match),
-    ):
-        labels_only = labelling(task, f"--{flag}") if value not in ("skip", "distance") else task
-        if isinstance(labels_only, semantic.Semantic):
-            task = dataclasses.replace(labels_only, **{name: value})
+    task = semantic.with_rules(with_flags(task, crf, crf_params), absent, bf_match)
     kind = f"ensemble-{combine}" if others else "evaluate"
     suffix = {None: "", True: "-crf", False: "-no-crf"}[crf]
     output = output or run / f"{kind}-{split}-{checkpoint}{suffix}"

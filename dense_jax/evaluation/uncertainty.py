@@ -57,7 +57,7 @@ def measure(task: Predicts, variables: Any, dataset: Dataset, split: str) -> Fin
     pictures = [
         Picture(
             f"uncertainty_{rank}.png",
-            functools.partial(_picture, source, index, *maps, high, dataset.classes),
+            functools.partial(_picture, source, index, maps, high, dataset.classes),
             "Uncertainty",
             source[index]["name"],
             ("image", "label", "prediction", "errors", "variance"),
@@ -79,12 +79,11 @@ def measure(task: Predicts, variables: Any, dataset: Dataset, split: str) -> Fin
 def _picture(
     source: Source,
     index: int,
-    labels: np.ndarray,
-    variance: np.ndarray,
+    maps: tuple[np.ndarray, np.ndarray],
     high: float,
     classes: ClassTable,
 ) -> np.ndarray:
-    example = source[index]
+    example, (labels, variance) = source[index], maps
     row = viz.comparison(example["image"], example["label"], labels, classes.palette())
     scale = viz.heat_scale(high, max(len(row), _ENOUGH))
     return _beside([row, viz.heat(variance, high), scale])

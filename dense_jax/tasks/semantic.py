@@ -213,6 +213,19 @@ def labelling(task: Task, flag: str) -> Semantic:
     return task
 
 
+def with_rules(task: Task, absent: labels.Absent, boundary_match: labels.BoundaryMatch) -> Task:
+    """Returns a task that is scored by other rules than the usual ones.
+
+    Raises:
+      UserError: the rules are others, and the task does not label pixels.
+    """
+    if (absent, boundary_match) == ("skip", "distance"):
+        return task
+    return dataclasses.replace(
+        labelling(task, "--absent and --bf-match"), absent=absent, boundary_match=boundary_match
+    )
+
+
 def together(tasks: Sequence[Semantic], names: Sequence[str], combine: Combine) -> Semantic:
     """Several runs as one, whose variables are a tuple of those of each.
 
