@@ -14,7 +14,7 @@ Names are those of the released networks, with fc8 for fc8_voc12 and fc1 for fc1
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -150,6 +150,18 @@ RESIDUAL = {
     "resnext101_32x8d": resnet.resnext101_32x8d,
     "resnext101_64x4d": resnet.resnext101_64x4d,
 }
+
+
+def torchvision_trunk(
+    backbone: Backbone, stride_in: Literal["published", "1x1", "3x3"] = "published"
+) -> Callable[..., resnet.ResNet]:
+    """Returns what builds torchvision's ResNet, as published or striding like DeepLab v2's."""
+    if stride_in != "1x1":
+        return RESIDUAL[backbone]
+    options = dict(stride_in=stride_in, first_block_dilation=_FIRST_BLOCK[stride_in])
+    return functools.partial(RESIDUAL[backbone], **options)
+
+
 SCALES = (1.0, 0.75, 0.5)  # of multi-scale inputs (v2, Section 4.1.2).
 # Dilation of the first block of a stage that would stride here; others see other pixels.
 _FIRST_BLOCK: dict[StrideIn, FirstBlockDilation] = {"1x1": "new", "3x3": "previous"}
