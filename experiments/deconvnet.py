@@ -6,9 +6,9 @@
     python -m dense_jax evaluate --run RUN --ensemble runs/fcn-camvid --combine mean_prob
 
 Stage 1 trains on windows around single objects, stage 2 on proposals that overlap an object.
---proposals takes boxes (the paper's are Edge Boxes) as JSON {"image name": [[x0, y0, x1, y1], ...]},
-best first, in pixels. The last command is the ensemble with FCN-8s; --combine=product_score is the
-release's, and --crf refines what both decide. Results: docs/results.md.
+--proposals takes boxes (the paper's are Edge Boxes), best first, in pixels, as JSON
+{"image name": [[x0, y0, x1, y1], ...]}. The last command is the ensemble with FCN-8s;
+--combine=product_score is the release's; --crf refines what both decide. Results: docs/results.md.
 
 Differences: (1) Windows that leave the image are filled with the mean colour; the release fills
 them with black. (2) Rare classes are repeated up to the median class; the paper does not say how
@@ -18,9 +18,9 @@ need ImageNet weights to reach the paper's scores; --init takes those.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Literal
 
 from dense_jax.data import crops
@@ -32,11 +32,10 @@ from dense_jax.models.deconvnet import DeconvNet
 from dense_jax.ops.crf import CrfParams
 from dense_jax.tasks import training
 from dense_jax.tasks.semantic import Semantic, SemanticConfig
-from dense_jax.train.config import Count, Limit, Share, from_scratch, smoke
+from dense_jax.train.config import AtLeastOne, Count, Limit, Share, from_scratch, smoke
 from dense_jax.train.step import AXIS
 
-Side = Annotated[int, Limit(lambda x: x >= 32 and x % 32 == 0, "a multiple of 32")]
-Enlarge = Annotated[float, Limit(lambda x: x >= 1, "a factor of 1 or more")]
+Square = Annotated[int, Limit(lambda x: x >= 32 and x % 32 == 0, "a multiple of 32")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,25 +43,26 @@ class Config(SemanticConfig):
     """The paper's ablations; then the flags of every semantic run."""
 
     bn: Literal["on", "off"] = "on"  # Batch normalisation (Section 4.1: else a poor optimum).
-    bn_stats: Literal["posthoc", "running"] = "posthoc"  # Averaged after training (release).
+    bn_stats: Literal["posthoc", "running"] = "posthoc"  # posthoc: after training (release).
     bn_epsilon: float = 1e-9  # 1e-9 as released; 1e-5 for torchvision's vgg16_bn.
     unpool: Literal["switch", "fixed_corner", "bilinear"] = "switch"
     """Where unpooling puts values (Section 3.2): where the maximum was, a corner, everywhere."""
     decoder_init: Literal["gaussian", "he"] = "gaussian"
     """Start of what VGG-16 lacks: standard deviation 0.01 (release), or He's, for thin nets."""
-    input_size: Side = 224  # Side of the square that fc6 takes in at once (Table 2).
+    input_size: Square = 224  # Side of the square that fc6 takes in at once (Table 2).
     fc_width: Count = 4096  # Channels of fc6 and fc7 (Table 2); SegNet's paper compares 1024.
     stages: Literal["two", "stage1_only", "stage2_only", "whole"] = "two"
     """Single objects and then proposals (Section 4.2), one of them, or crops of whole images."""
     stage1_steps: Count = 20_000  # Steps of stage 1 of two; num_steps is for the last stage.
     background: int | None = 0  # Class that is no object; None: there is none, and no stage 1.
     proposals: str | None = None
-    """JSON of boxes for stage 2 and --proposal-source=file; None: moved objects, sliding windows."""
+    """JSON of boxes for stage 2 and --proposal-source=file; None: moved objects, sliding boxes."""
     min_iou: Share = 0.5  # Least overlap of a training proposal with an object (Section 4.2).
-    enlarge: Enlarge = 1.2  # How much wider and higher windows are than boxes (Section 4.2).
+    enlarge: AtLeastOne = 1.2  # How much wider and higher windows are than boxes (Section 4.2).
     balance: Literal["on", "off"] = "on"  # Repeat the windows of rare classes (Section 6.1).
     resize: int = 250  # Side of windows before random crops of input_size (Section 6.1).
-    augment: Literal["mirror", "mirror_scale"] = "mirror"  # mirror_scale also resizes whole images.
+    augment: Literal["mirror", "mirror_scale"] = "mirror"
+    """Flip left and right; mirror_scale also resizes by 0.75 to 1.5 with --stages=whole."""
     proposal_source: Literal["sliding", "file", "gt", "whole", "none"] = "sliding"
     """Boxes to label (Section 5.1). whole: the image as one box; none: no box, one convolutional
     pass. file and gt, objects' boxes, come with datasets: evaluation adds their boxes_mean_iou."""
@@ -74,16 +74,14 @@ class Config(SemanticConfig):
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
         super().__post_init__()
-        micro, window = self.batch_size // self.accumulate, f"--input-size={self.input_size}"
-        no_file = self.proposal_source == "file" and not self.proposals
-        no_rest = self.background is None and self.stages in ("two", "stage1_only")
-        refuse(self.resize < self.input_size, f"--resize={self.resize}: give at least {window}")
-        refuse(no_file, "--proposal-source=file needs boxes: give --proposals=FILE")
-        refuse(no_rest, "--background=None leaves stage 1 no label for the neighbours of an object: "
-               "give --stages=stage2_only or --stages=whole")  # fmt: skip
-        refuse(self.bn == "on" and micro < 2, f"--batch-size={self.batch_size} in "
-               f"{self.accumulate} micro-batches leaves one image to normalise the 1x1 map of fc6 "
-               "over: give at least 2 each, or --bn=off")  # fmt: skip
+        lacks_file = self.proposal_source == "file" and not self.proposals
+        refuse(lacks_file, "--proposal-source=file needs boxes: give --proposals=FILE")
+        least = self.input_size
+        refuse(self.resize < least, f"--resize={self.resize}: give at least --input-size={least}")
+        self.needs("background", None, stages=("stage2_only", "whole"))
+        is_single = self.bn == "on" and self.batch_size // self.accumulate < 2
+        refuse(is_single, f"--batch-size={self.batch_size} in {self.accumulate} micro-batches: "
+               "fc6 is normalised over 2 or more images each: give these, or --bn=off")  # fmt: skip
 
     def each_stage(self) -> Iterator["Config"]:
         """Yields stage 1 and then stage 2, whose folder is the run's own."""
@@ -101,24 +99,20 @@ _RELEASE = Config(
     num_steps=40_000, eval_batch_size=4, eval_every=10_000, save_every=4000, log_every=20,
 )  # fmt: skip
 # Without pretrained weights: a fast start, and whole images, each place with its own units of fc6.
-_SCRATCH = from_scratch(Config(
-    stages="whole", proposal_source="none", decoder_init="he", bn_stats="running", width=0.125,
-    learning_rate=4e-3, input_size=32, resize=36, min_box=16,
-))  # fmt: skip
+_SCRATCH = from_scratch(Config(stages="whole", proposal_source="none", decoder_init="he",
+                               bn_stats="running", width=0.125, learning_rate=4e-3,
+                               input_size=32, resize=36, min_box=16))  # fmt: skip
 _SLIDING = replace(_SCRATCH, proposal_source="sliding")
 
 PRESETS = {
     "paper": _RELEASE,
     "paper_fc1024": replace(_RELEASE, fc_width=1024),
-    "camvid": replace(
-        _SCRATCH, dataset="camvid", background=None, scale=0.5, augment="mirror_scale",
-        crop=(192, 256), input_size=96, resize=108, width=0.25, learning_rate=2e-3, eval_every=500,
-    ),
+    "camvid": replace(_SCRATCH, dataset="camvid", background=None, scale=0.5, crop=(192, 256),
+                      augment="mirror_scale", input_size=96, resize=108, width=0.25,
+                      learning_rate=2e-3, eval_every=500),
     "demo": replace(_SCRATCH, width=0.1875, num_steps=2000, eval_batch_size=16),
-    "demo_stages": replace(
-        _SLIDING, stages="two", input_size=64, resize=72, stage1_steps=400, num_steps=800,
-        eval_every=400, eval_batch_size=16,
-    ),
+    "demo_stages": replace(_SLIDING, stages="two", input_size=64, resize=72, stage1_steps=400,
+                           num_steps=800, eval_every=400, eval_batch_size=16),
     "smoke": smoke(replace(_SLIDING, stages="stage2_only", num_proposals=5, width=1 / 32)),
 }  # fmt: skip
 
@@ -126,7 +120,7 @@ PRESETS = {
 def build(config: Config, num_classes: int) -> Semantic:
     """The network, and how it is trained and used."""
     is_whole, source = config.stages == "whole", config.proposal_source
-    shared = dict(background=config.background, factor=config.enlarge)
+    objects = dict(background=config.background, factor=config.enlarge)
     model = DeconvNet(
         num_classes, config.input_size, bn=config.bn == "on", bn_epsilon=config.bn_epsilon,
         unpool=config.unpool, decoder_init=config.decoder_init, fc_width=config.fc_width,
@@ -136,20 +130,18 @@ def build(config: Config, num_classes: int) -> Semantic:
     boxes = BoxScores(model, config.input_size, *how)
     forward, words = boxes.forward(source)
     file = config.proposals if source == "file" else None
-    known = functools.partial(crops.known_boxes, proposals=file, **shared)
-    windows = functools.partial(
-        crops.training_windows, single_objects=config.stages == "stage1_only", seed=config.seed,
-        proposals=config.proposals, min_iou=config.min_iou, is_balanced=config.balance == "on",
-        normalisation=config.normalisation, **shared,
-    )  # fmt: skip
-    resized = [Resize((config.resize, config.resize))]
-    resized += whole_images(config.normalisation, 1.0, "mirror", config.input_size)
-    measure = functools.partial(known_boxes.measure, network=boxes, boxes=known)
+    known = partial(known_boxes.measure, network=boxes, proposals=file, **objects)
+    windows = partial(crops.training_windows, single_objects=config.stages == "stage1_only",
+                      proposals=config.proposals, min_iou=config.min_iou, seed=config.seed,
+                      is_balanced=config.balance == "on", normalisation=config.normalisation,
+                      **objects)  # fmt: skip
+    resize = Resize((config.resize, config.resize))
+    cut = [resize, *whole_images(config.normalisation, 1.0, "mirror", config.input_size)]
     return Semantic(
-        config, model, config.whole_images() if is_whole else resized, forward=forward,
-        training_split=(lambda split: split) if is_whole else windows, test_time=words,
+        config, model, config.whole_images() if is_whole else cut, forward=forward,
+        training_split=None if is_whole else windows, test_time=words,
         posthoc_batch_stats=config.bn == "on" and config.bn_stats == "posthoc",
-        measures=(measure,) if source in ("file", "gt") else (),
+        measures=(known,) if source in ("file", "gt") else (),
     )  # fmt: skip
 
 

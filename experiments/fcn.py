@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from dense_jax.data.transforms import RandomPixelKeep
-from dense_jax.errors import UserError
 from dense_jax.models.fcn import FCN, FCNAlexNet
 from dense_jax.tasks import training
 from dense_jax.tasks.semantic import Semantic, SemanticConfig, median_frequency
@@ -63,13 +62,9 @@ class Config(SemanticConfig):
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
         super().__post_init__()
-        if self.single_skip == "pool4" and self.stride != 16:
-            raise UserError("--single-skip=pool4 scores at stride 16: give --stride=16 with it")
-        fixed = {"stride": 32, "pad_mode": "100", "upsample": "fixed", "skip_scale": "1"}
-        for name, value in fixed.items() if self.backbone == "alexnet" else ():
-            if getattr(self, name) != value:
-                flag = f"--{name.replace('_', '-')}={value}"
-                raise UserError(f"--backbone=alexnet comes in one form: give {flag} with it")
+        self.needs("single_skip", "pool4", stride=16)
+        one_form = dict(stride=32, pad_mode="100", upsample="fixed", skip_scale="1")
+        self.needs("backbone", "alexnet", **one_form)
 
     def each_stage(self) -> Iterator["Config"]:
         """Yields the coarser nets first, if training is staged."""
@@ -104,10 +99,12 @@ PRESETS = {
     "paper_cvpr": replace(_RELEASE, train="staged", num_steps=75_000, **_MEAN),
     "paper_alexnet": replace(_RELEASE, backbone="alexnet", stride=32, **_MEAN),
     "camvid": replace(
-        _SCRATCH, dataset="camvid", scale=0.5, augment="mirror_scale", crop=(180, 240), eval_every=500,
+        _SCRATCH, dataset="camvid", scale=0.5, augment="mirror_scale", crop=(180, 240),
+        eval_every=500,
     ),
     "demo": replace(
-        _SCRATCH, width=0.125, learning_rate=2e-3, num_steps=2000, eval_every=500, eval_batch_size=16,
+        _SCRATCH, width=0.125, learning_rate=2e-3, num_steps=2000, eval_every=500,
+        eval_batch_size=16,
     ),
     "smoke": smoke(replace(_SCRATCH, width=1 / 32)),
 }  # fmt: skip

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 from dense_jax.data.box_masks import SampleBoxes
-from dense_jax.errors import UserError
+from dense_jax.errors import refuse
 from dense_jax.infer.whole_image import ONE_PASS, whole_image
 from dense_jax.models import hypercolumns
 from dense_jax.models.hypercolumns import BoxHypercolumns, Hypercolumns
@@ -31,7 +31,7 @@ from dense_jax.tasks import training
 from dense_jax.tasks.box_masks import BoxMasks
 from dense_jax.tasks.semantic import Semantic, SemanticConfig
 from dense_jax.train.config import AtLeastZero, Count, Limit, Rate, Share, from_scratch, smoke
-from dense_jax.train.schedules import ParamGroup
+from dense_jax.train.schedules import ParamGroup, own_rate
 from dense_jax.train.step import AXIS
 
 Kernels = Annotated[
@@ -60,34 +60,25 @@ class Config(SemanticConfig):
     """Average neighbouring classifiers' probabilities (Section 4), or their scores."""
     joint: hypercolumns.Joint = "end_to_end"
     """Train the mixture, or each classifier on its own cell (Section 4's simple scheme)."""
-    heatmap: Count = 50
-    """Height and width of a box's heat map (Section 3)."""
-    dropout_rate: Rate = 0.5
-    """Dropout after fc6 and fc7."""
+    heatmap: Count = 50  # Height and width of a box's heat map (Section 3).
+    dropout_rate: Rate = 0.5  # Dropout after fc6 and fc7.
     trunk: Literal["trained", "frozen"] = "trained"
     """frozen trains the classifiers only (released)."""
     fc7_lr: AtLeastZero = 1.0
     """Learning rate of fc7's classifier over that of the others (released: 0.1)."""
-    boxes_per_image: Count = 5
-    """Boxes drawn for each image of a batch, with --mode=box."""
+    boxes_per_image: Count = 5  # Boxes drawn for each image of a batch, with --mode=box.
     box_iou: Share = 0.7
     """Least IoU of a box with its object's own, in training and evaluation; 1 does not move any."""
     box_weight: Literal["on", "off"] = "on"
     """Boxes weigh min(area / 224^2, 1) (released), or all the same."""
-    mask_threshold: Share = 0.5
-    """Least probability of the pixels of a mask."""
+    mask_threshold: Share = 0.5  # Least probability of the pixels of a mask.
 
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
         super().__post_init__()
-        if self.mode == "box" and self.backbone != "vgg16":
-            raise UserError("--mode=box is built on VGG-16: give --backbone=vgg16 with it")
-        if self.mode == "box" and self.tap_kernel[2] != 1:
-            raise UserError(
-                "--mode=box: fc7 of a box is one unit; give --tap-kernel 3 1 1 or 1 1 1"
-            )
-        if self.mode == "box" and self.post != "none":
-            raise UserError(f"--post={self.post} refines labels of images: leave it out with boxes")
+        self.needs("mode", "box", backbone="vgg16", post="none")
+        is_wide = self.mode == "box" and self.tap_kernel[2] != 1
+        refuse(is_wide, "--mode=box: fc7 of a box is one unit; give --tap-kernel 3 1 1 or 1 1 1")
 
 
 # Without pretrained weights: inputs of unit scale, and a fast start.
@@ -127,9 +118,7 @@ def build(config: Config, num_classes: int) -> Semantic | BoxMasks:
     )  # fmt: skip
     groups = [ParamGroup(r"^(conv\d(_\d)?|fc[67])/", lr=0.0)] if config.trunk == "frozen" else []
     if config.fc7_lr != 1:
-        head = r"^(score_fc7|fcfc7)/"
-        groups.append(ParamGroup(f"{head}bias", lr=config.fc7_lr * config.bias_lr, decay=0.0))
-        groups.append(ParamGroup(f"{head}kernel", lr=config.fc7_lr))
+        groups += own_rate("^(score_fc7|fcfc7)", config.fc7_lr, config.bias_lr)
     transforms = config.whole_images()
     if config.mode == "semantic":
         model = Hypercolumns(num_classes, backbone=config.backbone, **options)

@@ -46,8 +46,7 @@ class Config(SemanticConfig):
     """ReLUs in the decoder; released: on in SegNet, off in SegNet-Basic."""
     conv_bias: Literal["on", "off"] = "on"
     """Biases before batch normalisation: on as released, off as described (Section 3.2)."""
-    bn_epsilon: float = 1e-9
-    """Added to variances: 1e-9 as released; 1e-5 for an encoder of torchvision's vgg16_bn."""
+    bn_epsilon: float = 1e-9  # Of variances: 1e-9 as released; 1e-5 for torchvision's vgg16_bn.
     dropout: Literal["none", "enc_dec", "bayes"] = "none"
     """Dropout 0.5 after the coarse stages; bayes also samples it when predicting."""
     mc_samples: Count = 40
@@ -117,25 +116,18 @@ def build(config: Config, num_classes: int) -> Semantic:
         model = SegNet(num_classes, **options)
     else:
         model = SegNetBasic(num_classes, decoder=config.decoder, **options)
-    forward, words = None, ONE_PASS
+    sampled = None
     if config.dropout == "bayes":
-        forward = monte_carlo(model, config.scale, config.mc_samples, config.seed)
-        words = (
-            f"mean probabilities of {config.mc_samples} passes with dropout; no flips, no scales"
-        )
+        sampled = monte_carlo(model, config.scale, config.mc_samples, config.seed)
     # The release decays normalisation too, save SegNet's shifts, and trains it at the one rate.
     groups = (ParamGroup(r"_bn/bias$", decay=0.0 if is_full else 1.0), ParamGroup(r"_bn/scale$"))
     return Semantic(
-        config,
-        model,
-        config.whole_images(),
-        groups=groups if config.optimizer == "sgd" else (),
+        config, model, config.whole_images(), groups=groups if config.optimizer == "sgd" else (),
         class_weights=functools.partial(class_weights, config.class_balance),
-        forward=forward,
-        test_time=words,
+        forward=sampled, test_time=sampled.words if sampled else ONE_PASS,
+        measures=(uncertainty.measure,) if sampled else (),
         posthoc_batch_stats=config.bn_stats == "posthoc",
-        measures=(uncertainty.measure,) if forward else (),
-    )
+    )  # fmt: skip
 
 
 def class_weights(balance: str, dataset: Dataset) -> np.ndarray | None:

@@ -15,26 +15,22 @@ are those of the mean over pixels; the paper's sum is --loss-norm=sum.
 
 import dataclasses
 from dataclasses import replace
-from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from dense_jax.data import transforms
 from dense_jax.data.border import BorderWeights, SeparateTouching
 from dense_jax.data.normalise import Normalise
-from dense_jax.data.transforms import RandomFlip, Transform
 from dense_jax.errors import refuse
 from dense_jax.evaluation import cells
-from dense_jax.infer.tiles import average_views, overlap_tile
-from dense_jax.infer.whole_image import whole_image
+from dense_jax.infer.tiles import VIEWS_IN_WORDS, Views, average_views, check_tile, whole_or_tiles
+from dense_jax.infer.whole_image import ONE_PASS
 from dense_jax.models.unet import UNet, Up
 from dense_jax.tasks import training
 from dense_jax.tasks.semantic import LabelConfig, Semantic, check_sides, whole_images_fit
 from dense_jax.train import config as flags
-from dense_jax.train.config import Count, Rate, from_scratch, smoke
 from dense_jax.train.step import AXIS
 
 Nodes = Annotated[int, flags.Limit(lambda x: x >= 2, "2 or more")]
-_CELLS = ("em_membrane", "nuclei", "nuclei_border")  # What has objects to be told apart.
 _EVAL_MULTIPLE = 32  # Images are padded to multiples of this for evaluation.
 
 
@@ -46,18 +42,16 @@ class Config(LabelConfig):
     """release: the last up-convolution keeps 128 channels, and ReLUs follow up-convolutions."""
     padding: Literal["valid", "same"] = "valid"
     """valid as published (Figure 1): mirrored context and overlapping tiles. same: pad by zeros."""
-    up: Up = "upconv"
-    """Upsampling: the paper's up-convolution 2x2, or a resize by 2 and a 3x3 convolution."""
+    up: Up = "upconv"  # The paper's up-convolution 2x2, or a resize by 2 and a 3x3 convolution.
     depth: Literal[3, 4, 5] = 4  # Number of poolings.
-    width: Count = 64  # Channels of the first level; 16 or 32 for trials.
+    width: flags.Count = 64
+    """Channels of the first level; 16 or 32 for trials."""
     norm: Literal["none", "batch", "group"] = "none"
     """Normalisation behind 3x3 convolutions; group makes tiles disagree where they meet."""
-    dropout_rate: Rate = 0.5  # Dropout at the end of the contracting path (Section 3.1).
+    dropout_rate: flags.Rate = 0.5  # Dropout at the end of the contracting path (Section 3.1).
     kernel_init: Literal["he", "xavier"] = "he"  # The paper's (Section 3) or the release's.
-    tile: Count | None = 572
-    """Side of training images and, with --padding=valid, of tiles; None takes whole images."""
-    mirror: transforms.Mirror = "reflect"
-    """Whether mirrored context repeats the pixel at the edge (symmetric)."""
+    tile: flags.Count | None = 572  # Side of training images and valid tiles; None: whole images.
+    mirror: transforms.Mirror = "reflect"  # Mirrored context; symmetric repeats the edge pixel.
     loss_weight: Literal["none", "class", "border"] = "none"
     """Pixel weights: balanced classes, and borders between cells on top (Equation 2)."""
     w0: flags.AtLeastZero = 10.0  # Height of the border weights (Equation 2).
@@ -70,20 +64,20 @@ class Config(LabelConfig):
     """mirror flips left and right; dihedral also turns by 90, 180 and 270 degrees."""
     grey_jitter: flags.AtLeastZero = 0.0
     """Changes of contrast and brightness by up to this many standard deviations."""
-    tta: Literal["none", "rot7", "d4"] = "none"
-    """Averages over 7 turned and flipped images (Section 4), or all 8."""
+    tta: Views = "none"  # Average over 7 turned and flipped images (Section 4), or all 8.
 
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
         super().__post_init__()
         net, is_valid = _network(self, 1), self.padding == "valid"
-        is_odd = not is_valid and bool((_EVAL_MULTIPLE * self.scale) % net.grid)
-        refuse(is_valid and (self.tile is None or self.scale != 1),
-               "--padding=valid needs --tile and --scale=1: give these, or --padding=same")  # fmt: skip
-        refuse(is_odd, f"--scale={self.scale}: {net.depth} poolings need a multiple of "
-               f"{net.grid / _EVAL_MULTIPLE}")  # fmt: skip
+        lacks = is_valid and (self.tile is None or self.scale != 1)
+        least = net.grid / _EVAL_MULTIPLE
+        is_odd = not is_valid and self.scale % least > 0
+        refuse(lacks, "--padding=valid needs --tile and --scale=1; or give --padding=same")
+        refuse(is_odd, f"--scale={self.scale}: {net.depth} poolings need a multiple of {least}")
         if self.tile is not None:
             check_sides(net.check_side, [self.tile], f"--tile={self.tile}")
+            check_tile(self.tile if is_valid else None, net.context, net.grid)
 
 
 def _network(config: Config, num_classes: int) -> UNet:
@@ -94,70 +88,59 @@ def _network(config: Config, num_classes: int) -> UNet:
     )  # fmt: skip
 
 
-# Momentum, batch, tile and augmentation of Section 3; what the paper leaves open is ours.
-_EM: dict[str, Any] = dict(dataset="em_membrane", normalisation="grey_image", loss_weight="border", elastic="on",
-           augment="dihedral", grey_jitter=0.25)  # fmt: skip
-_PAPER = Config(
-    batch_size=1, momentum=0.99, weight_decay=0.0, learning_rate=1e-3, warmup_steps=500,
-    num_steps=30_000, tta="rot7", eval_batch_size=1, eval_every=3000, save_every=3000, **_EM,
-)  # fmt: skip
-# For few steps: a fast optimiser, and batch normalisation for inputs of any contrast.
-_FAST = from_scratch(Config(padding="same", tile=None, norm="batch", width=16, dropout_rate=0.1,
-                            learning_rate=2e-3, eval_every=500))  # fmt: skip
+def _fast(config: Config) -> Config:
+    """For few steps: a fast optimiser, and batch normalisation for inputs of any contrast."""
+    fast = replace(config, padding="same", tile=None, norm="batch", width=16, dropout_rate=0.1,
+                   learning_rate=2e-3, eval_every=500)  # fmt: skip
+    return flags.from_scratch(fast)
+
+
+# Weights and augmentation of Section 3; what the paper leaves open is ours.
+_EM = Config(dataset="em_membrane", normalisation="grey_image", loss_weight="border", elastic="on",
+             augment="dihedral", grey_jitter=0.25)  # fmt: skip
 
 PRESETS = {
-    "paper": _PAPER,
-    "em": replace(
-        _FAST, **_EM, padding="valid", tile=316, loss_norm="weights", batch_size=4,
-        eval_batch_size=2,
+    "paper": replace(  # Momentum, batch and tile of Section 3.
+        _EM, batch_size=1, momentum=0.99, weight_decay=0.0, learning_rate=1e-3, warmup_steps=500,
+        num_steps=30_000, tta="rot7", eval_batch_size=1, eval_every=3000, save_every=3000,
     ),
-    "nuclei": replace(
-        _FAST, **{**_EM, "dataset": "nuclei"}, tile=256, ridge=1, loss_norm="weights",
-        eval_batch_size=4,
-    ),
-    "demo": replace(_FAST, width=8, eval_batch_size=16),
-    "smoke": smoke(replace(_FAST, depth=3, width=2, loss_weight="border", ridge=1, elastic="on",
-                           augment="dihedral")),
+    "em": replace(_fast(_EM), padding="valid", tile=316, loss_norm="weights", batch_size=4,
+                  eval_batch_size=2),
+    "nuclei": replace(_fast(_EM), dataset="nuclei", tile=256, ridge=1, loss_norm="weights",
+                      eval_batch_size=4),
+    "demo": replace(_fast(Config()), width=8, eval_batch_size=16),
+    "smoke": flags.smoke(replace(_fast(Config()), depth=3, width=2, loss_weight="border", ridge=1,
+                                 elastic="on", augment="dihedral")),
 }  # fmt: skip
 
 
 def build(config: Config, num_classes: int) -> Semantic:
     """The network, and how it is trained and used."""
-    model = _network(config, num_classes)
-    # Grey values, then bending, separating and weighing, then the tile.
-    steps: list[Transform] = [Normalise(config.normalisation)]
-    if config.scale != 1:
-        steps.insert(0, transforms.RandomScale(config.scale, config.scale))
-    if config.grey_jitter:
-        steps.append(transforms.GreyJitter(config.grey_jitter, config.grey_jitter))
-    if config.elastic == "on":
-        steps.append(transforms.ElasticDeformation(config.elastic_grid, config.elastic_std))
-    if config.ridge:
-        steps.append(SeparateTouching(config.ridge))
-    if config.loss_weight != "none":
-        w0 = config.w0 if config.loss_weight == "border" else 0.0
-        steps.append(BorderWeights(w0, config.sigma))
-    if config.tile is not None:
-        inner, context = config.tile - 2 * model.context, model.context
-        steps.append(transforms.RandomCrop(inner, context, config.mirror))
-    steps += [RandomFlip()] if config.augment != "none" else []
-    steps += [transforms.RandomRotate90()] if config.augment == "dihedral" else []
-    forward, words = whole_image(model, config.scale), "one pass"
-    if config.padding == "valid" and config.tile:
-        words = f"tiles of {config.tile} pixels"
-        tile = dict(tile=config.tile, context=model.context, grid=model.grid, mirror=config.mirror)
-        forward = overlap_tile(model, **tile)
-    if config.tta != "none":
-        forward = average_views(forward, config.tta)
-    views = {"none": "no flips", "rot7": "7 turned and mirrored views", "d4": "all 8 views"}
-    objects = partial(cells.measure, membranes=config.dataset == "em_membrane")
-    drawn = partial(cells.training_pictures, transforms=steps)
-    fits = whole_images_fit(model.check_side, config.scale)
+    model, scale = _network(config, num_classes), config.scale
+    context, inside = model.context, (config.tile or 0) - 2 * model.context
+    w0 = config.w0 if config.loss_weight == "border" else 0.0
+    steps = transforms.chosen(  # Bend, separate and weigh whole images, then cut the tile.
+        scale != 1 and transforms.RandomScale(scale, scale),
+        Normalise(config.normalisation),
+        config.grey_jitter > 0 and transforms.GreyJitter(config.grey_jitter, config.grey_jitter),
+        config.elastic == "on"
+        and transforms.ElasticDeformation(config.elastic_grid, config.elastic_std),
+        config.ridge > 0 and SeparateTouching(config.ridge),
+        config.loss_weight != "none" and BorderWeights(w0, config.sigma),
+        config.tile is not None and transforms.RandomCrop(inside, context, config.mirror),
+        config.augment != "none" and transforms.RandomFlip(),
+        config.augment == "dihedral" and transforms.RandomRotate90(),
+    )
+    tile = config.tile if config.padding == "valid" else None
+    tiles = dict(context=context, grid=model.grid, mirror=config.mirror)
+    forward, passes = whole_or_tiles(model, scale, tile, **tiles)
+    words = f"{passes}, {VIEWS_IN_WORDS[config.tta]}, no scales"
+    fits = whole_images_fit(model.check_side, scale)
     return Semantic(
-        config, model, steps, forward=forward,
-        test_time=f"{words}, {views[config.tta]}, no scales",
-        training_split=fits if config.tile is None else lambda source: source,
-        measures=(objects, drawn) if config.dataset in _CELLS else (),
+        config, model, steps, forward=average_views(forward, config.tta),
+        test_time=ONE_PASS if tile is None and config.tta == "none" else words,
+        training_split=fits if config.tile is None else None,
+        measures=cells.measures(config.dataset, steps),
     )  # fmt: skip
 
 

@@ -103,7 +103,7 @@ NEEDED = {
     ("fcn", "single_skip"): {"stride": 16},
     ("fcn", "backbone"): {"stride": 32, "pad_mode": "100"},
     ("deconvnet", "proposal_source", "file"): {"proposals": "boxes.json"},
-    ("unet", "padding", "valid"): {"tile": 188, "depth": 4},
+    ("unet", "padding", "valid"): {"tile": 204, "depth": 4},
     ("dilated", "front_pad", "valid_reflect"): {"crop": (404, 404)},
     ("deeplab", "head", "deeplabv3"): {"backbone": "resnet50"},
     ("deeplab", "head", "fcn"): {"backbone": "resnet50"},
@@ -111,7 +111,7 @@ NEEDED = {
 }
 # Side of the image and of the logits, where these are not of one size.
 SIDES = {
-    ("unet", "padding", "valid"): (188, 4),
+    ("unet", "padding", "valid"): (204, 20),
     ("dilated", "front_pad", "valid_reflect"): (404, 32),
 }
 ELSEWHERE = {("hypercolumns", "mode", "box")}  # its outputs are masks: tests/test_box_masks.py

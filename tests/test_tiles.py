@@ -40,8 +40,8 @@ def padded_batch(sizes, shape, channels=1):
     return images, batch, np.array(sizes, np.int32)
 
 
-def run(predict, batch, sizes, variables=None):
-    return np.asarray(jax.jit(predict)(variables or {}, batch, sizes)["logits"])
+def run(predict, batch, sizes, variables=None, output="logits"):
+    return np.asarray(jax.jit(predict)(variables or {}, batch, sizes)[output])
 
 
 SIZES, SHAPE = [(9, 13), (16, 3), (1, 1), (2, 12)], (16, 13)
@@ -73,7 +73,7 @@ class Coarse(nn.Module):
 def test_an_output_of_another_stride(tile):
     images, batch, sizes = padded_batch([(9, 13), (16, 5)], (16, 16))
     options = dict(tile=tile, context=CONTEXT, grid=GRID, output="units", stride=GRID)
-    units = run(overlap_tile(Coarse(), **options), batch, sizes)
+    units = run(overlap_tile(Coarse(), **options), batch, sizes, output="coarse")
     assert units.shape == (2, 4, 4, 1)
     for image, found in zip(images, units, strict=True):
         expected = image[::GRID, ::GRID]

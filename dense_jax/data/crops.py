@@ -320,6 +320,12 @@ def known_boxes(
 ) -> list[list[Box]]:
     """Returns the enlarged boxes of each image of a split: those of a file, or of its objects.
 
+    Args:
+      source: the split.
+      proposals: JSON file of boxes, best first; None takes those of objects.
+      background: class that is no object; None: every class has objects.
+      factor: boxes become this much wider and higher.
+
     Raises:
       UserError: the file of proposals lacks an image.
     """

@@ -280,6 +280,11 @@ class RandomPixelKeep:
         return {**example, "label": np.where(kept, example["label"], np.uint8(IGNORE_LABEL))}
 
 
+def chosen(*steps: Transform | bool) -> list[Transform]:
+    """Returns the transforms among the steps; False stands for one that a flag leaves out."""
+    return [step for step in steps if not isinstance(step, bool)]
+
+
 def whole_images(
     normalisation: str,
     scale: float,

@@ -5,7 +5,7 @@ a third class that is the border of touching cells. Objects are connected compon
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +21,25 @@ from dense_jax.evaluation.batches import Predicts, predict_split
 from dense_jax.evaluation.record import Findings, Picture, Score
 from dense_jax.metrics import em, instances
 
+DATASETS = ("em_membrane", "nuclei", "nuclei_border")
+"""What has objects to be told apart."""
+
 _INSIDE, _BORDER = 1, 2
 _NUM_PICTURES = 4
 _NUM_COLOURS = 20
+
+
+def measures(dataset: str, transforms: Sequence[Transform]) -> tuple[Callable[..., Findings], ...]:
+    """Returns what a run on one of `DATASETS` measures and draws besides; nothing for another.
+
+    Args:
+      dataset: name.
+      transforms: of training.
+    """
+    if dataset not in DATASETS:
+        return ()
+    objects = functools.partial(measure, membranes=dataset == "em_membrane")
+    return objects, functools.partial(training_pictures, transforms=transforms)
 
 
 def measure(

@@ -1,12 +1,11 @@
 """The score of a labelling from boxes that are known for the images of a dataset only."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from dense_jax.data import crops
-from dense_jax.data.dataset import Dataset, Source
+from dense_jax.data.dataset import Dataset
 from dense_jax.evaluation.record import Findings, Score
 from dense_jax.infer.proposals import BoxScores, label_images
 from dense_jax.metrics import semantic as metrics
@@ -19,7 +18,9 @@ def measure(
     split: str,
     *,
     network: BoxScores,
-    boxes: Callable[[Source], list[list[crops.Box]]],
+    proposals: str | None,
+    background: int | None,
+    factor: float,
 ) -> Findings:
     """Labels a split from boxes of its own and returns "boxes_mean_iou".
 
@@ -29,7 +30,9 @@ def measure(
       dataset: the images and their labels.
       split: which of them.
       network: scores boxes.
-      boxes: those of each image of a split, best first.
+      proposals: JSON file of the boxes; None takes those of objects.
+      background: class that is no object; None: every class has objects.
+      factor: boxes become this much wider and higher.
 
     Raises:
       UserError: there are no boxes of an image.
@@ -39,7 +42,7 @@ def measure(
         network.score,
         variables,
         source,
-        boxes(source),
+        crops.known_boxes(source, proposals=proposals, background=background, factor=factor),
         normalisation=task.config.normalisation,
         num=network.num,
         min_side=network.min_side,

@@ -33,6 +33,11 @@ class MonteCarlo:
     num_samples: int
     seed: int = 0
 
+    @property
+    def words(self) -> str:
+        """What it does, for the protocol card."""
+        return f"mean probabilities of {self.num_samples} passes with dropout; no flips, no scales"
+
     def __call__(self, variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
         """Returns "logits", the logarithm of the mean probabilities, and "variance" [B, H, W]."""
         mean, variance = self.mean_and_variance(variables, images, sizes)

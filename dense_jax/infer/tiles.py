@@ -8,23 +8,23 @@ segmentation", MICCAI 2015, arXiv:1505.04597, Figure 2 and Section 3.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from dense_jax.infer.whole_image import PredictFn
+from dense_jax.errors import refuse
+from dense_jax.infer.whole_image import PredictFn, whole_image
 
 Mirror = Literal["reflect", "symmetric"]
-Views = Literal["rot7", "d4"]
+Views = Literal["none", "rot7", "d4"]
 
 # Rotated and flipped images, as (whether to transpose first, [(flip rows, flip columns), ...]).
 # The paper averages "7 rotated versions" and does not say which: here all symmetries of the square
 # except the last, the reflection at the other diagonal.
-_VIEWS: dict[Views, tuple[tuple[bool, tuple[tuple[bool, bool], ...]], ...]] = {
+_VIEWS: dict[str, tuple[tuple[bool, tuple[tuple[bool, bool], ...]], ...]] = {
     "rot7": (
         (False, ((False, False), (True, True), (False, True), (True, False))),
         (True, ((False, True), (True, False), (False, False))),
@@ -33,6 +33,11 @@ _VIEWS: dict[Views, tuple[tuple[bool, tuple[tuple[bool, bool], ...]], ...]] = {
         (False, ((False, False), (True, True), (False, True), (True, False))),
         (True, ((False, True), (True, False), (False, False), (True, True))),
     ),
+}
+VIEWS_IN_WORDS: dict[Views, str] = {
+    "none": "no flips",
+    "rot7": "7 turned and mirrored views",
+    "d4": "all 8 views",
 }
 
 
@@ -105,35 +110,72 @@ def overlap_tile(
     return predict
 
 
-def in_two_parts(
-    front: nn.Module,
-    finish: Callable[[Any, jax.Array, tuple[int, int], jax.Array], jax.Array],
-    refine: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+def check_tile(tile: int | None, context: int, grid: int) -> None:
+    """Refuses a side of tiles that leaves nothing beside the context; see `overlap_tile`.
+
+    Raises:
+      UserError: names the flag and the least side.
+    """
+    least = 2 * context + grid
+    refuse(
+        tile is not None and tile < least,
+        f"--tile={tile} leaves no step of {grid} beside {context} pixels of context on each side: "
+        f"give at least {least}",
+    )
+
+
+def whole_or_tiles(
+    model: nn.Module,
+    scale: float,
+    tile: int | None,
     *,
-    tile: int,
     context: int,
-    stride: int,
-) -> PredictFn:
+    grid: int,
+    mirror: Mirror = "reflect",
+) -> tuple[PredictFn, str]:
+    """Predicts in tiles, or in one pass over each image, at its scale, if there is no tile.
+
+    Returns:
+      The prediction, and what it does in words.
+    """
+    if tile is None:
+        return whole_image(model, scale), "one pass"
+    forward = overlap_tile(model, tile=tile, context=context, grid=grid, mirror=mirror)
+    return forward, f"tiles of {tile} pixels"
+
+
+class TwoParts(Protocol):
+    """A network whose first part needs context, and whose second may see the whole image."""
+
+    def front_end(self) -> Any:
+        """Returns the first part, whose output is "final"; has ``context`` and ``stride``."""
+        ...
+
+    def finish(
+        self, variables: Any, scores: jax.Array, images: jax.Array, sizes: jax.Array
+    ) -> jax.Array:
+        """Returns logits of images from the first part's scores of them."""
+        ...
+
+
+def in_two_parts(model: TwoParts, tile: int) -> tuple[PredictFn, str]:
     """Predicts the first part of a network in tiles, and the second on all of them together.
 
-    Args:
-      front: the first part; its output is "final".
-      finish: (variables, scores of all tiles, height and width, sizes) -> logits.
-      refine: (variables, logits, images, sizes) -> logits, such as a learned CRF.
-      tile: see `overlap_tile`.
-      context: likewise.
-      stride: likewise.
+    Returns:
+      The prediction, and what it does in words.
     """
+    front = model.front_end()
+    context, stride = front.context, front.stride
     scores = overlap_tile(
         front, tile=tile, context=context, grid=stride, output="final", stride=stride
     )
 
     def predict(variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
-        final, (height, width) = scores(variables, images, sizes)["final"], images.shape[1:3]
-        logits = finish(variables, final, (height, width), sizes)
-        return {"logits": refine(variables, logits, images, sizes) if refine else logits}
+        final = scores(variables, images, sizes)["final"]
+        return {"logits": model.finish(variables, final, images, sizes)}
 
-    return predict
+    words = f"tiles of {tile} pixels with reflected surroundings, no flips, no scales"
+    return predict, words
 
 
 def _mirrored(index: jax.Array, size: jax.Array, mirror: Mirror) -> jax.Array:
@@ -159,11 +201,14 @@ def average_views(predict: PredictFn, views: Views) -> PredictFn:
     Args:
       predict: gets each image rotated and flipped inside its padding, which stays at the bottom and
         on the right.
-      views: "d4", all 8 symmetries of the square, or "rot7", 7 of them (Section 4 of the paper).
+      views: "d4", all 8 symmetries of the square, or "rot7", 7 of them (Section 4 of the paper);
+        "none" leaves the prediction as it is.
 
     Returns:
       A prediction whose logits are log probabilities.
     """
+    if views == "none":
+        return predict
     num_views = sum(len(flips) for _, flips in _VIEWS[views])
 
     def average(variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:

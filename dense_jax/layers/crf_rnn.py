@@ -83,6 +83,19 @@ class WithCrfRnn(nn.Module):
     params: CrfParams = CrfParams()
     train_iterations: int = 5
 
+    def front_end(self) -> Any:
+        """Returns the front end of a network that has one, to be used in tiles."""
+        network: Any = self.network
+        return network.front_end()
+
+    def finish(
+        self, variables: Any, scores: jax.Array, images: jax.Array, sizes: jax.Array
+    ) -> jax.Array:
+        """Returns refined logits for scores of the front end; see `refine` for the arguments."""
+        network: Any = self.network
+        logits = network.finish(variables, scores, images, sizes)
+        return self.refine(variables, logits, images, sizes)
+
     def refine(
         self, variables: Any, logits: jax.Array, images: jax.Array, sizes: jax.Array
     ) -> jax.Array:

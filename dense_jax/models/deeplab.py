@@ -14,7 +14,7 @@ Names are those of the released networks, but fc8 for fc8_voc12 and fc1 for fc1_
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -152,6 +152,16 @@ RESIDUAL = {
 SCALES = (1.0, 0.75, 0.5)  # Multi-scale inputs (v2, Section 4.1.2).
 # Dilation of the first block of a dilated stage; others would read other pixels.
 _FIRST_BLOCK: dict[StrideIn, FirstBlockDilation] = {"1x1": "new", "3x3": "previous"}
+
+
+def torchvision_trunk(
+    backbone: Backbone, stride_in: Literal["published", "1x1", "3x3"] = "published"
+) -> Callable[..., resnet.ResNet]:
+    """Returns what builds torchvision's ResNet, as published or striding like DeepLab v2's."""
+    if stride_in != "1x1":
+        return RESIDUAL[backbone]
+    options = dict(stride_in=stride_in, first_block_dilation=_FIRST_BLOCK[stride_in])
+    return functools.partial(RESIDUAL[backbone], **options)
 
 
 class ResNetScores(nn.Module):

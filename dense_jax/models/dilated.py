@@ -270,20 +270,21 @@ class Dilated(nn.Module):
         )
 
     def finish(
-        self, variables: Any, scores: jax.Array, size: tuple[int, int], sizes: jax.Array
+        self, variables: Any, scores: jax.Array, images: jax.Array, sizes: jax.Array
     ) -> jax.Array:
-        """Returns logits [B, *size, C] for scores that the front end gave in another way, in tiles.
+        """Returns logits [B, H, W, C] for scores that the front end gave in another way, in tiles.
 
         Args:
           variables: of the whole.
           scores: [B, h, w, C], the front end's "final".
-          size: height and width of the images.
+          images: normalised, [B, H, W, 3].
           sizes: int [B, 2], heights and widths before padding.
         """
         if self.context != "none":
             outputs: Any = self.context_module().apply(variables, scores)
             scores = outputs["ctx_final"]
-        return enlarge(scores, size, self.front_end().stride, self.upsample, sizes)
+        stride = self.front_end().stride
+        return enlarge(scores, vgg.image_size(images), stride, self.upsample, sizes)
 
     def context_module(self) -> ContextModule:
         """Returns the context module alone; its parameters have the same names, too."""

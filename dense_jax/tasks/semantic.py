@@ -53,7 +53,7 @@ class SemanticConfig(LabelConfig):
     augment: Literal["none", "mirror", "mirror_jitter32", "mirror_scale"] = "none"
     """mirror flips left and right at random; mirror_jitter32 also shifts by up to 32 pixels (FCN,
     Section 4.3: no gain); mirror_scale also resizes, for training from scratch."""
-    crop: Sides = None
+    crop: Sides | None = None
     """Height and width of training images; None takes whole images (all of one size)."""
 
     def whole_images(self, zoom: tuple[float, float] = (0.75, 1.5)) -> list[Transform]:

@@ -39,7 +39,7 @@ class Task(abc.ABC):
       transforms: of training; they end in normalised images of one size.
       groups: learning rates of parts of the network; see `build_optimizer`.
       training_split: what is made of the training split, such as windows around its objects; may
-        refuse images that do not fit the network.
+        refuse images that do not fit the network. None leaves it as it is.
       posthoc_batch_stats: evaluate with batch statistics averaged over the training split.
     """
 
@@ -48,7 +48,7 @@ class Task(abc.ABC):
     transforms: Sequence[Transform]
     _: dataclasses.KW_ONLY
     groups: Sequence[ParamGroup] = ()
-    training_split: Callable[[Source], Source] = lambda source: source
+    training_split: Callable[[Source], Source] | None = None
     posthoc_batch_stats: bool = False
 
     headline: ClassVar[str]
@@ -63,6 +63,8 @@ class Task(abc.ABC):
 
     def training_data(self, dataset: Dataset) -> Dataset:
         """Returns the dataset as training sees it."""
+        if self.training_split is None:
+            return dataset
         train = self.training_split(dataset.split("train"))
         return dataclasses.replace(dataset, splits={**dataset.splits, "train": train})
 

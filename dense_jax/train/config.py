@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from dense_jax.data import dataset
@@ -33,7 +33,7 @@ _FREE_ON_RESUME = {
 
 
 class Limit(NamedTuple):
-    """Which values a flag takes; stands in the annotation of its field.
+    """Which values a flag takes beside None; stands in the annotation of its field.
 
     Attributes:
       holds: whether a value is one of them.
@@ -45,12 +45,14 @@ class Limit(NamedTuple):
 
 
 Count = Annotated[int, Limit(lambda x: x >= 1, "at least 1")]
+Counts = Annotated[tuple[int, ...], Limit(lambda x: x and min(x) >= 1, "one or more, each >= 1")]
 CountOrZero = Annotated[int, Limit(lambda x: x >= 0, "0 or more")]
 Factor = Annotated[float, Limit(lambda x: x > 0, "a factor above 0")]
+AtLeastOne = Annotated[float, Limit(lambda x: x >= 1, "a factor of 1 or more")]
 AtLeastZero = Annotated[float, Limit(lambda x: x >= 0, "0 or more")]
 Rate = Annotated[float, Limit(lambda x: 0 <= x < 1, "a value in [0, 1)")]
 Share = Annotated[float, Limit(lambda x: 0 < x <= 1, "a share in (0, 1]")]
-Sides = Annotated[tuple[int, int] | None, Limit(lambda x: x is None or min(x) >= 1, "at least 1 1")]
+Sides = Annotated[tuple[int, int], Limit(lambda x: min(x) >= 1, "at least 1 1")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,16 +142,41 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Raises UserError for values that no run can use."""
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
-            for limit in getattr(hint, "__metadata__", ()):
-                if isinstance(limit, Limit) and not limit.holds(value := getattr(self, name)):
-                    pair = isinstance(value, tuple)
-                    given = f" {' '.join(map(str, value))}" if pair else f"={value}"
-                    raise UserError(f"--{name.replace('_', '-')}{given}: give {limit.words}")
+            value = getattr(self, name)
+            for limit in _limits(hint) if value is not None else ():
+                if not limit.holds(value):
+                    raise UserError(f"{_as_flag(name, value)}: give {limit.words}")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"--batch-size={self.batch_size} is not a multiple of "
                 f"--accumulate={self.accumulate}: make it one"
             )
+
+    def needs(self, name: str, *values: Any, **others: Any) -> None:
+        """Refuses a flag beside values of other flags.
+
+        ``self.needs("pool5a", "on", backbone="vgg16")`` says that --pool5a=on is for VGG-16 only.
+
+        Args:
+          name: of a field.
+          *values: the values of it that need something; if none are given, all but None.
+          **others: what other fields must be then: a value, or a tuple of those that will do.
+
+        Raises:
+          UserError: names both flags and what to give.
+        """
+        own = getattr(self, name)
+        if own not in values if values else own is None:
+            return
+        for other, wanted in others.items():
+            value, wanted = getattr(self, other), wanted if isinstance(wanted, tuple) else (wanted,)
+            if value not in wanted:
+                remedy = f"give {_as_flag(other, ' or '.join(map(str, wanted)))}"
+                if wanted == (None,):
+                    remedy = f"leave {_as_flag(other)} out"
+                raise UserError(
+                    f"{_as_flag(name, own)} does not go with {_as_flag(other, value)}: {remedy}"
+                )
 
     def each_stage(self) -> Iterator[Self]:
         """Yields what is trained one after another, each in its own folder; the last is the run."""
@@ -163,6 +190,20 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         return dataclasses.asdict(self)
+
+
+def _limits(hint: Any) -> Iterator[Limit]:
+    """The limits in an annotation, of ``Annotated[...]`` or ``Annotated[...] | None``."""
+    for part in (hint, *typing.get_args(hint)):
+        yield from (x for x in getattr(part, "__metadata__", ()) if isinstance(x, Limit))
+
+
+def _as_flag(name: str, *value: Any) -> str:
+    """A field as it is given on the command line, with its value if there is one."""
+    flag = f"--{name.replace('_', '-')}"
+    if value and isinstance(value[0], tuple):
+        return " ".join([flag, *map(str, value[0])])
+    return f"{flag}={value[0]}" if value else flag
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -218,7 +259,7 @@ def check_resumable(old: RunConfig, new: RunConfig, workdir: str) -> None:
 class Stage:
     """A training stage before the last one; None takes what that one has."""
 
-    train_mode: str = "none"
+    train_mode: Literal["none", "front", "context"] = "none"
     """What it trains, as in --train-mode; none skips the stage."""
     num_steps: int | None = None
     """Optimiser steps."""
@@ -234,19 +275,22 @@ class Stage:
     """Momentum of sgd."""
 
 
-def stage_by_stage(config: ConfigT, before: dict[str, Stage], **changes: Any) -> Iterator[ConfigT]:
+NO_STAGE = Stage()
+
+
+def stage_by_stage(config: ConfigT, before: Sequence[str], **changes: Any) -> Iterator[ConfigT]:
     """Yields a configuration for each earlier stage, and then the last without them.
 
     Each stage starts from the one before and has a folder of its own, named by what it trains.
 
     Args:
       config: the last stage; has ``train_mode``.
-      before: the earlier stages by the names of their fields.
+      before: names of the fields that hold the earlier stages.
       **changes: further fields of the earlier stages.
     """
-    alone: dict[str, Any] = {name: Stage() for name in before}
+    alone: dict[str, Any] = dict.fromkeys(before, NO_STAGE)
     init, workdir = config.init, config.workdir
-    for stage in before.values():
+    for stage in (vars(config)[name] for name in before):
         if stage.train_mode != "none":
             workdir = f"{config.workdir}/{stage.train_mode}"
             own = {name: value for name, value in vars(stage).items() if value is not None}

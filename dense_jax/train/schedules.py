@@ -29,6 +29,18 @@ class ParamGroup:
     decay: float = 1.0
 
 
+def own_rate(layers: str, lr: float, bias_lr: float) -> list[ParamGroup]:
+    """Groups of layers that learn at a rate of their own; their biases are not decayed.
+
+    Args:
+      layers: regular expression for the path of a layer.
+      lr: multiplier of its learning rate.
+      bias_lr: and of that of its biases once more, as ``--bias-lr`` is for all others.
+    """
+    bias = ParamGroup(f"{layers}/bias$", lr=lr * bias_lr, decay=0.0)
+    return [bias, ParamGroup(f"{layers}/kernel$", lr=lr)]
+
+
 def build_schedule(config: RunConfig) -> optax.Schedule:
     """The learning rate as a function of the step, after ``config.schedule``."""
     peak = config.learning_rate
