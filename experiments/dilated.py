@@ -5,7 +5,6 @@
     python -m experiments.dilated paper --data-dir=/data/VOCdevkit --workdir=/runs/dilated-large
 
 Results: docs/results.md has every run with its command, device and the paper's figure.
-
 Differences: (1) The paper's scores need ImageNet weights: --init takes those. Its images from COCO
 are not among our datasets. (2) The release runs the context module and softmax in each tile and
 joins probabilities; here the tiles' scores are joined first, so that the result does not depend on

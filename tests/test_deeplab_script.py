@@ -149,7 +149,7 @@ def test_tiles_with_enough_context_do_not_show():
         ({"pool5a": "on", "backbone": "resnet101"}, "backbone=vgg16"),
         ({"msc_features": "on", "backbone": "resnet101"}, "backbone=vgg16"),
         ({"head": "fc4x4", "rates": (3,)}, "even"),
-        ({"rates": ()}, "1 or more"),
+        ({"rates": ()}, "--rates: give one or more"),
         ({"tile": 100, "tile_context": 64}, "136"),
         ({"tile": 513, "scale": 0.5}, "scale=1"),
         ({"dropout_rate": 1.0}, "dropout"),

@@ -73,7 +73,7 @@ class Coarse(nn.Module):
 def test_an_output_of_another_stride(tile):
     images, batch, sizes = padded_batch([(9, 13), (16, 5)], (16, 16))
     options = dict(tile=tile, context=CONTEXT, grid=GRID, output="units", stride=GRID)
-    units = run(overlap_tile(Coarse(), **options), batch, sizes, output="coarse")
+    units = run(overlap_tile(Coarse(), **options), batch, sizes, output="units")
     assert units.shape == (2, 4, 4, 1)
     for image, found in zip(images, units, strict=True):
         expected = image[::GRID, ::GRID]
