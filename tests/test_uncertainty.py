@@ -70,7 +70,7 @@ class Unsure:
 
 def test_report_shows_the_bands_and_the_pictures(tmp_path):
     dataset = shapes.load(None, size=(24, 20), num_train=1, num_val=2, num_test=1)
-    found = uncertainty.measure(Unsure(), {}, dataset, "val")
+    found = uncertainty.measure(Unsure(), {"unused": np.zeros(1)}, dataset, "val")
     assert [score.name for score in found.scores][2:] == ["variance_right", "variance_wrong"]
     Record("mean_iou", [found], {"images_scored": 2, "split": "val"}).write(tmp_path, 1)
     config = {"script": "experiments.segnet", "config": {}, "classes": dataset.classes.to_json()}
