@@ -21,7 +21,7 @@ from dense_jax.infer.whole_image import whole_image
 from dense_jax.layers.conv import Conv
 from dense_jax.objectives import pixels
 from dense_jax.tasks import training
-from dense_jax.tasks.semantic import pixel_loss
+from dense_jax.tasks.semantic import Semantic, SemanticConfig, pixel_loss
 from dense_jax.train import config as config_lib
 from dense_jax.train import loop, schedules, step
 from dense_jax.train.checkpoint import Checkpoints, read_variables
@@ -129,6 +129,86 @@ def test_devices_and_micro_batches_do_not_change_the_result(norm, spreads):
             assert len(shards) == num_devices
             for shard in shards[1:]:
                 np.testing.assert_array_equal(shard, shards[0])
+
+
+def confident(apply, batch, rng):
+    """Two losses; what the second is divided by is decided by the network, and not by labels."""
+    del rng
+    logits = apply(batch["images"])["logits"]
+    labels = pixels.cross_entropy({"logits": logits}, batch)["logits"]
+    surest = jnp.max(logits, axis=-1)
+    chosen = surest > 0.3
+    sharp = jnp.sum(jnp.where(chosen, surest**2, 0.0)), jnp.sum(chosen, dtype=jnp.int32)
+    return {"labels": labels, "sharp": sharp}
+
+
+def test_counts_of_the_network_do_not_tell_devices_and_micro_batches_either():
+    config = RunConfig(learning_rate=0.1, batch_size=8)
+    batch, start = make_batch(0), jax.device_get(make_state(config))
+    results = []
+    for num_devices, accumulate in ((1, 1), (4, 1), (1, 4), (2, 2)):
+        devices = jax.devices()[:num_devices]
+        train_step = step.train_step(confident, devices=devices)
+        state, scalars = train_step(
+            step.replicate(start, devices), step.shard(batch, accumulate, devices)
+        )
+        results.append(jax.device_get((scalars, state.params)))
+    logits = predict(start.params, batch["images"])
+    surest = np.max(logits, axis=-1)
+    assert 0 < np.sum(surest > 0.3) < surest.size
+    (scalars, params), *others = results
+    np.testing.assert_allclose(scalars["sharp"], np.mean(surest[surest > 0.3] ** 2), rtol=1e-5)
+    np.testing.assert_allclose(scalars["loss"], scalars["sharp"] + scalars["labels"], rtol=1e-6)
+    for other in others:
+        chex.assert_trees_all_close(other, (scalars, params), atol=1e-5)
+
+
+def test_counts_of_labels_cost_no_second_pass_of_the_network():
+    """With micro-batches the counts come first; the compiler drops the network from that pass."""
+
+    def flops(loss, accumulate):
+        device = jax.devices()[:1]
+        train_step: Any = step.train_step(loss, devices=device)
+        batch = step.shard(make_batch(0, size=16), accumulate, device)
+        state = step.replicate(make_state(RunConfig()), device)
+        return train_step.lower(state, batch).compile().cost_analysis()["flops"]
+
+    of_labels, of_network = flops(pixel_loss("valid"), 4), flops(confident, 4)
+    assert of_network > 1.1 * of_labels
+
+
+def test_a_loss_and_an_optimiser_of_ones_own(tmp_path):
+    """A user's own loss and optax transformation, without a copied line of the library."""
+    config = SemanticConfig(
+        shapes=ShapesSpec(size=(8, 8), num_train=8, num_val=4, num_test=4),
+        num_steps=2, log_every=1, batch_size=4, workdir=str(tmp_path), weight_decay=1.0,
+    )  # fmt: skip
+    task = Semantic(config, Seven(), config.whole_images())
+
+    def squares(apply, batch, rng):
+        logits = apply(batch["images"])["logits"]
+        return {"squares": (jnp.sum(logits**2), logits.size)}
+
+    state = training.train(task, loss=squares, optimizer=optax.sgd(0.5))
+    rows = list(read_metrics(tmp_path / "metrics.jsonl"))
+    # The mean of w^2, over 6 equal logits: w falls by 0.5 * 2 w / 6 in each step.
+    np.testing.assert_allclose(
+        [rows[0]["loss"], rows[1]["loss"]], [49, 49 * (5 / 6) ** 2], rtol=1e-6
+    )
+    np.testing.assert_allclose(state.params["w"], np.full(6, 7 * (5 / 6) ** 2), rtol=1e-6)
+    assert "learning_rate" not in rows[0]  # that of the flags would be another optimiser's
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert "squares" in record["own_loss"]
+    assert "own_optimizer" in record
+
+
+class Seven(nn.Module):
+    """Logits that are parameters and start at 7."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        w = self.param("w", lambda _: jnp.full(6, 7, jnp.float32))
+        return {"logits": jnp.broadcast_to(w.reshape(1, 1, 1, 6), (*images.shape[:3], 6))}
 
 
 def test_mean_of_device_means_would_be_another_loss():

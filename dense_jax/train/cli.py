@@ -105,19 +105,24 @@ class exit_on_user_error:  # noqa: N801  (used like a function)
 def script_name() -> str:
     """The dotted name of the running script, such as ``experiments.fcn``.
 
-    Of a file that is run by its path it is the file's name, and "__main__" in a notebook.
+    For a file that is run by its path, the file's name; "__main__" for a notebook or ``python -``.
     """
-    main = sys.modules["__main__"]
-    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-    return spec.name if spec else pathlib.Path(file).stem if file else "__main__"
+    if spec := getattr(sys.modules["__main__"], "__spec__", None):
+        return spec.name
+    file = _main_file()
+    return file.stem if file else "__main__"
 
 
 def command() -> str:
-    """The command line of this process, to be run again."""
-    main = sys.modules["__main__"]
-    if spec := getattr(main, "__spec__", None):
+    """The command line of this process, to run it again."""
+    if spec := getattr(sys.modules["__main__"], "__spec__", None):
         return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
-    return shlex.join(["python", *sys.argv]) if getattr(main, "__file__", None) else "python"
+    return shlex.join(["python", *sys.argv]) if _main_file() else "python"
+
+
+def _main_file() -> pathlib.Path | None:
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    return pathlib.Path(file) if file and pathlib.Path(file).is_file() else None
 
 
 def set_up_jax() -> None:

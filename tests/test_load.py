@@ -1,0 +1,183 @@
+"""A run opened from Python, wherever the script that trained it lies."""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import dense_jax
+from dense_jax import viz
+from dense_jax.commands import predict
+from dense_jax.errors import UserError
+from dense_jax.tasks import trained, training
+from experiments import fcn
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def python(code, cwd, *, stdin=False):
+    """Runs a program in its own process, by `python -c` or `python -`; returns what it prints."""
+    words = [sys.executable, *(["-"] if stdin else ["-c", code])]
+    done = subprocess.run(
+        words, cwd=cwd, input=code if stdin else None, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished smoke run whose network sees images at half their size."""
+    workdir = tmp_path_factory.mktemp("load") / "run"
+    config = dataclasses.replace(fcn.PRESETS["smoke"], scale=0.5, workdir=str(workdir))
+    with jax.numpy_dtype_promotion("standard"):  # AdamW raises a float to an integer power
+        training.run(fcn.build, config)
+    return workdir
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, dense_jax; print(dense_jax.__version__, 'jax' in sys.modules)"
+    assert python(code, ROOT).split() == [dense_jax.__version__, "False"]
+
+
+def test_a_run_labels_arrays_files_and_lists_as_the_command_does(run, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (41, 35, 3), np.uint8)
+    path = tmp_path / "a.png"
+    Image.fromarray(image).save(path)
+    predict.run(run=run, input=path, output=tmp_path / "out", probabilities=True)
+    labels = viz.load_label_png(tmp_path / "out" / "labels" / "a.png")
+    soft = np.load(tmp_path / "out" / "probabilities" / "a.npz")["probabilities"]
+    opened = dense_jax.load(run)
+    one = opened.predict(image)
+    np.testing.assert_array_equal(one.labels, labels)
+    np.testing.assert_allclose(one.probabilities, soft, atol=1e-3)
+    np.testing.assert_allclose(one.probabilities.sum(-1), 1, rtol=1e-5)
+    assert one.overlay().shape == image.shape
+    for same in (path, str(path), Image.fromarray(image)):
+        np.testing.assert_array_equal(opened.predict(same).labels, labels)
+    several = opened.predict([image[:20], path])
+    assert [found.labels.shape for found in several] == [(20, 35), (41, 35)]
+    np.testing.assert_array_equal(several[1].labels, labels)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 4, 3), np.float32),  # 0 to 1 or 0 to 255?
+        np.zeros((4, 4), np.uint8),
+        np.zeros((1, 4, 4, 3), np.uint8),
+    ],
+)
+def test_what_is_no_picture_of_0_to_255_is_refused(run, image):
+    with pytest.raises(UserError, match="give uint8 RGB"):
+        dense_jax.load(run).predict(image)
+
+
+def test_files_that_are_not_there_are_named(run, tmp_path):
+    opened = dense_jax.load(run)
+    with pytest.raises(UserError, match=r"no\.png cannot be read"):
+        opened.predict(tmp_path / "no.png")
+    with pytest.raises(UserError, match="takes no boxes"):
+        opened.predict(np.zeros((4, 4, 3), np.uint8), boxes=[])
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        dense_jax.load(tmp_path)
+    with pytest.raises(UserError, match="'last' or 'best'"):
+        dense_jax.load(run, "first")
+
+
+# A network of a user's own, in a file outside of the library.
+SCRIPT = '''
+import dataclasses
+import flax.linen as nn
+from dense_jax.tasks import training
+from dense_jax.tasks.semantic import Semantic, SemanticConfig
+from dense_jax.train.config import smoke
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(SemanticConfig):
+    """One flag."""
+    features: int = 3
+    """Channels of the only layer."""
+
+class Pixels(nn.Module):
+    num_classes: int
+    features: int
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.relu(nn.Dense(self.features, name="hidden")(images))
+        return {"logits": nn.Dense(self.num_classes, name="score")(x)}
+
+PRESETS = {"smoke": smoke(Config())}
+
+def build(config: Config, num_classes: int) -> Semantic:
+    return Semantic(config, Pixels(num_classes, config.features), config.whole_images())
+'''
+MAIN = 'if __name__ == "__main__":\n    training.main(build, PRESETS, "Pixels alone.")\n'
+TRAIN = "training.run(build, dataclasses.replace(PRESETS['smoke'], workdir={!r}))\n"
+OPEN = textwrap.dedent(
+    """
+    import dense_jax, numpy as np
+    from dense_jax.errors import UserError
+    try:
+        run = dense_jax.load({!r})
+        print(run.predict(np.zeros((5, 6, 3), np.uint8)).labels.shape, run.task.model.features)
+    except UserError as error:
+        print(error)
+    """
+)
+
+
+@pytest.mark.parametrize("how", ["path", "module"])
+def test_runs_of_a_script_outside_of_the_library_open_from_anywhere(how, tmp_path):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    (home / "net.py").write_text(SCRIPT + MAIN)
+    workdir = tmp_path / "run"
+    words = [str(home / "net.py")] if how == "path" else ["-m", "net"]
+    flags = ["smoke", "--features=4", f"--workdir={workdir}"]
+    environment = {"cwd": home, "capture_output": True, "text": True}
+    subprocess.run([sys.executable, *words, *flags], check=True, **environment)
+    assert python(OPEN.format(str(workdir)), elsewhere).strip() == "(5, 6) 4"
+    (home / "net.py").unlink()
+    said = python(OPEN.format(str(workdir)), elsewhere)
+    assert "net.py" in said
+    assert "dense_jax.load(folder, task=task)" in said
+
+
+def test_a_users_own_experiments_do_not_stand_in_front_of_ours(run, tmp_path):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "__init__.py").touch()
+    (tmp_path / "experiments" / "fcn.py").write_text("raise RuntimeError('another fcn')\n")
+    code = f"import dense_jax; print(type(dense_jax.load({str(run)!r}).task.model).__module__)"
+    assert python(code, tmp_path).strip() == "dense_jax.models.fcn"
+
+
+def test_runs_of_typed_programs_say_how_to_open_them(tmp_path):
+    workdir = str(tmp_path / "run")
+    reopened = OPEN.format(workdir)  # in the program itself, as in a notebook, they open
+    printed = python(SCRIPT + TRAIN.format(workdir) + reopened, tmp_path, stdin=True)
+    assert printed.splitlines()[-1] == "(5, 6) 3"
+    said = python(reopened, tmp_path, stdin=True)
+    assert "it was trained from Python" in said
+    assert "dense_jax.load(folder, task=task)" in said
+    passed = SCRIPT + reopened.replace("load(", "load(task=build, workdir=")
+    assert python(passed, tmp_path, stdin=True).strip() == "(5, 6) 3"
+    built = (
+        SCRIPT
+        + "task = build(PRESETS['smoke'], 6)\n"
+        + reopened.replace("load(", "load(task=task, workdir=")
+    )
+    assert python(built, tmp_path, stdin=True).strip() == "(5, 6) 3"
+
+
+def test_a_task_of_the_librarys_own_configuration_is_asked_for(run, tmp_path):
+    with pytest.raises(UserError, match="annotate its first argument"):
+        trained.load(run, task=lambda config, num_classes: None)  # pyrefly: ignore
