@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,7 +47,8 @@ def train(name, workdir, num_steps):
 def arrays(folder):
     with Checkpoints(folder) as checkpoints:
         tree, _ = checkpoints.read()
-    return traverse_util.flatten_dict(tree)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(tree)
+    return flat
 
 
 def make_old(folder, name, workdir):
