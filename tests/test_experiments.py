@@ -100,6 +100,7 @@ def literal_flags(config):
 
 # What a flag, or one value of it, makes sense with.
 NEEDED = {
+    ("segnet", "input_lrn", "on"): {"normalisation": "none"},
     ("fcn", "single_skip"): {"stride": 16},
     ("fcn", "backbone"): {"stride": 32, "pad_mode": "100"},
     ("deconvnet", "proposal_source", "file"): {"proposals": "boxes.json"},
