@@ -595,7 +595,7 @@ def test_the_table_names_shifts_and_what_is_not_known():
         ({"out": pathlib.Path("a.jpg")}, "ends in .png"),
         ({"num_noise": 0}, "--num-noise=0"),
         ({"preset": "smoke", "output": ("nothing",)}, "no map 'nothing': it has conv1_1"),
-        ({"preset": "nothing"}, "--preset=nothing: experiments.fcn has paper"),
+        ({"preset": "nothing"}, "has no preset nothing: give paper"),
     ],
 )
 def test_mistakes_on_the_command_line(options, match):
