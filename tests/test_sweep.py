@@ -143,7 +143,7 @@ def test_the_last_stage_of_staged_training_is_scored():
         ({"vary": ("num-steps=x",)}, "--num-steps: invalid literal"),
         ({"vary": ("num-steps=0",)}, "--num-steps=0: give at least 1"),
         ({"vary": ("crop=5",)}, "--crop: no type matching"),
-        ({"vary": ("backbone=vgg16,alexnet",)}, "--backbone=alexnet comes in one form"),
+        ({"vary": ("backbone=vgg16,alexnet",)}, "--backbone=alexnet does not go with --stride=8"),
         ({"vary": ("stride",)}, "--vary=stride: give FLAG=VALUE"),
         ({"vary": ("stride=8,",)}, "--vary=stride=8,: give FLAG=VALUE"),
         ({"vary": ("stride=8,8",)}, "a value comes twice"),
