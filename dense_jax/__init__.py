@@ -6,9 +6,9 @@ __version__ = "0.1.0"
 
 
 def load(workdir: Any, checkpoint: str = "last", *, task: Any = None) -> Any:
-    """Opens a run folder to be used: ``load("runs/fcn-demo").predict("photo.jpg").labels``.
+    """Opens a run folder: ``load("runs/fcn-demo").predict("photo.jpg").labels``.
 
-    See `dense_jax.tasks.trained.load`, which is imported by the first call.
+    See `dense_jax.tasks.trained.load`. The first call imports that module.
     """
     from dense_jax.tasks import trained
 

@@ -1,4 +1,4 @@
-"""What one does with a run or a dataset: ``python -m dense_jax COMMAND --help``."""
+"""Commands for runs and datasets: ``python -m dense_jax COMMAND --help``."""
 
 import importlib
 import pkgutil
@@ -10,11 +10,11 @@ from dense_jax.train import cli
 
 
 def main() -> None:
-    """Runs one command: each module of `dense_jax.commands` that has a function ``run``."""
+    """Runs one command. Each module of `dense_jax.commands` with a function ``run`` is one."""
     with cli.exit_on_user_error():
         cli.set_up_jax()
-        found = (module.name for module in pkgutil.iter_modules(commands.__path__))
-        modules = {name: importlib.import_module(f"{commands.__name__}.{name}") for name in found}
+        names = (module.name for module in pkgutil.iter_modules(commands.__path__))
+        modules = {name: importlib.import_module(f"{commands.__name__}.{name}") for name in names}
         runs = {
             name.replace("_", "-"): vars(module)["run"]
             for name, module in modules.items()

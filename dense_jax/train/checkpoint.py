@@ -16,18 +16,18 @@ T = TypeVar("T")
 
 
 class Checkpoints:
-    """The ``checkpoints`` folder of a run: keeps the last and the best by validation score.
+    """The ``checkpoints`` folder of a run: keeps the last step and the best by validation score.
 
-    Saving is asynchronous and atomic: a step appears under its final name only when it is
-    complete, so a run that is killed while saving finds the step before.
+    Saving is asynchronous and atomic. A step gets its final name only when it is complete. A run
+    that is killed while it saves therefore resumes from the step before.
     """
 
     def __init__(self, workdir: str | pathlib.Path, headline: str = "") -> None:
-        """Opens the folder, or makes it.
+        """Opens the folder; makes it if it does not exist.
 
         Args:
           workdir: the run folder.
-          headline: name of the score, among a step's metrics, that decides which step is the best.
+          headline: name of the metric that decides which step is the best; higher is better.
         """
         self._headline = headline
         policies = checkpoint_managers.AnyPreservationPolicy(
@@ -56,7 +56,7 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The evaluated step with the highest score (the newest of equals), or None."""
+        """The evaluated step with the highest score (of equal ones the newest), or None."""
         scores = {s: m for s in self._manager.all_steps() if (m := self._manager.metrics(s))}
         return max(scores, key=lambda s: (self._score(scores[s]), s), default=None)
 
@@ -66,7 +66,7 @@ class Checkpoints:
         """Starts to save ``state`` and the data position ``data`` (JSON values).
 
         Raises:
-          UserError: the disk is full or cannot be written (also of the save before).
+          UserError: this save or the one before failed: the disk is full or read-only.
         """
         if step == self.latest_step and (metrics is None or self._manager.metrics(step)):
             return
@@ -88,7 +88,8 @@ class Checkpoints:
           The state with host arrays, and the data position.
 
         Raises:
-          UserError: the checkpoint is of another network or optimiser; names the first difference.
+          UserError: the checkpoint belongs to another network or optimiser; the message names the
+            first difference.
         """
         tree, position = self.read(step)
         saved: dict[Any, Any] = traverse_util.flatten_dict(tree)
@@ -101,9 +102,9 @@ class Checkpoints:
             theirs = tuple(saved[key].shape) if key in saved else "absent"
             if ours != theirs:
                 raise UserError(
-                    f"the checkpoint in {self._manager.directory} is of another network: "
-                    f"{'/'.join(key)} is {theirs} there and {ours} here; "
-                    "give the flags it was trained with, or another --workdir"
+                    f"the checkpoint in {self._manager.directory} belongs to another network: "
+                    f"the shape of {'/'.join(key)} is {theirs} there and {ours} here; "
+                    "give the flags of that run, or another --workdir"
                 )
         leaves = {k: np.asarray(saved[k]) if k in expected else v for k, v in template.items()}
         state: Any = serialization.from_state_dict(target, traverse_util.unflatten_dict(leaves))
@@ -113,24 +114,24 @@ class Checkpoints:
         """Reads ``step`` (default: the latest) as nested dicts of host arrays.
 
         Raises:
-          UserError: its files are damaged.
+          UserError: the files of the step are damaged.
         """
         step = self.latest_step if step is None else step
         items = ocp.args.Composite(state=ocp.args.StandardRestore(), data=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
-        except Exception as error:  # whatever a damaged file makes Orbax raise
+        except Exception as error:  # a damaged file makes Orbax raise almost anything
             raise UserError(
                 f"the checkpoint {self._manager.directory / str(step)} is damaged "
-                f"({_first_line(error)}): remove that folder to go on from an earlier one, if any"
+                f"({_first_line(error)}): remove that folder to resume from an earlier step, if any"
             ) from error
         return jax.tree.map(np.asarray, restored["state"]), restored["data"]["position"]
 
     def wait(self) -> None:
-        """Returns when the last save is on disk.
+        """Waits until the last save is on disk.
 
         Raises:
-          UserError: it could not be written.
+          UserError: the save could not be written.
         """
         try:
             self._manager.wait_until_finished()
@@ -138,7 +139,7 @@ class Checkpoints:
             raise _explain(error, self._manager.directory) from error
 
     def close(self) -> None:
-        """Ends the background threads.
+        """Waits for the last save and ends the background threads.
 
         Raises:
           UserError: the last save could not be written.
@@ -161,12 +162,12 @@ def has_checkpoint(workdir: str | pathlib.Path) -> bool:
 def read_variables(
     workdir: str | pathlib.Path, which: str = "last", headline: str = ""
 ) -> tuple[dict[str, Any], int]:
-    """Reads the parameters of a run for evaluation (the average, where one was kept).
+    """Reads the parameters of a run for evaluation: their running average if the run has one.
 
     Args:
       workdir: a run folder.
-      which: "last" or "best".
-      headline: name of the score that decides which is the best.
+      which: "last" or "best"; "best" falls back to the last if no step was evaluated.
+      headline: name of the metric that decides which step is the best.
 
     Returns:
       The variables {"params": ..., other collections} as host arrays, and their step.
@@ -176,7 +177,7 @@ def read_variables(
     """
     folder = pathlib.Path(workdir)
     if not (folder / "checkpoints").is_dir():
-        raise UserError(f"{folder} holds no checkpoints: give the folder of a run that was saved")
+        raise UserError(f"{folder} holds no checkpoints: give the folder of a training run")
     with Checkpoints(folder, headline) as checkpoints:
         step = checkpoints.best_step if which == "best" else None
         step = checkpoints.latest_step if step is None else step
@@ -189,11 +190,13 @@ def read_variables(
 
 
 def _explain(error: Exception, folder: Any) -> Exception:
-    """Turns a failed write into one line; other errors pass."""
+    """Returns a UserError for a failed write, and any other error unchanged."""
     text = str(error)
     if isinstance(error, OSError) or "No space left" in text or "RESOURCE_EXHAUSTED" in text:
         reason = _first_line(error)
-        return UserError(f"cannot write a checkpoint under {folder} ({reason}): free some disk")
+        return UserError(
+            f"cannot write a checkpoint under {folder} ({reason}): free some disk space"
+        )
     return error
 
 

@@ -32,12 +32,13 @@ def run(
       main: the script's main function.
       presets: configurations by name; each preset's fields are its flags' defaults.
       doc: the script's docstring, shown by ``--help``.
-      adapt: changes what the flags leave open; see `is_given`.
+      adapt: (configuration) -> configuration, called after parsing; it may change the flags that
+        the user did not give (see `is_given`).
     """
     doc = doc or ""
     for config_class in {type(preset) for preset in presets.values()}:
         own_flags_first(config_class)
-    with exit_on_user_error("interrupted; the same command goes on from the last checkpoint"):
+    with exit_on_user_error("interrupted; the same command resumes from the last checkpoint"):
         config = tyro.extras.overridable_config_cli(
             {name: (_first_line(preset), preset) for name, preset in presets.items()},
             description=doc,
@@ -53,7 +54,7 @@ def run(
 
 
 def is_given(flag: str) -> bool:
-    """Whether the command line has a flag, such as "--crop"."""
+    """Whether the command line contains a flag, such as "--crop"."""
     return any(word.split("=")[0].replace("_", "-") == flag for word in sys.argv[1:])
 
 
@@ -71,11 +72,10 @@ _DISK_ERRORS = (
 class exit_on_user_error:  # noqa: N801  (used like a function)
     """Context that ends the program with ``error: ...`` and status 2 on a UserError.
 
-    A disk that is full or read-only is a user's matter too, wherever it is noticed, and so is
-    memory that does not suffice.
+    A full or read-only disk and a lack of memory count as user errors too, wherever they occur.
 
     Args:
-      interrupted: what to say of a program that is interrupted.
+      interrupted: the message after Ctrl-C.
     """
 
     def __init__(self, interrupted: str = "interrupted"):
@@ -86,15 +86,15 @@ class exit_on_user_error:  # noqa: N801  (used like a function)
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            place = error.filename2 or error.filename or "a file"
-            error = UserError(f"cannot write {place} ({error.strerror}): give another folder")
+            path = error.filename2 or error.filename or "a file"
+            error = UserError(f"cannot write {path} ({error.strerror}): give another folder")
         if isinstance(error, MemoryError):
             error = UserError(f"not enough memory ({error})")
         if isinstance(error, UserError):
-            line = str(error).splitlines()[0]  # Grain appends advice of its own
+            line = str(error).splitlines()[0]  # Grain appends lines of its own
             print(f"error: {printable(line)}", file=sys.stderr)
             sys.exit(2)
-        if isinstance(error, BrokenPipeError):  # of `| head`, which has read enough
+        if isinstance(error, BrokenPipeError):  # such as `| head` causes
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         if isinstance(error, KeyboardInterrupt):
@@ -126,7 +126,7 @@ def _main_file() -> pathlib.Path | None:
 
 
 def set_up_jax() -> None:
-    """Turns on the persistent compilation cache unless the environment has chosen one."""
+    """Turns on the persistent compilation cache unless the environment already names one."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.environ.get("DENSE_JAX_CACHE", "~/.cache/dense_jax")
         jax.config.update(
@@ -135,12 +135,12 @@ def set_up_jax() -> None:
 
 
 def _quieten_savers() -> None:
-    """Of a save that fails, prints one line: hides what Orbax's threads print beside it."""
+    """Hides what Orbax's threads print when a save fails: the user error is one line."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     show = sys.excepthook
 
     def show_unless_late(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if str(error) != "Event loop is closed":  # tensorstore's callbacks, after the failure
+        if str(error) != "Event loop is closed":  # raised by tensorstore's callbacks afterwards
             show(kind, error, trace)
 
     sys.excepthook = show_unless_late

@@ -1,4 +1,4 @@
-"""The flags that every training script shares; a script adds its paper's ablations to them."""
+"""The flags that all training scripts share. Each script adds the ablations of its paper."""
 
 import dataclasses
 import inspect
@@ -17,8 +17,8 @@ else:
     DatasetName = Literal[tuple(dataset.names())]
 
 # Fields that a resumed run may change: they alter neither the parameters nor the data order.
-# num_steps is among them so that a finished run can be trained further; the remaining steps then
-# follow the longer schedule.
+# num_steps is one of them, so that a finished run can be trained further. The remaining steps
+# then follow the longer schedule.
 _FREE_ON_RESUME = {
     "data_dir",
     "eval_batch_size",
@@ -33,11 +33,11 @@ _FREE_ON_RESUME = {
 
 
 class Limit(NamedTuple):
-    """Which values a flag takes beside None; stands in the annotation of its field.
+    """The values that a flag may have besides None; part of the annotation of its field.
 
     Attributes:
-      holds: whether a value is one of them.
-      words: what to give instead of another.
+      holds: whether a value is allowed.
+      words: the allowed values in words, for the message "give ...".
     """
 
     holds: Callable[[Any], bool]
@@ -57,17 +57,17 @@ Sides = Annotated[tuple[int, int], Limit(lambda x: min(x) >= 1, "at least 1 1")]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Data, optimisation and bookkeeping of one run; written to ``config.json`` as it is."""
+    """Data, optimisation and bookkeeping of one run. ``config.json`` holds these fields."""
 
     # Data.
     dataset: DatasetName = "shapes"
-    """What to train on. shapes is generated and needs no files."""
+    """Dataset to train on. shapes is generated and needs no files."""
     data_dir: str | None = None
     """Folder of a local copy (see docs/data.md for the layouts)."""
     shapes: ShapesSpec = dataclasses.field(default_factory=ShapesSpec)
-    """Difficulty of the generated images; only read when --dataset=shapes."""
+    """Difficulty of the generated images; used only with --dataset=shapes."""
     scale: Factor = 1.0
-    """The network sees images at this multiple of their size; scores are taken at full size."""
+    """The network gets images resized by this factor; metrics are computed at full size."""
     normalisation: Literal[
         "torchvision",
         "torchvision_vgg16_features",
@@ -80,10 +80,10 @@ class RunConfig:
         "dilation_kitti",
         "dilation_cityscapes",
     ] = "torchvision"
-    """What images are brought to: mean 0 and deviation 1, 0-255 minus the mean of ImageNet (caffe,
-    torchvision_vgg16_features) or of a dataset (dilation_*), or one grey channel of fixed scale
-    (grey) or of mean 0 and deviation 1 in each image (grey_image). Unless it is given, that of the
-    weights of --init."""
+    """Normalisation of the images. torchvision: mean 0 and standard deviation 1. caffe and
+    torchvision_vgg16_features: 0-255 minus the mean of ImageNet; dilation_*: minus that of a
+    dataset. grey: one grey channel of fixed scale. grey_image: one grey channel with mean 0 and
+    standard deviation 1 in each image. Default: what the weights given with --init expect."""
     num_workers: CountOrZero = 0
     """Worker processes of the input pipeline; 0 uses threads of this process."""
     num_threads: Count = 2
@@ -91,11 +91,11 @@ class RunConfig:
 
     # Optimisation.
     num_steps: Count = 1000
-    """Optimiser steps. A finished run goes on when this is raised."""
+    """Optimiser steps. Raise it to train a finished run further."""
     batch_size: Count = 8
     """Images per optimiser step, over all devices and micro-batches."""
     accumulate: Count = 1
-    """Micro-batches per step: the same gradient, dropout aside, in less memory."""
+    """Micro-batches per step. The gradient is the same except for dropout, with less memory."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd decays weights inside the momentum (Caffe); adamw decouples it."""
     learning_rate: float = 1e-3
@@ -115,21 +115,22 @@ class RunConfig:
     warmup_steps: CountOrZero = 0
     """Linear rise of the learning rate from zero."""
     loss_norm: Literal["valid", "batch", "sum", "weights"] = "valid"
-    """What the summed loss is divided by: scored pixels, images, nothing, or their weights."""
+    """Divisor of the summed loss. valid: scored pixels; batch: images; sum: none; weights: the
+    weights of the scored pixels."""
     ema_decay: Rate = 0.0
-    """Averaging of the parameters; the average is what is evaluated. 0 turns it off."""
+    """Decay of the parameters' running average, which is evaluated instead. 0 turns it off."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network; parameters and loss stay float32."""
     init: str | None = None
-    """Start from other weights: run:PATH, a run or what import-weights wrote; file:PATH, published
-    weights; hub:OWNER/REPOSITORY, such weights of the Hugging Face Hub. Every parameter of equal
-    name and shape is copied, and the rest is named. Images come as the weights expect them."""
+    """Weights to start from. run:PATH: a run folder or the output of import-weights; file:PATH:
+    published weights; hub:OWNER/REPOSITORY: published weights on the Hugging Face Hub. Parameters
+    of equal name and shape are copied; the others are listed."""
     seed: CountOrZero = 0
-    """Seed of the parameters, the data order and dropout."""
+    """Seed for the initial parameters, the data order and dropout."""
 
     # Bookkeeping.
     workdir: str | None = None
-    """Run folder; the same command run again resumes it. Default: runs/SCRIPT-PRESET."""
+    """Run folder. The same command resumes the run in it. Default: runs/SCRIPT-PRESET."""
     eval_batch_size: Count = 8
     """Images per evaluation step, over all devices."""
     log_every: Count = 10
@@ -137,10 +138,10 @@ class RunConfig:
     eval_every: Count = 1000
     """Steps between evaluations on the validation split; the last step is always evaluated."""
     save_every: Count = 1000
-    """Steps between checkpoints; the last and the best are kept."""
+    """Steps between checkpoints; only the last and the best checkpoint stay on disk."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that no run can use."""
+        """Checks the values. Raises UserError for one that no run can use."""
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
             for limit in _limits(hint) if value is not None else ():
@@ -149,21 +150,21 @@ class RunConfig:
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"--batch-size={self.batch_size} is not a multiple of "
-                f"--accumulate={self.accumulate}: make it one"
+                f"--accumulate={self.accumulate}: give a multiple"
             )
 
     def needs(self, name: str, *values: Any, **others: Any) -> None:
-        """Refuses a flag beside values of other flags.
+        """Checks that a flag goes with the values of other flags.
 
-        ``self.needs("pool5a", "on", backbone="vgg16")`` says that --pool5a=on is for VGG-16 only.
+        ``self.needs("pool5a", "on", backbone="vgg16")``: --pool5a=on works only with VGG-16.
 
         Args:
-          name: of a field.
-          *values: the values of it that need something; if none are given, all but None.
-          **others: what other fields must be then: a value, or a tuple of those that will do.
+          name: name of a field.
+          *values: the values of the field that need something; without any, all values but None.
+          **others: what another field must be in this case: one value, or a tuple of alternatives.
 
         Raises:
-          UserError: names both flags and what to give.
+          UserError: the flags do not go together; the message names both and the remedy.
         """
         own = getattr(self, name)
         if own not in values if values else own is None:
@@ -179,12 +180,12 @@ class RunConfig:
                 )
 
     def each_stage(self) -> Iterator[Self]:
-        """Yields what is trained one after another, each in its own folder; the last is the run."""
+        """Yields the configurations to train in turn, each in its own folder; the last is self."""
         yield self
 
     @classmethod
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Returns the fields of a ``config.json`` of an earlier version by their names of today."""
+        """Returns the fields of a ``config.json`` from an earlier version under current names."""
         return values
 
     def to_json(self) -> dict[str, Any]:
@@ -193,13 +194,13 @@ class RunConfig:
 
 
 def _limits(hint: Any) -> Iterator[Limit]:
-    """The limits in an annotation, of ``Annotated[...]`` or ``Annotated[...] | None``."""
+    """The limits in an annotation ``Annotated[...]`` or ``Annotated[...] | None``."""
     for part in (hint, *typing.get_args(hint)):
         yield from (x for x in getattr(part, "__metadata__", ()) if isinstance(x, Limit))
 
 
 def _as_flag(name: str, *value: Any) -> str:
-    """A field as it is given on the command line, with its value if there is one."""
+    """A field as the user writes it on the command line, with its value if there is one."""
     flag = f"--{name.replace('_', '-')}"
     if value and isinstance(value[0], tuple):
         return " ".join([flag, *map(str, value[0])])
@@ -213,18 +214,18 @@ def from_json(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     """Rebuilds a configuration from :meth:`RunConfig.to_json`.
 
     Raises:
-      UserError: a field is not known to this version of the script.
+      UserError: this version of the script does not know a field.
     """
     return _rebuild(cls, cls.upgrade(dict(values)))
 
 
 def _rebuild(cls: type[Any], values: dict[str, Any]) -> Any:
-    """A dataclass from its fields as JSON values, those that are dataclasses themselves as well."""
+    """Builds a dataclass from its fields as JSON values; fields may be dataclasses themselves."""
     hints = typing.get_type_hints(cls)
     if unknown := sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
         raise UserError(
-            f"config.json has fields that this version of the script does not know: "
-            f"{', '.join(unknown)}; use the version that wrote it"
+            f"config.json has fields that this version of the script does not know "
+            f"({', '.join(unknown)}): use the version that wrote it"
         )
     fields = {}
     for name, value in values.items():
@@ -237,10 +238,10 @@ def _rebuild(cls: type[Any], values: dict[str, Any]) -> Any:
 
 
 def check_resumable(old: RunConfig, new: RunConfig, workdir: str) -> None:
-    """Refuses to go on with a run whose settings were different.
+    """Checks that a run may be resumed with new settings.
 
     Raises:
-      UserError: names the first settings that differ and both values.
+      UserError: settings differ; the message names the first of them with both values.
     """
     before, after = old.to_json(), new.to_json()
     changed = [
@@ -257,10 +258,10 @@ def check_resumable(old: RunConfig, new: RunConfig, workdir: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A training stage before the last one; None takes what that one has."""
+    """A training stage before the last one. None means: the value of the last stage."""
 
     train_mode: Literal["none", "front", "context"] = "none"
-    """What it trains, as in --train-mode; none skips the stage."""
+    """Part to train, as in --train-mode; none skips the stage."""
     num_steps: int | None = None
     """Optimiser steps."""
     batch_size: int | None = None
@@ -279,14 +280,14 @@ NO_STAGE = Stage()
 
 
 def stage_by_stage(config: ConfigT, before: Sequence[str], **changes: Any) -> Iterator[ConfigT]:
-    """Yields a configuration for each earlier stage, and then the last without them.
+    """Yields a configuration for each earlier stage, then the last stage without the earlier ones.
 
-    Each stage starts from the one before and has a folder of its own, named by what it trains.
+    Each stage starts from the one before. Its folder has the name of the part that it trains.
 
     Args:
-      config: the last stage; has ``train_mode``.
+      config: the last stage; has a field ``train_mode``.
       before: names of the fields that hold the earlier stages.
-      **changes: further fields of the earlier stages.
+      **changes: other fields to change in the earlier stages.
     """
     alone: dict[str, Any] = dict.fromkeys(before, NO_STAGE)
     init, workdir = config.init, config.workdir
@@ -301,9 +302,9 @@ def stage_by_stage(config: ConfigT, before: Sequence[str], **changes: Any) -> It
 
 
 def own_flags_first(cls: type[RunConfig]) -> None:
-    """Lists a script's own fields in front of the shared ones, as ``--help`` shows them.
+    """Moves a script's own fields before the shared ones, for the order in ``--help``.
 
-    All fields are given by keyword, so that their order matters to nobody else.
+    All fields are keyword-only, so nothing else depends on their order.
     """
     fields: dict[str, Any] = cls.__dict__["__dataclass_fields__"]
     own = {name: fields.pop(name) for name in inspect.get_annotations(cls) if name in fields}
@@ -313,7 +314,7 @@ def own_flags_first(cls: type[RunConfig]) -> None:
 
 
 def from_scratch(config: ConfigT) -> ConfigT:
-    """For networks that learn from nothing, in minutes; each has a learning rate of its own."""
+    """Settings for small networks trained from scratch in minutes; each adds a learning rate."""
     return dataclasses.replace(
         config,
         optimizer="adamw",
@@ -325,7 +326,7 @@ def from_scratch(config: ConfigT) -> ConfigT:
 
 
 def smoke(config: ConfigT) -> ConfigT:
-    """Two steps on tiny images, which show that everything runs."""
+    """Settings for two steps on tiny images: a check that everything runs."""
     return dataclasses.replace(
         config,
         shapes=ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2),

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a progress bar, metrics.jsonl, CSV files, TensorBoard."""
+"""Logs a run's numbers: a progress bar, metrics.jsonl, CSV files, TensorBoard."""
 
 import csv
 import json
@@ -16,14 +16,14 @@ import tqdm
 class MetricsWriter:
     """Writes rows of scalars to ``metrics.jsonl``, ``train.csv``/``eval.csv`` and TensorBoard.
 
-    Rows later than ``step`` are dropped on opening: a resumed run writes them again, so each
-    step appears once however often the run was killed.
+    On opening, it drops rows later than ``step``: a resumed run writes them again. Each step
+    therefore appears once, however often the run was killed.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int = 0) -> None:
         path = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(path) if row["step"] <= step]
-        # Another file, then a rename: a kill in between must not lose the rows.
+        # Write another file, then rename it: a kill in between must not lose the rows.
         rewritten = path.with_suffix(".tmp")
         rewritten.write_text("".join(json.dumps(row) + "\n" for row in rows))
         rewritten.replace(path)
@@ -46,7 +46,7 @@ class MetricsWriter:
     def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
         """Appends one row of kind "train" or "eval"."""
         row: dict[str, Any] = {"step": step, "kind": kind}
-        # JSON has no NaN: the score of a class absent from the split is null.
+        # JSON has no NaN: the metric of a class that the split lacks becomes null.
         row |= {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}
         self._jsonl.write(json.dumps(row) + "\n")
         self._jsonl.flush()
@@ -69,7 +69,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """Yields the rows of a metrics.jsonl. Skips a last line that a kill cut short."""
     if not path.exists():
         return
     for line in path.read_text().splitlines():
@@ -80,26 +80,26 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def progress_bar(num_steps: int, step: int) -> tqdm.tqdm:
-    """A bar over the steps of a run that shows loss, images per second and the time left."""
+    """A progress bar over the steps of a run; the loop adds the loss and images per second."""
     return tqdm.tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1)
 
 
 class Throughput:
-    """Images per second since the last reading, of time spent training."""
+    """Images per second since the last reading; counts only time spent training."""
 
     def __init__(self) -> None:
         self._images, self._start, self._paused = 0, time.perf_counter(), 0.0
 
     def add(self, images: int) -> None:
-        """Counts images that were trained on."""
+        """Counts trained images."""
         self._images += images
 
     def pause(self, seconds: float) -> None:
-        """Leaves out time spent on something else, such as an evaluation."""
+        """Subtracts time spent on something else, such as an evaluation."""
         self._paused += seconds
 
     def read(self) -> float:
-        """Returns the rate and starts again."""
+        """Returns the images per second and resets the counters."""
         now = time.perf_counter()
         rate = self._images / max(now - self._start - self._paused, 1e-9)
         self._images, self._start, self._paused = 0, now, 0.0
@@ -107,7 +107,7 @@ class Throughput:
 
 
 class CompileCounter:
-    """Counts the programs that XLA builds (or loads from the cache) in this process."""
+    """Counts the programs that XLA compiles (or loads from the cache) in this process."""
 
     programs = 0
     seconds = 0.0
@@ -115,7 +115,7 @@ class CompileCounter:
 
     @classmethod
     def start(cls) -> None:
-        """Begins to listen; calling it again changes nothing."""
+        """Starts to count; another call changes nothing."""
         if not cls._listening:
             cls._listening = True
             jax.monitoring.register_event_duration_secs_listener(cls._record)

@@ -1,4 +1,4 @@
-"""The training loop: step, log, evaluate, save; stop on a loss that is not finite."""
+"""The training loop: step, log, evaluate, save. It stops if the loss is not finite."""
 
 import collections
 import contextlib
@@ -27,19 +27,19 @@ class Batches(Protocol):
     def __next__(self) -> dict[str, np.ndarray]: ...
 
     def get_state(self) -> Any:
-        """The position after the last batch given out, as JSON values."""
+        """The position after the last batch that was returned, as JSON values."""
         ...
 
     def set_state(self, state: Any) -> None:
-        """Goes to a position."""
+        """Moves to a position."""
         ...
 
     def close(self) -> None:
-        """Ends reading threads and processes."""
+        """Ends the reading threads and processes."""
         ...
 
     def names(self, index: np.ndarray) -> list[str]:
-        """The names of the images of a batch, for messages."""
+        """The names of the images of a batch by their indices, for messages."""
         ...
 
 
@@ -57,22 +57,22 @@ def fit(
     rate: optax.Schedule | None = None,
     refresh: Callable[[TrainState], TrainState] | None = None,
 ) -> TrainState:
-    """Trains to ``config.num_steps`` and returns the final state, resuming what was begun.
+    """Trains up to ``config.num_steps`` and returns the final state. Resumes a stopped run.
 
-    State and data position are saved together in ``config.workdir``, so a run that is killed
-    and started again with the same command ends with the very same parameters. SIGTERM and
-    Ctrl-C save and return early.
+    State and data position are saved together in ``config.workdir``. A run that is killed and
+    started again with the same command therefore ends with exactly the same parameters. SIGTERM
+    and Ctrl-C save and return early.
 
     Args:
-      state: initial state; replaced by the last checkpoint where there is one.
+      state: initial state; the last checkpoint, if there is one, replaces it.
       step: compiled step of :func:`dense_jax.train.step.train_step`.
-      batches: training batches, shaped by :func:`dense_jax.train.step.shard`.
+      batches: training batches on the host; the loop calls :func:`dense_jax.train.step.shard`.
       config: numbers of steps, micro-batches, and the run folder.
-      evaluate: (state, step) -> scores, called every ``eval_every`` steps and at the end.
-      headline: name of the score that decides which checkpoint is the best; higher is better.
-      rate: the learning rate by step, which is logged; None where it is not known.
-      refresh: recomputes what evaluation needs and training does not (batch statistics), a
-        function of the state alone; called in front of each evaluation, whose state is saved.
+      evaluate: (state, step) -> metrics, called every ``eval_every`` steps and at the end.
+      headline: name of the metric that decides which checkpoint is the best; higher is better.
+      rate: learning rate by step, for the log; None if it is unknown.
+      refresh: (state) -> state, called before each evaluation. It recomputes batch statistics that
+        evaluation needs and training does not; its result is saved.
 
     Raises:
       UserError: the loss is not finite, or a checkpoint cannot be written or does not fit.
@@ -89,8 +89,8 @@ def fit(
         start = int(state.step)
         if start > config.num_steps:
             raise UserError(
-                f"{workdir} is at step {start}, beyond --num-steps={config.num_steps}: raise that, "
-                "or give another --workdir"
+                f"{workdir} is at step {start}, beyond --num-steps={config.num_steps}: raise "
+                "--num-steps, or give another --workdir"
             )
         state = replicate(state)
         writer = stack.enter_context(MetricsWriter(workdir, start))
@@ -138,12 +138,12 @@ def fit(
                 break
         checkpoints.wait()
     if stop.is_set():
-        print(f"stopped and saved at step {done}; the same command goes on from there")
+        print(f"stopped and saved at step {done}; the same command resumes from there")
     return state
 
 
 class _LossWatch:
-    """Looks at each loss two steps late, when reading it no longer holds up the device."""
+    """Checks each loss two steps late, when reading it no longer makes the device wait."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
@@ -165,8 +165,8 @@ class _LossWatch:
         names = self._batches.names(index)
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise UserError(
-            f"the loss is {value} at step {step}, in the batch of {shown}: start in another "
-            "--workdir with a lower --learning-rate or more --warmup-steps, or check these images"
+            f"the loss is {value} at step {step}, in the batch of {shown}: check these images, or "
+            "start in another --workdir with a lower --learning-rate or more --warmup-steps"
         )
 
 
@@ -183,7 +183,7 @@ def _ahead(batches: Batches, config: RunConfig) -> Iterator[tuple[Batch, np.ndar
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """An event set by SIGTERM or the first Ctrl-C; a second Ctrl-C interrupts at once."""
+    """Yields an event that SIGTERM or the first Ctrl-C sets; a second Ctrl-C interrupts at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

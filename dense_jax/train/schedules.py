@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optimisers with per-parameter rates."""
+"""Learning-rate schedules, and optimisers with a learning rate for each parameter."""
 
 import dataclasses
 import re
@@ -16,10 +16,10 @@ from dense_jax.train.config import RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class ParamGroup:
-    """Parameters whose path ("conv1_1/kernel") contains a match of ``pattern``.
+    """Parameters whose path (such as "conv1_1/kernel") contains a match of ``pattern``.
 
     Attributes:
-      pattern: regular expression; of several groups, the first that matches counts.
+      pattern: regular expression; the first group that matches a parameter decides.
       lr: multiplier of the learning rate; 0 freezes the parameters (and stores no moments).
       decay: multiplier of the weight decay.
     """
@@ -30,19 +30,19 @@ class ParamGroup:
 
 
 def own_rate(layers: str, lr: float, bias_lr: float) -> list[ParamGroup]:
-    """Groups of layers that learn at a rate of their own; their biases are not decayed.
+    """Returns groups for layers with their own learning rate; their biases are not decayed.
 
     Args:
       layers: regular expression for the path of a layer.
-      lr: multiplier of its learning rate.
-      bias_lr: and of that of its biases once more, as ``--bias-lr`` is for all others.
+      lr: multiplier of the layer's learning rate.
+      bias_lr: further multiplier for its biases, like ``--bias-lr`` for other layers.
     """
     bias = ParamGroup(f"{layers}/bias$", lr=lr * bias_lr, decay=0.0)
     return [bias, ParamGroup(f"{layers}/kernel$", lr=lr)]
 
 
 def build_schedule(config: RunConfig) -> optax.Schedule:
-    """The learning rate as a function of the step, after ``config.schedule``."""
+    """Returns the learning rate as a function of the step, by ``config.schedule``."""
     peak = config.learning_rate
     steps = max(config.num_steps - config.warmup_steps, 1)
     schedule = {
@@ -62,15 +62,15 @@ def build_schedule(config: RunConfig) -> optax.Schedule:
 def build_optimizer(
     config: RunConfig, groups: Sequence[ParamGroup] = ()
 ) -> optax.GradientTransformation:
-    """SGD with momentum (Caffe's order) or AdamW, with a rate and a decay per parameter.
+    """Returns SGD with momentum (Caffe's order) or AdamW, with a rate and decay per parameter.
 
-    Caffe adds the decay to the gradient, multiplies by the learning rate, then applies momentum;
-    at a constant rate this equals ``v = m v + (g + wd w); w -= lr v``, which is used here.
+    Caffe adds the decay to the gradient, multiplies by the learning rate, then applies momentum.
+    At a constant rate this equals ``v = m v + (g + wd w); w -= lr v``, the form used here.
     Biases and the parameters of normalisation layers are not decayed unless a group says so.
 
     Args:
       config: rates, momentum, decay and schedule.
-      groups: exceptions, first match first; ``config.bias_lr`` is added as the last of them.
+      groups: exceptions; the first match decides. A group for ``config.bias_lr`` follows them.
 
     Raises:
       UserError: (at ``init``) a group matches no parameter.
@@ -82,7 +82,7 @@ def build_optimizer(
     )
     required = groups[:-2]
 
-    def of(field: str) -> optax.GradientTransformation:
+    def scaled_by(field: str) -> optax.GradientTransformation:
         def scale(updates: Any, params: Any) -> Any:
             factors = _per_parameter(updates, groups, field)
             if field == "lr":
@@ -97,11 +97,11 @@ def build_optimizer(
         return optax.stateless(scale)
 
     inner = {
-        "sgd": (of("decay"), optax.trace(config.momentum)),
-        "adamw": (optax.scale_by_adam(), of("decay")),
+        "sgd": (scaled_by("decay"), optax.trace(config.momentum)),
+        "adamw": (optax.scale_by_adam(), scaled_by("decay")),
     }[config.optimizer]
     rate = optax.scale_by_learning_rate(build_schedule(config))
-    trained = optax.chain(*inner, of("lr"), rate)
+    trained = optax.chain(*inner, scaled_by("lr"), rate)
 
     def labels(params: Any) -> Any:
         _check_groups(params, required)
@@ -116,8 +116,8 @@ def _per_parameter(tree: Any, groups: Sequence[ParamGroup], field: str) -> Any:
 
     def value(path: tuple[jax.tree_util.DictKey, ...], _: object) -> float:
         name = "/".join(str(key.key) for key in path)
-        found = (g for g in groups if re.search(g.pattern, name))
-        return getattr(next(found, ParamGroup("")), field)
+        matches = (g for g in groups if re.search(g.pattern, name))
+        return getattr(next(matches, ParamGroup("")), field)
 
     return jax.tree_util.tree_map_with_path(value, tree)
 

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""The training state: parameters, optimiser state and batch statistics of one step."""
 
 import functools
 from collections.abc import Callable
@@ -20,8 +20,8 @@ class TrainState(train_state.TrainState):
 
     Attributes:
       model_state: variable collections other than the parameters (batch statistics).
-      ema_params: running average of the parameters, or None where it is off.
-      seed: all randomness of a step is a function of (seed, step, device).
+      ema_params: running average of the parameters, or None if it is off.
+      seed: every random draw of a step is a function of (seed, step, micro-batch).
     """
 
     model_state: Any
@@ -41,8 +41,8 @@ class TrainState(train_state.TrainState):
         """Draws the parameters of ``model`` for images of ``image_shape`` [H, W, C]."""
         images = jnp.zeros((1, *image_shape), jnp.float32)
 
-        # One program instead of one for each parameter; it runs once, and a CPU compiles the many
-        # random draws four times as fast when it does not optimise them.
+        # One program instead of one for each parameter. It runs once, and on a CPU its many random
+        # draws compile four times as fast without optimisation.
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
 
         @functools.partial(jax.jit, compiler_options=options)
@@ -63,7 +63,7 @@ class TrainState(train_state.TrainState):
         return init(np.uint32(seed))
 
     def eval_variables(self) -> dict[str, Any]:
-        """The variables to evaluate: averaged parameters where they are kept."""
+        """The variables to evaluate, with the averaged parameters if there are any."""
         params = self.params if self.ema_params is None else self.ema_params
         return {"params": params, **self.model_state}
 
@@ -76,31 +76,36 @@ def num_parameters(params: Any) -> int:
 def load_matching(
     params: dict[str, Any], source: dict[str, Any], say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Copies from ``source`` each parameter of equal name and shape, and says what it did.
+    """Copies each parameter of equal name and shape from ``source``; lists all the others.
 
-    Staged training is this: FCN-16s starts from an FCN-32s whose names it shares.
+    Staged training uses it: FCN-16s starts from an FCN-32s with the same parameter names.
+
+    Args:
+      params: parameters of the new network.
+      source: parameters of the other run.
+      say: receives each line of the list.
 
     Raises:
-      UserError: nothing matches, so the source belongs to another network.
+      UserError: no kernel matches, so the source belongs to another network.
     """
     new: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     old: dict[str, Any] = traverse_util.flatten_dict(source, sep="/")
     matched = {k for k in new if k in old and new[k].shape == old[k].shape}
     if not any(new[k].ndim > 1 for k in matched):  # biases alone agree by chance
         raise UserError(
-            "--init: no kernel of the other run has a name and shape of this network "
-            f"(first names: {sorted(old)[:2]} there, {sorted(new)[:2]} here): give a related run; "
-            "a file of weights fits itself in with --init=file:PATH"
+            "--init: no kernel of the other run has the name and shape of one in this network "
+            f"(first names: {sorted(old)[:2]} there, {sorted(new)[:2]} here): give a related run, "
+            "or published weights with --init=file:PATH"
         )
     reshaped = sorted(k for k in new if k in old and k not in matched)
     say(f"init: {len(matched)} of {len(new)} parameters copied")
     for title, names in (
         ("new here", sorted(set(new) - set(old))),
         ("of another shape, kept as initialised", reshaped),
-        ("unused from the other run", sorted(set(old) - set(new))),
+        ("only in the other run", sorted(set(old) - set(new))),
     ):
-        if names:  # Parameters without saying that they are.
+        if names:  # the prefix "params/" would only repeat itself
             say(f"init: {title}: {', '.join(name.removeprefix('params/') for name in names)}")
-    # Copies: a training step overwrites its arrays, and these may be views of a file.
+    # Copy: a training step overwrites its arrays, and these may be views of a file.
     copied = {k: jnp.array(old[k], new[k].dtype) if k in matched else new[k] for k in new}
     return traverse_util.unflatten_dict(copied, sep="/")

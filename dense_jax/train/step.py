@@ -1,13 +1,13 @@
 """The only pmap: one training step and one evaluation step over all devices.
 
 The state has no device axis: it goes in with ``in_axes=None`` and comes out with
-``out_axes=None``, so whatever leaves a step must be equal on all devices, that is, it has passed
-``psum`` or ``pmean``. JAX does not check this; the tests compare the shards.
+``out_axes=None``. The outputs of a step must therefore be equal on all devices, that is, they
+have passed ``psum`` or ``pmean``. JAX does not check this; the tests compare the shards.
 
-A loss is {name: (sum, count)}: what it adds up, and what that is divided by (scored pixels, say).
-Counts are summed over all devices and micro-batches *before* anything is divided by them, so a
-device that sees only ignored pixels weighs nothing. The mean of per-device means would be another
-loss wherever devices see different numbers of ignored pixels.
+A loss is {name: (sum, count)}: a sum and its divisor, such as the number of scored pixels. Counts
+are summed over all devices and micro-batches *before* the division, so a device with only ignored
+pixels has no weight. A mean of per-device means would be another loss if devices have different
+numbers of ignored pixels.
 """
 
 import functools
@@ -28,9 +28,9 @@ StateT = TypeVar("StateT")
 
 Batch = dict[str, Any]
 Losses = dict[str, tuple[jax.Array, jax.Array]]
-# (apply, batch, rng) -> losses of one micro-batch, a count of 0 standing for a division by 1.
-# `apply` calls the network in training mode: it takes what the network takes, images first, and
-# returns its outputs; ``method=`` calls a part of it.
+# (apply, batch, rng) -> losses of one micro-batch; a count of 0 means a division by 1. `apply`
+# calls the network in training mode: it takes the network's arguments, images first, and returns
+# its outputs; ``method=`` calls another method of the network.
 LossFn = Callable[[Callable[..., Any], Batch, jax.Array], Losses]
 
 
@@ -39,15 +39,16 @@ def train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the compiled step ``(state, batch) -> (state, scalars)``.
 
-    The step minimises the sum of all losses, each its sum over its count. Scalars are "loss" and,
-    of several, each by its name. Batch leaves are [devices, micro-batches, images, ...] (see
-    :func:`shard`). The state that goes in is donated: use the one that comes out.
+    The step minimises the total of all losses, each of them its sum divided by its count. Scalars
+    are "loss", the total, and each loss by its name if there are several. Batch leaves are
+    [devices, micro-batches, images, ...] (see :func:`shard`). The input state is donated: use the
+    returned one.
 
     Args:
       loss_fn: losses of one micro-batch; see ``LossFn``. No gradient flows through counts.
-      ema_decay: decay of the parameter average, applied once per step however many
-        micro-batches it took; it starts smaller, min(decay, (1 + t) / (10 + t)).
-      devices: what to run on; all local devices by default.
+      ema_decay: decay of the parameter average, applied once per step whatever the number of
+        micro-batches; the first steps use a smaller one, min(decay, (1 + t) / (10 + t)).
+      devices: devices to run on; by default all local ones.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -92,8 +93,8 @@ def train_step(
             first = jax.tree.map(lambda x: x[0], batch)
             model_state, sums = micro_step(None, state.model_state, (jnp.int32(0), first))
         else:
-            # Counts come first, of all micro-batches. Where they follow from the batch alone, the
-            # compiler drops the network from this pass.
+            # A first pass counts over all micro-batches. If the counts depend on the batch alone,
+            # the compiler drops the network from this pass.
             def count(model_state: Any, xs: Any) -> Any:
                 losses, new_state = losses_of(state.params, model_state, xs)
                 return new_state, _counts(losses)
@@ -120,7 +121,7 @@ def eval_step(
     """Builds ``(variables, batch) -> (sums, per_image)`` over all devices.
 
     Args:
-      counts_fn: (variables, batch) -> (sums, per_image). ``sums`` are added up over the devices;
+      counts_fn: (variables, batch) -> (sums, per_image). ``sums`` are summed over the devices;
         ``per_image`` keeps its leading axes [devices, images].
     """
 
@@ -141,25 +142,25 @@ def shard(
     Args:
       batch: arrays with the same leading size B, a multiple of devices times micro-batches.
       accumulate: number of micro-batches; None leaves that axis out (evaluation).
-      devices: as given to the step.
+      devices: the devices of the step.
 
     Returns:
       Arrays [devices, (accumulate,) B / (devices * accumulate), ...] on the devices. Micro-batch m
-      holds the m-th part of the batch however many devices share it, so that dropout, which
-      knows an image by its place in the micro-batch, draws the same on any number of them.
+      holds the m-th part of the batch whatever the number of devices. Dropout identifies an image
+      by its index in the micro-batch, so its draws do not depend on the number of devices.
     """
     count = jax.local_device_count() if devices is None else len(devices)
     lead = (count,) if accumulate is None else (accumulate, count)
     batch = jax.tree.map(lambda x: x.reshape(*lead, -1, *x.shape[1:]), batch)
     if accumulate is not None:
         batch = jax.tree.map(lambda x: x.swapaxes(0, 1), batch)
-    if jax.process_count() > 1:  # pmap itself puts together what each process has
+    if jax.process_count() > 1:  # pmap itself joins the parts of the processes
         return batch
     return jax.device_put(batch, _sharding(devices, AXIS))
 
 
 def replicate(state: StateT, devices: Sequence[jax.Device] | None = None) -> StateT:
-    """Sends a host state to where a step leaves it; else the second step would compile again."""
+    """Sends a host state to the devices with a step's sharding, so that no step compiles twice."""
     return state if jax.process_count() > 1 else jax.device_put(state, _sharding(devices))
 
 
@@ -169,7 +170,7 @@ def _sharding(devices: Sequence[jax.Device] | None, *axes: str) -> NamedSharding
 
 
 def _scan_sum(micro_step: Any, model_state: Any, batch: Batch, accumulate: int) -> Any:
-    """Runs the micro-batches in turn, carrying batch statistics and adding up the rest."""
+    """Runs the micro-batches in turn, carries batch statistics and sums all other outputs."""
     xs = (jnp.arange(accumulate), batch)
     first = jax.tree.map(lambda x: x[0], xs)
     shapes = jax.eval_shape(micro_step, model_state, first)[1]
@@ -184,7 +185,7 @@ def _scan_sum(micro_step: Any, model_state: Any, batch: Batch, accumulate: int) 
 
 
 def _average(state: TrainState, decay: float) -> Any:
-    """Moves the averaged parameters towards the new ones (``state.step`` has been counted)."""
+    """Moves the averaged parameters towards the new ones; ``state.step`` includes this step."""
     step = jnp.asarray(state.step, jnp.float32)
     rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: e + rate * (p - e), state.ema_params, state.params)
