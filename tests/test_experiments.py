@@ -272,7 +272,7 @@ def test_runs_that_cannot_decide_together_are_refused(smoke_runs, tmp_path):
     record = json.loads((other / "config.json").read_text())
     record["config"]["normalisation"] = "caffe"
     (other / "config.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="takes images as caffe"):
+    with pytest.raises(UserError, match="has --normalisation=caffe"):
         evaluate.run(run=workdir, ensemble=(other,))
     record["classes"]["names"][0] = "sea"
     (other / "config.json").write_text(json.dumps(record))

@@ -1,4 +1,4 @@
-"""The task of finding the mask of the object in each given box of a given class."""
+"""The task that predicts an object mask for each box, from the box and its class."""
 
 import dataclasses
 import pathlib
@@ -24,18 +24,18 @@ from dense_jax.tasks.task import Evaluate, Input, Task
 from dense_jax.train.step import Batch, Losses, LossFn
 
 BOXES_FILE = "boxes.json"
-"""Where predictions of a folder look for the boxes of its images."""
+"""The file in a folder of images that holds their boxes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BoxMasks(Task):
-    """A run whose network is given images, boxes and categories: "log_probabilities" of heat maps.
+    """A run whose network maps images, boxes and categories to "log_probabilities" of heat maps.
 
     Its transforms end in `dense_jax.data.box_masks.SampleBoxes`.
 
     Attributes:
-      min_iou: least IoU of evaluation's boxes with the objects' own.
-      threshold: least probability of the pixels of a mask.
+      min_iou: least IoU of a box of the evaluation with the object's true box.
+      threshold: a pixel belongs to a mask if its probability is at least this.
     """
 
     _: dataclasses.KW_ONLY
@@ -60,13 +60,13 @@ class BoxMasks(Task):
         """Boxes, and the class of the object in each."""
         return {
             "boxes": Input(("n", 4), "float32", "x0 y0 x1 y1 in pixels, from edge to edge"),
-            "classes": Input(("n",), "int32", "class ids from 1; 0 for a place without an object"),
+            "classes": Input(("n",), "int32", "class ids from 1; 0 for padding, without an object"),
         }
 
     def predict(
         self, variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns "masks", probabilities [B, N, S, S] over the boxes, and boxes and classes."""
+        """Returns "masks" (probabilities [B, N, S, S] over the boxes), "boxes" and "classes"."""
         del sizes
         boxes, classes = inputs
         if (scale := self.config.scale) != 1.0:
@@ -79,7 +79,7 @@ class BoxMasks(Task):
         return {"masks": masks, "boxes": inputs[0], "classes": classes}
 
     def answers(self, outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Adds "scores" [B, N]: the mean probability of the cells that are in the mask."""
+        """Adds "scores" [B, N]: the mean probability of the cells inside the mask."""
         masks = outputs["masks"]
         inside = masks >= self.threshold
         count = jnp.sum(inside, axis=(2, 3))
@@ -90,9 +90,9 @@ class BoxMasks(Task):
     def read(
         self, answers: Mapping[str, np.ndarray], image: np.ndarray, classes: ClassTable
     ) -> Instances:
-        """Returns the objects of an image, the surest first."""
-        there = np.flatnonzero(answers["classes"] > 0)
-        order = there[np.argsort(-answers["scores"][there], kind="stable")]
+        """Returns the objects of an image, the highest score first."""
+        objects = np.flatnonzero(answers["classes"] > 0)
+        order = objects[np.argsort(-answers["scores"][objects], kind="stable")]
         boxes, class_ids, masks, scores = (
             answers[name][order] for name in ("boxes", "classes", "masks", "scores")
         )
@@ -101,20 +101,20 @@ class BoxMasks(Task):
     def inputs_in(
         self, folder: pathlib.Path
     ) -> Callable[[pathlib.Path, Size], dict[str, np.ndarray]]:
-        """Reads ``boxes.json`` beside the images; see `dense_jax.data.given_boxes`."""
+        """Reads ``boxes.json`` in the folder of the images; see `dense_jax.data.given_boxes`."""
         path = (folder if folder.is_dir() else folder.parent) / BOXES_FILE
-        found = given_boxes.read(path, self.model.num_categories + 1)
+        boxes_by_name = given_boxes.read(path, self.model.num_categories + 1)
 
-        def of(image: pathlib.Path, size: Size) -> dict[str, np.ndarray]:
-            if image.name not in found:
-                raise UserError(f"{image}: {path} has no boxes of it; add some")
-            boxes, classes = in_batch(*found[image.name])
+        def inputs_of(image: pathlib.Path, size: Size) -> dict[str, np.ndarray]:
+            if image.name not in boxes_by_name:
+                raise UserError(f"{image}: {path} has no boxes for this image; add some")
+            boxes, classes = in_batch(*boxes_by_name[image.name])
             return {"boxes": boxes, "classes": classes}
 
-        return of
+        return inputs_of
 
     def evaluator(self, dataset: Dataset, split: str) -> Evaluate:
-        """Returns what scores the masks of a split."""
+        """Returns a function that scores the masks of a split."""
 
         @jax.jit
         def heatmaps(variables: Any, images: Any, boxes: Any, classes: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The task of labelling pixels: softmax losses, mean IoU, and a CRF behind any network."""
+"""The task that labels pixels: softmax losses, mean IoU, and a CRF after any network."""
 
 import contextlib
 import dataclasses
@@ -30,34 +30,34 @@ from dense_jax.train.config import Factor, RunConfig, Sides
 from dense_jax.train.step import Batch, Losses, LossFn
 
 Combine = Literal["mean_prob", "product_score"]
-# (task, variables, dataset, split) -> further scores and pictures.
+# (task, variables, dataset, split) -> further metrics and pictures.
 Measure = Callable[[Any, Any, Dataset, str], Findings]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelConfig(RunConfig):
-    """What every script that labels pixels shares beside the optimisation."""
+    """The flags of all scripts that label pixels, besides those of `RunConfig`."""
 
     width: Factor = 1.0
-    """Channel multiplier; below 1 for trials."""
+    """Factor for the number of channels; use less than 1 for trials."""
     post: Literal["none", "crf"] = "none"
-    """Refine the scores by a fully connected CRF."""
+    """Post-processing of the scores: none, or a fully connected CRF."""
     crf: CrfParams = dataclasses.field(default_factory=CrfParams)
     """Parameters of --post=crf."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SemanticConfig(LabelConfig):
-    """What scripts share that train on whole images or crops of them."""
+    """The flags of scripts that train on whole images or on crops."""
 
     augment: Literal["none", "mirror", "mirror_jitter32", "mirror_scale"] = "none"
-    """mirror flips left and right at random; mirror_jitter32 also shifts by up to 32 pixels (FCN,
-    Section 4.3: no gain); mirror_scale also resizes, for training from scratch."""
+    """mirror flips left and right at random. mirror_jitter32 also shifts by up to 32 pixels (FCN,
+    Section 4.3: no gain). mirror_scale also resizes, for training from scratch."""
     crop: Sides | None = None
     """Height and width of training images; None takes whole images (all of one size)."""
 
     def whole_images(self, zoom: tuple[float, float] = (0.75, 1.5)) -> list[Transform]:
-        """Scale (by a factor within ``zoom``) and colour, then crop, flip and shift."""
+        """Returns transforms: resize (by a factor in ``zoom``), normalise, crop, flip, shift."""
         shift = [RandomTranslate(32)] if self.augment == "mirror_jitter32" else []
         usual = whole_images(self.normalisation, self.scale, self.augment, self.crop, zoom)
         return [*usual, *shift]
@@ -68,12 +68,12 @@ class Semantic(Task):
     """A run whose network labels pixels: its outputs hold "logits" [B, H, W, classes].
 
     Attributes:
-      loss_terms: which outputs are compared with the labels; their weighted losses are added up.
-      class_weights: [C] of a dataset's classes, or None for equal ones.
-      forward: how the network is used on images; None for one pass over each.
-      test_time: what `forward` does, in words, for the protocol card.
-      crf: refines the scores, unless it is None; by default that of ``--post=crf``.
-      measures: further scores of the last evaluation, with their pictures.
+      loss_terms: the outputs to compare with the labels; the loss is their weighted sum.
+      class_weights: (dataset) -> weights [C] of its classes, or None for equal weights.
+      forward: how to apply the network to images; None makes one pass over each.
+      test_time: `forward` in words, for the protocol card.
+      crf: refines the scores; None does not. Default: the CRF of ``--post=crf``, if it is set.
+      measures: functions that add metrics and pictures to the last evaluation.
       absent: whether classes without pixels count in the mean.
       boundary_match: how the last evaluation matches boundary pixels.
       notes: further lines of the protocol card.
@@ -95,7 +95,7 @@ class Semantic(Task):
     reads: ClassVar[Sequence[str]] = ("labels", "probabilities")
 
     def __post_init__(self) -> None:
-        """Raises UserError for a CRF that cannot be."""
+        """Raises UserError for impossible CRF parameters."""
         if self.crf == "config":
             crf = self.config.crf if self.config.post == "crf" else None
             object.__setattr__(self, "crf", crf)
@@ -110,7 +110,7 @@ class Semantic(Task):
     def predict(
         self, variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns "logits" [B, H, W, classes] and, where there is a CRF, those "before_crf"."""
+        """Returns "logits" [B, H, W, classes] and, with a CRF, the logits "before_crf"."""
         forward = self.forward or whole_image(self.model, self.config.scale)
         if isinstance(self.crf, CrfParams):
             forward = with_crf(forward, self.crf, self.config.normalisation)
@@ -134,20 +134,20 @@ class Semantic(Task):
     def card(self) -> dict[str, Any]:
         """How the network is used, for the protocol card."""
         crf = dataclasses.asdict(self.crf) if isinstance(self.crf, CrfParams) else "none"
-        used = {"seen_at_scale": self.config.scale, "test_time_options": self.test_time}
-        return {**used, "crf": crf, **self.notes}
+        usage = {"seen_at_scale": self.config.scale, "test_time_options": self.test_time}
+        return {**usage, "crf": crf, **self.notes}
 
     def evaluator(self, dataset: Dataset, split: str) -> Evaluate:
-        """Returns what scores the labels of a split; boundaries and measures come at the end."""
+        """Returns a function that scores a split; its last call adds boundaries and measures."""
         counter = labels.Counter(self, dataset.split(split), dataset.classes)
 
         def evaluate(variables: Any, is_last: bool) -> Record:
             counts = counter(variables, self.boundary_match if is_last else "none")
-            found = [labels.findings(counts, dataset, split, self.absent)]
+            findings = [labels.findings(counts, dataset, split, self.absent)]
             for measure in self.measures if is_last else ():
-                found.append(measure(self, variables, dataset, split))
+                findings.append(measure(self, variables, dataset, split))
             return labels.record(
-                counts, found, dataset, split, self.headline, self.card, self.absent
+                counts, findings, dataset, split, self.headline, self.card, self.absent
             )
 
         return evaluate
@@ -158,7 +158,7 @@ def pixel_loss(
     terms: Sequence[LossTerm] = (LossTerm(),),
     class_weights: np.ndarray | None = None,
 ) -> LossFn:
-    """Returns the softmax losses of a network of images; see `pixels.cross_entropy`."""
+    """Returns the softmax losses of a network that takes images; see `pixels.cross_entropy`."""
 
     def loss_fn(apply: Callable[..., Any], batch: Batch, rng: jax.Array) -> Losses:
         del rng
@@ -171,15 +171,15 @@ def pixel_loss(
 
 
 def check_sides(check: Callable[[int], None], sides: Sequence[int], flag: str) -> None:
-    """Refuses training images that do not fit the network.
+    """Checks that training images fit the network.
 
     Args:
       check: raises ValueError for a height or width, in pixels, that does not fit.
       sides: heights and widths.
-      flag: what set them, for the message.
+      flag: the flag that sets them, for the message.
 
     Raises:
-      UserError: names the flag and what would fit.
+      UserError: a side does not fit; the message names the flag and sides that fit.
     """
     for side in sides:
         try:
@@ -189,22 +189,22 @@ def check_sides(check: Callable[[int], None], sides: Sequence[int], flag: str) -
 
 
 def whole_images_fit(check: Callable[[int], None], scale: float) -> Callable[[Source], Source]:
-    """Returns a ``training_split`` that refuses images that are seen whole and do not fit."""
+    """Returns a ``training_split`` that raises UserError if whole images do not fit the network."""
 
     def checked(source: Source) -> Source:
         height, width = source.size(0)
-        seen = [max(1, round(side * scale)) for side in (height, width)]
-        check_sides(check, seen, f"images of {height}x{width} are seen whole")
+        sides = [max(1, round(side * scale)) for side in (height, width)]
+        check_sides(check, sides, f"images of {height}x{width} are seen whole")
         return source
 
     return checked
 
 
 def labelling(task: Task, flag: str) -> Semantic:
-    """Returns a task that labels pixels.
+    """Returns the task if it labels pixels.
 
     Raises:
-      UserError: it does something else, for which a flag means nothing.
+      UserError: it is another task, for which the flag has no meaning.
     """
     if not isinstance(task, Semantic):
         raise UserError(
@@ -214,10 +214,10 @@ def labelling(task: Task, flag: str) -> Semantic:
 
 
 def with_rules(task: Task, absent: labels.Absent, boundary_match: labels.BoundaryMatch) -> Task:
-    """Returns a task that is scored by other rules than the usual ones.
+    """Returns the task with these rules of scoring.
 
     Raises:
-      UserError: the rules are others, and the task does not label pixels.
+      UserError: the rules are not the default, and the task does not label pixels.
     """
     if (absent, boundary_match) == ("skip", "distance"):
         return task
@@ -227,20 +227,20 @@ def with_rules(task: Task, absent: labels.Absent, boundary_match: labels.Boundar
 
 
 def together(tasks: Sequence[Semantic], names: Sequence[str], combine: Combine) -> Semantic:
-    """Several runs as one, whose variables are a tuple of those of each.
+    """Returns an ensemble as one task; its variables are a tuple with those of each member.
 
-    Each member predicts as its script says, with its own CRF if it has one; a CRF of the whole
-    refines what they decide together (DeconvNet, arXiv:1505.04366, Section 5.2).
+    Each member predicts as its script says, with its own CRF if it has one. A CRF of the ensemble
+    refines the combined scores (DeconvNet, arXiv:1505.04366, Section 5.2).
 
     Raises:
-      UserError: they do not see images in one normalisation.
+      UserError: the members have different normalisations, or product_score has not two members.
     """
     first = tasks[0]
     for task, name in zip(tasks[1:], names[1:], strict=True):
         if task.config.normalisation != first.config.normalisation:
             raise UserError(
-                f"--ensemble: {name} takes images as {task.config.normalisation}, "
-                f"{names[0]} as {first.config.normalisation}: train them with one --normalisation"
+                f"--ensemble: {name} has --normalisation={task.config.normalisation}, {names[0]} "
+                f"has --normalisation={first.config.normalisation}: give runs with the same one"
             )
     if combine == "product_score" and len(tasks) != 2:
         raise UserError("--combine=product_score joins two runs: give one --ensemble folder")
@@ -268,16 +268,16 @@ def together(tasks: Sequence[Semantic], names: Sequence[str], combine: Combine) 
 
 
 def median_frequency(dataset: Dataset, definition: pixels.ClassFrequency = "eigen") -> np.ndarray:
-    """Median-frequency weights [C] of the training split; counted once and kept on disk."""
+    """Median-frequency weights [C] of the training split; cached on disk after the first count."""
     source = dataset.split("train")
-    kept = prepared.cache_dir() / "class_weights" / f"{dataset.fingerprint}-{definition}.json"
-    with contextlib.suppress(OSError, ValueError):  # not there, or damaged: counted again
-        weights = np.array(json.loads(kept.read_text()), np.float32)
+    path = prepared.cache_dir() / "class_weights" / f"{dataset.fingerprint}-{definition}.json"
+    with contextlib.suppress(OSError, ValueError):  # a missing or damaged file: count again
+        weights = np.array(json.loads(path.read_text()), np.float32)
         if weights.shape == (dataset.classes.num_classes,):
             return weights
     maps = (source[i]["label"] for i in range(len(source)))
     num_classes = dataset.classes.num_classes
     weights = pixels.median_frequency_weights(maps, num_classes, definition=definition)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_json(kept, weights.tolist())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_json(path, weights.tolist())
     return weights

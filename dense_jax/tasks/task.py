@@ -1,8 +1,8 @@
-"""What every task answers: how a network is trained, what comes out of it, how that is scored.
+"""The interface of every task: training, prediction and scoring of a network.
 
-A task is one value: all that a configuration decides about a run. A script's ``build`` returns it,
-and training, evaluation, prediction and export take it. `dense_jax.tasks.semantic` labels pixels;
-`dense_jax.tasks.box_masks` finds the objects in given boxes.
+A task is one value that holds everything a configuration decides about a run. A script's ``build``
+returns it; training, evaluation, prediction and export take it. `dense_jax.tasks.semantic` labels
+pixels; `dense_jax.tasks.box_masks` predicts the objects in given boxes.
 """
 
 import abc
@@ -25,7 +25,7 @@ from dense_jax.infer.whole_image import ONE_PASS
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.step import LossFn
 
-# (variables, whether it is the last evaluation of a run) -> what was found.
+# (variables, whether it is the last evaluation of a run) -> its record.
 Evaluate = Callable[[Any, bool], Record]
 
 
@@ -36,10 +36,10 @@ class Task(abc.ABC):
     Attributes:
       config: data, optimisation and bookkeeping.
       model: the network.
-      transforms: of training; they end in normalised images of one size.
+      transforms: training transforms; they end in normalised images of one size.
       groups: learning rates of parts of the network; see `build_optimizer`.
-      training_split: what is made of the training split, such as windows around its objects; may
-        refuse images that do not fit the network. None leaves it as it is.
+      training_split: (split) -> split to train on, such as windows around its objects. It may raise
+        UserError for images that do not fit the network. None trains on the split itself.
       posthoc_batch_stats: evaluate with batch statistics averaged over the training split.
     """
 
@@ -52,9 +52,9 @@ class Task(abc.ABC):
     posthoc_batch_stats: bool = False
 
     headline: ClassVar[str]
-    """Name of the score that decides which checkpoint is the best; higher is better."""
+    """Name of the metric that decides which checkpoint is the best; higher is better."""
     reads: ClassVar[Sequence[str]]
-    """The answers that `read` looks at."""
+    """Names of the answers that `read` needs."""
 
     @property
     def card(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Task(abc.ABC):
         return {"test_time_options": ONE_PASS}
 
     def training_data(self, dataset: Dataset) -> Dataset:
-        """Returns the dataset as training sees it."""
+        """Returns the dataset with the training split of `training_split`."""
         if self.training_split is None:
             return dataset
         train = self.training_split(dataset.split("train"))
@@ -70,20 +70,20 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, dataset: Dataset) -> LossFn:
-        """Returns the losses of a micro-batch; the dataset may weigh them."""
+        """Returns the loss of a micro-batch; class weights may come from the dataset."""
 
     @abc.abstractmethod
     def evaluator(self, dataset: Dataset, split: str) -> Evaluate:
-        """Returns what scores variables on a split; it compiles once for many calls."""
+        """Returns a function that scores variables on a split; it compiles once for many calls."""
 
     @abc.abstractmethod
     def predict(
         self, variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns what the network says of images, by name; can be compiled.
+        """Returns the network's outputs for images, by name; can be compiled.
 
         Args:
-          variables: of the network.
+          variables: the network's variables.
           images: normalised and padded, float32 [B, H, W, C].
           sizes: int32 [B, 2], heights and widths before padding.
           *inputs: those of `inputs`, in order.
@@ -91,29 +91,29 @@ class Task(abc.ABC):
 
     @property
     def inputs(self) -> Mapping[str, "Input"]:
-        """What a prediction needs besides the images, by name."""
+        """The inputs that a prediction needs besides the images, by name."""
         return {}
 
     @abc.abstractmethod
     def answers(self, outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Returns what people and programs want of the outputs of `predict`; can be compiled."""
+        """Turns the outputs of `predict` into results for users, by name; can be compiled."""
 
     @abc.abstractmethod
     def read(
         self, answers: Mapping[str, np.ndarray], image: np.ndarray, classes: ClassTable
     ) -> Prediction:
-        """Returns what is said of one image.
+        """Returns the prediction for one image.
 
         Args:
-          answers: those of the padded image, without the axis of the batch.
+          answers: the answers named in `reads` for the padded image, without the batch axis.
           image: uint8 [H, W, 3].
-          classes: of the run.
+          classes: the classes of the run.
         """
 
     def inputs_in(
         self, folder: pathlib.Path
     ) -> Callable[[pathlib.Path, Size], dict[str, np.ndarray]] | None:
-        """Returns what knows the `inputs` of each image of a folder; None if there are none."""
+        """Returns (path, size) -> `inputs` for the images of a folder; None if no inputs exist."""
         return None
 
 
@@ -122,9 +122,9 @@ class Input:
     """One of the inputs of a prediction.
 
     Attributes:
-      shape: behind the axis of the batch; a name stands for a side that may be of any length.
-      dtype: of its numbers.
-      words: what it holds.
+      shape: its shape without the batch axis; a name stands for a side of any length.
+      dtype: the dtype of its numbers.
+      words: its content in words.
     """
 
     shape: tuple[str | int, ...]

@@ -1,4 +1,4 @@
-"""A trained run, opened to be used: ``dense_jax.load(folder).predict(image)``."""
+"""Opens a trained run: ``dense_jax.load(folder).predict(image)``."""
 
 import dataclasses
 import functools
@@ -33,10 +33,10 @@ class Run:
 
     Attributes:
       workdir: its folder.
-      task: what it is, as built by its script.
+      task: its task, as built by its script.
       variables: parameters and batch statistics, host arrays.
-      step: the step they were saved at.
-      classes: the classes it labels.
+      step: the step of the variables.
+      classes: the classes that it predicts.
       script: the module that trained it.
     """
 
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """The configuration it was trained with."""
+        """The configuration of the training."""
         return self.task.config
 
     @functools.cached_property
@@ -72,19 +72,19 @@ class Run:
         return Predictor(run, read, self.config.normalisation)
 
     def predict(self, images: Picture | Sequence[Picture], **inputs: Any) -> Any:
-        """Predicts images as the run's script says: normalised, scaled, padded, in tiles, with CRF.
+        """Predicts images with the normalisation, scale, tiles and CRF of the run's script.
 
         Args:
-          images: one image, or a list of them: uint8 RGB [H, W, 3], a Pillow image, or the path of
-            a file.
-          **inputs: what else the task needs, such as "boxes", for one image or a list for several.
+          images: one image or a list of images. Each is uint8 RGB [H, W, 3], a Pillow image, or the
+            path of a file.
+          **inputs: the other inputs of the task, such as "boxes"; lists for a list of images.
 
         Returns:
           A `dense_jax.infer.predictor.Labels` with "labels", "probabilities" and "overlay()", or
-          what the task's `read` returns; a list of them for a list of images.
+          the result of another task's `read`; for a list of images a list of results.
 
         Raises:
-          UserError: an image is no picture of 0 to 255, or an input is missing.
+          UserError: an image is not uint8 RGB, or an input is missing.
         """
         several = isinstance(images, list | tuple)
         pictures: list[Any] = list(images) if several else [images]
@@ -93,15 +93,15 @@ class Run:
         if missing := sorted(set(self.task.inputs) - set(inputs)):
             words = self.task.inputs[missing[0]].words
             raise UserError(f"this run also needs {missing[0]}, {words}: give {missing[0]}=...")
-        found = []
+        predictions = []
         for i, picture in enumerate(pictures):
             own = {name: values[i] if several else values for name, values in inputs.items()}
             arrays: dict[str, Any] = {
                 name: np.asarray(values, self.task.inputs[name].dtype)[None]
                 for name, values in own.items()
             }
-            found.append(self.predictor(_as_image(picture), **arrays))
-        return found if several else found[0]
+            predictions.append(self.predictor(_as_image(picture), **arrays))
+        return predictions if several else predictions[0]
 
 
 def load(
@@ -115,11 +115,11 @@ def load(
     Args:
       workdir: the folder.
       checkpoint: which parameters: "last" or "best".
-      task: what the run is, for one whose script is not there: a task, or the function
+      task: the task of the run if its script is not available: a `Task`, or the function
         (configuration, number of classes) -> task that built it.
 
     Raises:
-      UserError: the folder is no run, or its script cannot be imported.
+      UserError: the folder holds no run, or its script cannot be imported.
     """
     folder = pathlib.Path(workdir).expanduser()
     record = runs.read_config(folder)
@@ -141,37 +141,37 @@ def load(
 
 
 def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:
-    """Opens the dataset of a run; ``data_dir`` is where it lies now, if it has moved.
+    """Opens the dataset of a run; ``data_dir`` is its current folder if it has moved.
 
     Raises:
-      UserError: it cannot be opened, or has other classes than the run labels.
+      UserError: the dataset cannot be opened, or its classes differ from those of the run.
     """
     config = run.config if data_dir is None else dataclasses.replace(run.config, data_dir=data_dir)
     dataset = training.load_dataset(config)
     if dataset.classes.names != run.classes.names:
         raise UserError(
             f"{run.workdir} labels {', '.join(run.classes.names)} but the dataset has "
-            f"{', '.join(dataset.classes.names)}: give the --data-dir of the same classes"
+            f"{', '.join(dataset.classes.names)}: give a --data-dir with the same classes"
         )
     return dataset
 
 
 def _config_class(build: Callable[[Any, int], Task]) -> type[RunConfig]:
-    """The class of the configuration that a function builds from, by its annotation."""
+    """Returns the class of a function's first argument, by its annotation."""
     first = next(iter(inspect.signature(build).parameters))
-    found = typing.get_type_hints(build).get(first)
-    if not (isinstance(found, type) and issubclass(found, RunConfig)):
+    annotation = typing.get_type_hints(build).get(first)
+    if not (isinstance(annotation, type) and issubclass(annotation, RunConfig)):
         raise UserError(
             f"task={build!r}: annotate its first argument with the class of the configuration"
         )
-    return found
+    return annotation
 
 
 def _as_image(picture: Picture) -> np.ndarray:
     """Returns uint8 [H, W, 3].
 
     Raises:
-      UserError: it is no such image; floats are refused, since their range would be a guess.
+      UserError: it is not uint8 RGB. Floats are an error, since their range would be a guess.
     """
     if isinstance(picture, str | os.PathLike):
         path = pathlib.Path(picture).expanduser()
@@ -182,7 +182,7 @@ def _as_image(picture: Picture) -> np.ndarray:
     array = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise UserError(
-            f"an image of {array.dtype} {list(array.shape)} was given: give uint8 RGB [H, W, 3] of "
-            "0 to 255, a Pillow image or a file's path"
+            f"an image is {array.dtype} {list(array.shape)}: give uint8 RGB [H, W, 3] of 0 to 255, "
+            "a Pillow image or the path of a file"
         )
     return array

@@ -1,4 +1,4 @@
-"""How any task is trained: its data, its state, its loop, and the folder that it leaves."""
+"""Trains any task: opens its data, makes its state, runs the loop and writes the run folder."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard, tra
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
-_STATISTICS_BATCHES = 500  # as DeconvNet's release takes
+_STATISTICS_BATCHES = 500  # as in DeconvNet's release
 _NUM_WARNINGS = 5  # lines of the label doctor shown before training
 
 
@@ -40,7 +40,7 @@ def main(
     """Runs a script from the command line: ``PRESET --flag=value ...``.
 
     Args:
-      build: (configuration, number of classes) -> what the run is.
+      build: (configuration, number of classes) -> task.
       presets: configurations by name; each preset's fields are its flags' defaults.
       doc: the script's docstring, shown by ``--help``.
     """
@@ -52,7 +52,7 @@ def run(build: Callable[[ConfigT, int], Task], config: ConfigT) -> TrainState:
     dataset = load_dataset(config)
     for stage in config.each_stage():
         state = train(build(stage, dataset.classes.num_classes), dataset)
-        if int(state.step) < stage.num_steps:  # stopped by a signal: go on from here next time
+        if int(state.step) < stage.num_steps:  # stopped by a signal; the next call resumes here
             break
     return state
 
@@ -64,21 +64,22 @@ def train(
     loss: LossFn | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> TrainState:
-    """Trains a task and leaves a run folder with scores, pictures and a report.
+    """Trains a task and writes a run folder with metrics, pictures and a report.
 
     Args:
-      task: what to train.
-      dataset: its "train" split is trained on, its "val" split evaluated; by default that of the
-        task's configuration.
-      loss: in place of the task's own, (apply, batch, rng) -> {name: (sum, count)}; see
+      task: the task to train.
+      dataset: trains on its "train" split and evaluates on its "val" split. Default: the dataset
+        of the task's configuration.
+      loss: replaces the task's own loss: (apply, batch, rng) -> {name: (sum, count)}; see
         `dense_jax.train.step.LossFn`.
-      optimizer: in place of the configuration's; its flags for optimisation then have no effect.
+      optimizer: replaces the one of the configuration, whose optimisation flags then do nothing.
 
     Returns:
       The final state.
 
     Raises:
-      UserError: the batch cannot be shared by the devices, or the folder is another run's.
+      UserError: the batch does not split evenly over the devices, or the folder belongs to another
+        run.
     """
     config = task.config
     dataset = task.training_data(dataset or load_dataset(config))
@@ -109,10 +110,10 @@ def train(
 
 
 def load_dataset(config: RunConfig) -> Dataset:
-    """Opens the dataset of a configuration, looking for broken files and labels first.
+    """Opens the dataset of a configuration after a check of its files and labels.
 
     Raises:
-      UserError: files or labels are wrong; names the first of them and what to do.
+      UserError: files or labels are wrong; the message names the first and the remedy.
     """
     options = dataclasses.asdict(config.shapes) if config.dataset == "shapes" else {}
     dataset = datasets.load(config.dataset, config.data_dir, **options)
@@ -126,19 +127,20 @@ def load_dataset(config: RunConfig) -> Dataset:
 def _begin(
     task: Task, dataset: Dataset, tx: optax.GradientTransformation, notes: Mapping[str, Any]
 ) -> tuple[pathlib.Path, pipeline.TrainBatches, TrainState]:
-    """Makes the run folder, the training batches and the state to start from.
+    """Makes the run folder, the training batches and the initial state.
 
     Raises:
-      UserError: the batch cannot be shared by the devices, or the folder is another run's.
+      UserError: the batch does not split evenly over the devices, or the folder belongs to another
+        run.
     """
     config = task.config
     if config.batch_size % (jax.device_count() * config.accumulate):
         raise UserError(
             f"--batch-size={config.batch_size} cannot be shared by {jax.device_count()} devices "
-            f"in {config.accumulate} micro-batches: make it a multiple of their product"
+            f"in {config.accumulate} micro-batches: give a multiple of their product"
         )
     source = dataset.split("train")
-    dataset.split("val")  # asked for now, and not after hours of training
+    dataset.split("val")  # if it is missing, fail now and not after hours of training
     batches = pipeline.train_batches(
         source,
         task.transforms,
@@ -151,7 +153,7 @@ def _begin(
     state = TrainState.init(task.model, tx, shape, seed=config.seed, ema=config.ema_decay > 0)
     if config.init and not has_checkpoint(pathlib.Path(config.workdir or "")):
         state = _initialise_from(config.init, state, tx, config.normalisation)
-    workdir = runs.prepare(config, dataset, notes)  # now that nothing else can be wrong
+    workdir = runs.prepare(config, dataset, notes)  # last: all other checks have passed
     size = f"{num_parameters(state.params):,} parameters"
     print(f"{type(task.model).__name__}: {size}; run in {workdir}")
     return workdir, batches, state
@@ -160,13 +162,14 @@ def _begin(
 def posthoc_statistics(
     model: nn.Module, source: Source, transforms: Sequence[Transform], config: RunConfig
 ) -> Callable[[TrainState], TrainState]:
-    """Returns what replaces the batch statistics of a state by their average over ``source``.
+    """Returns (state) -> state with batch statistics averaged over ``source``.
 
-    One pass (of at most 500 batches) in training mode, each batch's own mean and variance, all
-    batches weighing the same
-    (SegNet, Badrinarayanan et al., PAMI 2017, arXiv:1511.00561: the authors' release keeps no
-    running averages). Training itself does not look at the result. The network has an attribute
-    ``bn_momentum``.
+    It makes one pass of at most 500 batches in training mode and averages the mean and variance of
+    the batches, with equal weights. Training itself does not use the result. The network must have
+    an attribute ``bn_momentum``.
+
+    Reference: SegNet, Badrinarayanan et al., PAMI 2017, arXiv:1511.00561; the authors' release
+    keeps no running averages.
     """
     own = model.clone(bn_momentum=0.0)  # the new statistics are then those of the batch
 
@@ -207,7 +210,7 @@ def posthoc_statistics(
 
 
 def _follow_weights(config: ConfigT) -> ConfigT:
-    """Lets images come as the weights of ``--init`` expect them, or as the run began with."""
+    """Sets the normalisation to that of the ``--init`` weights, or of the run to resume."""
     if not config.init or cli.is_given("--normalisation"):
         return config
     workdir = pathlib.Path(next(config.each_stage()).workdir or "")
