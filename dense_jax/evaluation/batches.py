@@ -1,4 +1,4 @@
-"""Every image of a split once, normalised and padded, and what a task predicts for each."""
+"""Batches with every image of a split once, normalised and padded, and a task's predictions."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from dense_jax.train.step import Batch, eval_step, replicate, shard
 
 
 class Predicts(Protocol):
-    """What of a task evaluation needs to know."""
+    """The part of a task that evaluation needs."""
 
     @property
     def config(self) -> RunConfig:
@@ -22,14 +22,14 @@ class Predicts(Protocol):
         ...
 
     def predict(self, variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
-        """Returns what the network says of a batch, by name; see `dense_jax.tasks.task.Task`."""
+        """Returns the network's outputs for a batch, by name; see `dense_jax.tasks.task.Task`."""
         ...
 
 
 def eval_batches(source: Source, config: RunConfig) -> pipeline.EvalBatches:
-    """Normalised batches that hold every image of a split once, for all devices."""
+    """Returns normalised batches with every image of a split once, for all devices."""
     devices = jax.local_device_count()
-    # Whole rows of devices; the remainder of the last batch is padding.
+    # A multiple of the devices; the end of the last batch is padding.
     size = -(-config.eval_batch_size // devices) * devices
     return pipeline.eval_batches(source, [Normalise(config.normalisation)], size)
 

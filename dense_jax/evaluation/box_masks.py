@@ -1,6 +1,7 @@
-"""Scores of masks in given boxes, one for each object of an image.
+"""Scores masks in boxes, one box for each object of an image.
 
-A box is moved at random but always in the same way for an image, as a detector's might be.
+Boxes are shifted at random, as those of a detector would be. The shifts depend only on the index of
+the image, so they are equal in every evaluation.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from dense_jax.errors import UserError
 from dense_jax.evaluation import labels
 from dense_jax.evaluation.record import Findings, Record, Score
 
-_FEW = 8  # The number of boxes is rounded up to a multiple of this: few shapes to compile.
+_MULTIPLE = 8  # The number of boxes is rounded up to a multiple of this: few shapes to compile.
 
 # (variables, images [1, H, W, C], boxes [1, N, 4], classes [1, N]) -> heat maps [1, N, S, S]
 Heatmaps = Callable[[Any, np.ndarray, np.ndarray, np.ndarray], Any]
@@ -31,7 +32,7 @@ class Predicted:
 
     Attributes:
       objects: the ground truth.
-      boxes: float32 [N, 4], those given to the network, in pixels of the original image.
+      boxes: float32 [N, 4], the network's input, in pixels of the original image.
       heatmaps: float32 [N, S, S] probabilities, over the boxes.
     """
 
@@ -45,11 +46,11 @@ class ImageScore:
     """The scores of one image.
 
     Attributes:
-      ious: [N] of the masks with their objects, over labelled pixels.
-      box_ious: [N], were everything in the box the object.
+      ious: [N], IoU of each mask with its object, over labelled pixels.
+      box_ious: [N], IoU of each whole box with its object.
       log_loss: sum of -log p over the labelled pixels in the heat maps.
-      num_pixels: their number.
-      labels: uint8 [H, W], the masks pasted as classes, the surest last.
+      num_pixels: number of these pixels.
+      labels: uint8 [H, W], the masks pasted as classes, the highest score last (on top).
     """
 
     ious: np.ndarray
@@ -65,7 +66,7 @@ def score_image(predicted: Predicted, label: np.ndarray, threshold: float) -> Im
     Args:
       predicted: masks of the image.
       label: uint8 [H, W] class ids; pixels of the ignore label do not count.
-      threshold: least probability of the pixels of a mask.
+      threshold: a pixel belongs to a mask if its probability is at least this.
     """
     objects, counted = predicted.objects, label != IGNORE_LABEL
     ious, box_ious, pasted, log_loss, num_pixels = [], [], [], 0.0, 0
@@ -93,10 +94,10 @@ def _iou(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def mask_scores(ious: np.ndarray, box_ious: np.ndarray) -> list[Score]:
-    """Scores of all objects [N]: mean IoU, the share of at least 0.5 and 0.7, and of bare boxes.
+    """Returns metrics of N objects: mean IoU of masks and of bare boxes, and shares of good masks.
 
-    With a box of the right category for each object, the shares are what AP^r at these thresholds
-    would be for a perfect detector.
+    A mask is good if its IoU is at least 0.5 or 0.7. These shares equal the AP^r at these
+    thresholds of a perfect detector: one box with the right category for each object.
     """
     return [
         Score("mask_iou", float(np.mean(ious)), "Mask IoU"),
@@ -107,7 +108,7 @@ def mask_scores(ious: np.ndarray, box_ious: np.ndarray) -> list[Score]:
 
 
 def draw_boxes(image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Returns a uint8 image [H, W, 3] with its boxes [N, 4] outlined."""
+    """Returns a uint8 image [H, W, 3] with outlines of the boxes [N, 4]."""
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     for x0, y0, x1, y1 in np.rint(boxes).astype(int):
@@ -128,15 +129,15 @@ class MaskEvaluator:
         min_iou: float,
         threshold: float,
     ) -> None:
-        """Prepares for the images of a split.
+        """Chooses the padded shapes of a split.
 
         Args:
           heatmaps: predicts the masks of the objects of an image, each in its box.
           dataset: the images and their objects.
-          split: which of them.
-          normalisation: of the images.
-          min_iou: least IoU of the boxes with the objects' own.
-          threshold: least probability of the pixels of a mask.
+          split: name of the split.
+          normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
+          min_iou: least IoU of a shifted box with the true one.
+          threshold: a pixel belongs to a mask if its probability is at least this.
         """
         self._heatmaps, self._dataset, self._split = heatmaps, dataset, split
         self._source, self._normalisation = dataset.split(split), normalisation
@@ -145,7 +146,7 @@ class MaskEvaluator:
         self._shapes = padded_shapes(sizes)
 
     def boxes_of(self, index: int, objects: Objects) -> np.ndarray:
-        """Returns the boxes of an image, a function of its index."""
+        """Returns the shifted boxes of an image; they depend on its index alone."""
         return box_data.jitter(objects.boxes, self._min_iou, np.random.default_rng(index))
 
     def predict(self, variables: Any, index: int, example: Example) -> Predicted:
@@ -157,7 +158,7 @@ class MaskEvaluator:
         return Predicted(objects, boxes, np.asarray(heatmaps)[0, : len(boxes)])
 
     def __call__(self, variables: Any, card: dict[str, Any], headline: str) -> Record:
-        """Scores the masks and, as a labelling of the image, the masks pasted into it.
+        """Scores the masks, and also the label maps that the pasted masks make.
 
         Raises:
           UserError: no image has an object.
@@ -196,13 +197,13 @@ class MaskEvaluator:
         pasted = labels.findings(counts, dataset, self._split, draw=self._draw)
         protocol = {
             "objects_scored": len(ious),
-            "boxes": f"of the ground truth, edges moved at random to an IoU >= {self._min_iou}",
+            "boxes": f"ground truth with edges shifted at random to an IoU >= {self._min_iou}",
             "mask_threshold": self._threshold,
-            "class_scores": "of the masks pasted into the image, the surest on top",
+            "class_scores": "of the masks pasted into the image, the highest score on top",
             **card,
         }
-        found = [masks, pasted]
-        return labels.record(counts, found, dataset, self._split, headline, protocol)
+        findings = [masks, pasted]
+        return labels.record(counts, findings, dataset, self._split, headline, protocol)
 
     def _draw(self, index: int, example: Example) -> np.ndarray:
         boxes = self.boxes_of(index, box_data.find_objects(example))
@@ -210,11 +211,11 @@ class MaskEvaluator:
 
 
 def in_batch(boxes: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns boxes [1, M, 4] and classes [1, M] of N objects, M a multiple of 8: few shapes.
+    """Pads N boxes and classes to [1, M, 4] and [1, M], M a multiple of 8: few shapes to compile.
 
-    Places without an object have class 0, the background.
+    The padding has class 0, the background.
     """
-    room = max(_FEW, -(-len(boxes) // _FEW) * _FEW)
-    filled, ids = np.zeros((1, room, 4), np.float32), np.zeros((1, room), np.int32)
-    filled[0, : len(boxes)], ids[0, : len(boxes)] = boxes, classes
-    return filled, ids
+    size = max(_MULTIPLE, -(-len(boxes) // _MULTIPLE) * _MULTIPLE)
+    padded, ids = np.zeros((1, size, 4), np.float32), np.zeros((1, size), np.int32)
+    padded[0, : len(boxes)], ids[0, : len(boxes)] = boxes, classes
+    return padded, ids

@@ -1,4 +1,4 @@
-"""The score of a labelling from boxes that are known for the images of a dataset only."""
+"""The mean IoU of labels from known boxes: proposals of a file, or boxes of true objects."""
 
 from typing import Any
 
@@ -22,20 +22,20 @@ def measure(
     background: int | None,
     factor: float,
 ) -> Findings:
-    """Labels a split from boxes of its own and returns "boxes_mean_iou".
+    """Labels a split from the boxes of its images and returns "boxes_mean_iou".
 
     Args:
-      task: refines the scores with its CRF, if it has one.
-      variables: of the network.
+      task: its CRF, if it has one, refines the scores.
+      variables: the network's variables.
       dataset: the images and their labels.
-      split: which of them.
+      split: name of the split.
       network: scores boxes.
-      proposals: JSON file of the boxes; None takes those of objects.
-      background: class that is no object; None: every class has objects.
-      factor: boxes become this much wider and higher.
+      proposals: JSON file with boxes; None takes the boxes of the true objects.
+      background: class without objects; None if every class has objects.
+      factor: factor for the width and height of the boxes.
 
     Raises:
-      UserError: there are no boxes of an image.
+      UserError: an image has no boxes.
     """
     source, num_classes = dataset.split(split), dataset.classes.num_classes
     predictions = label_images(

@@ -1,4 +1,4 @@
-"""Scores and pictures of a network that labels pixels, on a split."""
+"""Metrics and pictures of a network that labels pixels, on a split."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from dense_jax.train.step import Batch, eval_step, replicate, shard
 BoundaryMatch = Literal["none", "distance", "assignment"]
 Absent = Literal["skip", "zero"]
 
-_NUM_PICTURES = 4  # best and worst images shown in a report, each
+_NUM_PICTURES = 4  # of the best images in a report, and of the worst
 _PARTS = ("image", "label", "prediction", "errors red, void white")
 _ABSENT = {
     "skip": "left out of the mean where neither labelled nor predicted",
@@ -40,13 +40,14 @@ class Counts:
     Attributes:
       confusion: [C, C], row = label.
       loss: the mean over scored pixels.
-      num_images: how many were scored.
-      shapes: the padded sizes that were computed.
-      best: (score, index, prediction) of the best images, and `worst` of the worst.
-      boundary_f1: NaN if it was not asked for.
-      before_crf: the confusion without the CRF, where there is one.
+      num_images: number of scored images.
+      shapes: the padded heights and widths of the batches.
+      best: (mean IoU, index, prediction) of the best images.
+      worst: the same of the worst images.
+      boundary_f1: mean over the images; NaN if it was not requested.
+      before_crf: the confusion without the CRF; None without a CRF.
       sharpened: (gain in mean IoU, index, predictions before and after the CRF [2, H, W]) of the
-        images that it helped most.
+        images that the CRF improved most.
     """
 
     confusion: np.ndarray
@@ -61,7 +62,7 @@ class Counts:
 
 
 class Counter:
-    """Counts a network's labels on a split: every image once, at its own size, in few shapes."""
+    """Counts a network's labels on a split: every image once, padded to one of a few shapes."""
 
     def __init__(self, task: Predicts, source: Source, classes: ClassTable) -> None:
         self._classes = classes
@@ -92,11 +93,11 @@ class Counter:
         self._step = eval_step(counts)
 
     def __call__(self, variables: Any, boundary_match: BoundaryMatch = "none") -> Counts:
-        """Counts with ``variables``; boundary F1 is computed on the host and takes longer."""
+        """Counts with ``variables``. Boundary F1 is computed on the host and takes longer."""
         confusion, before_crf, loss, num_images = None, None, 0.0, 0
         shapes: set[tuple[int, int]] = set()
         best, worst, sharpened, boundaries = Top(), Top(), Top(), []
-        variables = replicate(variables)  # once, and not with every batch
+        variables = replicate(variables)  # once, not for every batch
         for batch in self._batches:
             arrays = {k: batch[k] for k in ("images", "labels", "valid", "size")}
             sums, per_image = jax.device_get(self._step(variables, shard(arrays)))
@@ -144,13 +145,13 @@ class Counter:
 
 
 class Top:
-    """Keeps the few predictions of highest score, so that memory does not grow with the split."""
+    """Stores only the few predictions of highest score: memory does not grow with the split."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Any]] = []
 
     def offer(self, score: float, index: int, prediction: Any) -> None:
-        """Considers a prediction."""
+        """Stores a prediction if its score is among the highest."""
         heapq.heappush(self._heap, (score, -index, prediction))
         if len(self._heap) > _NUM_PICTURES:
             heapq.heappop(self._heap)
@@ -167,14 +168,14 @@ def findings(
     absent: Absent = "skip",
     draw: Callable[[int, Example], np.ndarray] | None = None,
 ) -> Findings:
-    """Returns the scores, tables and pictures of a labelling.
+    """Returns the metrics, tables and pictures of predicted labels.
 
     Args:
-      counts: of the split.
-      dataset: what was scored.
-      split: which part of it.
+      counts: the counts of the split.
+      dataset: the scored dataset.
+      split: name of the scored split.
       absent: whether classes without pixels count in the mean.
-      draw: (index, example) -> the image to show, uint8 [H, W, 3]; by default as it is.
+      draw: (index, example) -> the image to show, uint8 [H, W, 3]; by default the image itself.
     """
     source, classes = dataset.split(split), dataset.classes
     summary = metrics.summarise(counts.confusion, classes.names, absent=absent)
@@ -220,25 +221,25 @@ def findings(
             f"confusion_{split}.png",
             functools.partial(_confusion, counts.confusion, classes),
             "Confusion",
-            "Rows are true classes, columns predicted ones; percent of the true class.",
+            "Rows are true classes, columns are predicted classes; percent of the true class.",
         )
     )
     return Findings(scores, [class_table(summary, counts.confusion)], pictures)
 
 
 def class_table(summary: Mapping[str, Any], confusion: np.ndarray) -> Table:
-    """Returns IoU and accuracy of each class, its share of the pixels, and its worst mistake."""
+    """Returns IoU, accuracy, share of the pixels and most frequent mistake of each class."""
     names = [row["name"] for row in summary["per_class"]]
     pixels = max(1, sum(row["pixels"] for row in summary["per_class"]))
     rows: list[list[Cell]] = []
     for i, row in enumerate(summary["per_class"]):
         wrong = np.where(np.arange(len(names)) == i, 0, confusion[i])
-        taken = None
+        mistake = None
         if wrong.any():
-            taken = f"{names[wrong.argmax()]} {100 * wrong.max() / row['pixels']:.1f} %"
-        rows.append([row["name"], row["iou"], row["accuracy"], row["pixels"] / pixels, taken])
+            mistake = f"{names[wrong.argmax()]} {100 * wrong.max() / row['pixels']:.1f} %"
+        rows.append([row["name"], row["iou"], row["accuracy"], row["pixels"] / pixels, mistake])
     heads = [Column("Class"), Column("IoU", "%"), Column("Accuracy", "%")]
-    heads += [Column("Share of pixels", "%"), Column("Most often taken for")]
+    heads += [Column("Share of pixels", "%"), Column("Most often mistaken for")]
     return Table("Classes", heads, rows, log="iou")
 
 
@@ -251,15 +252,15 @@ def record(
     card: Mapping[str, Any],
     absent: Absent = "skip",
 ) -> Record:
-    """Returns the record of a labelling.
+    """Returns the record of predicted labels.
 
     Args:
-      counts: of the split.
-      found: what is told of it, the main scores first.
-      dataset: what was scored.
-      split: which part of it.
-      headline: name of the score that decides which checkpoint is the best.
-      card: how the network was used, added to the protocol.
+      counts: the counts of the split.
+      found: findings of each measure, the main metrics first.
+      dataset: the scored dataset.
+      split: name of the scored split.
+      headline: name of the metric that decides which checkpoint is the best.
+      card: further lines of the protocol: how the network was used.
       absent: whether classes without pixels count in the mean.
     """
     classes = dataset.classes

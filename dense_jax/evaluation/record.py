@@ -1,7 +1,7 @@
-"""What an evaluation found, in a form that describes itself: scores, tables and pictures.
+"""The record of an evaluation, in a form that describes itself: metrics, tables and pictures.
 
-Reports, sweeps and galleries show what a record holds and know no task. The record of a run is
-``evaluation.json``; pictures lie beside it.
+Reports, sweeps and galleries show the contents of a record; they do not depend on the task. The
+record of a run is ``evaluation.json``; its pictures are in ``pictures/``.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ Cell = str | float | None
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One number.
+    """One metric.
 
     Attributes:
       name: its key, such as "mean_iou".
-      value: NaN where nothing was scored.
-      title: what people read; empty for the name.
-      unit: "%" for a share in [0, 1], which is shown in percent; else what stands behind the
-        number, such as "px".
-      main: whether it is shown among the first; others come further down.
+      value: NaN if nothing was scored.
+      title: its name for people; if empty, `name`.
+      unit: "%" for a share in [0, 1], shown in percent; otherwise the text after the number, such
+        as "px".
+      main: whether it is shown among the first; the others come further down.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Table:
 
     Attributes:
       title: its heading.
-      columns: the first holds the rows' names.
+      columns: the first column holds the names of the rows.
       rows: a cell for each column.
-      log: if not empty, the second column is logged with every evaluation, as LOG/NAME.
-      note: a line below it.
+      log: if not empty, every evaluation logs the second column as LOG/NAME.
+      note: a line below the table.
     """
 
     title: str
@@ -75,9 +75,9 @@ class Picture:
     Attributes:
       file: name of the PNG.
       draw: returns uint8 [H, W, 3]; called when the record is written.
-      group: heading that it shares with others, such as "Worst".
+      group: heading that several pictures share, such as "Worst".
       caption: its own line.
-      parts: what its parts show, from left to right.
+      parts: headings of its parts, from left to right.
     """
 
     file: str
@@ -89,13 +89,13 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What one measure found.
+    """The results of one measure.
 
     Attributes:
-      scores: numbers.
-      tables: tables.
-      pictures: pictures.
-      files: further text files by name.
+      scores: its metrics.
+      tables: its tables.
+      pictures: its pictures.
+      files: text of further files by name.
     """
 
     scores: Sequence[Score] = ()
@@ -109,9 +109,9 @@ class Record:
     """The result of one evaluation.
 
     Attributes:
-      headline: name of the score that decides which checkpoint is the best; higher is better.
-      findings: of each measure, the main one first.
-      protocol: how it was scored.
+      headline: name of the metric that decides which checkpoint is the best; higher is better.
+      findings: the findings of each measure, the main one first.
+      protocol: the rules and data of the evaluation.
       data: raw counts and tables for programs, plain JSON values.
     """
 
@@ -122,11 +122,11 @@ class Record:
 
     @property
     def scores(self) -> dict[str, Score]:
-        """All scores by name."""
+        """All metrics by name."""
         return {score.name: score for found in self.findings for score in found.scores}
 
     def row(self) -> dict[str, float]:
-        """Returns the numbers of the log: the scores, and the tables that are logged."""
+        """Returns the numbers for the log: the metrics, and the columns with `Table.log`."""
         numbers = {name: score.value for name, score in self.scores.items()}
         for found in self.findings:
             for table in found.tables:
@@ -135,13 +135,13 @@ class Record:
         return numbers
 
     def write(self, workdir: pathlib.Path, step: int) -> None:
-        """Writes ``evaluation.json`` and ``pictures/`` of parameters that are `step` steps old."""
+        """Writes ``evaluation.json`` and ``pictures/`` for the parameters of a step."""
         folder, pictures = workdir / "pictures", []
         folder.mkdir(parents=True, exist_ok=True)
         for picture in (picture for found in self.findings for picture in found.pictures):
             Image.fromarray(picture.draw()).save(folder / picture.file)
-            kept = {f: getattr(picture, f) for f in ("group", "caption", "parts")}
-            pictures.append({"file": f"pictures/{picture.file}", **kept})
+            texts = {f: getattr(picture, f) for f in ("group", "caption", "parts")}
+            pictures.append({"file": f"pictures/{picture.file}", **texts})
         for name, text in (item for found in self.findings for item in found.files.items()):
             (workdir / name).write_text(text)
         scores = self.scores.values()
@@ -159,7 +159,7 @@ class Record:
         runs.write_json(workdir / "evaluation.json", _without_nan(record))
 
     def tell(self, step: int) -> None:
-        """Prints the main scores, above a progress bar where there is one."""
+        """Prints the first main metrics, above the progress bar if there is one."""
         first = [s for s in self.scores.values() if s.main and not math.isnan(s.value)]
         shown = ", ".join(f"{(s.title or s.name).lower()} {s.value:.4f}" for s in first[:3])
         count, split = self.protocol["images_scored"], self.protocol["split"]
@@ -167,12 +167,12 @@ class Record:
 
 
 def read(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Reads the ``evaluation.json`` of a folder, or returns None where there is none.
+    """Reads the ``evaluation.json`` of a folder; returns None if there is none.
 
-    Records of earlier versions come back in today's form; what they do not tell is left out.
+    Records of earlier versions are converted to the current form, without the facts that they lack.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the file is damaged.
     """
     path = folder / "evaluation.json"
     if not path.exists():
@@ -185,7 +185,7 @@ def read(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _upgrade(record: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
-    """Describes a record of the time when every run labelled pixels."""
+    """Converts a record of a version in which every run labelled pixels."""
     scores = record["scores"]
     about = {
         name: {"title": name.replace("_", " ").capitalize(), "unit": "", "main": False}
@@ -213,9 +213,9 @@ def _upgrade(record: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
         for image in record.get("images", ())
         if image["kind"] == kind
     ]
-    told = {picture["file"] for picture in pictures}
+    described = {picture["file"] for picture in pictures}
     for path in sorted((folder / "pictures").glob("*.png")):
-        if (file := f"pictures/{path.name}") not in told:
+        if (file := f"pictures/{path.name}") not in described:
             group = path.stem.split("_")[0].capitalize()
             pictures.append({"file": file, "group": group, "caption": "", "parts": []})
     headline = "mask_iou" if "mask_iou" in scores else "mean_iou"
@@ -224,7 +224,7 @@ def _upgrade(record: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null stands for a number that does not exist."""
+    """Replaces NaN and infinity by None, since JSON has neither."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""One HTML page for a run: curves, then the scores, tables and pictures of its record.
+"""Makes one HTML page for a run: metrics, curves, and the tables and pictures of its record.
 
-It shows what it is given and knows no task. The page is a single file. Pictures and curves are
-inlined and nothing is fetched or scripted, so it opens offline, can be mailed, and prints.
+The page does not depend on the task. It is a single file with inlined pictures and curves, without
+scripts or downloads. It therefore opens offline, can be mailed, and prints.
 """
 
 import base64
@@ -27,7 +27,7 @@ _TITLES = {
     "images_per_second": "Images per second",
 }
 _NUM_TILES = 6  # scores in large figures
-_NUM_CURVES = 2  # scores whose curves are not folded away
+_NUM_CURVES = 2  # scores whose curves are always visible
 
 Points = list[tuple[float, float]]
 
@@ -37,36 +37,37 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
 
     Reads ``config.json`` (script, config, classes), ``metrics.jsonl`` (rows with ``step``, ``kind``
     "train" or "eval", and scalars) and ``evaluation.json`` (see `dense_jax.evaluation.record`) with
-    its pictures. A run without the last two gets a page without their sections.
+    its pictures. If one of the last two is missing, the page lacks its sections.
 
     Raises:
-      UserError: if there is no readable ``config.json``, or a file in the folder is damaged.
+      UserError: there is no readable ``config.json``, or a file in the folder is damaged.
     """
     run_dir = pathlib.Path(run_dir)
     config = _read_json(run_dir / "config.json")
     if config is None:
         raise UserError(f"{run_dir} has no config.json: give the folder of a training run")
     classes = ClassTable.from_json(config["classes"])
-    found = record.read(run_dir) or {}
+    evaluation = record.read(run_dir) or {}
     rows = _read_rows(run_dir / "metrics.jsonl")
-    main, further = _scores(found)
+    main, further = _scores(evaluation)
+    tables = evaluation.get("tables", ())
     body = [
-        _header(config, found),
+        _header(config, evaluation),
         _tiles(main[:_NUM_TILES]),
-        _section("Training", _curves(rows, found, classes)),
-        *(_section(table["title"], _table(table, classes)) for table in found.get("tables", ())),
-        *_galleries(found, classes, run_dir),
+        _section("Training", _curves(rows, evaluation, classes)),
+        *(_section(table["title"], _table(table, classes)) for table in tables),
+        *_galleries(evaluation, classes, run_dir),
         _section("Further scores", _facts(dict(main[_NUM_TILES:] + further))),
-        _section("How this was scored", _facts(found.get("protocol", {}))),
+        _section("How this was scored", _facts(evaluation.get("protocol", {}))),
         _section("Settings", _details("All flags of this run", _facts(config.get("config", {})))),
     ]
     path = run_dir / "report.html"
-    path.write_text(page(_title(config, found), body), encoding="utf-8")
+    path.write_text(page(_title(config, evaluation), body), encoding="utf-8")
     return path
 
 
 def page(title: str, body: Iterable[str]) -> str:
-    """A whole HTML page in the reports' style, of a title as plain text and pieces of HTML."""
+    """Returns an HTML page in the style of the reports, from a plain title and pieces of HTML."""
     return _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(filter(None, body)))
 
 
@@ -80,7 +81,7 @@ def _read_json(path: pathlib.Path) -> Any:
 
 
 def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    """Returns the rows of ``metrics.jsonl``. Skips a last line that a kill cut short."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -98,9 +99,10 @@ def _title(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
 
 def _header(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     protocol = {**config, **evaluation.get("protocol", {})}
-    count, of = protocol.get("images_scored"), protocol.get("images_in_split")
+    count, total = protocol.get("images_scored"), protocol.get("images_in_split")
+    split = protocol.get("split", "")
     facts = [
-        f"{count} of {of} {protocol.get('split', '')} images scored" if count is not None else "",
+        f"{count} of {total} {split} images scored" if count is not None else "",
         f"step {protocol['step']}" if "step" in protocol else "",
         protocol.get("device"),
         protocol.get("time"),
@@ -114,11 +116,11 @@ def _header(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def _scores(found: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """The (title, number with its unit) of the main scores, and of the others."""
+def _scores(evaluation: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Returns (title, number with its unit) of the main metrics, and of the others."""
     main, further = [], []
-    for name, value in found.get("scores", {}).items():
-        about = found["about_scores"].get(name, {})
+    for name, value in evaluation.get("scores", {}).items():
+        about = evaluation["about_scores"].get(name, {})
         title = about.get("title") or name.replace("_", " ")
         entry = (title, number(value, about.get("unit", "")))
         (main if about.get("main") else further).append(entry)
@@ -126,7 +128,7 @@ def _scores(found: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[tuple
 
 
 def number(value: float | None, unit: str) -> str:
-    """A number with its unit, such as "86.4 %"; a dash where there is none."""
+    """Returns a number with its unit, such as "86.4 %"; a dash for None and NaN."""
     if value is None or math.isnan(value):
         return _NONE
     return f"{100 * value:.1f} %" if unit == "%" else f"{value:.4g} {unit}".rstrip()
@@ -142,9 +144,9 @@ def _tiles(scores: Sequence[tuple[str, str]]) -> str:
 
 
 def _curves(
-    rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any], classes: ClassTable
+    rows: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any], classes: ClassTable
 ) -> str:
-    """A chart for each scalar, train and eval together; the usual ones first, the others folded."""
+    """Returns a chart for each scalar with train and eval; all but the main ones are folded."""
     series: dict[str, dict[str, Points]] = {}
     for row in rows:
         for name, value in row.items():
@@ -154,7 +156,7 @@ def _curves(
                     points.append((row["step"], value))
     if not series:
         return ""
-    about = found.get("about_scores", {})
+    about = evaluation.get("about_scores", {})
     charts = {
         name: _chart(
             about.get(name, {}).get("title") or _TITLES.get(name, name.replace("_", " ")),
@@ -167,11 +169,11 @@ def _curves(
         for name, kinds in series.items()
         if "/" not in name
     }
-    shown = [name for name in found.get("scores", {}) if about.get(name, {}).get("main")]
-    names = ("loss", *shown[:_NUM_CURVES], "learning_rate")
+    main = [name for name in evaluation.get("scores", {}) if about.get(name, {}).get("main")]
+    names = ("loss", *main[:_NUM_CURVES], "learning_rate")
     first = [charts.pop(name) for name in names if name in charts]
     colours = dict(zip(classes.names, map(_css, classes.colours), strict=True))
-    for table in found.get("tables", ()):
+    for table in evaluation.get("tables", ()):
         if log := table["log"]:
             lines = [
                 (str(row[0]), points, colours.get(str(row[0]), _EVAL))
@@ -185,7 +187,7 @@ def _curves(
 
 
 def _chart(title: str, lines: Sequence[tuple[str, Points, str]], *, key: bool = True) -> str:
-    """An SVG line chart; every point carries its value as a tooltip when there are few."""
+    """Returns an SVG line chart; up to 60 points of a line have their values as tooltips."""
     width, height, left, right, top, bottom = 340, 196, 46, 20, 12, 24
     points = [point for _, line, _ in lines for point in line]
     if not points:
@@ -210,7 +212,7 @@ def _chart(title: str, lines: Sequence[tuple[str, Points, str]], *, key: bool = 
             x, _ = place((tick, y_low))
             svg.append(f'<text x="{x}" y="{height - 6}" text-anchor="middle">{tick:,.6g}</text>')
     for name, line, colour in lines:
-        if len(line) > 60:  # the eye wants the trend, the raw values stay behind it
+        if len(line) > 60:  # draw the trend over the pale raw values
             svg.append(_path(map(place, _thin(line)), colour, 'opacity=".35"'))
             line = _smooth(line)
         svg.append(_path(map(place, _thin(line)), colour, 'stroke-width="2"'))
@@ -237,12 +239,12 @@ def _path(points: Iterable[tuple[float, float]], colour: str, attributes: str) -
 
 
 def _thin(line: Points, limit: int = 400) -> Points:
-    """At most about `limit` points, the last among them."""
+    """Returns about `limit` points at most, with the last one."""
     return line[:: -max(1, len(line) // limit)][::-1]
 
 
 def _smooth(line: Points) -> Points:
-    """A running mean over a fortieth of the points on each side, fewer near the ends."""
+    """Returns a running mean over a fortieth of the points on each side, fewer near the ends."""
     index = np.arange(len(line))
     reach = np.minimum(len(line) // 40, np.minimum(index, index[::-1]))
     total = np.concatenate([[0.0], np.cumsum([y for _, y in line])])
@@ -251,7 +253,7 @@ def _smooth(line: Points) -> Points:
 
 
 def _robust_range(lines: Sequence[tuple[str, Points, str]]) -> tuple[float, float]:
-    """Lowest and highest value, long lines without their top 2 %: one spike hides no curve."""
+    """Returns the least and greatest value without the top 2 % of long lines, such as spikes."""
     low, high = [], []
     for values in ([y for _, y in line] for _, line, _ in lines if line):
         low.append(min(values))
@@ -260,7 +262,7 @@ def _robust_range(lines: Sequence[tuple[str, Points, str]]) -> tuple[float, floa
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers that enclose [low, high], about `count` of them."""
+    """Returns about `count` round numbers that enclose [low, high]."""
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         low, high = low - abs(low or 1) / 2, high + abs(high or 1) / 2
     raw = (high - low) / count
@@ -271,7 +273,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _table(table: Mapping[str, Any], classes: ClassTable) -> str:
-    """A table of a record; names of classes get their colour, the first percentages a bar."""
+    """Returns a table of a record; classes get their colours, the first percentages a bar."""
     columns = table["columns"]
     bar = next((i for i, column in enumerate(columns) if column["unit"] == "%"), None)
     heads = "".join(
@@ -296,10 +298,12 @@ def _table(table: Mapping[str, Any], classes: ClassTable) -> str:
     return f'<div class="wide"><table><tr>{heads}</tr>{"".join(rows)}</table></div>{note}'
 
 
-def _galleries(found: Mapping[str, Any], classes: ClassTable, run_dir: pathlib.Path) -> list[str]:
-    """The pictures of a record, a section for each group; the first has the legend of classes."""
+def _galleries(
+    evaluation: Mapping[str, Any], classes: ClassTable, run_dir: pathlib.Path
+) -> list[str]:
+    """Returns a section of pictures for each group; the first has the legend of classes."""
     groups: dict[str, list[str]] = {}
-    for picture in found.get("pictures", ()):
+    for picture in evaluation.get("pictures", ()):
         path, caption = run_dir / picture["file"], html.escape(picture["caption"])
         if not path.exists():
             raise UserError(f"{path} is missing: evaluate the run again")
@@ -307,7 +311,7 @@ def _galleries(found: Mapping[str, Any], classes: ClassTable, run_dir: pathlib.P
             width = opened.width
         parts = picture["parts"]
         style = "image-rendering:pixelated" if width < 800 and parts else ""
-        if not parts:  # as large as it was drawn, for a screen of two pixels to one
+        if not parts:  # as large as it was drawn, on a screen with two pixels per CSS pixel
             style = f"width:auto;margin:6px auto 0;max-width:min(100%,{max(width // 2, 320)}px)"
         heads = "".join(f"<span>{html.escape(part)}</span>" for part in parts)
         strip = f'<div class="heads" style="--parts:{len(parts)}">{heads}</div>' if parts else ""
@@ -325,7 +329,7 @@ def _galleries(found: Mapping[str, Any], classes: ClassTable, run_dir: pathlib.P
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    """A two-column list; nested mappings become one line each."""
+    """Returns a two-column list; each nested mapping becomes one line."""
     if not facts:
         return ""
     rows = []

@@ -1,6 +1,6 @@
-"""How far the variance of a Monte-Carlo prediction tells right pixels from wrong ones.
+"""Measures how well the variance of Monte-Carlo predictions separates right from wrong pixels.
 
-Pixels are sorted by variance and cut into ten equal bands, the most confident first.
+Pixels are sorted by variance and divided into ten equal bands, the most confident first.
 
 Reference: Kendall, Badrinarayanan, Cipolla, "Bayesian SegNet", BMVC 2017, arXiv:1511.02680,
 Section 5 (accuracy at percentiles of confidence).
@@ -20,27 +20,27 @@ from dense_jax.evaluation.record import Column, Findings, Picture, Score, Table
 
 NUM_BANDS = 10
 _NUM_PICTURES = 4
-_ENOUGH = 64  # rows that the numbers of a colour scale need
+_MIN_SCALE_HEIGHT = 64  # rows that the numbers of a colour scale need
 
 
 def measure(task: Predicts, variables: Any, dataset: Dataset, split: str) -> Findings:
-    """Predicts a split, sorts its pixels, and draws the variance; keeps 5 bytes for each pixel.
+    """Predicts a split, sorts its pixels, and draws the variance; needs 5 bytes for each pixel.
 
-    Scores are "accuracy_confident_half" and "accuracy_doubtful_tenth" of the pixels, and
-    "variance_right" and "variance_wrong", the mean over rightly and wrongly labelled ones. The
+    Metrics are "accuracy_confident_half" and "accuracy_doubtful_tenth" of the pixels, and
+    "variance_right" and "variance_wrong", the mean variance of right and of wrong pixels. The
     table of bands is also written to ``uncertainty.md`` and ``uncertainty.json``.
     """
     source = dataset.split(split)
-    chosen = set(np.linspace(0, len(source) - 1, _NUM_PICTURES).round().astype(int).tolist())
-    variances, rights, shown = [], [], {}
+    indices = set(np.linspace(0, len(source) - 1, _NUM_PICTURES).round().astype(int).tolist())
+    variances, rights, drawings = [], [], {}
     for index, outputs in predict_split(task, variables, source):
-        label, of_pixels = source[index]["label"], outputs["variance"]
+        label, variance_map = source[index]["label"], outputs["variance"]
         labels = outputs["logits"].argmax(-1).astype(np.uint8)
         scored = label != IGNORE_LABEL
-        variances.append(of_pixels[scored])
+        variances.append(variance_map[scored])
         rights.append(labels[scored] == label[scored])
-        if index in chosen:
-            shown[index] = (labels, of_pixels)
+        if index in indices:
+            drawings[index] = (labels, variance_map)
     variance, right = np.concatenate(variances), np.concatenate(rights)
     bands = band_accuracies(variance, right)
     scores = [
@@ -51,9 +51,9 @@ def measure(task: Predicts, variables: Any, dataset: Dataset, split: str) -> Fin
     ]
     numbers = {score.name: score.value for score in scores}
     accuracies = [None if np.isnan(band) else float(band) for band in bands]
-    told = {"scores": numbers, "band_accuracies": accuracies, "pixels": len(right)}
-    # A few outstanding pixels may leave the scale.
-    high = max(float(np.quantile(variance, 0.995)) for _, variance in shown.values())
+    summary = {"scores": numbers, "band_accuracies": accuracies, "pixels": len(right)}
+    # The brightest 0.5 % of an image may exceed the scale.
+    high = max(float(np.quantile(variance, 0.995)) for _, variance in drawings.values())
     pictures = [
         Picture(
             f"uncertainty_{rank}.png",
@@ -62,7 +62,7 @@ def measure(task: Predicts, variables: Any, dataset: Dataset, split: str) -> Fin
             source[index]["name"],
             ("image", "label", "prediction", "errors", "variance"),
         )
-        for rank, (index, maps) in enumerate(sorted(shown.items()), 1)
+        for rank, (index, maps) in enumerate(sorted(drawings.items()), 1)
     ]
     table = Table(
         "Accuracy by confidence",
@@ -70,7 +70,7 @@ def measure(task: Predicts, variables: Any, dataset: Dataset, split: str) -> Fin
         [[_band(i), accuracy] for i, accuracy in enumerate(accuracies)],
     )
     files = {
-        "uncertainty.json": f"{json.dumps(told, indent=2)}\n",
+        "uncertainty.json": f"{json.dumps(summary, indent=2)}\n",
         "uncertainty.md": markdown(bands),
     }
     return Findings(scores, [table], pictures, files)
@@ -85,16 +85,16 @@ def _picture(
 ) -> np.ndarray:
     example, (labels, variance) = source[index], maps
     row = viz.comparison(example["image"], example["label"], labels, classes.palette())
-    scale = viz.heat_scale(high, max(len(row), _ENOUGH))
+    scale = viz.heat_scale(high, max(len(row), _MIN_SCALE_HEIGHT))
     return _beside([row, viz.heat(variance, high), scale])
 
 
 def band_accuracies(variance: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The share of right pixels in each band of variance.
+    """Returns the share of right pixels in each band of variance.
 
     Args:
-      variance: [N] of the pixels.
-      right: bool [N], whether they are labelled rightly.
+      variance: [N] variance of the pixels.
+      right: bool [N], whether the label of each pixel is right.
 
     Returns:
       [10] float64, the band of least variance first; NaN for bands without pixels (N < 10).
@@ -104,7 +104,7 @@ def band_accuracies(variance: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def markdown(bands: np.ndarray) -> str:
-    """The accuracies of `band_accuracies` in Markdown, each band alone and with those before."""
+    """Returns a Markdown table of `band_accuracies`: each band, and the mean up to this band."""
     lines = ["| pixels by confidence | accuracy in the band | accuracy so far |", "|---|---|---|"]
     for i, accuracy in enumerate(bands):
         lines.append(f"| {_band(i)} | {100 * accuracy:.2f} | {100 * bands[: i + 1].mean():.2f} |")
@@ -120,7 +120,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _beside(parts: list[np.ndarray], gap: int = 4) -> np.ndarray:
-    """Pictures side by side on white, their tops aligned."""
+    """Joins pictures side by side on white, with their tops aligned."""
     height = max(len(part) for part in parts)
     width = sum(part.shape[1] + gap for part in parts) - gap
     sheet, left = np.full((height, width, 3), 255, np.uint8), 0

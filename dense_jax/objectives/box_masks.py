@@ -21,8 +21,8 @@ def mask_loss(
       log_probabilities: [B, N, S, S, 2], of a pixel lying outside and inside the object.
       batch: "targets" [B, N, S, S], 1 inside, 0 outside, -1 not scored; "box_weights" [B, N];
         "box_valid" [B, N].
-      norm: what is counted: "batch" boxes (the release), "valid" scored pixels, "weights" their
-        weights; "sum" divides by 1.
+      norm: the count: "batch" counts boxes (the release), "valid" scored pixels, "weights" sums
+        the weights of scored pixels, "sum" divides by 1.
     """
     outside, inside = jnp.moveaxis(log_probabilities, -1, 0)
     targets, weights = batch["targets"], batch["box_weights"][..., None, None]

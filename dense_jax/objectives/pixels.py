@@ -1,8 +1,7 @@
-"""Losses of pixels: softmax cross-entropy, and what its sum is divided by.
+"""Losses of pixels: softmax cross-entropy, and the divisor of its sum.
 
-A loss is {name: (sum, count)}. The training step adds up the counts over all devices and
-micro-batches before it divides (`dense_jax.train.step`), so a device that sees only ignored pixels
-weighs nothing.
+A loss is {name: (sum, count)}. The training step sums the counts over all devices and micro-batches
+before it divides (`dense_jax.train.step`), so a device with only ignored pixels has no weight.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,12 +19,12 @@ ClassFrequency = Literal["pixels", "eigen"]
 
 
 class LossTerm(NamedTuple):
-    """One of the losses of a network that scores at several places or resolutions.
+    """One of the losses of a network with logits at several depths or resolutions.
 
     Attributes:
-      output: name of the scores [B, h, w, C] among the network's outputs.
+      output: name of the logits [B, h, w, C] among the network's outputs.
       weight: factor of this loss in the sum.
-      align_corners: which pixels the units of scores smaller than the labels stand for; see
+      align_corners: which pixels belong to the units of logits smaller than the labels; see
         `labels_at`.
     """
 
@@ -35,11 +34,11 @@ class LossTerm(NamedTuple):
 
 
 def labels_at(labels: jax.Array, size: tuple[int, int], *, align_corners: bool) -> jax.Array:
-    """Returns the labels (or pixel weights) [..., H, W] of the pixels that h x w units stand for.
+    """Picks labels (or pixel weights) [..., H, W] for h x w units, without interpolation.
 
-    Unit i of h stands for pixel floor(i H / h), every eighth at stride 8 (Yu and Koltun,
-    arXiv:1511.07122), or with ``align_corners`` for the pixel nearest to i (H - 1) / (h - 1), which
-    is every eighth on 8 m + 1 pixels (DeepLab, arXiv:1412.7062). Labels are picked, never mixed.
+    Unit i of h gets pixel floor(i H / h): every eighth pixel at stride 8 (Yu and Koltun,
+    arXiv:1511.07122). With ``align_corners`` it gets the pixel nearest to i (H - 1) / (h - 1):
+    every eighth of 8 m + 1 pixels (DeepLab, arXiv:1412.7062).
 
     Raises:
       ValueError: there are more units than pixels.
@@ -67,11 +66,10 @@ def softmax_cross_entropy(
     class_weights: jax.Array | None = None,
     pixel_weights: jax.Array | None = None,
 ) -> jax.Array:
-    """Negative log probability of each pixel's label; 0 where the pixel is not scored.
+    """Returns the negative log probability of each pixel's label; 0 for pixels without a score.
 
-    A pixel is not scored if its label is `ignore_label` or outside [0, C). Ids outside the range
-    are a fault of the data, which `dense_jax.data.check` reports by file; here they only must not
-    turn into a class by clamping.
+    A pixel is not scored if its label is `ignore_label` or outside [0, C). `dense_jax.data.check`
+    reports files with ids outside the range; here such ids must not be clamped to a class.
 
     Args:
       logits: [B, H, W, C], any float dtype; the loss is computed in float32 or wider.
@@ -81,10 +79,10 @@ def softmax_cross_entropy(
       pixel_weights: [B, H, W] factor for each pixel.
 
     Returns:
-      [B, H, W] float32 or wider, to be summed and divided by `count_pixels`.
+      [B, H, W] float32 or wider; divide its sum by `count_pixels`.
 
     Raises:
-      ValueError: if the shapes do not fit each other.
+      ValueError: the shapes do not match.
     """
     num_classes = logits.shape[-1]
     if logits.shape[:-1] != labels.shape:
@@ -94,7 +92,7 @@ def softmax_cross_entropy(
     if pixel_weights is not None and pixel_weights.shape != labels.shape:
         raise ValueError(f"pixel_weights {pixel_weights.shape} do not match labels {labels.shape}")
     logits, labels = at_least_float32(logits), labels.astype(jnp.int32)
-    # A comparison instead of a gather: its gradient is elementwise, the gather's a scatter.
+    # Compare instead of gather: the gradient is elementwise; a gather's would be a scatter.
     is_label = labels[..., None] == lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     label_logits = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - label_logits
@@ -115,17 +113,18 @@ def count_pixels(
     class_weights: jax.Array | None = None,
     pixel_weights: jax.Array | None = None,
 ) -> jax.Array:
-    """What the summed loss of these pixels is divided by.
+    """Returns the divisor of the summed loss of these pixels.
 
     Args:
       labels: [B, H, W] integer class ids.
-      valid: [B] bool, False for examples that only fill up the batch.
-      norm: "valid" counts labelled pixels (padding an image with ignore changes nothing), "batch"
-        counts images (FCN's released VGG networks: ``normalize: false`` divides by the batch size,
-        which is one there), "sum" divides by one, "weights" sums the weights of labelled pixels.
+      valid: [B] bool, False for examples that only pad the batch.
+      norm: "valid" counts labelled pixels, so padding with the ignore label changes nothing.
+        "batch" counts images; FCN's released VGG networks have ``normalize: false``, which divides
+        by the batch size, one there. "sum" divides by one. "weights" sums the weights of labelled
+        pixels.
       ignore_label: id of pixels without a label.
-      class_weights: [C], as given to the loss; only "weights" looks at them.
-      pixel_weights: shaped as `labels`, as given to the loss; only "weights" looks at them.
+      class_weights: [C], as in the loss; used by "weights" only.
+      pixel_weights: [B, H, W], as in the loss; used by "weights" only.
 
     Returns:
       float32 scalar; 0, which divides by one, for "sum".
@@ -155,13 +154,13 @@ def cross_entropy(
     terms: Sequence[LossTerm] = (LossTerm(),),
     class_weights: np.ndarray | None = None,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """The softmax losses of a network's outputs, {name of the output: (sum, count)}.
+    """Returns the softmax losses of a network's outputs, {name of the output: (sum, count)}.
 
     Args:
-      outputs: scores [B, h, w, C] by name.
-      batch: "labels" [B, H, W], "valid" [B] and, where pixels are weighted, "weights" [B, H, W].
-      norm: what is counted; see `count_pixels`.
-      terms: which outputs are compared with the labels.
+      outputs: logits [B, h, w, C] by name.
+      batch: "labels" [B, H, W], "valid" [B] and, if pixels have weights, "weights" [B, H, W].
+      norm: the kind of count; see `count_pixels`.
+      terms: the outputs to compare with the labels.
       class_weights: [C] factor for pixels of each true class, or None.
     """
     weights = None if class_weights is None else jnp.asarray(class_weights, jnp.float32)
@@ -192,18 +191,18 @@ def median_frequency_weights(
     definition: ClassFrequency = "eigen",
     ignore_label: int = 255,
 ) -> np.ndarray:
-    """Class weights that balance frequent and rare classes, [C] float32.
+    """Returns class weights that balance frequent and rare classes, [C] float32.
 
-    The weight of a class is the median of all frequencies over its own. A class that no image
-    contains has weight 1 and does not enter the median.
+    The weight of a class is the median of all frequencies divided by its own frequency. A class
+    that no image contains has weight 1 and does not enter the median.
 
     Args:
       labels: integer [H, W] maps of the training set, of any sizes.
       num_classes: C.
-      definition: what the frequency of a class is: "eigen", its share of the labelled pixels of
-        those images that contain it (Eigen and Fergus, ICCV 2015, arXiv:1411.4734, Section 6.3.2);
-        "pixels", its share of all labelled pixels (as SegNet's text reads, arXiv:1511.00561,
-        Section 3.1, which cites the former).
+      definition: the frequency of a class. "eigen": its share of the labelled pixels in the images
+        that contain it (Eigen and Fergus, ICCV 2015, arXiv:1411.4734, Section 6.3.2). "pixels": its
+        share of all labelled pixels, as the text of SegNet says (arXiv:1511.00561, Section 3.1,
+        which cites Eigen and Fergus).
       ignore_label: id of pixels without a label.
 
     Raises:
@@ -221,7 +220,8 @@ def median_frequency_weights(
     weights = np.ones(num_classes, np.float32)
     present = pixels > 0
     if present.any():
-        of = image_pixels if definition == "eigen" else np.broadcast_to(pixels.sum(), num_classes)
-        frequency = pixels[present] / of[present]
+        is_eigen = definition == "eigen"
+        totals = image_pixels if is_eigen else np.broadcast_to(pixels.sum(), num_classes)
+        frequency = pixels[present] / totals[present]
         weights[present] = np.median(frequency) / frequency
     return weights
