@@ -272,8 +272,8 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(run_of, tmp_path, mo
     wrong: list[tuple[dict[str, Any], str]] = [
         (dict(to="onnx"), "--shape BATCH HEIGHT WIDTH"),
         (dict(to="stablehlo", shape=(1, 0, 3)), "--shape 1 0 3"),
-        (dict(to="safetensors", shape=(1, 2, 3)), "are for programs"),
-        (dict(to="safetensors", scores="logits"), "are for programs"),
+        (dict(to="safetensors", shape=(1, 2, 3)), "holds parameters only"),
+        (dict(to="safetensors", scores="logits"), "holds parameters only"),
         (dict(to="stablehlo", run=tmp_path), "config.json cannot be read"),
     ]
     for options, match in wrong:
@@ -288,9 +288,9 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(run_of, tmp_path, mo
     assert files.read(out).format == "safetensors"
     with pytest.raises(UserError, match="exists"):
         export.run(run=run, to="safetensors", out=tmp_path, overwrite=True)
-    with pytest.raises(UserError, match=r"config\.json is a file of the run"):
+    with pytest.raises(UserError, match=r"config\.json belongs to the run"):
         export.run(run=run, to="safetensors", out=run / "config.json", overwrite=True)
-    with pytest.raises(UserError, match=r"config\.json is a file of the run"):
+    with pytest.raises(UserError, match=r"config\.json belongs to the run"):
         export.run(run=run, to="safetensors", out=run / "config", overwrite=True)
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(UserError, match="needs jax2onnx: pip install jax2onnx onnxruntime"):
@@ -305,7 +305,7 @@ def test_a_network_that_calls_back_is_refused():
     with pytest.raises(UserError, match=r"cannot be exported \(.*callback.*\)$"):
         export.stablehlo(label, [jax.ShapeDtypeStruct((1, 2, 2, 3), np.uint8)], has_shape=True)
     inputs = export._arguments({"images": ("b", "h", "w", 3)}, {"images": np.dtype("uint8")})
-    with pytest.raises(UserError, match="--shape 1 480 640 fixes its sizes"):
+    with pytest.raises(UserError, match="fixed sizes may help, such as --shape 1 480 640"):
         export.stablehlo(lambda x: {"labels": x[: int(x.shape[1])]}, inputs, has_shape=False)
 
 

@@ -1,4 +1,4 @@
-"""``python -m dense_jax check-data``: what is wrong or odd with a dataset."""
+"""``python -m dense_jax check-data``: lists errors and oddities of a dataset."""
 
 import dataclasses
 import pathlib
@@ -20,23 +20,23 @@ def run(
     shapes: ShapesSpec | None = None,
     sheet: pathlib.Path | None = None,
 ) -> None:
-    """Look through a dataset: wrong values, damaged files, sizes, frequencies, duplicates.
+    """Check a dataset: wrong values, damaged files, sizes, frequencies, duplicates.
 
-    Exits with status 1 if a file is wrong. Training does the same check when it first reads a
-    dataset, and stops.
+    Exits with status 1 if a file is wrong. Training makes the same check when it first reads a
+    dataset, and stops at an error.
 
     Args:
       dataset: name of the dataset.
       data_dir: folder of the dataset.
       shapes: difficulty of the generated images, with --dataset=shapes.
-      sheet: write training images under their labels to this PNG, to look at.
+      sheet: write training images with their labels on top to this PNG.
     """
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise UserError(f"--sheet={sheet}: give a name that ends in .png")
     options = dataclasses.asdict(shapes or ShapesSpec()) if dataset == "shapes" else {}
-    found = check.check_dataset(dataset, data_dir, **options)
-    print(found)
-    if found.errors:
+    summary = check.check_dataset(dataset, data_dir, **options)
+    print(summary)
+    if summary.errors:
         sys.exit(1)
     if sheet is not None:
         Image.fromarray(check.sheet(datasets.load(dataset, data_dir, **options))).save(sheet)

@@ -1,12 +1,11 @@
-"""Finds the parameters of a CRF behind a run, from coarse to fine, on a part of a split.
+"""Searches the parameters of a CRF for a run, from coarse to fine, on a part of a split.
 
-The network labels the images once; each setting then costs mean field alone. Round one scores both
-ends and the middle of every range, each further round the neighbours of the best setting at half
-the distance. Every score is written when it is known, and a search that is started again goes on.
+The network scores the images once; after that, each setting needs mean field inference alone. Round
+one scores both ends and the middle of every range. Each further round scores the neighbours of the
+best setting at half the distance. Every score is written at once, so a search can be resumed.
 
 Reference: Chen et al., ICLR 2015, arXiv:1412.7062, Section 5.1, and PAMI 2017, arXiv:1606.00915,
-Section 4.1, whose ranges are the defaults: w2 = sg = 3 and the others from coarse to fine on 100
-images.
+Section 4.1, with the default ranges: w2 = sg = 3, and the others from coarse to fine on 100 images.
 """
 
 import csv
@@ -56,31 +55,31 @@ def run(
     sg: Range | None = None,
     rounds: int = 3,
     crf_params: Annotated[
-        CrfParams, tyro.conf.arg(name="crf", help="What has no range: values that are kept.")
+        CrfParams, tyro.conf.arg(name="crf", help="Fixed values of the other parameters.")
     ] = CrfParams(),  # noqa: B008  (frozen)
     data_dir: str | None = None,
     checkpoint: Literal["last", "best"] = "last",
     output: pathlib.Path | None = None,
 ) -> None:
-    """Search for the parameters of a fully connected CRF that suit a run, from coarse to fine.
+    """Search for the best parameters of a fully connected CRF for a run, from coarse to fine.
 
-    Prints the best setting and the command that uses it. The same command again goes on where it
-    stopped, or with other ranges and rounds leaves out what it knows.
+    Prints the best setting and the command that uses it. The same command resumes a stopped search.
+    A search with other ranges or rounds skips all settings with known scores.
 
     Args:
       run: folder of a training run.
-      split: where to search; not the split that is reported in the end.
-      num_images: images of it, evenly spread.
-      w1: least and greatest weight of the bilateral kernel; None keeps --crf.w1.
-      sxy: its deviation in pixels.
-      srgb: its deviation in colour.
-      w2: weight of the spatial kernel.
-      sg: its deviation in pixels.
-      rounds: each but the first halves the distance between settings.
+      split: split to search on; use another split for the final metrics.
+      num_images: number of images to use, evenly spaced in the split.
+      w1: least and greatest weight of the bilateral kernel; None uses --crf.w1.
+      sxy: range of its standard deviation in pixels.
+      srgb: range of its standard deviation in colour.
+      w2: range of the weight of the spatial kernel.
+      sg: range of its standard deviation in pixels.
+      rounds: number of rounds; each but the first halves the distance between settings.
       crf_params: the other parameters.
-      data_dir: where the dataset lies now; by default where it lay in training.
+      data_dir: current folder of the dataset. Default: its folder in training.
       checkpoint: which parameters of the network to use.
-      output: folder of the table; by default RUN/crf-search-SPLIT-CHECKPOINT.
+      output: folder of the table. Default: RUN/crf-search-SPLIT-CHECKPOINT.
     """
     ranges = _ranges({"w1": w1, "sxy": sxy, "srgb": srgb, "w2": w2, "sg": sg}, crf_params)
     for name, value in (("num-images", num_images), ("rounds", rounds)):
@@ -114,15 +113,15 @@ def run(
 
         def score(point: Point) -> Scores:
             began = time.perf_counter()
-            found = unaries.scores(point)
-            return {**found, "seconds": time.perf_counter() - began}
+            scores = unaries.scores(point)
+            return {**scores, "seconds": time.perf_counter() - began}
 
         best = search(score, ranges, rounds, table)
     print(_advice(at(crf_params, best), ranges, table.rows[best], start, run, split, checkpoint))
 
 
 def at(params: CrfParams, point: Sequence[Any]) -> CrfParams:
-    """The CRF with the values of a setting, which may be traced."""
+    """Returns the CRF with the values of a setting, which may be traced."""
     values: dict[str, Any] = dict(zip(AXES, point, strict=True))
     return dataclasses.replace(params, **values)
 
@@ -130,34 +129,37 @@ def at(params: CrfParams, point: Sequence[Any]) -> CrfParams:
 def search(
     score: Callable[[Point], Scores], ranges: Sequence[Range], rounds: int, table: "Table"
 ) -> Point:
-    """Returns the setting of the highest mean IoU that coarse-to-fine search meets.
+    """Returns the setting with the highest mean IoU of a coarse-to-fine search.
 
     Args:
-      score: of a setting; called once for each that `table` does not hold.
-      ranges: least and greatest value of each of `AXES`; equal where it is not searched.
-      rounds: how often the distance between settings is halved, plus one.
-      table: what was scored before; each score is added to it.
+      score: (setting) -> its scores; called once for each setting that `table` lacks.
+      ranges: least and greatest value of each of `AXES`; equal if the axis is not searched.
+      rounds: number of rounds; each but the first halves the distance between settings.
+      table: earlier scores; each new score is added to it.
     """
     best: Point = tuple((low + high) / 2 for low, high in ranges)
-    seen: dict[Point, float] = {}
+    mean_ious: dict[Point, float] = {}
     for number in range(rounds):
         points = list(neighbours(best, ranges, 0.5 ** (number + 1)))
-        for place, point in enumerate(points, 1):
+        for rank, point in enumerate(points, 1):
             if point not in table.rows:
                 table.add(point, score(point))
-            seen[point] = table.rows[point]["mean_iou"]
+            mean_ious[point] = table.rows[point]["mean_iou"]
             setting = " ".join(f"{k}={v:g}" for k, v in zip(AXES, point, strict=True))
             print(
-                f"round {number + 1} of {rounds}, {place} of {len(points)}: {setting}: "
-                f"mean IoU {seen[point]:.4f}",
+                f"round {number + 1} of {rounds}, {rank} of {len(points)}: {setting}: "
+                f"mean IoU {mean_ious[point]:.4f}",
                 flush=True,
             )
-        best = max(seen, key=lambda point: seen[point])  # the first of equals
+        best = max(mean_ious, key=lambda point: mean_ious[point])  # the first of equal ones
     return best
 
 
 def neighbours(centre: Point, ranges: Sequence[Range], share: float) -> Iterator[Point]:
-    """Yields a setting, and those one step (a share of the range) from it along some axes."""
+    """Yields all settings at most one step from the centre on each axis, within the ranges.
+
+    A step is this share of the range.
+    """
     axes = []
     for middle, (low, high) in zip(centre, ranges, strict=True):
         step = share * (high - low)
@@ -166,21 +168,21 @@ def neighbours(centre: Point, ranges: Sequence[Range], share: float) -> Iterator
 
 
 class Table:
-    """``table.csv`` in a folder: the scores of each setting, each row written at once.
+    """``table.csv`` in a folder: the scores of each setting; every new row is saved at once.
 
     Attributes:
       rows: the scores by setting.
     """
 
     def __init__(self, folder: pathlib.Path, facts: Mapping[str, Any]) -> None:
-        """Opens or begins a table.
+        """Opens a table, or starts a new one.
 
         Args:
-          folder: made if it is not there.
-          facts: what else decides the scores, as plain JSON values.
+          folder: made if it does not exist.
+          facts: everything else that the scores depend on, as plain JSON values.
 
         Raises:
-          UserError: the folder holds a search of another kind.
+          UserError: the folder holds a search with other facts.
         """
         self.rows: dict[Point, Scores] = {}
         self._path, record = folder / "table.csv", folder / "search.json"
@@ -197,13 +199,13 @@ class Table:
         if self._path.exists():
             with self._path.open(newline="") as file:
                 for row in csv.DictReader(file):
-                    if None not in row.values():  # a last line cut short
+                    if None not in row.values():  # not a last line that was cut short
                         point = tuple(float(row[name]) for name in AXES)
                         self.rows[point] = {name: float(row[name]) for name in _SCORES}
         self._write()
 
     def add(self, point: Point, scores: Scores) -> None:
-        """Writes a row."""
+        """Adds a row and saves the table."""
         self.rows[point] = scores
         self._write()
 
@@ -218,7 +220,7 @@ class Table:
 
 
 class Unaries:
-    """The logits of a split's images, kept on disk while they are looked at again and again."""
+    """The logits of a split's images, stored on disk for all settings; a context."""
 
     def __init__(
         self,
@@ -228,14 +230,14 @@ class Unaries:
         variables: Any,
         params: CrfParams,
     ) -> None:
-        """Nothing is computed before it is entered.
+        """Prepares the batches; entering the context computes the logits.
 
         Args:
-          folder: of the logits, made anew and removed again.
+          folder: folder of the logits; replaced on entry, removed on exit.
           source: the images.
-          task: labels them.
-          variables: of the network.
-          params: what a setting leaves as it is.
+          task: predicts the logits.
+          variables: the network's variables.
+          params: the CRF parameters besides `AXES`.
         """
         self._folder, self._batches = folder, eval_batches(source, task.config)
         self._task, self._variables = task, variables
@@ -243,7 +245,7 @@ class Unaries:
         self._steps: dict[float | None, Any] = {}
 
     def __enter__(self) -> "Unaries":
-        shutil.rmtree(self._folder, ignore_errors=True)  # of a search that was killed
+        shutil.rmtree(self._folder, ignore_errors=True)  # a killed search may have left it
         self._folder.mkdir(parents=True)
 
         def logits_of(variables: Any, batch: Batch) -> tuple[Any, Any]:
@@ -260,9 +262,9 @@ class Unaries:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def scores(self, point: Point | None = None) -> Scores:
-        """Mean IoU and pixel accuracy with the CRF of a setting, or without one.
+        """Returns mean IoU and pixel accuracy with the CRF of a setting, or without a CRF.
 
-        Only another sg, whose filter is cut off somewhere, is compiled anew.
+        Only a new sg needs a compilation: it decides the size of the truncated filter.
         """
         *values, sg = point or (None,)
         if sg not in self._steps:
@@ -280,7 +282,7 @@ class Unaries:
         return {name: summary[name] for name in ("mean_iou", "pixel_accuracy")}
 
     def _counts_step(self, sg: float | None) -> Any:
-        """(values of `AXES` but sg, batch with logits) -> confusion [C, C], over all devices."""
+        """Returns (values of `AXES` but sg, batch with logits) -> confusion [C, C]."""
 
         def counts(values: tuple[jax.Array, ...], batch: Batch) -> tuple[Any, Any]:
             logits = batch["logits"]
@@ -294,7 +296,7 @@ class Unaries:
 
 
 class Spread:
-    """Evenly spread examples of a split, or all of them if there are no more."""
+    """Evenly spaced examples of a split, or all of them if it has no more."""
 
     def __init__(self, source: Source, num: int) -> None:
         self._source = source
@@ -312,11 +314,11 @@ class Spread:
         return self._source.size(int(self._index[index]))
 
 
-def _ranges(given: Mapping[str, Range | None], params: CrfParams) -> list[Range]:
+def _ranges(flags: Mapping[str, Range | None], params: CrfParams) -> list[Range]:
     ranges = []
     for name in AXES:
-        kept = getattr(params, name)
-        low, high = given[name] or (kept, kept)
+        fixed = getattr(params, name)
+        low, high = flags[name] or (fixed, fixed)
         if not low <= high:
             raise UserError(f"--{name} {low:g} {high:g}: give the lesser value first")
         ranges.append((low, high))
@@ -332,7 +334,7 @@ def _advice(
     split: str,
     checkpoint: str,
 ) -> str:
-    """What was found, and how to use it."""
+    """Returns the result of a search, and the commands that use it."""
     defaults = CrfParams()
     flags = [
         f"--crf.{name.replace('_', '-')}={value}"

@@ -1,4 +1,4 @@
-"""``python -m dense_jax evaluate``: a run, or several as one, scored on a split."""
+"""``python -m dense_jax evaluate``: scores a run or an ensemble of runs on a split."""
 
 import dataclasses
 import pathlib
@@ -27,23 +27,25 @@ def run(
     crf: CrfFlag = None,
     crf_params: CrfFlags = CrfParams(),  # noqa: B008  (frozen)
 ) -> None:
-    """Score a run, or several runs as one, on a split of its dataset and write a report.
+    """Score a run, or an ensemble of runs, on a split of its dataset and write a report.
 
     Args:
       run: folder of a training run.
-      ensemble: folders of runs of the same classes and normalisation that decide together with it.
-      combine: how: mean_prob takes the mean of the class probabilities, product_score the product
-        of the scores of two runs, negative ones of the second counting as zero (DeconvNet with
-        FCN-8s; arXiv:1505.04366).
+      ensemble: folders of further runs with the same classes and normalisation; they and the run
+        form an ensemble.
+      combine: how the ensemble combines its members. mean_prob takes the mean of the class
+        probabilities; product_score multiplies the scores of two runs, and negative scores of the
+        second run count as zero (DeconvNet with FCN-8s; arXiv:1505.04366).
       split: train, val or test.
-      data_dir: where the dataset lies now; by default where it lay in training.
+      data_dir: current folder of the dataset. Default: its folder in training.
       checkpoint: which parameters to use.
-      absent: a class without pixels is left out of the mean (FCN), or counts as zero (SegNet).
-      bf_match: how boundary pixels are matched; assignment is one to one and slow.
-      output: folder to write; by default RUN/evaluate-SPLIT-CHECKPOINT, or RUN/ensemble-..., with
-        -crf or -no-crf behind it.
-      crf: refine by this fully connected CRF, or by none; by default as the run's script does.
-      crf_params: its parameters; crf-search finds them.
+      absent: skip leaves a class without pixels out of the mean (FCN); zero counts it as zero
+        (SegNet).
+      bf_match: how to match boundary pixels; assignment is one to one and slow.
+      output: folder to write. Default: RUN/evaluate-SPLIT-CHECKPOINT, or RUN/ensemble-..., with
+        the suffix -crf or -no-crf if the flag is given.
+      crf: refine with a fully connected CRF, or not. Default: as the run's script does.
+      crf_params: parameters of --crf; crf-search finds good ones.
     """
     opened = trained.load(run, checkpoint)
     others = [trained.load(folder, checkpoint) for folder in ensemble]
@@ -57,7 +59,7 @@ def run(
     output = output or run / f"{kind}-{split}-{checkpoint}{suffix}"
     record = task.evaluator(dataset, split)(variables, True)
     output.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "metrics.jsonl"):  # the report shows them
+    for name in ("config.json", "metrics.jsonl"):  # the report reads them
         if (run / name).exists():
             shutil.copy(run / name, output / name)
     record.write(output, opened.step)
@@ -68,11 +70,14 @@ def run(
 def _together(
     members: list[trained.Run], combine: Combine, without_crf: bool
 ) -> tuple[semantic.Semantic, tuple[Any, ...]]:
-    """Several runs as one task, with the variables of each."""
+    """Returns an ensemble as one task, and the variables of each member."""
     for other in members[1:]:
         if other.classes.names != members[0].classes.names:
             first = members[0].workdir
-            raise UserError(f"--ensemble: {other.workdir} and {first} label other classes")
+            raise UserError(
+                f"--ensemble: {other.workdir} and {first} label other classes: give runs with the "
+                "same classes"
+            )
     tasks = [labelling(member.task, "--ensemble") for member in members]
     if without_crf:
         tasks = [dataclasses.replace(task, crf=None) for task in tasks]

@@ -3,7 +3,7 @@
     program = jax.export.deserialize(pathlib.Path("model.stablehlo").read_bytes())
     program.call(images)["labels"]  # uint8 [B, H, W] of uint8 images [B, H, W, 3]
 
-A JSON beside the file says what goes in, what comes out, and where it comes from.
+A JSON file with the same name and ".json" describes inputs, outputs and origin.
 """
 
 import contextlib
@@ -46,38 +46,38 @@ def run(
     shape: tuple[int, int, int] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a run as a file for other programs, and a JSON beside it that describes it.
+    """Write a run as a file for other programs, and a JSON file that describes it.
 
-    stablehlo is the network with its weights, its normalisation and the class map, for JAX on CPUs,
-    CUDA and TPUs and images of any size; onnx the same for ONNX run times and images of one size;
-    safetensors the parameters alone, under torchvision's names where it has the network. A CRF
-    behind the network is left out.
+    stablehlo holds the network with weights, normalisation and class map, for JAX on CPUs, CUDA and
+    TPUs and images of any size. onnx holds the same for ONNX runtimes and images of one size.
+    safetensors holds the parameters alone, under torchvision's names if torchvision has the
+    network. A CRF after the network is left out.
 
     Args:
       run: folder of a training run.
       to: kind of file.
-      out: file to write; by default RUN/model.KIND.
+      out: file to write. Default: RUN/model.KIND.
       checkpoint: which parameters to use.
-      scores: what comes out beside the labels.
-      dtype: of the images, RGB from 0 to 255.
-      shape: the only batch, height and width to be taken; needed for onnx.
-      overwrite: replace the file if it is there.
+      scores: the second output, after the labels.
+      dtype: dtype of the images, RGB from 0 to 255.
+      shape: batch, height and width, if they are fixed; onnx needs them.
+      overwrite: replace an existing file.
     """
     out = out or run / f"model.{to}"
     description = out.with_name(f"{out.name}.json")
     for path in (out, description):
         if path.is_dir() or (path.exists() and not overwrite):
-            raise UserError(f"{path} exists: give another --out, or --overwrite for a file")
+            raise UserError(f"{path} exists: give another --out, or --overwrite to replace a file")
     if out.suffix != f".{to}" and run.resolve() in out.resolve().parents:
         for path in (out, description):
             if path.exists():
-                raise UserError(f"{path} is a file of the run: give another --out")
+                raise UserError(f"{path} belongs to the run: give another --out")
     if to == "safetensors" and (scores, dtype, shape) != ("probabilities", "uint8", None):
         raise UserError(
-            "--scores, --dtype and --shape are for programs: leave them out with --to=safetensors"
+            "--to=safetensors holds parameters only: leave out --scores, --dtype and --shape"
         )
     if to == "onnx" and shape is None:
-        raise UserError("--to=onnx is for images of one size: give --shape BATCH HEIGHT WIDTH")
+        raise UserError("--to=onnx needs images of one size: give --shape BATCH HEIGHT WIDTH")
     if shape is not None and min(shape) < 1:
         raise UserError(f"--shape {' '.join(map(str, shape))}: give at least 1 1 1")
     opened = trained.load(run, checkpoint)
@@ -93,7 +93,7 @@ def run(
 
 
 def _origin(opened: trained.Run) -> dict[str, Any]:
-    """What every export says of its run."""
+    """Returns the facts about the run for every kind of export."""
     name = opened.config.normalisation
     statistics: dict[str, Any] = dict(zip(("mean", "std"), NORMALISATIONS[name], strict=True))
     if name == "grey_image":
@@ -113,15 +113,16 @@ def _origin(opened: trained.Run) -> dict[str, Any]:
 
 
 def parameters(opened: trained.Run, record: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """Returns a run's parameters as a safetensors file, and what is to be said of them.
+    """Returns a run's parameters as a safetensors file, and facts for its description.
 
-    Where torchvision has the network, names and layouts are torchvision's, and the counts of
-    batches are there that torch asks for; else they are this library's, the paths of the tree.
-    torchvision's own network takes them at full width, and gives the same scores at its strides.
+    If torchvision has the network, names and layouts are torchvision's, and the file includes the
+    batch counts that torch requires. torchvision's network loads the file if the run has full
+    width; its scores are equal if the strides are. Otherwise the names are the paths of this
+    library's parameter tree.
 
     Args:
       opened: the run.
-      record: goes into the file, as JSON.
+      record: facts to store in the file as JSON.
     """
     names, tensors = _under_torchvisions_names(opened) or (
         "dense_jax",
@@ -130,7 +131,7 @@ def parameters(opened: trained.Run, record: dict[str, Any]) -> tuple[bytes, dict
     facts = {"names": names}
     metadata = {"dense_jax": json.dumps(record | facts)}
     if names != "dense_jax":
-        metadata["format"] = "pt"  # how others tell layouts of torch
+        metadata["format"] = "pt"  # the usual mark of torch's layouts
     print(f"names and layouts: {names}; the file holds no normalisation and no network")
     ordered = {name: np.asarray(values, order="C") for name, values in tensors.items()}
     return safetensors.numpy.save(ordered, metadata), facts
@@ -140,7 +141,7 @@ def _under_torchvisions_names(opened: trained.Run) -> tuple[str, dict[str, np.nd
     for release in catalogue.releases():
         if not release.name.startswith("torchvision"):
             continue
-        with contextlib.suppress(UserError):  # a parameter that this one does not have
+        with contextlib.suppress(UserError):  # the release lacks one of the parameters
             tensors = rules.unload(opened.variables, release.rules)
             for name in [name for name in tensors if name.endswith(".running_mean")]:
                 count = name.replace("running_mean", "num_batches_tracked")
@@ -156,7 +157,7 @@ def _program(
     dtype: np.dtype,
     shape: tuple[int, int, int] | None,
 ) -> tuple[bytes, dict[str, Any]]:
-    """Returns the network as a program, and what is to be said of it."""
+    """Returns the network as a program, and facts for its description."""
     task, has_crf = opened.task, False
     if isinstance(task, Semantic):
         has_crf, task = task.crf is not None, dataclasses.replace(task, crf=None)
@@ -165,22 +166,23 @@ def _program(
     left_out = {"probabilities": "logits", "logits": "probabilities"}[scores]
 
     def answer(images: jax.Array, sizes: jax.Array, *inputs: jax.Array) -> dict[str, jax.Array]:
-        found = task.answers(task.predict(opened.variables, images, sizes, *inputs))
-        return {name: values for name, values in found.items() if name != left_out}
+        answers = task.answers(task.predict(opened.variables, images, sizes, *inputs))
+        return {name: values for name, values in answers.items() if name != left_out}
 
     axes = shape or ("b", "h", "w")
     specs = {"images": (*axes, 3)} | {
-        name: (axes[0], *given.shape) for name, given in task.inputs.items()
+        name: (axes[0], *spec.shape) for name, spec in task.inputs.items()
     }
-    if to == "onnx" or shape:  # sides by name stay open in StableHLO only
+    if to == "onnx" or shape:  # only StableHLO can leave named sides open
         open_sides = [
             name for name, sides in specs.items() if any(isinstance(s, str) for s in sides)
         ]
         if open_sides and to == "onnx":
             raise UserError(
-                f"--to=onnx is for images alone, and this run also takes {open_sides[0]}"
+                f"--to=onnx takes images alone, and this run also takes {open_sides[0]}: "
+                "give --to=stablehlo"
             )
-    dtypes = {"images": dtype} | {n: np.dtype(given.dtype) for n, given in task.inputs.items()}
+    dtypes = {"images": dtype} | {n: np.dtype(spec.dtype) for n, spec in task.inputs.items()}
     inputs = _arguments(specs, dtypes)
     label = program.program(answer, opened.config.normalisation)
     outputs = jax.eval_shape(label, *inputs)
@@ -192,8 +194,8 @@ def _program(
             "values": "RGB, 0 to 255; normalised and padded inside",
         },
         "further_inputs": {
-            name: {"shape": list(specs[name]), "dtype": given.dtype, "values": given.words}
-            for name, given in task.inputs.items()
+            name: {"shape": list(specs[name]), "dtype": spec.dtype, "values": spec.words}
+            for name, spec in task.inputs.items()
         },
         "outputs": {
             name: {"shape": [*map(_side, x.shape)], "dtype": x.dtype.name, **_meaning(name)}
@@ -206,8 +208,8 @@ def _program(
     if has_crf:
         print("the run's CRF is left out: labels and scores are the network's own")
     if to == "onnx":
-        file, apart = onnx_file.convert(label, inputs[0])
-        print(f"onnxruntime gives the same {scores}, to {apart:.1e} of the largest")
+        file, difference = onnx_file.convert(label, inputs[0])
+        print(f"onnxruntime gives the same {scores}, to {difference:.1e} of the largest")
         return file, facts
     size = f"{shape[0]} x {shape[1]} x {shape[2]}" if shape else _ANY_SIZE
     print(f"{dtype.name} RGB images of {size}, on {', '.join(PLATFORMS)}")
@@ -219,7 +221,7 @@ def _card(task: Task) -> dict[str, Any]:
 
 
 def _meaning(name: str) -> dict[str, str]:
-    return {"values": "places in the list of classes"} if name == "labels" else {}
+    return {"values": "indices into the list of classes"} if name == "labels" else {}
 
 
 def _side(side: Any) -> Any:
@@ -229,7 +231,7 @@ def _side(side: Any) -> Any:
 def _arguments(
     specs: Mapping[str, tuple[Any, ...]], dtypes: Mapping[str, np.dtype]
 ) -> list[jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a program's arguments; sides that have a name are left open."""
+    """Returns shapes and dtypes of a program's arguments; sides with a name have any length."""
     names = sorted({side for sides in specs.values() for side in sides if isinstance(side, str)})
     symbols = (
         dict(zip(names, export.symbolic_shape(", ".join(names)), strict=True)) if names else {}
@@ -246,19 +248,19 @@ def stablehlo(
     *,
     has_shape: bool,
 ) -> bytes:
-    """Returns a function of images [B, H, W, 3] as `jax.export` serialises it, for `PLATFORMS`.
+    """Serialises a function of images [B, H, W, 3] with `jax.export`, for `PLATFORMS`.
 
     Args:
       label: the function.
       inputs: shapes and dtypes of its arguments.
-      has_shape: whether they are of one size.
+      has_shape: whether their sizes are fixed.
 
     Raises:
-      UserError: the function does something that no file can hold or that needs sizes to be known.
+      UserError: JAX cannot export the function, or only with fixed sizes.
     """
     try:
         return bytes(export.export(jax.jit(label), platforms=PLATFORMS)(*inputs).serialize())
-    except Exception as error:  # JAX has no class of its own for what cannot be exported
+    except Exception as error:  # JAX has no error class for functions that it cannot export
         reason = str(error).splitlines()[0]
-        advice = "" if has_shape else ": --shape 1 480 640 fixes its sizes, which may help"
+        advice = "" if has_shape else ": fixed sizes may help, such as --shape 1 480 640"
         raise UserError(f"this network cannot be exported ({reason:.200}){advice}") from error

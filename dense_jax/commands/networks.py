@@ -1,4 +1,4 @@
-"""The network that a command line names: that of a run, or of a script's preset and flags."""
+"""Builds the network that a command line names: from a run, or from a script's preset and flags."""
 
 import pathlib
 import shlex
@@ -11,7 +11,7 @@ from dense_jax.tasks.task import Task
 
 
 class Network(NamedTuple):
-    """What a network is built for; `run` has its weights, if it is trained."""
+    """A task with its network; `run` holds trained weights, or is None."""
 
     task: Task
     run: trained.Run | None
@@ -23,21 +23,21 @@ def network(
     """Builds a network.
 
     Args:
-      run: folder of a training run; if given, the others are not used.
+      run: folder of a training run; with a run, the other arguments have no effect.
       script: script that defines the network.
       preset: one of its presets.
       flags: more of its flags, in one string, such as "--stride=32 --pad-mode=same".
       num_classes: number of classes.
 
     Raises:
-      UserError: one of these does not exist.
+      UserError: the run, script, preset or a flag does not exist.
     """
     if run is not None:
         opened = trained.load(run)
         return Network(opened.task, opened)
-    found = scripts.load(script)
+    module = scripts.load(script)
     try:
         words = shlex.split(flags)
     except ValueError as error:
-        raise UserError(f"--flags={flags}: {error}; close it") from error
-    return Network(found.build(found.parse([preset, *words]), num_classes), None)
+        raise UserError(f"--flags={flags}: {error}; close the quotes") from error
+    return Network(module.build(module.parse([preset, *words]), num_classes), None)

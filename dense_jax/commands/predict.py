@@ -1,4 +1,4 @@
-"""``python -m dense_jax predict``: a run on a folder of images."""
+"""``python -m dense_jax predict``: predicts a folder of images with a run."""
 
 import dataclasses
 import pathlib
@@ -24,17 +24,17 @@ def run(
 ) -> None:
     """Predict a folder of images: palette PNGs of class ids or masks of objects, and overlays.
 
-    Runs that find objects write masks and results.json in COCO's format.
+    Runs that predict objects write masks and results.json in COCO's format.
 
     Args:
       run: folder of a training run.
-      input: folder of images, of any sizes.
+      input: image, or folder of images of any sizes.
       output: folder to write; made if it does not exist.
       checkpoint: which parameters to use.
-      overlays: also write the images under what was found in them.
+      overlays: also write the images with the predictions on top.
       probabilities: also write the probabilities (.npz, float16).
-      crf: refine by this fully connected CRF, or by none; by default as the run's script does.
-      crf_params: its parameters.
+      crf: refine with a fully connected CRF, or not. Default: as the run's script does.
+      crf_params: parameters of --crf.
     """
     opened = trained.load(run, checkpoint)
     opened = dataclasses.replace(opened, task=with_flags(opened.task, crf, crf_params))

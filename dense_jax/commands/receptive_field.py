@@ -1,4 +1,7 @@
-"""What a network's maps see, as a table and a picture: ``python -m dense_jax receptive-field``."""
+"""``python -m dense_jax receptive-field``: receptive fields of a network, in a table and a picture.
+
+A field of a map is the part of the image that one of its units depends on.
+"""
 
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -14,7 +17,7 @@ from dense_jax.data.files import read_image
 from dense_jax.data.normalise import Normalise, num_channels
 from dense_jax.errors import UserError
 
-_WHOLE = 512  # Side of the image for a map that sees all of any image.
+_WHOLE = 512  # Side of the image for a map whose field is any whole image.
 
 
 def run(
@@ -31,23 +34,23 @@ def run(
     side: int | None = None,
     out: pathlib.Path = pathlib.Path("receptive_field.png"),
 ) -> None:
-    """Print what the maps of a network see: size, stride and centre in pixels, and its branches.
+    """Print the receptive fields of a network: size, stride and centre in pixels, and branches.
 
-    All is read off the traced program, nothing is run. With --effective the network is run: the
-    gradient of the unit in the middle tells what it makes of what it sees, with random weights and,
-    of a run, with the trained ones; written as a picture.
+    The table comes from the traced program, without running the network. --effective runs it: the
+    gradient of the unit in the middle shows how much each pixel matters, with random weights and,
+    for a run, with its trained weights. The result is a picture.
 
     Args:
-      run: folder of a training run; if given, the next four are not used.
+      run: folder of a training run; with it, the next four flags have no effect.
       script: script that defines the network.
       preset: one of its presets.
       flags: more of its flags, in one string, such as "--stride=32 --pad-mode=same".
       num_classes: number of classes.
-      output: names of maps; by default all in the table and logits in the picture.
+      output: names of maps. Default: all maps in the table, logits in the picture.
       effective: measure and draw effective fields.
-      image: images to average over, of which the first is drawn; by default noise.
+      image: images to average over; the picture shows the first. Default: noise.
       num_noise: number of noise images.
-      side: side of the image in pixels; by default what the unit sees, and some more.
+      side: side of the image in pixels. Default: the field of the unit and a margin.
       out: the picture, a PNG.
     """
     if out.suffix.lower() != ".png":
@@ -56,13 +59,13 @@ def run(
         raise UserError(f"--num-noise={num_noise}: give at least 1")
     chosen = network(run, script, preset, flags, num_classes)
     channels = num_channels(chosen.task.config.normalisation)
-    found = fields.analyse(chosen.task.model, channels=channels)
-    print(format_analysis(found, output))
+    analysis = fields.analyse(chosen.task.model, channels=channels)
+    print(format_analysis(analysis, output))
     if not effective:
         return
     panels = []
     for name in output or ("logits",):
-        least = side or max(_room(axis) for axis in found.field(name))
+        least = side or max(_room(axis) for axis in analysis.field(name))
         least = fields.fitting_side(chosen.task.model, least, channels)
         panels += _panels(
             chosen, name, _inputs(image, num_noise, least, chosen.task.config.normalisation)
@@ -74,7 +77,7 @@ def run(
 
 
 def format_analysis(found: fields.Analysis, names: Sequence[str] = ()) -> str:
-    """Returns a table of the maps (all, or those named) and a word on the branches."""
+    """Returns a table of the named maps (default: all), and lines on the branches."""
     lines: list[tuple[str, ...]] = [("map", "size", "stride", "centre of unit 0")]
     for name in names or found.fields:
         field = found.field(name) if names else found.fields[name]
@@ -116,14 +119,14 @@ def _branches(found: fields.Analysis) -> Iterator[str]:
 
 
 def _room(axis: fields.Axis) -> int:
-    """Side of an image in which the unit in the middle sees no edge."""
+    """Returns the side of an image whose edges are outside the field of the unit in the middle."""
     return _WHOLE if axis.size is None else 32 * (axis.size // 32 + 3)
 
 
 def _inputs(
     paths: Sequence[pathlib.Path], num_noise: int, side: int, normalisation: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images [N, side, side, C] and the first of them as uint8, to draw."""
+    """Returns the images [N, side, side, C], and the first of them as uint8 for the picture."""
     if not paths:
         shape = (num_noise, side, side, num_channels(normalisation))
         noise = np.random.default_rng(0).standard_normal(shape, np.float32)
@@ -135,7 +138,7 @@ def _inputs(
 
 
 def _fitted(image: np.ndarray, side: int) -> np.ndarray:
-    """Cuts out the middle of an image, mirrored at its edges where it is too small."""
+    """Crops the middle of an image; reflects it at its edges if it is too small."""
     for axis in (0, 1):
         spare = side - image.shape[axis]
         edges = [(0, 0)] * image.ndim
@@ -158,7 +161,7 @@ def _panels(chosen: Network, name: str, inputs: tuple[np.ndarray, np.ndarray]) -
         field = fields.effective_field(chosen.task.model, variables, images, output=name)
         if not field.any():
             raise UserError(f"no gradient of {name!r} reaches the image: choose another --output")
-        found = fields.spread(field)
-        print(f"{name}, {title}: {figures.sizes(box, found)} (2 sigma); side {found.side:.0f}")
+        spread = fields.spread(field)
+        print(f"{name}, {title}: {figures.sizes(box, spread)} (2 sigma); side {spread.side:.0f}")
         panels.append(figures.panel(picture, field, box, f"{name}: {title}"))
     return panels

@@ -1,4 +1,4 @@
-"""``python -m dense_jax summary``: the layers of a network."""
+"""``python -m dense_jax summary``: prints the layers of a network."""
 
 import pathlib
 
@@ -20,7 +20,7 @@ def run(
     """Print a network's layers, output shapes, parameters and FLOPs, without running it.
 
     Args:
-      run: folder of a training run; if given, the next three are not used.
+      run: folder of a training run; with it, the next three flags have no effect.
       script: script that defines the network.
       preset: one of its presets.
       flags: more of its flags, in one string, such as "--stride=32 --pad-mode=same".

@@ -1,7 +1,7 @@
-"""Runs a script with every combination of flag values and seeds, and tabulates the scores.
+"""Runs a script with every combination of flag values and seeds, and tabulates the metrics.
 
-Each run is a process of its own, so that one that crashes takes nothing along, and has its own
-folder: the same sweep started again leaves finished runs alone and goes on with the others.
+Each run is a separate process, so a crash does not affect the others. Each run has its own folder:
+the same sweep, started again, skips finished runs and resumes the others.
 """
 
 import fcntl
@@ -34,28 +34,29 @@ def run(
     bf_match: Literal["none", "distance", "assignment"] = "distance",
     dry_run: bool = False,
 ) -> None:
-    """Run a script with every combination of flag values, and tabulate the scores.
+    """Run a script with every combination of flag values, and tabulate the metrics.
 
     For example: sweep experiments.fcn demo --vary stride=32,16,8 --vary fuse=sum,max --seeds 2
     --out runs/fuse -- --num-steps=500
 
-    Finished runs are not run again and stopped ones go on: repeat the command after a crash.
-    index.html, table.md, table.csv, table.tex and plot.svg in --out are written after every run.
-    Exits with status 1 if a run failed.
+    The same command skips finished runs and resumes stopped runs: repeat it after a crash. It
+    writes index.html, table.md, table.csv, table.tex and plot.svg in --out after every run. It
+    exits with status 1 if a run failed.
 
     Args:
       script: a module of experiments/.
       preset: one of its presets.
-      flags: flags that every run gets.
-      out: folder of the sweep; each run gets a folder in it.
-      vary: FLAG=VALUE,VALUE,...; a value of several words is written with spaces.
-      seeds: runs of each combination, with the seeds 0, 1, ...
-      split: part of the dataset that is scored.
-      absent: a class without pixels is left out of the mean (FCN), or counts as zero (SegNet).
-      bf_match: how boundary pixels are matched; assignment is one to one and slow.
+      flags: flags for every run.
+      out: folder of the sweep; each run has a folder in it.
+      vary: FLAG=VALUE,VALUE,...; separate the words of one value by spaces.
+      seeds: number of runs of each combination, with the seeds 0, 1, ...
+      split: the split to score.
+      absent: skip leaves a class without pixels out of the mean (FCN); zero counts it as zero
+        (SegNet).
+      bf_match: how to match boundary pixels; assignment is one to one and slow.
       dry_run: only list the commands.
     """
-    # This process counts layers and no more: it must not hold the accelerator's memory.
+    # This process only counts layers: it must not reserve the accelerator's memory.
     jax.config.update("jax_platforms", "cpu")
     module = scripts.load(script)
     planned = plan(module, preset, flags, vary, seeds, out)
@@ -88,30 +89,30 @@ def run(
     for workdir, failure in failures.items():
         print(f"failed: {workdir.name}: {failure}; see {workdir / 'log.txt'}", file=sys.stderr)
     if children.stopped_by:
-        print("stopped; the same command goes on from there", file=sys.stderr)
+        print("stopped; the same command resumes from there", file=sys.stderr)
         sys.exit(128 + children.stopped_by)
     if failures:
         sys.exit(1)
 
 
 def _finish(script: str, item: Run, scoring: Scoring, children: "Children") -> str | None:
-    """Trains and scores a run as far as that is still to do; returns what went wrong."""
+    """Trains and scores a run unless that is done; returns the reason of a failure, or None."""
     if not is_trained(script, item):
         if failure := children.run(item.words, item.log):
             return failure
         if not children.stopped_by and not is_trained(script, item):
-            return f"it ended without an evaluation of its last step in {item.final}"
+            return f"the run ended without an evaluation of its last step in {item.final}"
     if children.stopped_by or scoring.read(item) is not None:
         return None
     if failure := children.run(scoring.words(item), item.log):
         return failure
     if not children.stopped_by and scoring.read(item) is None:
-        return f"it was not evaluated at its last step in {scoring.folder(item)}"
+        return f"the run has no evaluation of its last step in {scoring.folder(item)}"
     return None
 
 
 class Children:
-    """Runs commands one at a time; passes Ctrl-C and SIGTERM on to the one that runs."""
+    """Runs commands one at a time; forwards Ctrl-C, SIGTERM and SIGHUP to the current one."""
 
     def __init__(self) -> None:
         self.stopped_by = 0
@@ -129,17 +130,17 @@ class Children:
             signal.signal(number, previous)
 
     def run(self, words: Sequence[str], log: pathlib.Path) -> str | None:
-        """Runs ``python -m WORDS`` with its output in ``log``; returns the reason if it fails."""
+        """Runs ``python -m WORDS`` with its output in ``log``; returns the reason of a failure."""
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             try:
-                # The child shares the lock: it holds even if this process is killed and the
-                # child is not, and two sweeps never train in one folder.
+                # The child shares the lock, so it holds as long as the child lives even if this
+                # process is killed: two sweeps never train in one folder.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return "another process is at work in this folder"
             start = file.tell()
-            # A session of its own: Ctrl-C reaches it through _handle, and once.
+            # In its own session, Ctrl-C reaches the child only through _handle, and only once.
             self._child = subprocess.Popen(
                 [sys.executable, "-m", *words],
                 stdin=subprocess.DEVNULL,
@@ -147,7 +148,7 @@ class Children:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            if self.stopped_by:  # in front of the line above
+            if self.stopped_by:  # a signal arrived before the child existed
                 self._child.send_signal(signal.SIGTERM)
             status = self._child.wait()
         if status == 0:

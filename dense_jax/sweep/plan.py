@@ -1,4 +1,4 @@
-"""Which runs a sweep makes: every combination of flag values, checked before anything runs."""
+"""Plans the runs of a sweep: every combination of flag values, checked before the first run."""
 
 import dataclasses
 import hashlib
@@ -18,11 +18,11 @@ class Run:
     """One run of a sweep.
 
     Attributes:
-      settings: value by varied flag.
+      settings: value of each varied flag.
       seed: its seed.
       workdir: its folder.
-      words: what follows "python -m".
-      stages: the configurations that the script trains one after another; the last is scored.
+      words: the arguments of "python -m".
+      stages: the configurations that the script trains in turn; the last is scored.
     """
 
     settings: dict[str, str]
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def log(self) -> pathlib.Path:
-        """What its processes print."""
+        """The file with the output of its processes."""
         return self.workdir / "log.txt"
 
     @property
@@ -55,10 +55,10 @@ def plan(
     seeds: int,
     out: pathlib.Path,
 ) -> list[Run]:
-    """Returns all runs, every combination with seed 0 first, having checked each command.
+    """Returns all runs, all combinations of seed 0 first. It checks each command.
 
     Raises:
-      UserError: names the first flag, value or preset that the script does not take.
+      UserError: the script does not take a flag, value or preset; the message names the first.
     """
     if seeds < 1:
         raise UserError(f"--seeds={seeds}: give at least 1")
@@ -66,12 +66,12 @@ def plan(
         known = ", ".join(script.presets)
         raise UserError(f"{script.name} has no preset {preset}: give {known}")
     varied = [_varied(text) for text in vary]
-    given = [_name(word) for word in flags if word.startswith("--")]
+    fixed = [_name(word) for word in flags if word.startswith("--")]
     names = [name for name, _ in varied]
-    for name in names + given:
+    for name in names + fixed:
         if name in ("seed", "workdir"):
             raise UserError(f"--{name} belongs to the sweep: give --seeds, --out")
-        if (names + given).count(name) > 1:
+        if (names + fixed).count(name) > 1:
             raise UserError(f"--{name} is given twice: vary it once, or set it once")
     planned = []
     for seed in range(seeds):
@@ -84,7 +84,7 @@ def plan(
             words += [f"--seed={seed}", f"--workdir={workdir}"]
             stages = tuple(script.parse(words).each_stage())
             for stage in stages:
-                script.build(stage, 2)  # refuses flags that do not go together
+                script.build(stage, 2)  # raises UserError if flags do not go together
             planned.append(Run(settings, seed, workdir, (script.name, *words), stages))
     return planned
 
@@ -96,7 +96,7 @@ def _varied(text: str) -> tuple[str, list[str]]:
     if not _name(name) or not all(split):
         raise UserError(f"--vary={text}: give FLAG=VALUE,VALUE,...")
     if len(set(split)) < len(split):
-        raise UserError(f"--vary={text}: a value comes twice")
+        raise UserError(f"--vary={text}: a value comes twice; give each value once")
     return _name(name), split
 
 
@@ -105,7 +105,7 @@ def _name(flag: str) -> str:
 
 
 def _flag(name: str, value: str, defaults: RunConfig) -> list[str]:
-    """The words that set a flag; a field that is on or off takes True and False."""
+    """Returns the words that set a flag; a boolean flag takes True and False."""
     if isinstance(getattr(defaults, name.replace("-", "_"), None), bool):
         if value not in ("True", "False"):
             raise UserError(f"--{name}={value}: give True or False")
@@ -115,7 +115,7 @@ def _flag(name: str, value: str, defaults: RunConfig) -> list[str]:
 
 
 def _folder_name(settings: dict[str, str]) -> str:
-    """Readable, and different for different settings."""
+    """Returns a readable name that differs for different settings."""
     full = "_".join(f"{name}={value}" for name, value in settings.items())
     plain = re.sub(r"[^A-Za-z0-9_.=-]+", "-", full)[:120]
     return plain if plain == full else f"{plain}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"

@@ -1,4 +1,4 @@
-"""What the runs of a sweep have left in their folders, read anew whenever it is asked for."""
+"""Reads the results of a sweep's runs from their folders, anew on every call."""
 
 import contextlib
 import dataclasses
@@ -24,14 +24,14 @@ from dense_jax.train.log import read_metrics
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """What is scored and how: the flags of ``python -m dense_jax evaluate``."""
+    """The split and the rules of scoring: flags of ``python -m dense_jax evaluate``."""
 
     split: str
     absent: str
     bf_match: str
 
     def folder(self, item: Run) -> pathlib.Path:
-        """Where the evaluation lies; a run scores itself by the default rules."""
+        """Returns the folder of the evaluation; with the default rules a run scores itself."""
         if self == Scoring("val", "skip", "distance"):
             return item.final
         rules = (
@@ -42,7 +42,7 @@ class Scoring:
         return item.final / f"evaluate-{self.split}-last{rules}"
 
     def words(self, item: Run) -> list[str]:
-        """What follows "python -m" to make it."""
+        """Returns the arguments of "python -m" that make the evaluation."""
         return [
             *("dense_jax", "evaluate", f"--run={item.final}", f"--split={self.split}"),
             *(f"--absent={self.absent}", f"--bf-match={self.bf_match}"),
@@ -50,14 +50,14 @@ class Scoring:
         ]
 
     def read(self, item: Run) -> dict[str, Any] | None:
-        """The evaluation of the run's last step, or None."""
+        """Returns the evaluation of the run's last step, or None."""
         evaluation = _evaluation(self.folder(item))
         done = evaluation and evaluation["protocol"]["step"] == item.stages[-1].num_steps
         return evaluation if done else None
 
 
 def is_trained(script: str, item: Run) -> bool:
-    """Whether the run's folder holds all steps of this very configuration, saved and evaluated."""
+    """Whether the folder holds all steps of exactly this configuration, saved and evaluated."""
     config = item.stages[-1]
     record = _read_json(item.final / "config.json")
     evaluation = _evaluation(item.final)
@@ -65,17 +65,17 @@ def is_trained(script: str, item: Run) -> bool:
         return False
     try:
         before = from_json(type(config), record["config"])
-    except UserError:  # of other flags
+    except UserError:  # a run with other flags
         return False
-    same = dataclasses.replace(before, workdir=config.workdir) == config  # may have moved
-    # The last evaluation is written in front of the last checkpoint.
+    same = dataclasses.replace(before, workdir=config.workdir) == config  # it may have moved
+    # The last evaluation is written before the last checkpoint.
     saved = (item.final / "checkpoints" / str(config.num_steps)).is_dir()
     done = evaluation["protocol"]["step"] == config.num_steps
     return record["script"] == script and same and saved and done
 
 
 class Summary:
-    """Tables of what is finished, written anew after each run."""
+    """Tables of the finished runs, written anew after each run."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Summary:
         self._costs: dict[str, tuple[int, int] | None] = {}
 
     def write(self, failures: dict[pathlib.Path, str]) -> None:
-        """Writes them; ``failures`` are reasons by run folder."""
+        """Writes the tables; ``failures`` are reasons by run folder."""
         rows: dict[str, list[Run]] = {}
         for item in self._planned:
             rows.setdefault(str(item.settings), []).append(item)
@@ -168,7 +168,7 @@ def _number(value: float | None) -> float:
 
 
 def _cost(script: Script, item: Run) -> tuple[int, int] | None:
-    """Parameters, and FLOPs for one image of the size that was trained on."""
+    """Returns the number of parameters, and the FLOPs for one image of the training size."""
     evaluation = _evaluation(item.final) or {"protocol": {}}
     shape = evaluation["protocol"].get("input_shape")
     if shape is None:
@@ -177,21 +177,21 @@ def _cost(script: Script, item: Run) -> tuple[int, int] | None:
     try:
         model = script.build(item.stages[-1], classes.num_classes).model
         rows = cost.summarise(model, (1, *shape))
-    except Exception as error:  # two empty cells are no reason to end a night of training
+    except Exception as error:  # leave two cells empty rather than end a long sweep
         print(f"{item.workdir.name}: its layers cannot be counted ({error})")
         return None
     return sum(row.num_params for row in rows), sum(row.flops for row in rows)
 
 
 def _evaluation(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The record of a folder, or None where there is none or half of one."""
+    """Returns the record of a folder, or None if it is missing or damaged."""
     with contextlib.suppress(UserError):
         return record_lib.read(folder)
     return None
 
 
 def _read_json(path: pathlib.Path) -> Any:
-    """The value of a file, or None where there is none or half of one."""
+    """Returns the value of a JSON file, or None if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

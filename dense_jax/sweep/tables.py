@@ -1,4 +1,4 @@
-"""What a sweep shows: tables in Markdown, CSV and LaTeX, a plot, and a page of links."""
+"""Writes the results of a sweep: tables in Markdown, CSV and LaTeX, a plot, and a page of links."""
 
 import csv
 import dataclasses
@@ -19,16 +19,16 @@ _DOT, _BAND, _GREY = "#1d4e89", "#93b4d8", "#6b7280"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one finished run left.
+    """The results of one finished run.
 
     Attributes:
       seed: its seed.
-      scores: scores by name; those that are not main are in the CSV file only.
-      classes: the score of each class, in [0, 1]; NaN for one that does not exist.
-      class_score: its title, such as "IoU".
-      seconds: time spent in training steps, compilation included and evaluation left out.
-      images_per_second: the median over the log's rows.
-      report: its page.
+      scores: metrics by name; only the CSV file shows those that are not main.
+      classes: the metric of each class, in [0, 1]; NaN for a class without one.
+      class_score: title of the metric in `classes`, such as "IoU".
+      seconds: time spent in training steps, with compilation and without evaluation.
+      images_per_second: the median over the rows of the log.
+      report: its HTML page.
     """
 
     seed: int
@@ -45,12 +45,12 @@ class Row:
     """One combination of flag values.
 
     Attributes:
-      settings: value by varied flag.
+      settings: value of each varied flag.
       commands: the command of each seed.
-      results: those of finished runs.
-      failures: one line for each run that failed.
-      parameters: of the network, or None while that is not known.
-      flops: operations of one forward pass for one image, or None.
+      results: the results of finished runs.
+      failures: one line for each failed run.
+      parameters: number of the network's parameters; None if it is unknown.
+      flops: operations of one forward pass for one image; None if they are unknown.
     """
 
     settings: dict[str, str]
@@ -66,18 +66,18 @@ class Row:
         return ", ".join(self.settings.values())
 
     def scores(self, name: str) -> list[float]:
-        """A score of every run that has it."""
-        found = (result.scores[name].value for result in self.results if name in result.scores)
-        return [value for value in found if not math.isnan(value)]
+        """Returns a metric of every run that has it."""
+        values = (result.scores[name].value for result in self.results if name in result.scores)
+        return [value for value in values if not math.isnan(value)]
 
     def class_scores(self, name: str) -> list[float]:
-        """A class's score of every run that has it."""
+        """Returns a class's metric of every run that has it."""
         values = (result.classes.get(name, math.nan) for result in self.results)
         return [value for value in values if not math.isnan(value)]
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; NaN for no value, a deviation of NaN for a single one."""
+    """Returns mean and sample standard deviation; NaN if there are too few values for them."""
     mean = statistics.fmean(values) if values else math.nan
     return mean, statistics.stdev(values) if len(values) > 1 else math.nan
 
@@ -86,10 +86,10 @@ def write(folder: pathlib.Path, title: str, facts: Sequence[str], rows: Sequence
     """Writes table.md, table.csv, table.tex, plot.svg and index.html into ``folder``.
 
     Args:
-      folder: where; exists.
+      folder: an existing folder.
       title: heading, plain text.
-      facts: lines on what was scored, with what, plain text.
-      rows: combinations in order; the first is what the others' classes are compared with.
+      facts: lines about the evaluation, plain text.
+      rows: combinations in order; classes of the others are compared with those of the first.
     """
     picture = _plot(rows)
     _write(folder / "table.csv", _csv(rows))
@@ -101,8 +101,8 @@ def write(folder: pathlib.Path, title: str, facts: Sequence[str], rows: Sequence
 
 _NOTE = (
     "Scores in percent where their heading says so, ± sample standard deviation over the seeds of "
-    "the finished runs; FLOPs of one forward pass for one image as the network sees it in training "
-    "(two per multiplication and addition); time in training steps, compilation included."
+    "the finished runs; FLOPs of one forward pass for one training image (two for each "
+    "multiplication and addition); time in training steps, with compilation."
 )
 
 
@@ -177,7 +177,7 @@ def _duration(seconds: float) -> str:
 
 
 def _scores(rows: Sequence[Row]) -> dict[str, Score]:
-    """What is known of each score that any run has, by name."""
+    """Returns each metric that any run has, by name, for its title and unit."""
     return {
         name: score
         for row in reversed(rows)
@@ -191,12 +191,12 @@ def _title(score: Score) -> str:
 
 
 def _names(mappings: Iterable[Iterable[str]]) -> list[str]:
-    """The keys of all mappings, each once, in order."""
+    """Returns the keys of all mappings, each once, in order."""
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    """Raw numbers: fractions, seconds; empty where there is none."""
+    """Returns raw numbers: fractions and seconds; an unknown number is an empty cell."""
     names = list(_scores(rows))
     classes = _names(r.classes for row in rows for r in row.results)
     first = {name: mean_and_spread(rows[0].class_scores(name))[0] for name in classes}
@@ -258,7 +258,7 @@ def _markdown(title: str, facts: Sequence[str], rows: Sequence[Row]) -> list[str
 
 
 def _latex(title: str, facts: Sequence[str], rows: Sequence[Row]) -> list[str]:
-    """Two tabulars that need no package, with each row's commands in comments above it."""
+    """Returns two tabulars that need no package; comments above each row hold its commands."""
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join(map(_latex_text, cells)) + r" \\"
@@ -296,7 +296,7 @@ def _latex_text(text: str) -> str:
 
 
 def _plot(rows: Sequence[Row]) -> str:
-    """An SVG with a panel for each score: runs as dots, their mean, a band of ± one deviation."""
+    """Returns an SVG with a panel for each metric: runs, mean and ± one standard deviation."""
     scores = [score for score in _scores(rows).values() if score.main]
     scores = [score for score in scores if any(row.scores(score.name) for row in rows)]
     left = 16 + 6.4 * max(len(row.label) for row in rows)
@@ -317,7 +317,7 @@ def _plot(rows: Sequence[Row]) -> str:
 
 
 def _panel(score: Score, rows: Sequence[Row], x: float, top: float, width: float) -> list[str]:
-    """One score of all rows, from ``x`` to ``x + width``."""
+    """Draws one metric of all rows, from ``x`` to ``x + width``."""
     factor = 100 if score.unit == "%" else 1
     values = [[factor * value for value in row.scores(score.name)] for row in rows]
     ends = [value for row in values for value in row]
@@ -358,7 +358,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 def _index(
     folder: pathlib.Path, title: str, facts: Sequence[str], rows: Sequence[Row], picture: str
 ) -> str:
-    """The page: plot, tables with a link to each run's report, failures, commands."""
+    """Returns the page: plot, tables with a link to each run's report, failures, commands."""
     links = [
         " ".join(f'<a href="{_relative(r.report, folder)}">seed {r.seed}</a>' for r in row.results)
         for row in rows
@@ -390,7 +390,7 @@ _FILES = ("table.md", "table.csv", "table.tex", "plot.svg")
 def _html_table(
     heads: Sequence[str], cells: Sequence[Sequence[str]], links: Sequence[str] = ()
 ) -> str:
-    """A table; ``links`` are a first column of HTML, the rest is plain text."""
+    """Returns a table; ``links`` are a first column of HTML, all other cells plain text."""
     top = "<th>Reports</th>" * bool(links) + "".join(f"<th>{html.escape(h)}</th>" for h in heads)
     body = []
     for i, row in enumerate(cells):
@@ -404,7 +404,7 @@ def _relative(path: pathlib.Path, folder: pathlib.Path) -> str:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    """Replaces a file at once: a reader sees the old one or the new one."""
+    """Replaces a file atomically: a reader gets the old one or the new one."""
     partial = path.with_name(f".{path.name}.tmp")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
