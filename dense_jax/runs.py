@@ -1,4 +1,4 @@
-"""Run folders: what a training run writes beside its checkpoints."""
+"""Run folders: the files of a training run besides its checkpoints."""
 
 import contextlib
 import datetime
@@ -24,12 +24,12 @@ from dense_jax.train.config import RunConfig, check_resumable, from_json
 def prepare(
     config: RunConfig, dataset: Dataset, notes: Mapping[str, Any] | None = None
 ) -> pathlib.Path:
-    """Makes the run folder with its ``config.json``, or checks that it is the same run's.
+    """Makes the run folder with its ``config.json``, or checks that it belongs to the same run.
 
     Args:
-      config: of the run.
-      dataset: what it is trained on.
-      notes: what else decides its numbers, plain JSON values.
+      config: the configuration of the run.
+      dataset: the training data.
+      notes: everything else that the results depend on, as plain JSON values.
 
     Raises:
       UserError: the folder cannot be written, or holds a run with other settings or data.
@@ -47,7 +47,7 @@ def prepare(
     }
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists() and has_checkpoint(workdir):  # else nothing was trained yet
+        if path.exists() and has_checkpoint(workdir):  # otherwise nothing is trained yet
             old = read_config(workdir)
             if old["script"] != record["script"]:
                 raise UserError(f"{workdir} holds a run of {old['script']}: give another --workdir")
@@ -69,22 +69,22 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     """Reads ``config.json`` of a run folder.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: the file is missing or damaged.
     """
     kinds = {"script": str, "config": dict, "classes": dict, "fingerprint": str}
     return read_json(workdir / "config.json", kinds, "give the folder of another training run")
 
 
 def read_json(path: pathlib.Path, kinds: Mapping[str, type], advice: str) -> dict[str, Any]:
-    """Reads an object that `write_json` wrote.
+    """Reads a JSON object that `write_json` wrote.
 
     Args:
       path: the file.
-      kinds: keys that it must have, and of what kind their values are.
-      advice: what to do where it cannot be read, for the message.
+      kinds: its required keys, and the types of their values.
+      advice: the remedy for a bad file, for the message.
 
     Raises:
-      UserError: it cannot be read, or is damaged.
+      UserError: the file cannot be read, or is damaged.
     """
     try:
         record = json.loads(path.read_text())
@@ -99,7 +99,7 @@ def read_json(path: pathlib.Path, kinds: Mapping[str, type], advice: str) -> dic
 
 
 def provenance() -> dict[str, Any]:
-    """What one needs to judge or repeat a result: command, versions, device, commit, time."""
+    """Returns the facts for repeating a result: command, versions, device, commit, time."""
     packages = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow")
     device = jax.devices()[0]
     return {
@@ -114,10 +114,10 @@ def provenance() -> dict[str, Any]:
 
 
 def make_folder(path: pathlib.Path) -> None:
-    """Makes a folder, and those above it, unless it is there.
+    """Makes a folder and its parents if they do not exist.
 
     Raises:
-      UserError: it cannot be made.
+      UserError: the folder cannot be made.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -129,10 +129,10 @@ def make_folder(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """Opens a file to write that is either the old one or the new one, never half of it.
+    """Opens a file for writing that replaces ``path`` only when it is complete.
 
     Raises:
-      OSError: names the file; nothing of it is left.
+      OSError: writing failed; the error names ``path``, and the old file is unchanged.
     """
     partial = path.with_name(f"{path.name}.tmp")
     try:
@@ -148,7 +148,7 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a file that is either the old one or the new one, never half of it."""
+    """Writes a JSON file; a reader gets the old one or the new one, never a part."""
     with replacing(path) as stream:
         stream.write(f"{json.dumps(value, indent=2)}\n".encode())
 
@@ -157,25 +157,27 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def replacing_with_record(
     path: pathlib.Path, record_path: pathlib.Path, record: Any
 ) -> Iterator[IO[bytes]]:
-    """Opens a file to write beside a JSON that tells of it: of a full disk neither is left.
+    """Opens ``path`` for writing and saves its JSON record with it.
+
+    If the disk fills up, neither new file remains.
 
     Raises:
-      OSError: names one of the files.
+      OSError: writing failed; the error names one of the files.
     """
     with replacing(path) as stream:
         yield stream
-        stream.flush()  # a full disk is to show before the record has its name
+        stream.flush()  # a full disk must fail here, before the record is written
         write_json(record_path, record)
 
 
 def script_of(config: RunConfig) -> str:
-    """The module that defines the configuration's class, by the name it can be imported by."""
+    """Returns the importable name of the module that defines the configuration's class."""
     module = type(config).__module__
     return cli.script_name() if module == "__main__" else module
 
 
 def _commit() -> str | None:
-    """The commit of this library, with "+" where files differ from it; None outside of git."""
+    """Returns the commit of this library, with "+" if files differ from it; None without git."""
     root = pathlib.Path(__file__).parent
     try:
         commit, changes = (

@@ -1,7 +1,7 @@
-"""Training scripts as values: what a module of ``experiments/``, or of a user, defines.
+"""Training scripts as values: modules of ``experiments/``, or of a user.
 
-A script is known by its module's name and its file. The file decides: another module of the same
-name, such as one in a user's own ``experiments/`` folder, is not taken for it.
+A module's name and its file identify a script. The file decides: another module with the same name,
+such as one in a user's own ``experiments/`` folder, is another script.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ import tyro
 from dense_jax.errors import UserError
 from dense_jax.train.config import RunConfig
 
-_ROOT = pathlib.Path(__file__).parent.parent  # ours lie in experiments/ beside this package
+_ROOT = pathlib.Path(__file__).parent.parent  # holds this package and its experiments/
 
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """What a training script defines.
+    """The definitions of a training script.
 
     Attributes:
-      name: of its module, such as "experiments.fcn".
-      config_class: its flags.
-      build: (configuration, number of classes) -> what the run is, a `dense_jax.tasks.task.Task`.
+      name: name of its module, such as "experiments.fcn".
+      config_class: the class of its configuration.
+      build: (configuration, number of classes) -> `dense_jax.tasks.task.Task`.
       presets: configurations by name.
     """
 
@@ -43,22 +43,22 @@ class Script:
     presets: Mapping[str, RunConfig]
 
     def parse(self, words: Sequence[str]) -> RunConfig:
-        """Reads ``PRESET --flags`` as the script itself will read them.
+        """Parses ``PRESET --flags`` as the script itself does.
 
         Raises:
-          UserError: a flag, value or preset that the script does not take.
+          UserError: the script does not take a flag, value or preset.
         """
         if words[0] not in self.presets:
             known = ", ".join(self.presets)
             raise UserError(f"{self.name} has no preset {words[0]}: give {known}")
         presets = {name: (name, preset) for name, preset in self.presets.items()}
-        told = io.StringIO()
+        output = io.StringIO()
         try:
-            with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+            with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
                 return tyro.extras.overridable_config_cli(presets, args=list(words))
         except SystemExit as error:
-            # tyro has printed a title, a rule, the reason, a blank line or rule, and advice.
-            blocks = re.split(r"\n[ -]*\n", told.getvalue().strip())
+            # tyro prints a title, a rule, the reason, a blank line or rule, and advice.
+            blocks = re.split(r"\n[ -]*\n", output.getvalue().strip())
             reason = " ".join(blocks[1].split())
             raise UserError(f"{reason.rstrip('.')} (in {shlex.join(words)})") from error
 
@@ -67,7 +67,7 @@ def load(name: str) -> Script:
     """Imports a training script by the name of its module, or by its path.
 
     Raises:
-      UserError: it cannot be imported, or trains nothing.
+      UserError: it cannot be imported, or is no training script.
     """
     try:
         is_file = name.endswith(".py")
@@ -80,22 +80,22 @@ def load(name: str) -> Script:
 
 
 def of(module: types.ModuleType, name: str) -> Script:
-    """Returns what a module defines.
+    """Returns the script that a module defines.
 
     Raises:
-      UserError: it trains nothing.
+      UserError: the module is no training script: it has no ``Config`` or no ``build``.
     """
-    found = vars(module)
-    if missing := [key for key in ("Config", "build") if key not in found]:
+    names = vars(module)
+    if missing := [key for key in ("Config", "build") if key not in names]:
         raise UserError(
             f"{name} trains no network (it has no {missing[0]}): give a module such as "
             "experiments.fcn"
         )
-    return Script(name, found["Config"], found["build"], found.get("PRESETS", {}))
+    return Script(name, names["Config"], names["build"], names.get("PRESETS", {}))
 
 
 def file_of(config: RunConfig) -> str | None:
-    """The file that defines a configuration's class, relative for scripts of ours; None if none."""
+    """Returns the file of a configuration's class, relative for our scripts; None without one."""
     module = sys.modules[type(config).__module__]
     file = getattr(module, "__file__", None)
     if file is None or not pathlib.Path(file).is_file():  # a notebook, or `python -`
@@ -108,11 +108,11 @@ def reopen(name: str, file: str | None) -> Script:
     """Imports the script that a run folder names.
 
     Args:
-      name: of its module when it trained.
-      file: its file then, as `file_of` gave it; None if that is not known.
+      name: name of its module in training.
+      file: its file in training, as `file_of` returned it; None if it is unknown.
 
     Raises:
-      UserError: the script is not there any more.
+      UserError: the script no longer exists or cannot be imported.
     """
     path = _ROOT / file if file else None  # an absolute path stays as it is
     main = sys.modules["__main__"]
@@ -120,8 +120,8 @@ def reopen(name: str, file: str | None) -> Script:
         return of(main, name)
     if name == "__main__" or name.startswith("dense_jax."):
         raise UserError(
-            "it was trained from Python, and no script says what it is: pass that, "
-            "dense_jax.load(folder, task=task), a task or the function that builds it"
+            "it was trained from Python, and no script defines its task: pass the task or the "
+            "function that builds it, dense_jax.load(folder, task=task)"
         )
     if path is None and _is_ours(name):
         path = _ROOT.joinpath(*name.split(".")).with_suffix(".py")
@@ -141,8 +141,8 @@ def reopen(name: str, file: str | None) -> Script:
     except (ImportError, OSError) as error:
         where = f"{file or name} cannot be imported ({error})"
         raise UserError(
-            f"it was trained by {name}, and {where}: put the script back, or pass what it "
-            "built, dense_jax.load(folder, task=task)"
+            f"it was trained by {name}, and {where}: restore the script, or pass its task, "
+            "dense_jax.load(folder, task=task)"
         ) from error
 
 
@@ -156,7 +156,7 @@ def _is_file(module: types.ModuleType, path: pathlib.Path) -> bool:
 
 
 def _parent_is_there(name: str) -> bool:
-    """Whether the packages above a module can be imported: else looking for it would fail."""
+    """Whether the packages above a module can be imported; `find_spec` fails without them."""
     parent = name.rpartition(".")[0]
     try:
         return not parent or importlib.util.find_spec(parent) is not None
@@ -165,7 +165,7 @@ def _parent_is_there(name: str) -> bool:
 
 
 def _import_file(path: pathlib.Path) -> types.ModuleType:
-    """Imports a file under a name that no other module has; its neighbours are importable."""
+    """Imports a file under a unique name; it can import modules from its own folder."""
     path = path.expanduser().resolve()
     name = f"dense_jax_script_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
@@ -174,7 +174,7 @@ def _import_file(path: pathlib.Path) -> types.ModuleType:
     if spec is None or spec.loader is None or not path.is_file():
         raise ImportError(f"no Python file {path}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look for their module
+    sys.modules[name] = module  # dataclasses look up their module here
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Reads ``--init``: the weights that a run starts from, and how they expect images.
+"""Reads ``--init``: the weights that a run starts from, and their normalisation.
 
 The weights come from another run, a folder of imported weights, a file, or the Hugging Face Hub.
 `dense_jax.releases` knows the published files.
@@ -31,7 +31,7 @@ def save(out: pathlib.Path, variables: Any, record: dict[str, Any]) -> None:
     """Writes a folder that ``--init=run:OUT`` reads.
 
     Args:
-      out: the folder; its former weights are replaced.
+      out: the folder; old weights in it are replaced.
       variables: all variables of a network, or some.
       record: facts about the variables; a run that starts from them reads "normalisation" and
         "needs".
@@ -104,7 +104,7 @@ def normalisation_of(source: str) -> str | None:
 
 
 def read_published(path: pathlib.Path) -> files.WeightFile:
-    """Reads a file, and removes a prefix of all names if the names are known without it."""
+    """Reads a file; if all names have a prefix and are known without it, removes the prefix."""
     file = files.read(path)
     with contextlib.suppress(UserError):
         rules.choose(catalogue.releases(), None, file.tensors)

@@ -1,8 +1,8 @@
-"""Pictures of labels and scores: arrays in, uint8 RGB arrays [H, W, 3] out.
+"""Draws labels and metrics: takes arrays, returns uint8 RGB arrays [H, W, 3].
 
-A palette is uint8 [256, 3], colour by class id, as `dense_jax.data.classes.ClassTable.palette`
-makes it. Colours are RGB everywhere, and label files carry their palette, so that a prediction
-looks the same in the report, in an overlay and in any viewer.
+A palette is uint8 [256, 3], the colour of each class id, from
+`dense_jax.data.classes.ClassTable.palette`. Colours are RGB everywhere, and label files contain
+their palette: a prediction looks the same in the report, in an overlay and in any viewer.
 """
 
 import os
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dense_jax.errors import UserError
 
-# From dark to bright also in print: black, violet, red, orange, pale yellow.
+# From dark to bright, also in grey print: black, violet, red, orange, pale yellow.
 _HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
 _INK = (31, 41, 55)
 _RIGHT = (29, 78, 137)
@@ -22,10 +22,10 @@ _WRONG = (220, 38, 38)
 
 
 def colourise(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """The colour of each label: [..., H, W] ids in 0..255 to uint8 [..., H, W, 3].
+    """Returns the colour of each label: [..., H, W] ids in 0..255 to uint8 [..., H, W, 3].
 
     Raises:
-      ValueError: if an id is outside 0..255; it would wrap around to another class.
+      ValueError: an id is outside 0..255; it would wrap around to another class.
     """
     return palette[_as_ids(labels)]
 
@@ -38,14 +38,14 @@ def overlay(
     alpha: float = 0.55,
     ignore_label: int = 255,
 ) -> np.ndarray:
-    """The image tinted by its labels; pixels of `ignore_label` stay as they are.
+    """Returns the image tinted by its labels; pixels of `ignore_label` do not change.
 
     Args:
       image: uint8 [H, W, 3].
       labels: [H, W] ids.
       palette: uint8 [256, 3].
       alpha: share of the label's colour, 0..1.
-      ignore_label: id of pixels that are not tinted.
+      ignore_label: id of pixels without a tint.
     """
     if image.shape[:2] != labels.shape:
         raise ValueError(f"image {image.shape} does not match labels {labels.shape}")
@@ -56,7 +56,7 @@ def overlay(
 def errors(
     image: np.ndarray, labels: np.ndarray, predictions: np.ndarray, *, ignore_label: int = 255
 ) -> np.ndarray:
-    """The image in pale grey with wrongly labelled pixels in red and unscored ones white."""
+    """Returns the image in pale grey, with wrong pixels in red and unscored pixels in white."""
     grey = np.asarray(image @ np.array([0.299, 0.587, 0.114]), np.float32)[..., None]
     picture = np.broadcast_to(0.5 * grey + 127, image.shape).astype(np.uint8)
     picture[(labels != predictions)] = _WRONG
@@ -72,14 +72,14 @@ def comparison(
     *,
     ignore_label: int = 255,
 ) -> np.ndarray:
-    """Image, label, prediction and errors side by side, [H, 4 W + 3 gaps, 3]."""
+    """Returns image, label, prediction and errors side by side, [H, 4 W + 3 gaps, 3]."""
     wrong = errors(image, labels, predictions, ignore_label=ignore_label)
     pictures = [image, colourise(labels, palette), colourise(predictions, palette), wrong]
     return contact_sheet(pictures, columns=4)
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int, *, gap: int = 4) -> np.ndarray:
-    """Pictures in rows of `columns`, each centred in a cell as large as the largest, on white."""
+    """Returns pictures in rows of `columns` on white, each in the centre of an equal cell."""
     if not pictures:
         raise ValueError("a contact sheet needs at least one picture")
     columns = min(columns, len(pictures))
@@ -96,7 +96,7 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int, *, gap: int = 4)
 
 
 def heat(values: np.ndarray, high: float) -> np.ndarray:
-    """Values from 0, black, to ``high``, pale yellow: [H, W] to uint8 [H, W, 3]."""
+    """Colours values from 0 (black) to ``high`` (pale yellow): [H, W] to uint8 [H, W, 3]."""
     share = np.clip(values / high if high > 0 else np.zeros_like(values), 0, 1)
     stops = np.linspace(0, 1, len(_HEAT))
     channels = [np.interp(share, stops, channel) for channel in _HEAT.T]
@@ -104,7 +104,7 @@ def heat(values: np.ndarray, high: float) -> np.ndarray:
 
 
 def heat_scale(high: float, height: int, *, font_size: int = 11) -> np.ndarray:
-    """The colours of `heat` as an upright bar with the values beside it, uint8 [height, W, 3]."""
+    """Returns the colours of `heat` as a vertical bar with values, uint8 [height, W, 3]."""
     bar, font = 14, ImageFont.load_default(font_size)
     marks = {0.0: "0", 0.5: f"{high / 2:.2g}", 1.0: f"{high:.2g}"}
     width = bar + 8 + int(max(map(font.getlength, marks.values())))
@@ -121,7 +121,7 @@ def heat_scale(high: float, height: int, *, font_size: int = 11) -> np.ndarray:
 def legend(
     names: Sequence[str], palette: np.ndarray, *, columns: int = 4, font_size: int = 14
 ) -> np.ndarray:
-    """A colour patch and a name for each class, filled row by row."""
+    """Returns a legend: a colour patch and a name for each class, row by row."""
     font = ImageFont.load_default(font_size)
     columns = max(1, min(columns, len(names)))
     patch, row = font_size, 2 * font_size
@@ -137,12 +137,12 @@ def legend(
 
 
 def confusion_picture(confusion: np.ndarray, names: Sequence[str], *, cell: int = 44) -> np.ndarray:
-    """A confusion matrix as a table of shares: each row sums to 100 % of a true class.
+    """Draws a confusion matrix as a table of shares: each row sums to 100 % of a true class.
 
     Args:
       confusion: [C, C] counts, row = label, column = prediction.
       names: C class names.
-      cell: side of a cell in pixels; below 30 the numbers are left out.
+      cell: side of a cell in pixels; cells below 30 have no numbers.
     """
     num_classes = len(confusion)
     if confusion.shape != (num_classes, num_classes) or len(names) != num_classes:
@@ -158,7 +158,7 @@ def confusion_picture(confusion: np.ndarray, names: Sequence[str], *, cell: int 
         )
         for j in range(num_classes):
             x, y, value = margin + j * cell, margin + i * cell, float(share[i, j])
-            # Mistakes are few: the root makes a share of 5 % visible.
+            # Mistakes are rare: the square root makes a share of 5 % visible.
             strength, tone = (value, _RIGHT) if i == j else (value**0.5, _WRONG)
             tint = _mix((241, 245, 249), tone, strength)
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=tint)
@@ -166,16 +166,16 @@ def confusion_picture(confusion: np.ndarray, names: Sequence[str], *, cell: int 
                 ink = "white" if strength > 0.6 else _INK
                 middle = (x + cell / 2 - 1, y + cell / 2 - 1)
                 draw.text(middle, f"{100 * value:.0f}", fill=ink, font=font, anchor="mm")
-    # Column names read upwards: drawn as rows on a turned picture.
-    turned = picture.rotate(-90, expand=True)
-    draw = ImageDraw.Draw(turned)
+    # Column names read upwards: draw them as rows on a rotated picture.
+    rotated = picture.rotate(-90, expand=True)
+    draw = ImageDraw.Draw(rotated)
     for j, name in enumerate(names):
         draw.text((side + cell / 4, margin + (j + 0.5) * cell), name, _INK, font, "lm")
-    return np.asarray(turned.rotate(90, expand=True))
+    return np.asarray(rotated.rotate(90, expand=True))
 
 
 def save_label_png(path: str | os.PathLike[str], labels: np.ndarray, palette: np.ndarray) -> None:
-    """Writes [H, W] ids in 0..255 as a palette PNG that shows colours and holds the ids."""
+    """Writes [H, W] ids in 0..255 as a palette PNG: viewers show colours, readers get ids."""
     picture = Image.fromarray(_as_ids(labels), "P")
     picture.putpalette(palette.tobytes())
     picture.save(path, format="PNG", optimize=False)
@@ -185,7 +185,7 @@ def load_label_png(path: str | os.PathLike[str]) -> np.ndarray:
     """Reads the ids of a palette or 8-bit grey PNG, uint8 [H, W].
 
     Raises:
-      UserError: if the file does not hold one id for each pixel.
+      UserError: the file does not hold one id for each pixel.
     """
     with Image.open(path) as picture:
         if picture.mode not in ("P", "L"):

@@ -1,7 +1,8 @@
 """Masks as COCO's run lengths: {"size": [height, width], "counts": text}.
 
-Runs go down the columns and begin with one of zeros, which may be empty. In the text each run is a
-number in base 32, least digits first, and from the fourth on the difference to the run two before.
+Runs go down the columns. The first run is of zeros and may be empty. The text holds each run as a
+number in base 32, lowest digit first; from the fourth run on, the number is the difference from the
+run two before.
 
 Reference: cocodataset/cocoapi, common/maskApi.c.
 """

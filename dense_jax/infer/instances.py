@@ -1,4 +1,4 @@
-"""Objects found in an image: boxes, classes, masks and scores, as people and programs read them."""
+"""Predicted objects of an image: boxes, classes, masks and scores, as pictures and as files."""
 
 import dataclasses
 import functools
@@ -19,15 +19,15 @@ _ALPHA = 0.55
 
 @dataclasses.dataclass(frozen=True)
 class Instances:
-    """The objects of an image, the surest first.
+    """The objects of an image, the highest score first.
 
     Attributes:
       image: uint8 [H, W, 3].
       boxes: float32 [N, 4], x0 y0 x1 y1 in pixels, from outer edge to outer edge.
-      class_ids: int32 [N], those of `classes`.
+      class_ids: int32 [N], ids in `classes`.
       scores: float32 [N] in [0, 1].
-      heatmaps: float32 [N, S, S], the probability of each cell of a box to lie in the object.
-      threshold: least probability of the pixels of a mask.
+      heatmaps: float32 [N, S, S], the probability that a cell of the box lies in the object.
+      threshold: a pixel belongs to a mask if its probability is at least this.
       classes: names and colours.
     """
 
@@ -53,10 +53,10 @@ class Instances:
         return np.stack(pasted) if pasted else np.zeros((0, *size), bool)
 
     def overlay(self) -> np.ndarray:
-        """Returns the image with masks and boxes in a colour each, and names and scores."""
+        """Returns the image with a mask, box, name and score in one colour for each object."""
         picture = self.image.astype(np.float32)
         palette = np.array(voc_colours(1 + _COLOURS)[1:], np.float32)
-        for i in reversed(range(len(self))):  # the surest on top
+        for i in reversed(range(len(self))):  # the highest score on top
             mask = self.masks[i]
             picture[mask] = (1 - _ALPHA) * picture[mask] + _ALPHA * palette[i % _COLOURS]
         drawn = Image.fromarray(np.rint(picture).astype(np.uint8))
@@ -72,7 +72,7 @@ class Instances:
         return np.asarray(drawn)
 
     def results(self) -> list[dict[str, Any]]:
-        """Returns the objects as COCO's results, without the image: box, class, mask, score."""
+        """Returns the objects in COCO's results format (box, class, mask, score), without image."""
         return [
             {
                 "category_id": int(self.class_ids[i]),
@@ -84,9 +84,10 @@ class Instances:
         ]
 
     def save(self, folder: pathlib.Path, stem: str, *, probabilities: bool) -> list[dict[str, Any]]:
-        """Writes ``masks/STEM.png`` (object numbers, the surest on top) and returns the results.
+        """Writes ``masks/STEM.png`` and returns the results.
 
-        With ``probabilities`` also ``probabilities/STEM.npz`` with the heat maps, float16.
+        Its pixels are object numbers from 1; the highest score is on top. With ``probabilities``,
+        it also writes the heat maps (float16) to ``probabilities/STEM.npz``.
         """
         runs.make_folder(folder / "masks")
         numbers = np.zeros(self.image.shape[:2], np.uint16)

@@ -1,4 +1,4 @@
-"""Predicts images, and writes files that people and programs can use."""
+"""Predicts images, and writes the predictions to files for people and programs."""
 
 import dataclasses
 import json
@@ -25,14 +25,14 @@ Answer = Callable[..., dict[str, jax.Array]]
 
 
 class Prediction(Protocol):
-    """What a task says of one image."""
+    """A task's prediction for one image."""
 
     def overlay(self) -> np.ndarray:
-        """Returns the image under what was found in it, uint8 [H, W, 3]."""
+        """Returns the image with the prediction on top, uint8 [H, W, 3]."""
         ...
 
     def save(self, folder: pathlib.Path, stem: str, *, probabilities: bool) -> list[dict[str, Any]]:
-        """Writes its files under a name, and returns its entries of COCO's results, if any."""
+        """Writes its files with this stem; returns its entries for COCO's results, if any."""
         ...
 
 
@@ -53,18 +53,18 @@ class Labels:
     classes: ClassTable
 
     def __post_init__(self) -> None:
-        """Raises ValueError for maps of another size or number of classes."""
+        """Raises ValueError if the sizes or the number of classes do not match."""
         expected = (*self.image.shape[:2], self.classes.num_classes)
         if self.probabilities.shape != expected or self.labels.shape != expected[:2]:
             shapes = self.labels.shape, self.probabilities.shape
-            raise ValueError(f"labels and probabilities {shapes} are not of {expected}")
+            raise ValueError(f"labels and probabilities {shapes} do not match {expected}")
 
     def overlay(self) -> np.ndarray:
         """Returns the image tinted by its labels, uint8 [H, W, 3]."""
         return viz.overlay(self.image, self.labels, self.classes.palette())
 
     def save(self, folder: pathlib.Path, stem: str, *, probabilities: bool) -> list[dict[str, Any]]:
-        """Writes ``labels/STEM.png`` and, if wanted, ``probabilities/STEM.npz``."""
+        """Writes ``labels/STEM.png``; with ``probabilities`` also ``probabilities/STEM.npz``."""
         runs.make_folder(folder / "labels")
         viz.save_label_png(folder / "labels" / f"{stem}.png", self.labels, self.classes.palette())
         if probabilities:
@@ -79,9 +79,9 @@ class Predictor:
     """Predicts images, each at its own size, in few compiled shapes.
 
     Attributes:
-      answer: (images [1, H, W, channels] float32, sizes [1, 2] before padding, and what else the
-        task needs, by name) -> arrays [1, ...] by name.
-      read: (arrays [...] by name, uint8 image [H, W, 3]) -> what is said of the image.
+      answer: (images [1, H, W, channels] float32, sizes [1, 2] before padding, the task's other
+        inputs by name) -> arrays [1, ...] by name.
+      read: (arrays [...] by name, uint8 image [H, W, 3]) -> the prediction for the image.
       normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
     """
 
@@ -94,8 +94,8 @@ class Predictor:
 
         Args:
           image: uint8 [H, W, 3].
-          shape: height and width to pad it to; by default the next multiples of 32.
-          **inputs: what else the task needs, [1, ...] each.
+          shape: height and width after padding. Default: the next multiples of 32.
+          **inputs: the task's other inputs, [1, ...] each.
         """
         size = image.shape[:2]
         shape = shape or padded_shapes([size])[size]
@@ -108,9 +108,9 @@ class Summary:
     """The result for a folder.
 
     Attributes:
-      predicted: the labelled images.
+      predicted: paths of the predicted images.
       failures: one line for each other image, with its path and the reason.
-      shapes: the padded sizes (height, width) at which the network ran, each compiled once.
+      shapes: the padded sizes (height, width) of the network's inputs, each compiled once.
     """
 
     predicted: tuple[pathlib.Path, ...]
@@ -139,26 +139,27 @@ def predict_folder(
 ) -> Summary:
     """Predicts one image or all images of a folder, each at its own size.
 
-    Writes the files of each prediction (of labels ``labels/NAME.png``, a palette PNG of class ids
-    of the size of the image, and ``probabilities/NAME.npz``, key "probabilities", float16
-    [H, W, C]), ``overlays/NAME.png``, ``legend.png``, ``classes.json`` and, of tasks that find
-    objects, ``results.json`` in COCO's format. Images run one at a time, since reading and writing
-    files takes longer than the network; as in evaluation they are padded below and on the right
-    with the mean colour to one of a few shapes. Pixels are taken as stored, whatever orientation
-    the EXIF data ask for, so that a label always fits the file it belongs to.
+    Tasks that label pixels write ``labels/NAME.png``, a palette PNG of class ids with the size of
+    the image, and ``probabilities/NAME.npz``, float16 [H, W, C] with the key "probabilities". Tasks
+    that predict objects write masks and ``results.json`` in COCO's format. All tasks write
+    ``overlays/NAME.png``, ``legend.png`` and ``classes.json``.
+
+    Images run one at a time, since reading and writing files takes longer than the network. As in
+    evaluation, they are padded below and on the right with the mean colour to one of a few shapes.
+    Pixels stay as stored: the EXIF orientation is ignored, so labels always fit their image file.
 
     Args:
       predict: predicts one image.
       classes: names and colours of the C classes.
-      input_path: an image, or a folder whose images (not its sub-folders) are labelled.
-      output_dir: made if it is not there; earlier predictions in it are replaced.
-      inputs_of: (path of an image, its height and width) -> what else the task needs.
-      overlays: write the image under what was found in it.
+      input_path: an image, or a folder of images; its sub-folders are ignored.
+      output_dir: made if it does not exist; old predictions in it are replaced.
+      inputs_of: (path of an image, its height and width) -> the task's other inputs.
+      overlays: write the images with the predictions on top.
       probabilities: write the softmax of the logits.
-      max_shapes: how many padded shapes at most.
+      max_shapes: largest number of padded shapes.
 
     Returns:
-      A summary; a bad file becomes one of its failures.
+      A summary; it lists bad files as failures.
 
     Raises:
       UserError: there is no image, or the output cannot be written.
@@ -178,12 +179,13 @@ def predict_folder(
             except UserError as error:
                 failures.append(str(error))
                 continue
-            found = predict(image, shape_of[size], **inputs)
-            entries = found.save(output, path.stem, probabilities=probabilities)
+            prediction = predict(image, shape_of[size], **inputs)
+            entries = prediction.save(output, path.stem, probabilities=probabilities)
             results += [{"file_name": path.name, **entry} for entry in entries]
             if overlays:
                 (output / "overlays").mkdir(exist_ok=True)
-                Image.fromarray(found.overlay()).save(output / "overlays" / f"{path.stem}.png")
+                overlay = Image.fromarray(prediction.overlay())
+                overlay.save(output / "overlays" / f"{path.stem}.png")
             predicted.append(path)
             shapes.add(shape_of[size])
         if inputs_of:
@@ -200,16 +202,16 @@ def _find_images(path: pathlib.Path) -> list[pathlib.Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give an image or a folder of images")
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-    if not found:
+    images = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+    if not images:
         raise UserError(f"{path} has no images: give a folder with {', '.join(sorted(_SUFFIXES))}")
-    return found
+    return images
 
 
 def _read_sizes(
     paths: list[pathlib.Path],
 ) -> tuple[dict[pathlib.Path, tuple[int, int]], list[str]]:
-    """Returns height and width of each image, from its header, and one line for each bad file."""
+    """Returns height and width of each image from its header, and one line for each bad file."""
     sizes: dict[pathlib.Path, tuple[int, int]] = {}
     failures = []
     owners: dict[str, pathlib.Path] = {}

@@ -1,4 +1,4 @@
-"""Labels of an image from many boxes in it: crop, label, paste, aggregate.
+"""Labels an image from many boxes in it: crop, score, paste, aggregate.
 
 Boxes are those of `dense_jax.ops.boxes`, with edges on whole pixels. All array shapes are fixed, so
 all functions can be compiled.
@@ -43,9 +43,9 @@ def sliding_boxes(sizes: jax.Array) -> jax.Array:
 def crop_boxes(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
     """Crops one box from each image and resizes it, [B, H, W, C] to [B, size, size, C].
 
-    Bilinear, and antialiased where a box shrinks, as Pillow resizes training images and Matlab
-    those of the release. Outside the image, pixels are zero, the mean colour of a normalised image.
-    A box may extend beyond the image by up to the image's width or height.
+    It resizes bilinearly, with antialiasing for boxes that shrink, as Pillow does for training
+    images and Matlab in the release. Pixels outside the image are zero, the mean colour of a
+    normalised image. A box may extend beyond the image by up to the image's width or height.
 
     Args:
       images: [B, H, W, C].
@@ -92,7 +92,7 @@ def paste_scores(
 
 
 def _triangle(centres: jax.Array, at: jax.Array, step: jax.Array, inside: jax.Array) -> jax.Array:
-    """Returns the weight of each value at `at` for each output at `centres`, [N, M].
+    """Returns triangular weights [N, M] of the values at `at` for the outputs at `centres`.
 
     Rows sum to 1, or to 0 where no value is inside.
     """
@@ -103,7 +103,7 @@ def _triangle(centres: jax.Array, at: jax.Array, step: jax.Array, inside: jax.Ar
 
 
 def _apply(weights: Callable, x: jax.Array, boxes: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Applies the `weights` of its box to the rows and columns of each x [B, h, w, C]."""
+    """Applies the `weights` of each box to the rows and columns of its x, [B, h, w, C]."""
     height, width = size
     rows = jax.vmap(lambda box: weights(box[1], box[3], height))(boxes)
     columns = jax.vmap(lambda box: weights(box[0], box[2], width))(boxes)
@@ -127,7 +127,7 @@ def aggregate(
       score_fn: the network, [B, size, size, C] to scores [B, size, size, classes].
       images: [B, H, W, C].
       boxes: [B, N, 4].
-      valid: bool [B, N]; the other boxes are left out.
+      valid: bool [B, N], whether to use a box.
       size: height and width of the network's input.
       how: elementwise maximum, sum or mean over the boxes that cover a pixel.
       max_init: "zero" starts the maximum at zero, as the release does, so no score is negative;
@@ -164,15 +164,15 @@ def aggregate(
 
 @dataclasses.dataclass(frozen=True)
 class BoxScores:
-    """Scores of images from those of boxes in them.
+    """Scores images from the scores of boxes in them.
 
     Attributes:
-      model: the network, of boxes resized to ``size``.
-      size: height and width that the network sees boxes at.
+      model: the network for boxes resized to ``size``.
+      size: height and width of the resized boxes.
       aggregate: see `aggregate`.
       max_init: see `aggregate`.
-      num: how many boxes an image has at most.
-      min_side: least shorter side of a box, in pixels; smaller ones do not count.
+      num: largest number of boxes for an image.
+      min_side: boxes with a side shorter than this, in pixels, are not used.
     """
 
     model: nn.Module
@@ -195,11 +195,11 @@ class BoxScores:
         return aggregate(network, images, boxes, valid, **how)
 
     def forward(self, source: str) -> tuple[PredictFn | None, str]:
-        """Returns how images are labelled of which nothing else is known, and that in words.
+        """Returns the way to label images without known boxes, and its description.
 
         Args:
-          source: "none" is one pass over the image, and the result None; "whole" takes the image as
-            one box, anything else the largest sliding windows.
+          source: "none" returns None, for one pass over the image; "whole" takes the image as one
+            box; any other value takes the largest sliding windows.
         """
         if source == "none":
             return None, ONE_PASS
@@ -233,13 +233,13 @@ def label_images(
 
     Args:
       score: (variables, images [1, H, W, C], boxes [1, num, 4], valid [1, num]) -> scores.
-      variables: of the network.
+      variables: the network's variables.
       source: the images.
-      boxes: of each image, best first.
+      boxes: the boxes of each image, best first.
       normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
-      num: largest number of boxes for an image, of those not smaller than `min_side`.
-      min_side: boxes with a side shorter than this, in pixels, are left out.
-      crf: refines the scores; None leaves them.
+      num: largest number of boxes for an image, after `min_side`.
+      min_side: boxes with a side shorter than this, in pixels, are not used.
+      crf: refines the scores; None does not.
     """
 
     @jax.jit
@@ -254,10 +254,10 @@ def label_images(
     sizes = [source.size(i) for i in range(len(source))]
     shape_of = padded_shapes(sizes)
     for index, size in enumerate(sizes):
-        found = np.array(boxes[index], np.float32).reshape(-1, 4)
-        found = found[box_ops.min_side(found) >= min_side][:num]
-        filled = np.zeros((1, num, 4), np.float32)
-        filled[0, : len(found)] = found
-        valid = np.arange(num)[None] < len(found)
+        own = np.array(boxes[index], np.float32).reshape(-1, 4)
+        own = own[box_ops.min_side(own) >= min_side][:num]
+        padded = np.zeros((1, num, 4), np.float32)
+        padded[0, : len(own)] = own
+        valid = np.arange(num)[None] < len(own)
         images, image_sizes = prepare(source[index]["image"], normalisation, shape_of[size])
-        yield cut(label(variables, images, filled, valid, image_sizes), size)
+        yield cut(label(variables, images, padded, valid, image_sizes), size)

@@ -1,4 +1,4 @@
-"""The simplest way to use a network on images: one pass over each, at its scale."""
+"""The simplest prediction: one pass of the network over each whole image."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +10,9 @@ from flax import linen as nn
 from dense_jax.ops.resize import rescaled, resize_bilinear
 
 Variables = dict[str, Any]
-# (variables, images [B, H, W, C], sizes int32 [B, 2]) -> outputs by name, among them "logits"
-# [B, H, W, classes]. Images are normalised; sizes are their heights and widths before the padding
-# that made the images of a batch equally large. Variables are those of the network, or a tuple of
-# those of several.
+# (variables, images [B, H, W, C], sizes int32 [B, 2]) -> outputs by name, with "logits"
+# [B, H, W, classes]. Images are normalised. Sizes are heights and widths before padding to the
+# common size of the batch. Variables belong to one network; an ensemble takes a tuple of them.
 PredictFn = Callable[[Any, jax.Array, jax.Array], dict[str, jax.Array]]
 
 ONE_PASS = "none: one pass, no flips, no scales"
@@ -26,15 +25,20 @@ def whole_image(
     *,
     sized: bool = False,
 ) -> PredictFn:
-    """One pass over the images, which the network sees at ``scale``.
+    """Returns one pass over the images, resized by ``scale`` for the network.
 
-    A network trained on images of half size predicts on images of half size; its logits are then
-    enlarged bilinearly, so that labels are never resized. ``rngs`` are for networks that draw,
-    and ``sized`` ones are told which part of an image is not padding.
+    A network trained on images of half size predicts on images of half size. Its logits are then
+    enlarged bilinearly to the size of the images; labels are never resized.
+
+    Args:
+      model: the network.
+      scale: factor for height and width of its images.
+      rngs: keys for networks that draw random numbers.
+      sized: whether the network takes "sizes", the image sizes without padding.
     """
 
     def predict(variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
-        # Padding is labelled too, and cut off afterwards.
+        # Padding gets labels too; the caller crops them.
         extra: Any = {"sizes": sizes.astype(jnp.float32) * scale} if sized else {}
         size = (images.shape[1], images.shape[2])
         if scale != 1.0:
