@@ -1,4 +1,4 @@
-"""Convolution arithmetic made visible, and checkerboard artefacts measured.
+"""Draws convolution arithmetic and measures checkerboard artefacts.
 
     python -m experiments.conv_arithmetic figures --workdir=lecture --animate
     python -m experiments.conv_arithmetic checkerboard
@@ -7,10 +7,10 @@
 Dumoulin, Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285.
 Odena, Dumoulin, Olah, "Deconvolution and checkerboard artifacts", Distill 2016.
 
-figures writes SVG and PNG (and GIF) of each figure, and sizes.md: the fifteen output sizes and how
-many of the library's layers agree with them. checkerboard trains a small decoder for each way of
-upsampling to enlarge generated pictures four times, and measures the pattern that it leaves on
-constant and on smooth inputs before and after. Results: docs/conv_arithmetic.md.
+figures writes each figure as SVG and PNG (and GIF), and sizes.md: the fifteen formulas of output
+sizes, and for how many of the library's layers each holds. checkerboard trains a small decoder for
+each kind of upsampling to enlarge generated pictures four times, and measures its pattern on
+constant and smooth inputs before and after training. Results: docs/conv_arithmetic.md.
 """
 
 import dataclasses
@@ -37,31 +37,31 @@ from dense_jax.train import cli
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is drawn and what is measured."""
+    """The figures to draw and the decoders to measure."""
 
     workdir: str = "runs/conv-arithmetic"
-    """Folder for everything that is written."""
+    """Folder for all output."""
     figures: bool = True
     """Draw the figures."""
     animate: bool = False
     """Also write GIFs in which the window slides over the input."""
     checkerboard: bool = True
-    """Train the decoders and measure."""
+    """Train and measure the decoders."""
     upsample: tuple[Kind, ...] = typing.get_args(Kind)
-    """Ways of upsampling to compare."""
+    """Kinds of upsampling to compare."""
     num_seeds: int = 5
-    """Runs of each, with seeds 0, 1, ..."""
+    """Runs of each kind, with seeds 0, 1, ..."""
     num_steps: int = 1000
     """Training steps (Adam, cosine decay)."""
     batch_size: int = 8
-    """Pictures of 64 x 64 in a step."""
+    """Pictures of 64 x 64 in each step."""
     width: int = 16
     """Channels of the decoder."""
     learning_rate: float = 3e-3
-    """Of the first step."""
+    """Learning rate of the first step."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for values with which nothing can be trained."""
+        """Raises UserError for values that make training impossible."""
         for name in ("num_seeds", "num_steps", "batch_size", "width"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
@@ -69,21 +69,21 @@ class Config:
         if not self.learning_rate > 0:
             raise UserError(f"--learning-rate={self.learning_rate}: give a rate above 0")
         if not self.upsample:
-            raise UserError("--upsample names nothing: give at least one way of upsampling")
+            raise UserError("--upsample is empty: give at least one kind of upsampling")
 
 
 COMMANDS = {
     "figures": ("every figure of docs/conv_arithmetic.md", Config(checkerboard=False)),
     "checkerboard": ("the trained comparison; minutes", Config(figures=False)),
     "smoke": (
-        "all of it, hardly trained",
+        "everything, with two training steps",
         Config(num_seeds=1, num_steps=2, batch_size=2, width=4),
     ),
 }
 
 
 def pictures(num: int, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Generated pictures, reduced to 16 x 16 and of 64 x 64 pixels."""
+    """Returns generated pictures, reduced to 16 x 16 pixels and at 64 x 64."""
     source = Shapes(ShapesSpec(size=(64, 64), num_train=num, num_val=num, noise=0.0), split)
     return decoders.pictures([source[i]["image"] for i in range(num)])
 
@@ -107,7 +107,7 @@ def compare(config: Config, folder: pathlib.Path) -> None:
 
 
 def main(config: Config) -> None:
-    """Draws and measures what the configuration asks for."""
+    """Draws and measures by the configuration."""
     folder = pathlib.Path(config.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     if config.figures:

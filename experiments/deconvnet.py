@@ -7,14 +7,14 @@
 
 Stage 1 trains on windows around single objects, stage 2 on proposals that overlap an object.
 --proposals takes boxes (the paper's are Edge Boxes), best first, in pixels, as JSON
-{"image name": [[x0, y0, x1, y1], ...]}. The last command is the ensemble with FCN-8s;
---combine=product_score is the release's; --crf refines what both decide. Results: docs/results.md.
+{"image name": [[x0, y0, x1, y1], ...]}. The last command scores the ensemble with FCN-8s; the
+release uses --combine=product_score; --crf refines the combined scores. Results: docs/results.md.
 
-Differences: (1) Windows that leave the image are filled with the mean colour; the release fills
-them with black. (2) Rare classes are repeated up to the median class; the paper does not say how
-often. (3) The learning rate multiplies the momentum and not, as in Caffe, the gradient. (4) Scores
-lie exactly in their boxes; the released script cuts them out one pixel early. (5) The paper presets
-need ImageNet weights to reach the paper's scores; --init takes those.
+Differences: (1) Outside the image, windows have the mean colour; in the release they are black. (2)
+Rare classes are repeated up to the median class; the paper does not give the number. (3) The
+learning rate multiplies the momentum; in Caffe it multiplies the gradient. (4) Scores lie exactly
+in their boxes; the released script crops them one pixel early. (5) The paper presets need ImageNet
+weights (--init) to reach the paper's scores.
 """
 
 import dataclasses
@@ -42,34 +42,34 @@ Square = Annotated[int, Limit(lambda x: x >= 32 and x % 32 == 0, "a multiple of 
 class Config(SemanticConfig):
     """The paper's ablations; then the flags of every semantic run."""
 
-    bn: Literal["on", "off"] = "on"  # Batch normalisation (Section 4.1: else a poor optimum).
+    bn: Literal["on", "off"] = "on"  # Batch normalisation (Section 4.1: a poor optimum without it).
     bn_stats: Literal["posthoc", "running"] = "posthoc"  # posthoc: after training (release).
     bn_epsilon: float = 1e-9  # 1e-9 as released; 1e-5 for torchvision's vgg16_bn.
     unpool: Literal["switch", "fixed_corner", "bilinear"] = "switch"
-    """Where unpooling puts values (Section 3.2): where the maximum was, a corner, everywhere."""
+    """Position of unpooled values (Section 3.2): at the maximum, in a corner, or interpolated."""
     decoder_init: Literal["gaussian", "he"] = "gaussian"
-    """Start of what VGG-16 lacks: standard deviation 0.01 (release), or He's, for thin nets."""
-    input_size: Square = 224  # Side of the square that fc6 takes in at once (Table 2).
+    """Initial kernels after VGG-16: standard deviation 0.01 (release), or He's, for thin nets."""
+    input_size: Square = 224  # Side of the square under one unit of fc6 (Table 2).
     fc_width: Count = 4096  # Channels of fc6 and fc7 (Table 2); SegNet's paper compares 1024.
     stages: Literal["two", "stage1_only", "stage2_only", "whole"] = "two"
-    """Single objects and then proposals (Section 4.2), one of them, or crops of whole images."""
-    stage1_steps: Count = 20_000  # Steps of stage 1 of two; num_steps is for the last stage.
-    background: int | None = 0  # Class that is no object; None: there is none, and no stage 1.
+    """two: single objects, then proposals (Section 4.2). whole: crops of whole images instead."""
+    stage1_steps: Count = 20_000  # Steps of stage 1 with --stages=two; num_steps: the last stage's.
+    background: int | None = 0  # Class without objects. None: no such class, and no stage 1.
     proposals: str | None = None
-    """JSON of boxes for stage 2 and --proposal-source=file; None: moved objects, sliding boxes."""
+    """JSON of boxes for stage 2 and --proposal-source=file. None: shifted and sliding boxes."""
     min_iou: Share = 0.5  # Least overlap of a training proposal with an object (Section 4.2).
-    enlarge: AtLeastOne = 1.2  # How much wider and higher windows are than boxes (Section 4.2).
+    enlarge: AtLeastOne = 1.2  # Factor from width and height of boxes to windows (Section 4.2).
     balance: Literal["on", "off"] = "on"  # Repeat the windows of rare classes (Section 6.1).
     resize: int = 250  # Side of windows before random crops of input_size (Section 6.1).
     augment: Literal["mirror", "mirror_scale"] = "mirror"
-    """Flip left and right; mirror_scale also resizes by 0.75 to 1.5 with --stages=whole."""
+    """mirror flips left and right; with --stages=whole mirror_scale also resizes by 0.75 to 1.5."""
     proposal_source: Literal["sliding", "file", "gt", "whole", "none"] = "sliding"
-    """Boxes to label (Section 5.1). whole: the image as one box; none: no box, one convolutional
-    pass. file and gt, objects' boxes, come with datasets: evaluation adds their boxes_mean_iou."""
+    """Boxes to label (Section 5.1). whole: the image as one box. none: one convolutional pass. file
+    and gt (boxes of objects) exist for datasets only: evaluation adds their boxes_mean_iou."""
     num_proposals: Count = 50  # Boxes for each image, the first or the largest (Section 6.1).
-    min_box: int = 112  # Boxes with a shorter side, in pixels, are left out (release).
-    aggregate: Literal["max", "sum", "mean"] = "max"  # How boxes' scores are joined (Section 5.1).
-    max_init: Literal["zero", "neg_inf"] = "zero"  # Start of max; the release's is zero.
+    min_box: int = 112  # Boxes with a side shorter than this (pixels) are not used (release).
+    aggregate: Literal["max", "sum", "mean"] = "max"  # How to combine boxes' scores (Section 5.1).
+    max_init: Literal["zero", "neg_inf"] = "zero"  # Initial value of max; release: zero.
 
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
@@ -80,8 +80,8 @@ class Config(SemanticConfig):
         refuse(self.resize < least, f"--resize={self.resize}: give at least --input-size={least}")
         self.needs("background", None, stages=("stage2_only", "whole"))
         is_single = self.bn == "on" and self.batch_size // self.accumulate < 2
-        refuse(is_single, f"--batch-size={self.batch_size} in {self.accumulate} micro-batches: "
-               "fc6 is normalised over 2 or more images each: give these, or --bn=off")  # fmt: skip
+        refuse(is_single, f"--batch-size={self.batch_size} in {self.accumulate} micro-batches: fc6 "
+               "is normalised over 2 or more images each: give more, or --bn=off")  # fmt: skip
 
     def each_stage(self) -> Iterator["Config"]:
         """Yields stage 1 and then stage 2, whose folder is the run's own."""
@@ -92,13 +92,13 @@ class Config(SemanticConfig):
         yield self
 
 
-# The release: 64 windows a step, of which batch normalisation sees 8 at a time.
+# The release: 64 windows a step; batch normalisation works on 8 at a time.
 _RELEASE = Config(
     dataset="voc2012_sbd", normalisation="caffe", batch_size=64, accumulate=8, learning_rate=0.01,
     schedule="step", step_at=(0.25, 0.5, 0.75), bias_lr=2.0, crf=CrfParams(w1=5.0, sxy=20.0),
     num_steps=40_000, eval_batch_size=4, eval_every=10_000, save_every=4000, log_every=20,
 )  # fmt: skip
-# Without pretrained weights: a fast start, and whole images, each place with its own units of fc6.
+# Without pretrained weights: fast optimisation, and whole images, a unit of fc6 per 32 x 32 pixels.
 _SCRATCH = from_scratch(Config(stages="whole", proposal_source="none", decoder_init="he",
                                bn_stats="running", width=0.125, learning_rate=4e-3,
                                input_size=32, resize=36, min_box=16))  # fmt: skip
@@ -118,7 +118,7 @@ PRESETS = {
 
 
 def build(config: Config, num_classes: int) -> Semantic:
-    """The network, and how it is trained and used."""
+    """Returns the task: the network, its training and its use."""
     is_whole, source = config.stages == "whole", config.proposal_source
     objects = dict(background=config.background, factor=config.enlarge)
     model = DeconvNet(
@@ -136,9 +136,9 @@ def build(config: Config, num_classes: int) -> Semantic:
                       is_balanced=config.balance == "on", normalisation=config.normalisation,
                       **objects)  # fmt: skip
     resize = Resize((config.resize, config.resize))
-    cut = [resize, *whole_images(config.normalisation, 1.0, "mirror", config.input_size)]
+    crop = [resize, *whole_images(config.normalisation, 1.0, "mirror", config.input_size)]
     return Semantic(
-        config, model, config.whole_images() if is_whole else cut, forward=forward,
+        config, model, config.whole_images() if is_whole else crop, forward=forward,
         training_split=None if is_whole else windows, test_time=words,
         posthoc_batch_stats=config.bn == "on" and config.bn_stats == "posthoc",
         measures=(known,) if source in ("file", "gt") else (),

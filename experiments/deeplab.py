@@ -9,10 +9,10 @@ v1 (ICLR 2015, arXiv:1412.7062) is the presets paper_v1 and paper_v1_msc; v2 on 
 --head=deeplabv3 and fcn are torchvision's networks of these names (v3: arXiv:1706.05587).
 Results: docs/results.md has every run with its command, device and the paper's figure.
 
-Differences: (1) The learning rate multiplies the momentum and not, as in Caffe, the gradient. (2)
-Poly falls at every step; some ports let it fall every ten. (3) Crops and scales are of 8 m + 1
-pixels and resized corner to corner, so that all units sit on pixels. (4) The paper's scores need
-weights from ImageNet, for ResNet-101 from COCO (about 2 points): give files or a run with --init.
+Differences: (1) The learning rate multiplies the momentum; in Caffe it multiplies the gradient. (2)
+The poly rate falls at every step; in some ports every ten steps. (3) Crops and scales have 8 m + 1
+pixels and aligned corners, so all units lie on pixels. (4) The paper's scores need weights from
+ImageNet, for ResNet-101 from COCO (about 2 points): give a file or a run with --init.
 """
 
 import dataclasses
@@ -35,31 +35,31 @@ from dense_jax.train.step import AXIS
 class Config(SemanticConfig):
     """The papers' ablations; then the flags of every semantic run."""
 
-    backbone: deeplab.Backbone = "vgg16"  # Trunk (v2, Tables 3, 4); torchvision's heads: a ResNet.
+    backbone: deeplab.Backbone = "vgg16"  # Trunk (v2, Tables 3, 4). torchvision's heads: a ResNet.
     head: Literal["fc7x7", "fc4x4", "largefov", "aspp_s", "aspp_l", "deeplabv3", "fcn"] = "largefov"
-    """fc6 with another window and dilation (v1, Table 1 b; v2, Table 1), pyramids of four dilations
-    (v2, Table 3), or torchvision's heads."""
-    rates: Counts | None = None  # Dilation of each branch, not the head's (8, fc4x4: v2, Table 1).
+    """fc7x7, fc4x4, largefov: window and dilation of fc6 (v1, Table 1 b; v2, Table 1). aspp_*: four
+    dilations (v2, Table 3). deeplabv3, fcn: torchvision's heads."""
+    rates: Counts | None = None  # Dilations instead of the head's (fc4x4 with 8: v2, Table 1).
     pool5a: Literal["off", "on"] = "off"  # Average pooling before VGG-16's fc6 (v1's release).
     msc_features: Literal["off", "on"] = "off"  # Score 4 poolings and the image (v1, Section 4.2).
     msc_inputs: Literal["off", "max"] = "off"  # Maximum of scales 1, 0.75 and 0.5 (v2, Table 4).
     upsample: Literal["align_corners", "half_pixel"] = "align_corners"
-    """How scores are enlarged; half_pixel moves them by up to 3.5 pixels, a mistake of ports."""
+    """How to enlarge scores; half_pixel shifts them by up to 3.5 pixels, an error of some ports."""
     stride_in: Literal["published", "1x1", "3x3"] = "published"
-    """Convolutions of a ResNet that stride; published: 1x1 in DeepLab v2, 3x3 in torchvision's."""
-    bn: Literal["frozen", "train"] = "frozen"  # Normalisation of ResNets: as loaded (v2), or not.
+    """Convolution with the stride in a ResNet; published: 1x1 in DeepLab v2, 3x3 in torchvision."""
+    bn: Literal["frozen", "train"] = "frozen"  # Batch normalisation of ResNets; v2: frozen.
     aux: Literal["off", "on"] = "off"  # A loss on layer3 of torchvision's networks, weight 0.5.
     dropout_rate: Rate | None = None  # None: 0.5 as published, 0.1 in torchvision's FCN heads.
     loss_at: Literal["units", "pixels"] = "units"
-    """Compare scores with the label of every eighth pixel (v1, Section 3.2), or enlarge first."""
-    head_lr: Factor = 10.0  # Rate of the classifier (torchvision: of aux) over that of the others.
-    finetune: Literal["all", "new"] = "all"  # new trains classifier, msc layers (v1, Section 4.2).
+    """units: labels of every eighth pixel (v1, Section 3.2). pixels: enlarge the scores first."""
+    head_lr: Factor = 10.0  # Learning-rate factor of the classifier (torchvision: of aux).
+    finetune: Literal["all", "new"] = "all"  # new: classifier and msc layers (v1, Section 4.2).
     augment: Literal["none", "mirror", "mirror_scale"] = "mirror"
-    """Flip left and right, and resize by 0.5 to 1.5 (v2, Table 4: Aug)."""
+    """mirror flips left and right; mirror_scale also resizes by 0.5 to 1.5 (v2, Table 4: Aug)."""
     crop: Sides | None = (321, 321)
     """Height and width of training images, 8 m + 1; None takes whole images (all of one size)."""
     tile: int | None = None  # Side of overlapping tiles (v2, Section 4.4); None: whole images.
-    tile_context: CountOrZero = 64  # Pixels that a tile sees on each side of what it labels.
+    tile_context: CountOrZero = 64  # Margin of a tile, in pixels, around the part that it labels.
 
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
@@ -73,7 +73,7 @@ class Config(SemanticConfig):
         self.needs("tile", scale=1)
         check_tile(self.tile, self.tile_context, deeplab.STRIDE)
         is_odd = self.head == "fc4x4" and any(rate % 2 for rate in self.rates or ())
-        refuse(is_odd, f"--rates={self.rates}: fc4x4 takes even ones")
+        refuse(is_odd, f"--rates={self.rates}: give even ones with --head=fc4x4")
         fits = self.loss_at == "pixels" or (self.crop and all(s % 8 == 1 for s in self.crop))
         refuse(not fits, f"--crop={self.crop}: give 8 m + 1, as 321 321, or --loss-at=pixels")
 
@@ -88,7 +88,7 @@ _RESNET = replace(_VGG, backbone="resnet101", msc_inputs="max", augment="mirror_
 # Version 1 (Section 4.1): the rate falls tenfold every 2,000 of 6,000 steps.
 _V1 = replace(_VGG, head="largefov", pool5a="on", batch_size=20, schedule="step",
               step_at=(1 / 3, 2 / 3), num_steps=6000)  # fmt: skip
-# Without pretrained weights: inputs of unit scale, one rate, and a fast start.
+# Without pretrained weights: inputs of unit scale, one rate, and fast optimisation.
 _SCRATCH = from_scratch(Config(head="aspp_s", bn="train", head_lr=1.0, dropout_rate=0.1, width=0.25,
                                eval_every=500))  # fmt: skip
 
@@ -112,7 +112,7 @@ PRESETS = {
 
 
 def build(config: Config, num_classes: int) -> Semantic:
-    """The network, and how it is trained and used."""
+    """Returns the task: the network, its training and its use."""
     is_multiscale, has_aux = config.msc_inputs == "max", config.aux == "on"
     shared = dict(bn=config.bn, width=config.width, axis_name=AXIS, dtype=config.dtype)
     if config.head == "deeplabv3" or config.head == "fcn":

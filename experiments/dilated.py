@@ -5,12 +5,12 @@
     python -m experiments.dilated paper --data-dir=/data/VOCdevkit --workdir=/runs/dilated-large
 
 Results: docs/results.md has every run with its command, device and the paper's figure.
-Differences: (1) The paper's scores need ImageNet weights: --init takes those. Its images from COCO
-are not among our datasets. (2) The release runs the context module and softmax in each tile and
-joins probabilities; here the tiles' scores are joined first, so that the result does not depend on
-the tile. (3) The context module is trained on the frozen front end, without dropout, and not on
-maps kept on disk. (4) Steps of the context stage on VOC and of joint training on CamVid are not
-published; the presets say what we take.
+Differences: (1) The paper's scores need ImageNet weights (--init). Its images from COCO are not
+among our datasets. (2) The release runs the context module and softmax in each tile and joins the
+probabilities; here the tiles' scores are joined first, so the result does not depend on the tile.
+(3) The context module is trained on the frozen front end, without dropout; in the release, on maps
+stored on disk. (4) Steps of the context stage on VOC and of joint training on CamVid are not
+published; the presets have our choice.
 """
 
 import dataclasses
@@ -43,19 +43,19 @@ class Config(SemanticConfig):
     context_init: Literal["paper", "identity", "identity_noise", "random"] = "paper"
     """Equations 4, 5. paper: noise for large, none for basic. random does not help (Section 3)."""
     front_pools: Pools = "removed"  # pool4 and pool5 (Section 4: removed is best); strided: VGG's.
-    front_pad: Pad = "valid_reflect"  # Reflected surroundings (186 pixels; Section 4), or zeros.
+    front_pad: Pad = "valid_reflect"  # Reflected margin (186 pixels; Section 4), or zeros.
     dropout_rate: Rate = 0.5  # Dropout after fc6 and fc7.
     train_mode: Literal["front", "context", "joint"] = "joint"
-    """Train the front end alone, the context on a frozen one (--init), or both (Sections 4, 5)."""
-    first: Stage = NO_STAGE  # A stage to train before; each starts from the one before it.
-    second: Stage = NO_STAGE  # A second one.
+    """Train the front end, the context on a frozen front end (--init), or both (Sections 4, 5)."""
+    first: Stage = NO_STAGE  # An earlier stage; each stage starts from the one before it.
+    second: Stage = NO_STAGE  # A second earlier stage.
     upsample_loss: Literal["off", "on"] = "off"
-    """Loss on the label of every eighth pixel, or behind a bilinear up-convolution (Cityscapes)."""
+    """off: labels of every eighth pixel. on: a bilinear up-convolution first (Cityscapes)."""
     augment: Literal["none", "mirror", "mirror_scale"] = "mirror"
-    """mirror is the release's; mirror_scale is for training from scratch."""
+    """mirror flips left and right (release); mirror_scale is for training from scratch."""
     tile: int = 900  # Side of the front end's tiles, with --front-pad=valid_reflect.
     post: Literal["none", "crf", "crf_rnn"] = "none"  # pyrefly: ignore[bad-override]
-    """Refine with a CRF, or with one that the last stage trains with the network (Table 3)."""
+    """crf refines the scores. crf_rnn: the last stage trains the CRF with the network (Table 3)."""
 
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
@@ -72,7 +72,7 @@ class Config(SemanticConfig):
             check_sides(front.check_side, crop, f"--crop {crop[0]} {crop[1]}")
 
     def each_stage(self) -> Iterator["Config"]:
-        """Yields the stages before the last, and then that one without them."""
+        """Yields the earlier stages, then the last stage without them."""
         for stage in stage_by_stage(self, ("first", "second"), post="none"):
             lacks = stage.train_mode == "context" and stage.init is None
             refuse(lacks, "--train-mode=context: give --init=run:PATH, or --first.train-mode=front")
@@ -80,17 +80,17 @@ class Config(SemanticConfig):
 
 
 # VOC (Section 4, release): the front end, then the context module on its maps, for 20,000 steps
-# (ours). A window of 900 holds a whole image with its surroundings.
+# (our choice). A window of 900 holds a whole image with its margin.
 _VOC = Config(
     dataset="voc2012_sbd", normalisation="dilation_voc", train_mode="context", crop=(900, 900),
     first=Stage("front", 60_000, 14, 1, (500, 500)), batch_size=60, accumulate=60, bias_lr=2.0,
     num_steps=20_000, eval_batch_size=1, eval_every=4000, save_every=2000, log_every=20,
 )  # fmt: skip
-# Street scenes (Section 5): layers padded one by one, Basic context, trained jointly at the end.
+# Street scenes (Section 5): padding in each layer, Basic context, joint training at the end.
 _URBAN = replace(_VOC, train_mode="joint", context="basic", context_pad="per_layer", batch_size=1,
                  accumulate=1, learning_rate=1e-5)  # fmt: skip
 _URBAN_FRONT = Stage("front", 20_000, 8, 1, (628, 628), learning_rate=1e-4, momentum=0.99)
-# Without pretrained weights: padded layers, inputs of unit scale, and a fast start.
+# Without pretrained weights: padded layers, inputs of unit scale, and fast optimisation.
 _SCRATCH = from_scratch(Config(context="basic", context_pad="per_layer", front_pad="same",
                                context_init="identity_noise", upsample_loss="on",
                                dropout_rate=0.1, width=0.25))  # fmt: skip
@@ -98,7 +98,7 @@ _SCRATCH = from_scratch(Config(context="basic", context_pad="per_layer", front_p
 PRESETS = {
     "paper": _VOC,
     "paper_camvid": replace(_URBAN, dataset="camvid", normalisation="dilation_camvid",
-                            first=_URBAN_FRONT, crop=(852, 852), tile=1100),  # 20,000 steps: ours
+                            first=_URBAN_FRONT, crop=(852, 852), tile=1100),  # Our 20,000 steps.
     "paper_kitti": replace(_URBAN, dataset="folder", normalisation="dilation_kitti", tile=852,
                            first=replace(_URBAN_FRONT, num_steps=10_000), context_layers=7,
                            momentum=0.99),
@@ -109,7 +109,7 @@ PRESETS = {
                                 momentum=0.99, num_steps=60_000, tile=1396),
     "camvid": replace(_SCRATCH, dataset="camvid", scale=0.5, augment="mirror_scale",
                       crop=(176, 240), eval_every=500),
-    # Small batches: fifteen layers without normalisation or skips learn by the number of steps.
+    # Small batches: fifteen layers without normalisation or skips need many steps.
     "demo": replace(_SCRATCH, width=0.125, dropout_rate=0.0, batch_size=4, num_steps=6000,
                     eval_every=2000, eval_batch_size=16),
     "smoke": smoke(replace(_SCRATCH, width=1 / 32, upsample_loss="off")),
@@ -117,7 +117,7 @@ PRESETS = {
 
 
 def build(config: Config, num_classes: int) -> Semantic:
-    """The network, and how it is trained and used."""
+    """Returns the task: the network, its training and its use."""
     network = Dilated(
         num_classes, context="none" if config.train_mode == "front" else config.context,
         context_layers=config.context_layers, context_pad=config.context_pad,
@@ -136,7 +136,7 @@ def build(config: Config, num_classes: int) -> Semantic:
     transforms = whole_images(config.normalisation, config.scale, config.augment, None)
     if config.crop:
         transforms.append(crop_with_context(config.crop, front.context if is_tiled else 0))
-    at_units = config.upsample_loss == "off" and not has_crf  # A CRF has one value a pixel.
+    at_units = config.upsample_loss == "off" and not has_crf  # A CRF's output is one per pixel.
     groups = [ParamGroup(r"^(?!ctx_|crf_rnn/)", lr=0.0)] if config.train_mode == "context" else []
     groups += [ParamGroup(r"^crf_rnn/", decay=0.0)] if has_crf else []
     fits = whole_images_fit(front.check_side, config.scale)

@@ -6,10 +6,10 @@
 
 Results: docs/results.md has every run with its command, device and the paper's figure.
 
-Differences: (1) The upsampling layers hold one filter per class; the release stores a dense
-kernel that is zero between classes. Same function, same gradients. (2) The learning rate
-multiplies the momentum and not, as in Caffe, the gradient; equal at the constant rates used here.
-(3) The paper presets need ImageNet weights to reach the paper's scores; --init takes those.
+Differences: (1) The upsampling layers have one filter per class; the release stores a dense kernel
+that is zero between classes. Outputs and gradients are equal. (2) The learning rate multiplies the
+momentum; in Caffe it multiplies the gradient. At constant rates, as here, both are equal. (3) The
+paper presets need ImageNet weights (--init) to reach the paper's scores.
 """
 
 import dataclasses
@@ -35,29 +35,29 @@ class Config(SemanticConfig):
     stride: Literal[32, 16, 8] = 8
     """Stride of the finest scores: FCN-32s, 16s or 8s (Table 2)."""
     pad_mode: Literal["100", "same"] = "100"
-    """Pad the first layer by 100 pixels and crop (the release), or keep all layers aligned."""
+    """100: pad the first layer by 100 pixels and crop (release). same: keep all layers aligned."""
     upsample: Literal["fixed", "learned_inner", "learned_all"] = "fixed"
-    """Which bilinear up-convolutions are learned (Section 4.3; no significant difference)."""
+    """Bilinear up-convolutions to learn (Section 4.3; no significant difference)."""
     fuse: Literal["sum", "max"] = "sum"
-    """How skips are joined (Section 4.2; max made learning hard)."""
+    """How to combine skips (Section 4.2; max made learning hard)."""
     single_skip: Literal["none", "pool4"] = "none"
-    """Learn from pool4 alone, without the layers above it (Section 4.2; poor). Needs stride 16."""
+    """pool4: learn from pool4 alone, not from later layers (Section 4.2; poor). Needs stride 16."""
     skip_scale: Literal["1", "paper"] = "1"
     """Factors of pool4 and pool3 before scoring; paper: 0.01 and 0.0001 (at-once release)."""
     score_init: Literal["zero", "normal"] = "zero"
-    """Start of the score layers (Section 4.2 starts new scores at zero)."""
+    """Initial values of the score layers (Section 4.2: zero for new scores)."""
     dropout_rate: Rate = 0.5
     """Dropout after fc6 and fc7."""
     train: Literal["staged", "at_once"] = "at_once"
     """staged trains 32s, then 16s from it, then 8s, each for num_steps (Section 4.2, Table 2)."""
     stage_lr: float = 0.01
-    """Each stage's learning rate over that of the stage before (Section 4.2: 1/100)."""
+    """Factor of the learning rate from each stage to the next (Section 4.2: 1/100)."""
     finetune: Literal["all", "last"] = "all"
     """last trains the score layers only (Table 2, FCN-32s-fixed)."""
     pixel_keep: Share = 1.0
     """Share of the pixels that the loss samples (Section 4.3, Figure 5; no gain per image)."""
     class_balance: Literal["off", "on"] = "off"
-    """on weights classes by median frequency (Section 4.3; unnecessary)."""
+    """on: class weights by median frequency (Section 4.3; unnecessary)."""
 
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
@@ -67,7 +67,7 @@ class Config(SemanticConfig):
         self.needs("backbone", "alexnet", **one_form)
 
     def each_stage(self) -> Iterator["Config"]:
-        """Yields the coarser nets first, if training is staged."""
+        """Yields the configurations to train in turn; if training is staged, coarser nets first."""
         if self.train == "at_once":
             yield self
             return
@@ -81,7 +81,7 @@ class Config(SemanticConfig):
             init = f"run:{workdir}"
 
 
-# The release: one whole image per step and the loss summed over its pixels, hence tiny rates.
+# The release: one whole image per step, and the loss summed over its pixels, so rates are tiny.
 _RELEASE = Config(
     dataset="voc2012_sbd", normalisation="caffe", crop=(500, 500), batch_size=1, loss_norm="batch",
     learning_rate=1e-10, momentum=0.99, bias_lr=2.0, num_steps=100_000, eval_batch_size=4,
@@ -90,7 +90,7 @@ _RELEASE = Config(
 _MEAN: dict[str, Any] = dict(
     batch_size=20, accumulate=20, loss_norm="valid", momentum=0.9, learning_rate=1e-4
 )
-# Without pretrained weights: aligned layers, inputs of unit scale, and a fast start.
+# Without pretrained weights: aligned layers, inputs of unit scale, and fast optimisation.
 _SCRATCH = from_scratch(Config(pad_mode="same", learning_rate=1e-3, dropout_rate=0.1, width=0.25))
 
 PRESETS = {
@@ -111,7 +111,7 @@ PRESETS = {
 
 
 def build(config: Config, num_classes: int) -> Semantic:
-    """The network, and how it is trained."""
+    """Returns the task: the network and its training."""
     options = dict(
         score_init=config.score_init, width=config.width, dropout_rate=config.dropout_rate,
         axis_name=AXIS, dtype=config.dtype,

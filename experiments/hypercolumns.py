@@ -5,17 +5,17 @@
     python -m experiments.hypercolumns camvid --data-dir=/data/camvid --taps=fc7
     python -m experiments.hypercolumns paper --data-dir=/data/VOCdevkit --workdir=/runs/hyper
 
---mode=semantic labels whole images by the same classifiers. --mode=box is the authors' task: the
-mask of an object in a given box of a given category. Results: docs/results.md has every run with
-its command, device and the paper's figure.
+--mode=semantic labels whole images with the same classifiers. --mode=box is the authors' task: the
+mask of an object from its box and category. Results: docs/results.md has every run with its
+command, device and the paper's figure.
 
-Differences: (1) Boxes are those of the ground truth, moved at random, and their categories are
-known; the paper's are detections, slightly enlarged, so AP^r is not measured. Without instances in
-the data, connected parts of a class are its objects. (2) fc7 of a box is computed from a bilinear
-crop; the release rounds boxes to whole units. (3) Images are drawn uniformly; the release draws a
-category first. (4) Masks are thresholded per pixel, not per superpixel. (5) The learning rate
-multiplies the momentum and not, as in Caffe, the gradient; equal at the constant rates used here.
-(6) The paper presets need ImageNet or Fast R-CNN weights; --init takes ImageNet's.
+Differences: (1) Boxes are the ground truth, shifted at random, with known categories; in the paper
+they are enlarged detections, so AP^r is not measured here. Without instances in the data, connected
+components of a class are its objects. (2) fc7 of a box comes from a bilinear crop; the release
+rounds boxes to whole units. (3) Images are drawn uniformly; the release draws a category first. (4)
+Masks are thresholded per pixel, not per superpixel. (5) The learning rate multiplies the momentum;
+in Caffe it multiplies the gradient. At constant rates, as here, both are equal. (6) The paper
+presets need ImageNet or Fast R-CNN weights; --init takes ImageNet's.
 """
 
 import dataclasses
@@ -44,16 +44,16 @@ class Config(SemanticConfig):
     """The paper's ablations; then the flags of every semantic run."""
 
     mode: Literal["semantic", "box"] = "semantic"
-    """Label images, or find the mask of the object in each box (the paper)."""
+    """semantic labels images; box predicts the mask of the object in each box (the paper)."""
     backbone: Literal["vgg16", "alexnet"] = "vgg16"
-    """The paper's O-Net or T-Net. Boxes are of vgg16 only."""
+    """The paper's O-Net or T-Net. --mode=box needs vgg16."""
     taps: hypercolumns.Taps = "all"
-    """Layers that are classified (ablation: without one of them, fc7 alone). Boxes have pool3 and
-    pool4, as released, in place of pool2 and conv4."""
+    """Layers with a classifier (ablation: without one of them, fc7 alone). --mode=box takes pool3
+    and pool4 instead of pool2 and conv4, as released."""
     tap_kernel: Kernels = (1, 1, 1)
     """Kernel sizes of the classifiers of pool2, conv4 and fc7; released: 3 1 1."""
     tap_scale: hypercolumns.TapScale = "none"
-    """How tapped layers are scaled; fixed: 0.0027, 0.063 and 1 (released)."""
+    """How to scale tapped layers; fixed: 0.0027, 0.063 and 1 (released)."""
     grid: Literal[1, 2, 5, 10] = 1
     """K of the K x K classifiers over an image or box; paper 10, release 5 (Section 4)."""
     mix: hypercolumns.Mix = "after_prob"
@@ -65,12 +65,12 @@ class Config(SemanticConfig):
     trunk: Literal["trained", "frozen"] = "trained"
     """frozen trains the classifiers only (released)."""
     fc7_lr: AtLeastZero = 1.0
-    """Learning rate of fc7's classifier over that of the others (released: 0.1)."""
+    """Learning-rate factor of fc7's classifier (released: 0.1)."""
     boxes_per_image: Count = 5  # Boxes drawn for each image of a batch, with --mode=box.
     box_iou: Share = 0.7
-    """Least IoU of a box with its object's own, in training and evaluation; 1 does not move any."""
+    """Least IoU of a box with the true box, in training and evaluation; 1 shifts no box."""
     box_weight: Literal["on", "off"] = "on"
-    """Boxes weigh min(area / 224^2, 1) (released), or all the same."""
+    """on: boxes have the weight min(area / 224^2, 1) (released). off: equal weights."""
     mask_threshold: Share = 0.5  # Least probability of the pixels of a mask.
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class Config(SemanticConfig):
         refuse(is_wide, "--mode=box: fc7 of a box is one unit; give --tap-kernel 3 1 1 or 1 1 1")
 
 
-# Without pretrained weights: inputs of unit scale, and a fast start.
+# Without pretrained weights: inputs of unit scale, and fast optimisation.
 _SCRATCH = from_scratch(Config(learning_rate=2e-3, dropout_rate=0.1, width=0.125))
 # The release: one image and five boxes per forward pass, 20 of them per step.
 _RELEASE = Config(
@@ -91,7 +91,7 @@ _RELEASE = Config(
 
 PRESETS = {
     "paper": replace(_RELEASE, crop=(500, 500), augment="mirror", eval_batch_size=4),
-    # At 1.6 the shorter side of most VOC images, 375, is the release's 600.
+    # A scale of 1.6 gives the shorter side of most VOC images, 375, the release's 600.
     "sds_vgg": replace(
         _RELEASE, mode="box", grid=5, tap_kernel=(3, 1, 1), trunk="frozen", fc7_lr=0.1, scale=1.6,
         crop=(800, 800), loss_norm="batch",
@@ -110,7 +110,7 @@ PRESETS = {
 
 
 def build(config: Config, num_classes: int) -> Semantic | BoxMasks:
-    """The network, and how it is trained and used; of boxes, class 0 is the background."""
+    """Returns the task: network, training and use. With --mode=box class 0 is the background."""
     options = dict(
         taps=config.taps, tap_kernels=config.tap_kernel, tap_scale=config.tap_scale,
         grid=config.grid, mix=config.mix, joint=config.joint, width=config.width,
@@ -122,7 +122,7 @@ def build(config: Config, num_classes: int) -> Semantic | BoxMasks:
     transforms = config.whole_images()
     if config.mode == "semantic":
         model = Hypercolumns(num_classes, backbone=config.backbone, **options)
-        # The grid spans images without their padding.
+        # The grid covers images without their padding.
         forward = whole_image(model, config.scale, sized=True)
         spans = f"; {config.grid}x{config.grid} classifiers span each image"
         words = ONE_PASS + (spans if config.grid > 1 else "")

@@ -9,8 +9,8 @@ Table 1 is one sweep over --decoder and --class-balance. Results: docs/results.m
 all scripts share (RGB, momentum, initialisation): docs/conventions.md.
 
 Differences from the paper: (1) Table 2 trains on 3,433 road images of several collections that are
-not distributed together: give yours with --dataset=folder. (2) The best checkpoint is the one of
-the highest mean IoU, not of the highest pixel accuracy. (3) The FCN decoders start as bilinear
+not distributed together: give your own with --dataset=folder. (2) The best checkpoint has the
+highest mean IoU; in the paper, the highest pixel accuracy. (3) The FCN decoders start as bilinear
 interpolation; fcn_nodimred may still need --learning-rate=0.01.
 """
 
@@ -41,23 +41,23 @@ class Config(SemanticConfig):
     net: Literal["segnet", "basic"] = "basic"
     """SegNet on VGG-16's 13 layers (Figure 2) or the small SegNet-Basic (Section 3.1)."""
     decoder: Decoder = "indices"
-    """Decoders of Table 1, in its order; all but indices are SegNet-Basic's."""
+    """Decoders of Table 1, in its order. SegNet has only indices; SegNet-Basic has all."""
     decoder_relu: Literal["released", "off", "on"] = "released"
     """ReLUs in the decoder; released: on in SegNet, off in SegNet-Basic."""
     conv_bias: Literal["on", "off"] = "on"
-    """Biases before batch normalisation: on as released, off as described (Section 3.2)."""
-    bn_epsilon: float = 1e-9  # Of variances: 1e-9 as released; 1e-5 for torchvision's vgg16_bn.
+    """Biases before batch normalisation: on in the release, off in the paper (Section 3.2)."""
+    bn_epsilon: float = 1e-9  # Added to variances: 1e-9 as released; torchvision's vgg16_bn: 1e-5.
     dropout: Literal["none", "enc_dec", "bayes"] = "none"
-    """Dropout 0.5 after the coarse stages; bayes also samples it when predicting."""
+    """enc_dec: dropout 0.5 after the coarse stages. bayes: also samples it in predictions."""
     mc_samples: Count = 40
     """Passes of --dropout=bayes; Bayesian SegNet (arXiv:1511.02680) found no gain beyond 40."""
     input_lrn: Literal["on", "off"] = "off"
-    """Normalise pixels of 0-255 over neighbouring channels first (released SegNet-Basic)."""
+    """on: local response normalisation of pixels of 0-255 first (released SegNet-Basic)."""
     class_balance: Literal["none", "median_pixels", "median_eigen", "published"] = "none"
-    """Class weights: none (Table 1's natural frequency), median frequency over pixels (Section 3.1)
-    or as Eigen and Fergus define it, or the released numbers for CamVid."""
+    """Class weights: none (natural, Table 1); median_pixels (Section 3.1), median_eigen (Eigen and
+    Fergus): median frequency; published: the released weights for CamVid."""
     bn_stats: Literal["posthoc", "running"] = "posthoc"
-    """Statistics for evaluation: of one pass over the training split (released), or running."""
+    """Statistics for evaluation. posthoc: from one pass over the training split (released)."""
 
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
@@ -69,7 +69,7 @@ class Config(SemanticConfig):
 
     @classmethod
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Reads --input-norm of earlier versions, which set the normalisation too."""
+        """Converts --input-norm of earlier versions, which also set the normalisation."""
         lrn = values.pop("input_norm", None)
         return values | ({"input_lrn": "on" if lrn == "lrn" else "off"} if lrn else {})
 
@@ -104,7 +104,7 @@ PRESETS = {
 
 
 def build(config: Config, num_classes: int) -> Semantic:
-    """The network, and how it is trained and used."""
+    """Returns the task: the network, its training and its use."""
     is_full = config.net == "segnet"
     options = dict(
         decoder_relu={"released": is_full, "on": True, "off": False}[config.decoder_relu],
@@ -119,7 +119,7 @@ def build(config: Config, num_classes: int) -> Semantic:
     sampled = None
     if config.dropout == "bayes":
         sampled = monte_carlo(model, config.scale, config.mc_samples, config.seed)
-    # The release decays normalisation too, save SegNet's shifts, and trains it at the one rate.
+    # The release also decays normalisation, except SegNet's shifts, and uses one rate for all.
     groups = (ParamGroup(r"_bn/bias$", decay=0.0 if is_full else 1.0), ParamGroup(r"_bn/scale$"))
     return Semantic(
         config, model, config.whole_images(), groups=groups if config.optimizer == "sgd" else (),
@@ -131,7 +131,7 @@ def build(config: Config, num_classes: int) -> Semantic:
 
 
 def class_weights(balance: str, dataset: Dataset) -> np.ndarray | None:
-    """The weights [C] of ``--class-balance``, or None for equal ones."""
+    """Returns the weights [C] of ``--class-balance``, or None for equal weights."""
     if balance == "none":
         return None
     if balance != "published":

@@ -7,10 +7,10 @@
 Results: docs/results.md has every run with its command, device and the paper's figure.
 
 Differences: (1) The paper gives neither learning rate nor number of steps; see the presets. (2) The
-test labels of ISBI 2012 are not public: scores are of slices held out from the training stack. (3)
-"7 rotated versions" are all but one of the square's 8 symmetries, the class balance w_c is the
-inverse frequency in each image, mirrors do not repeat the edge: the paper does not say. (4) Rates
-are those of the mean over pixels; the paper's sum is --loss-norm=sum.
+test labels of ISBI 2012 are not public: scores are on slices held out from the training stack. (3)
+The paper leaves open and we choose: "7 rotated versions" are 7 of the square's 8 symmetries, the
+class balance w_c is the inverse frequency in each image, reflections do not repeat the edge. (4)
+Learning rates are for the mean over pixels; the paper's sum is --loss-norm=sum.
 """
 
 import dataclasses
@@ -36,35 +36,35 @@ _EVAL_MULTIPLE = 32  # Images are padded to multiples of this for evaluation.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(LabelConfig):
-    """The paper's claims; then the flags of every semantic run."""
+    """The paper's ablations; then the flags of every semantic run."""
 
     variant: Literal["paper", "release"] = "paper"
     """release: the last up-convolution keeps 128 channels, and ReLUs follow up-convolutions."""
     padding: Literal["valid", "same"] = "valid"
-    """valid as published (Figure 1): mirrored context and overlapping tiles. same: pad by zeros."""
+    """valid (Figure 1): reflected context and overlapping tiles. same: zero padding."""
     up: Up = "upconv"  # The paper's up-convolution 2x2, or a resize by 2 and a 3x3 convolution.
     depth: Literal[3, 4, 5] = 4  # Number of poolings.
     width: flags.Count = 64
     """Channels of the first level; 16 or 32 for trials."""
     norm: Literal["none", "batch", "group"] = "none"
-    """Normalisation behind 3x3 convolutions; group makes tiles disagree where they meet."""
+    """Normalisation after 3x3 convolutions; with group, tiles differ at their borders."""
     dropout_rate: flags.Rate = 0.5  # Dropout at the end of the contracting path (Section 3.1).
     kernel_init: Literal["he", "xavier"] = "he"  # The paper's (Section 3) or the release's.
     tile: flags.Count | None = 572  # Side of training images and valid tiles; None: whole images.
-    mirror: transforms.Mirror = "reflect"  # Mirrored context; symmetric repeats the edge pixel.
+    mirror: transforms.Mirror = "reflect"  # Reflected context; symmetric repeats the edge pixel.
     loss_weight: Literal["none", "class", "border"] = "none"
-    """Pixel weights: balanced classes, and borders between cells on top (Equation 2)."""
+    """Pixel weights. class: balanced classes. border: also borders between cells (Equation 2)."""
     w0: flags.AtLeastZero = 10.0  # Height of the border weights (Equation 2).
     sigma: flags.Factor = 5.0  # Width of the border weights, in pixels (Equation 2).
     ridge: flags.CountOrZero = 0  # Width of the background between touching objects (Section 3).
     elastic: Literal["off", "on"] = "off"  # Elastic deformation (Section 3.1).
-    elastic_grid: Nodes = 3  # Nodes along each side of the field of displacements.
+    elastic_grid: Nodes = 3  # Displacement vectors along each side of the grid.
     elastic_std: flags.AtLeastZero = 10.0  # Standard deviation of the displacements, in pixels.
     augment: Literal["none", "mirror", "dihedral"] = "none"
-    """mirror flips left and right; dihedral also turns by 90, 180 and 270 degrees."""
+    """mirror flips left and right; dihedral also rotates by 90, 180 and 270 degrees."""
     grey_jitter: flags.AtLeastZero = 0.0
-    """Changes of contrast and brightness by up to this many standard deviations."""
-    tta: Views = "none"  # Average over 7 turned and flipped images (Section 4), or all 8.
+    """Largest change of contrast and brightness, in standard deviations."""
+    tta: Views = "none"  # Average over 7 rotated and flipped images (Section 4), or all 8.
 
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
@@ -89,13 +89,13 @@ def _network(config: Config, num_classes: int) -> UNet:
 
 
 def _fast(config: Config) -> Config:
-    """For few steps: a fast optimiser, and batch normalisation for inputs of any contrast."""
+    """Settings for few steps: fast optimisation, and batch normalisation for any contrast."""
     fast = replace(config, padding="same", tile=None, norm="batch", width=16, dropout_rate=0.1,
                    learning_rate=2e-3, eval_every=500)  # fmt: skip
     return flags.from_scratch(fast)
 
 
-# Weights and augmentation of Section 3; what the paper leaves open is ours.
+# Weights and augmentation of Section 3; our values if the paper gives none.
 _EM = Config(dataset="em_membrane", normalisation="grey_image", loss_weight="border", elastic="on",
              augment="dihedral", grey_jitter=0.25)  # fmt: skip
 
@@ -115,7 +115,7 @@ PRESETS = {
 
 
 def build(config: Config, num_classes: int) -> Semantic:
-    """The network, and how it is trained and used."""
+    """Returns the task: the network, its training and its use."""
     model, scale = _network(config, num_classes), config.scale
     context, inside = model.context, (config.tile or 0) - 2 * model.context
     w0 = config.w0 if config.loss_weight == "border" else 0.0
