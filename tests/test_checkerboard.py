@@ -230,7 +230,7 @@ def test_comparison_leaves_table_plot_and_pictures(tmp_path, capsys):
         ({"num_seeds": 0}, "--num-seeds=0"),
         ({"width": 0}, "--width=0"),
         ({"learning_rate": 0.0}, "--learning-rate=0"),
-        ({"upsample": ()}, "--upsample names nothing"),
+        ({"upsample": ()}, "--upsample is empty"),
     ],
 )
 def test_impossible_flags_name_themselves(flags, match):

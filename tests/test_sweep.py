@@ -327,7 +327,7 @@ def test_a_stopped_sweep_starts_no_more_runs(tmp_path, monkeypatch, capsys):
     told = capsys.readouterr()
     assert "[1/2]" in told.out
     assert "[2/2]" not in told.out
-    assert "the same command goes on" in told.err
+    assert "the same command resumes" in told.err
 
 
 def test_a_run_that_leaves_no_scores_has_failed(tmp_path, monkeypatch, capsys):
@@ -339,7 +339,7 @@ def test_a_run_that_leaves_no_scores_has_failed(tmp_path, monkeypatch, capsys):
     leave_run(*planned(tmp_path))
     with pytest.raises(SystemExit):
         command.run(SCRIPT, "smoke", out=tmp_path, split="test")
-    assert "was not evaluated" in capsys.readouterr().err
+    assert "has no evaluation" in capsys.readouterr().err
 
 
 def test_a_signal_is_passed_on_to_the_child(tmp_path, monkeypatch):
