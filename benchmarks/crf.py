@@ -2,10 +2,10 @@
 
     python -m benchmarks.crf --images=/data/VOCdevkit/VOC2012/JPEGImages [--num-images=4]
 
-First how close it is: the mean absolute difference of probabilities and the share of equal labels,
-on crops of 64 x 64 pixels with noisy scores of 21 classes. Then the time that it takes on whole
-images, its lattice included. The C++ code (lucasb-eyer/pydensecrf, built from its source) takes
-part where it is installed; it uses one thread.
+It first prints the accuracy: the mean absolute difference of probabilities and the share of equal
+labels, on crops of 64 x 64 pixels with noisy scores of 21 classes. Then it prints the time on whole
+images, with the construction of the lattice. If the C++ code is installed (lucasb-eyer/pydensecrf,
+built from its source), it is measured too; it uses one thread.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ CROP = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is compared."""
+    """The images and parameters to compare with."""
 
     images: pathlib.Path  # A folder of JPEG images.
-    num_images: int = 4  # The first ones of it.
-    size: tuple[int, int] = (375, 500)  # Height and width that whole images are resized to.
-    repeats: int = 5  # Turns of each; the medians are shown.
+    num_images: int = 4  # Number of images, the first in the folder.
+    size: tuple[int, int] = (375, 500)  # Height and width of the resized whole images.
+    repeats: int = 5  # Timed turns of each side; the medians are shown.
     crf: CrfParams = dataclasses.field(default_factory=CrfParams)
 
 
 def noisy_logits(image: np.ndarray, seed: int) -> np.ndarray:
-    """Returns float32 [H, W, C]: each pixel's class is one of brightness, with noise on top."""
+    """Returns float32 [H, W, C]: classes are levels of brightness, and the scores have noise."""
     classes = image.mean(axis=-1) * NUM_CLASSES / 256
     rng = np.random.default_rng(seed)
     scores = 2.0 * (classes.astype(int)[..., None] == np.arange(NUM_CLASSES))
@@ -65,20 +65,20 @@ def public(dense_crf: Any, logits: np.ndarray, image: np.ndarray, params: CrfPar
 
 
 def main(config: Config) -> None:
-    """Prints closeness and time for each image."""
+    """Prints accuracy and time for each image."""
     files = sorted(config.images.glob("*.jpg"))[: config.num_images]
     if not files:
-        sys.exit(f"error: no .jpg in {config.images}: give --images a folder that has some")
+        sys.exit(f"error: no .jpg in {config.images}: give --images a folder of .jpg images")
     try:
         dense_crf = importlib.import_module("pydensecrf.densecrf")
     except ImportError:
         dense_crf = None
-        print("pydensecrf is not installed: ours alone")
+        print("pydensecrf is not installed: measures our code alone")
     has_public = dense_crf is not None and config.crf.norm != "none"
     height, width = config.size
     images = [np.array(Image.open(f).convert("RGB").resize((width, height))) for f in files]
 
-    print("mean difference and equal labels, of the exact form")
+    print("mean difference from the exact form, and equal labels")
     exact = jax.jit(exact_mean_field, static_argnames="params")
     fast = jax.jit(
         lambda logits, image, params: mean_field(logits[None], image[None], params)[0],
@@ -91,14 +91,14 @@ def main(config: Config) -> None:
             crop = np.ascontiguousarray(image[top : top + CROP, left : left + CROP])
             logits = noisy_logits(crop, seed=0)
             colours = jnp.asarray(crop, jnp.float32)
-            wanted = np.exp(exact(logits, colours, params))
-            found = {"ours": np.exp(fast(logits, colours, params))}
+            expected = np.exp(exact(logits, colours, params))
+            probabilities = {"ours": np.exp(fast(logits, colours, params))}
             if has_public:
-                found["public"] = public(dense_crf, logits, crop, params)
+                probabilities["public"] = public(dense_crf, logits, crop, params)
             row = "".join(
-                f"   {name} {np.abs(p - wanted).mean():.5f}"
-                f" {np.mean(p.argmax(-1) == wanted.argmax(-1)):7.2%}"
-                for name, p in found.items()
+                f"   {name} {np.abs(p - expected).mean():.5f}"
+                f" {np.mean(p.argmax(-1) == expected.argmax(-1)):7.2%}"
+                for name, p in probabilities.items()
             )
             print(f"{file.stem:16} {iterations:3} iterations{row}", flush=True)
 

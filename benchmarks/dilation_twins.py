@@ -21,18 +21,18 @@ _CONTEXT_LAYERS = (
     ("ctx_conv5_1", 16),
     ("ctx_fc1", 1),
 )
-_SURROUNDINGS = 186  # Pixels on each side that the front end eats up.
-_EPSILON = 1e-5  # Of batch normalisation.
+_MARGIN = 186  # Pixels on each side by which the front end shrinks images.
+_EPSILON = 1e-5  # For batch normalisation.
 _TINY = float(np.finfo(np.float32).tiny)
 
 
 def dilated(*, context: bool = False, pad_once: bool = False, same: bool = False) -> Twin:
-    """Returns the front end, with pool4 and pool5 removed, and if asked for the context module.
+    """Returns the front end without pool4 and pool5, and optionally the context module.
 
     Args:
-      context: whether there is a context module of eight layers, basic or large by its weights.
-      pad_once: pads scores once in front of it, and not each layer.
-      same: pads the front end's layers, and not images by their surroundings.
+      context: whether to add a context module of eight layers, basic or large by its weights.
+      pad_once: pads the scores once before the context module, not in each of its layers.
+      same: pads the front end's layers; otherwise images must include their margin.
     """
     layers = dilated_lib.front_end_layers()
     if same:
@@ -45,7 +45,7 @@ def dilated(*, context: bool = False, pad_once: bool = False, same: bool = False
     def forward(weights: Weights, images: Any, training: bool, dropout_rate: float) -> Any:
         from torch.nn import functional
 
-        height, width = (side - (0 if same else 2 * _SURROUNDINGS) for side in images.shape[2:])
+        height, width = (side - (0 if same else 2 * _MARGIN) for side in images.shape[2:])
         x = functional.pad(images, (0, -width % 8, 0, -height % 8)) if same else images
         x = stack(layers, weights, x, training, dropout_rate, ceil=True)["fc7"]
         x = weights.conv("final", x)
@@ -57,7 +57,7 @@ def dilated(*, context: bool = False, pad_once: bool = False, same: bool = False
             x = weights.conv("ctx_final", x)
         if training:
             return x
-        # Unit r sits at pixel 8 r; the last one is repeated.
+        # Unit r lies at pixel 8 r; the last unit is repeated.
         x = functional.pad(x.softmax(1), (0, 1, 0, 1), mode="replicate")
         size = tuple(8 * (side - 1) + 1 for side in x.shape[2:])
         x = functional.interpolate(x, size, mode="bilinear", align_corners=True)
@@ -70,7 +70,7 @@ Scores = Callable[[Weights, Any, bool, float], Any]
 
 
 def _aligned(scores: Scores, scales: Sequence[float] = (1.0,)) -> Twin:
-    """Returns DeepLab around its network: images of 8 m + 1 pixels, fused scales, enlarging."""
+    """Wraps a network as DeepLab: pads images to 8 m + 1 pixels, fuses scales, enlarges scores."""
 
     def forward(weights: Weights, images: Any, training: bool, dropout_rate: float) -> Any:
         import torch
@@ -85,8 +85,8 @@ def _aligned(scores: Scores, scales: Sequence[float] = (1.0,)) -> Twin:
         images = functional.pad(images, (0, whole[1] - width, 0, whole[0] - height))
         fused = None
         for scale in sorted(scales, reverse=True):
-            seen = tuple(8 * int(n * scale + 0.5) + 1 for n in units)
-            x = images if seen == whole else resize(images, seen)
+            scaled = tuple(8 * int(n * scale + 0.5) + 1 for n in units)
+            x = images if scaled == whole else resize(images, scaled)
             x = scores(weights, x, training, dropout_rate)
             fused = x if fused is None else torch.maximum(fused, resize(x, fused.shape[2:]))
         assert fused is not None
@@ -175,11 +175,12 @@ def _resnet(
     msra: bool = False,
     frozen: bool = False,
 ) -> Any:
-    """The last stage of a ResNet of output stride 8.
+    """Returns the last stage of a ResNet with output stride 8.
 
-    Strides are in 3x3 convolutions and the first block of a dilated stage keeps the dilation of the
-    stage before, as in torchvision; with `msra` in the 1x1 convolutions in front, and it does not.
-    With `frozen` batch normalisation does not learn and takes running statistics.
+    Strides are in 3x3 convolutions, and the first block of a dilated stage has the dilation of the
+    stage before, as in torchvision. With `msra`, strides are in the first 1x1 convolutions, and the
+    first block has the new dilation. With `frozen`, batch normalisation does not learn and uses
+    running statistics.
     """
     from torch.nn import functional
 

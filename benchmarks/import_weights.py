@@ -1,11 +1,11 @@
-"""Seconds and memory that importing published weights takes, at full size.
+"""Measures the time and memory of imports of published weights, at full size.
 
     python -m benchmarks.import_weights
     python -m benchmarks.import_weights --models resnet101 --scratch=/scratch
 
-Each file has the names and shapes of torchvision's, and a process of its own imports it. Memory is
-the peak of that process (Linux) above what it had after loading its modules; pages of the mapped
-file count.
+Each file has the names and shapes of torchvision's file. A separate process imports it. Memory is
+the peak of that process (Linux) above its level after loading all modules; pages of the mapped file
+count.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from dense_jax.releases import catalogue
 from dense_jax.train import cli
 from dense_jax.weights import rules
 
-# torchvision's networks that are here as a whole, and segnet, whose encoder takes vgg16_bn.
+# torchvision's networks that this library has whole, and segnet, whose encoder takes vgg16_bn.
 Name = Literal[
     "vgg16",
     "segnet",
@@ -56,13 +56,13 @@ print(json.dumps([time.perf_counter() - start, peak() - before]))
 
 
 def published(name: Name) -> dict[str, np.ndarray]:
-    """Returns arrays of the names and shapes that torchvision's file for a network has."""
-    of_pixels = name.startswith(("fcn", "deeplab"))
-    template: Any = rules.template_of(catalogue.build(name, aux=of_pixels))
+    """Returns arrays with the names and shapes of torchvision's file for a network."""
+    is_segmenter = name.startswith(("fcn", "deeplab"))
+    template: Any = rules.template_of(catalogue.build(name, aux=is_segmenter))
     leaves = traverse_util.flatten_dict(template, sep="/")
-    found = [_known(leaves, r) for r in catalogue.releases() if r.name.startswith("torchvision")]
-    tensors = max(found, key=len)
-    if name in ("vgg16", "segnet"):  # the file goes on behind what is taken from it
+    releases = [r for r in catalogue.releases() if r.name.startswith("torchvision")]
+    tensors = max((_known(leaves, release) for release in releases), key=len)
+    if name in ("vgg16", "segnet"):  # the file also has a classifier that is not imported
         for i, shape in _CLASSIFIER.items():
             weight = np.broadcast_to(np.float32(0.5), shape)
             bias = weight[:, 0]
@@ -71,7 +71,7 @@ def published(name: Name) -> dict[str, np.ndarray]:
 
 
 def _known(leaves: dict[str, Any], release: rules.Release) -> dict[str, np.ndarray]:
-    """Returns those parameters that have a name in a release, under that name."""
+    """Returns the parameters that a release has, under their names there."""
     tensors = {}
     for path, leaf in leaves.items():
         values = np.broadcast_to(np.float32(0.5), leaf.shape)
@@ -85,8 +85,8 @@ def main(models: tuple[Name, ...] = get_args(Name), scratch: pathlib.Path | None
     """Prints a row for each network.
 
     Args:
-      models: which networks; segnet takes vgg16_bn.
-      scratch: a folder for the files, which are removed afterwards; by default the system's.
+      models: the networks to import; segnet takes vgg16_bn.
+      scratch: folder for temporary files. Default: the system's.
     """
     if scratch is not None:
         runs.make_folder(scratch)
@@ -101,8 +101,8 @@ def main(models: tuple[Name, ...] = get_args(Name), scratch: pathlib.Path | None
             del tensors
             size = path.stat().st_size / 2**20
             command = [sys.executable, "-c", _IMPORT, name, str(path), f"{folder}/out"]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            seconds, memory = json.loads(done.stdout.splitlines()[-1])
+            process = subprocess.run(command, check=True, capture_output=True, text=True)
+            seconds, memory = json.loads(process.stdout.splitlines()[-1])
             row = f"{num_tensors} | {size:.0f} | {seconds:.1f} | {memory:.0f} | {memory / size:.2f}"
             print(f"| {name} | {row} |", flush=True)
 

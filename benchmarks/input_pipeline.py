@@ -1,11 +1,10 @@
-"""Images a second of the training pipeline alone.
+"""Measures the images per second of the training pipeline alone.
 
     python -m benchmarks.input_pipeline --data-dir=/data/camvid
     python -m benchmarks.input_pipeline --dataset-name=shapes
 
-CamVid at 360x480: random scale, normalisation, crop and flip, batches of eight. Compare with the
-images a second that the training step prints (benchmarks.train_step): the input should feed at
-least twice that.
+By default: CamVid at 360x480, with random scale, normalisation, crop and flip, in batches of eight.
+The pipeline should be at least twice as fast as the training step (benchmarks.train_step).
 """
 
 import time
@@ -23,13 +22,13 @@ def main(
     batch_size: int = 8,
     seconds: float = 5.0,
 ) -> None:
-    """Prints images a second by number of threads and worker processes.
+    """Prints images per second by number of threads and worker processes.
 
     Args:
-      dataset_name: a dataset, by name.
-      data_dir: the folder with its files.
-      batch_size: images a batch.
-      seconds: how long each setting is timed.
+      dataset_name: name of the dataset.
+      data_dir: folder of the dataset.
+      batch_size: images in each batch.
+      seconds: duration of each measurement.
     """
     source = dataset.load(dataset_name, data_dir).split("train")
     size = source.size(0)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.ops [--repeats=15] [--only=pool]
 
-Both work on the same values in float32; torch's tensors are channels_last. Results are compared
-before they are timed. A ratio below 1 means that ours is faster.
+Both sides get the same float32 values; torch's tensors are channels_last. The benchmark compares
+their results before it times them. A ratio below 1 means that ours is faster.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from dense_jax.ops.pool import max_pool, max_pool_with_switches, max_unpool
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is timed."""
+    """The cases to time, and how."""
 
-    repeats: int = 15  # Calls of each, in turns; the medians are shown.
-    threads: int = 2  # Threads of torch; JAX takes every core it is given.
-    only: str = ""  # Run the cases whose name contains this.
+    repeats: int = 15  # Timed turns of each side; the medians are shown.
+    threads: int = 2  # Threads of torch; JAX uses every core of the process.
+    only: str = ""  # Run only cases whose name contains this.
 
 
 def cases(torch):
@@ -83,8 +83,8 @@ def cases(torch):
         ("up-conv k64 s32, depthwise 21", (2, 7, 7, 21), 64, 32, 16, 21, 21),
     ):
         x, kernel = normal(*shape), normal(k, k, shape[3] // groups, features)
-        # Ours is [kh, kw, C_in / groups, C_out]; with one group or depthwise torch's is
-        # [C_in, C_out / groups, kh, kw].
+        # Our kernel is [kh, kw, C_in / groups, C_out]; torch's is [C_in, C_out / groups, kh, kw]
+        # (here with one group, or depthwise).
         axes = (3, 2, 0, 1) if groups > 1 else (2, 3, 0, 1)
         weight = torch.tensor(kernel).permute(axes).contiguous(memory_format=torch.channels_last)
         g = {"padding": p, "groups": groups}
@@ -116,7 +116,7 @@ def main(config: Config) -> None:
 
         def torch_both(theirs=theirs, tensors=tensors, grad=grad):
             y = theirs(*tensors)
-            return y, torch.autograd.grad(y, tensors, grad)  # both sides hand both out
+            return y, torch.autograd.grad(y, tensors, grad)  # both sides return both
 
         y, (x_grad, *_) = both(arrays, array_grad)
         for value, other in ((y, expected.detach()), (x_grad, torch_both()[1][0])):

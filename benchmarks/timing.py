@@ -1,4 +1,4 @@
-"""Timing of two implementations side by side."""
+"""Times two implementations in turns."""
 
 import importlib
 import statistics
@@ -12,25 +12,25 @@ _TURN = 0.05  # Seconds.
 
 
 class Comparison(NamedTuple):
-    """Median seconds of one call of ours and of theirs."""
+    """Median seconds of one call of each side."""
 
     ours: float
     theirs: float
 
     @property
     def ratio(self) -> float:
-        """Our time over theirs; below 1 we are faster."""
+        """Our time divided by theirs; below 1 means that ours is faster."""
         return self.ours / self.theirs
 
 
 def alternate(
     ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 15, warmup: int = 2
 ) -> Comparison:
-    """Times both in turns, so that whatever else the machine does falls on both.
+    """Times both sides in turns, so that other load on the machine affects both.
 
-    Each call must return only when its result is there. A turn is one call that is not timed, in
-    which the other's worker threads stop waiting for more work and our own wake up, and then
-    calls of this side only, for about as long as a turn should last.
+    Each call must return only when its result is ready. A turn starts with one call without timing:
+    the threads of the other side stop waiting for work, and those of this side wake up. Timed calls
+    of this side follow, for about 0.05 seconds.
     """
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(warmup + repeats):
@@ -46,7 +46,7 @@ def alternate(
 
 
 def import_torch(threads: int) -> types.ModuleType:
-    """Returns torch set to a number of threads, or ends the program saying what is missing."""
+    """Returns torch with a number of threads; exits with a message if it is not installed."""
     try:
         torch = importlib.import_module("torch")
     except ImportError:

@@ -3,10 +3,10 @@
     python -m benchmarks.train_step --model fcn8s
     python -m benchmarks.train_step --model segnet --width 0.25 --size 128 --batch 4
 
-Both sides hold the same weights, and their logits and gradients are compared before any timing.
-They take turns in one process on two threads, torch with channels last. A step is a forward pass
-with dropout and with the batch's statistics, mean softmax cross entropy over the labelled pixels
-(of the coarser grid that a network learns at, if it does), a backward pass and SGD with momentum.
+Both sides have the same weights. The benchmark compares their logits and gradients before it times
+them, in turns in one process, torch on two threads with channels last. A step is a forward pass
+with dropout and batch statistics, mean softmax cross-entropy over the labelled pixels (or units, if
+the network learns at a coarser stride), a backward pass, and SGD with momentum.
 """
 
 import sys
@@ -40,14 +40,16 @@ from dense_jax.objectives import pixels
 NUM_CLASSES = 21
 LEARNING_RATE = 1e-4
 MOMENTUM = 0.9
-_RATE = 0.5  # Of dropout, where a network has it.
+_RATE = 0.5  # Dropout rate of the networks that have dropout.
 
 
 class Model(NamedTuple):
-    """How to build a network of ours, given (width, size of the images), and its twin.
+    """A network and its twin.
 
     Attributes:
-      trained: the output that the loss is taken of, and that the twin returns in training.
+      build: (width, size of the images) -> our network.
+      twin: the same network in torch.
+      trained: name of the output for the loss; the twin returns this output in training.
     """
 
     build: Callable[[float, int], nn.Module]
@@ -56,12 +58,12 @@ class Model(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Ours or theirs.
+    """The functions of our network, or of the twin.
 
     Attributes:
       forward: returns logits [B, H, W, C] with running statistics.
-      gradients: returns those of the loss by path, in torch's layout, without dropout.
-      step: a training step, that changes the parameters.
+      gradients: returns the loss gradients by path, in torch's layout, without dropout.
+      step: makes a training step, which changes the parameters.
     """
 
     forward: Callable[[], np.ndarray]
@@ -94,7 +96,7 @@ MODELS = {
         lambda width, size: deconvnet.DeconvNet(NUM_CLASSES, input_size=size, width=width),
         twins.deconvnet,
     ),
-    # Dilated networks without "same" take images with 186 pixels of surroundings on each side.
+    # Dilated networks without "same" take images with a margin of 186 pixels on each side.
     "front_end": _by_width(dilated.front_end, dilation_twins.dilated(), "scores"),
     "dilated_basic": _by_width(
         dilated.dilated_basic, dilation_twins.dilated(context=True), "scores"
@@ -140,9 +142,10 @@ MODELS = {
 
 
 def random_variables(model: nn.Module, images: np.ndarray) -> dict[str, Any]:
-    """Returns kernels of variance 2 / fan-in, scores included so that logits are not zero.
+    """Returns random variables for a comparison.
 
-    Biases and means are about 0, scales and variances about 1.
+    Kernels have the variance 2 / fan-in, those of score layers too, so logits are not zero. Biases
+    and means are about 0, scales and variances about 1.
     """
     shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
     rng = np.random.default_rng(0)
@@ -164,7 +167,7 @@ def build_ours(
     labels: np.ndarray,
     trained: str = "logits",
 ) -> Side:
-    """Returns our functions; the first call of each compiles. For `trained` see `Model`."""
+    """Returns the functions of our network; each first call compiles. See `Model.trained`."""
     optimizer = optax.sgd(LEARNING_RATE, MOMENTUM)
     without = model.clone(dropout_rate=0.0) if hasattr(model, "dropout_rate") else model
 
@@ -212,7 +215,7 @@ def build_ours(
 def build_theirs(
     twin: twins.Twin, variables: dict[str, Any], images: np.ndarray, labels: np.ndarray
 ) -> Side:
-    """Returns the same of torch."""
+    """Returns the functions of the twin."""
     import torch
 
     weights = twins.Weights(variables)
@@ -230,9 +233,9 @@ def build_theirs(
         torch.nn.functional.cross_entropy(logits, y, ignore_index=IGNORE_LABEL).backward()
 
     def gradients() -> dict[str, np.ndarray]:
-        kept = {path: tensor.clone() for path, tensor in weights.stats.items()}
+        old = {path: tensor.clone() for path, tensor in weights.stats.items()}
         backward(0.0)
-        for path, tensor in kept.items():  # only steps move the running statistics
+        for path, tensor in old.items():  # only steps may change the running statistics
             weights.stats[path].copy_(tensor)
         return {
             path: (torch.zeros_like(tensor) if tensor.grad is None else tensor.grad).numpy().copy()
@@ -247,7 +250,7 @@ def build_theirs(
 
 
 def logits_differ(ours: Side, theirs: Side) -> float:
-    """The largest difference of the logits over the largest logit."""
+    """Returns the largest difference of the logits, divided by the largest logit."""
     logits, their_logits = ours.forward(), theirs.forward()
     return float(np.abs(logits - their_logits).max() / np.abs(their_logits).max())
 
@@ -260,10 +263,10 @@ def gradients_differ(
     labels: np.ndarray,
     trained: str = "logits",
 ) -> float:
-    """The norm of the difference of all gradients over their norm, in float64.
+    """Returns the norm of the difference of all gradients, divided by their norm, in float64.
 
-    In float32, rounding alone makes up percents of it: batch statistics of a few values divide by
-    small numbers, and a maximum or a ReLU that tips over sends a gradient elsewhere.
+    In float32, rounding alone would make several percent. Batch statistics of a few values divide
+    by small numbers, and a tie in a maximum or a ReLU can send a gradient elsewhere.
     """
     with jax.enable_x64(True):
         variables = jax.tree.map(lambda array: array.astype(np.float64), variables)
@@ -272,8 +275,8 @@ def gradients_differ(
         theirs = build_theirs(twin, variables, images, labels).gradients()
     if ours.keys() != theirs.keys():
         raise ValueError(f"Parameters of one side only: {ours.keys() ^ theirs.keys()}.")
-    apart = sum(float(np.sum((ours[k] - theirs[k]) ** 2)) for k in theirs)
-    return float(np.sqrt(apart / sum(float(np.sum(g**2)) for g in theirs.values())))
+    difference = sum(float(np.sum((ours[k] - theirs[k]) ** 2)) for k in theirs)
+    return float(np.sqrt(difference / sum(float(np.sum(g**2)) for g in theirs.values())))
 
 
 def main(
@@ -291,8 +294,8 @@ def main(
       width: channel multiplier of the trunk.
       size: height and width of the images in pixels.
       batch: number of images.
-      repeats: timed calls of each side; the median counts. 0 only compares.
-      gradients: also compare the gradients, which takes longer than a few steps.
+      repeats: timed turns of each side; the medians are shown. 0 only compares.
+      gradients: also compare the gradients; this takes longer than a few steps.
     """
     if model not in MODELS:
         sys.exit(f"error: no model {model!r}: choose one of {', '.join(MODELS)}")
@@ -314,13 +317,13 @@ def main(
     difference = logits_differ(ours, theirs)
     if not difference < 1e-3:
         sys.exit(f"error: logits differ by {difference:.1e} of the largest: not the same network")
-    told = f"logits differ by {difference:.1e}"
-    if gradients:  # of two images at most, to save memory
+    account = f"logits differ by {difference:.1e}"
+    if gradients:  # with two images at most, to save memory
         difference = gradients_differ(network, twin, variables, images[:2], labels[:2], trained)
         if not difference < 1e-5:
             sys.exit(f"error: gradients differ by {difference:.1e}: not the same network")
-        told += f", gradients by {difference:.1e}"
-    print(f"{model}, width {width}, {batch} x {size} x {size}: {told}")
+        account += f", gradients by {difference:.1e}"
+    print(f"{model}, width {width}, {batch} x {size} x {size}: {account}")
     if not repeats:
         return
     calls = (("forward", ours.forward, theirs.forward), ("step", ours.step, theirs.step))

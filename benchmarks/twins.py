@@ -1,8 +1,8 @@
-"""Our networks written in torch, from our parameters, to be compared and timed against.
+"""Twins: our networks in torch with our parameters, for comparisons of results and time.
 
 A twin is a function (weights, images, training, dropout rate) -> logits; images and logits are
-torch tensors [B, C, H, W]. In training it returns what the loss is taken of, for some networks the
-scores of a coarser grid, and batch normalisation takes the statistics of the batch. Dilated and
+torch tensors [B, C, H, W]. In training it returns the output for the loss, for some networks the
+scores at a coarser stride, and batch normalisation uses the statistics of the batch. Dilated and
 residual networks are in `benchmarks.dilation_twins`.
 """
 
@@ -18,7 +18,7 @@ from dense_jax.layers import init
 from dense_jax.models import vgg
 
 _UP_CONV = re.compile("up|fc6-deconv")  # Layers whose kernel torch stores as [in, out, h, w].
-_EPSILON = 1e-9  # Of the batch normalisation of SegNet and DeconvNet.
+_EPSILON = 1e-9  # For the batch normalisation of SegNet and DeconvNet.
 
 
 class Weights:
@@ -34,7 +34,7 @@ class Weights:
 
         def tensors(tree: dict[str, Any]) -> dict[str, Any]:
             arrays = flat(tree)
-            # A copy: jax.Array is read-only, and the optimizer writes.
+            # Copy: jax.Array is read-only, and the optimiser writes.
             return {path: torch.tensor(array) for path, array in arrays.items()}
 
         self.params = tensors(variables["params"])
@@ -53,14 +53,14 @@ class Weights:
         groups: int = 1,
         dilation: int = 1,
     ) -> Any:
-        """Convolves with the kernel and, where there is one, the bias of a layer."""
+        """Convolves with the kernel of a layer, and adds its bias if it has one."""
         from torch.nn import functional
 
         kernel, bias = self.params[f"{name}/kernel"], self.params.get(f"{name}/bias")
         return functional.conv2d(x, kernel, bias, stride, padding, dilation, groups)
 
     def up_conv(self, name: str, x: Any, stride: int) -> Any:
-        """Convolves with fractional stride."""
+        """Convolves with a fractional stride."""
         from torch.nn import functional
 
         kernel, bias = self.params[f"{name}/kernel"], self.params.get(f"{name}/bias")
@@ -74,7 +74,7 @@ class Weights:
         epsilon: float = _EPSILON,
         frozen: bool = False,
     ) -> Any:
-        """Normalises over the batch; frozen: by the running statistics, and learns nothing."""
+        """Normalises over the batch; if frozen, by running statistics, and without learning."""
         from torch.nn import functional
 
         mean, var = self.stats[f"{name}/mean"], self.stats[f"{name}/var"]
@@ -85,16 +85,17 @@ class Weights:
 
 
 def flat(tree: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Our arrays by path, kernels in torch's layout."""
+    """Returns our arrays by path, with kernels in torch's layout."""
 
-    def turned(path: str, array: Any) -> np.ndarray:
+    def torch_layout(path: str, array: Any) -> np.ndarray:
         array = np.asarray(array)
         if array.ndim != 4:
             return array
         axes = (2, 3, 0, 1) if _UP_CONV.match(path) else (3, 2, 0, 1)
         return array.transpose(axes)
 
-    return {path: turned(path, a) for path, a in traverse_util.flatten_dict(tree, sep="/").items()}
+    leaves = traverse_util.flatten_dict(tree, sep="/")
+    return {path: torch_layout(path, array) for path, array in leaves.items()}
 
 
 Twin = Callable[[Weights, Any, bool, float], Any]
@@ -109,8 +110,8 @@ def fcn(
 
     Args:
       layers: table of the trunk.
-      skips: layers that are added to the scores, finest last, and the offset of each one's crop.
-        Offsets are those of the authors' release; our networks derive theirs.
+      skips: layers to add to the scores, finest last, each with the offset of its crop. Offsets are
+        from the authors' release; our networks compute theirs.
       last: kernel, stride and crop of the last up-convolution.
     """
 
@@ -145,7 +146,7 @@ def stack(
     *,
     ceil: bool,
 ) -> dict[str, Any]:
-    """The outputs of a plain network by layer."""
+    """Returns the outputs of a plain network by layer."""
     from torch.nn import functional
 
     outputs = {}
@@ -184,13 +185,13 @@ def _block(
     padding: int,
     relu: bool = True,
 ) -> Any:
-    """Convolution, batch normalisation and, if asked, ReLU; names of the first two."""
+    """Applies convolution, batch normalisation (by their names) and optionally ReLU."""
     x = weights.norm(names[1], weights.conv(names[0], x, padding=padding), training)
     return x.relu() if relu else x
 
 
 def segnet(weights: Weights, images: Any, training: bool, dropout_rate: float) -> Any:
-    """SegNet as released; its plain form has no dropout, so that the rate is not looked at."""
+    """SegNet as released, without dropout: the rate has no effect."""
     from torch.nn import functional
 
     depths, memory, x = (2, 2, 3, 3, 3), [], images
@@ -213,7 +214,7 @@ def segnet(weights: Weights, images: Any, training: bool, dropout_rate: float) -
 
 
 def segnet_basic(weights: Weights, images: Any, training: bool, dropout_rate: float) -> Any:
-    """SegNet-Basic with unpooling by indices; no dropout either."""
+    """SegNet-Basic with unpooling by indices, also without dropout."""
     from torch.nn import functional
 
     memory, x = [], images
@@ -231,7 +232,7 @@ def segnet_basic(weights: Weights, images: Any, training: bool, dropout_rate: fl
 
 
 def deconvnet(weights: Weights, images: Any, training: bool, dropout_rate: float) -> Any:
-    """DeconvNet on images of its input size, where fc6 has one place; it has no dropout."""
+    """DeconvNet on images of its input size, where fc6 has one unit; it has no dropout."""
     from torch.nn import functional
 
     depths, memory, x = (2, 2, 3, 3, 3), [], images

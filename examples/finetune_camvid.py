@@ -1,17 +1,17 @@
-"""Trains a network of others further on data of one's own, in the loop of every experiment here.
+"""Fine-tunes a published network on your own data, with the training loop of this library.
 
     python -m examples.finetune_camvid camvid --data-dir=/data/camvid --weights=tensors.npz
     python -m examples.finetune_camvid camvid --data-dir=/data/camvid --learning-rate=3e-3 \
         --workdir=runs/scratch
 
-What to learn: a script needs `Config`, `PRESETS` and `build`, and its runs resume, predict and
-evaluate like those of experiments/ (`python -m dense_jax predict --run ...`). Weights
-come in as a folder that --init reads: parameters by their paths here and what images they expect.
-Those of another shape, here the scores of 21 classes, start anew, and the run says so.
+What to learn: a script needs `Config`, `PRESETS` and `build`; its runs then resume, predict and
+evaluate like those of experiments/ (`python -m dense_jax predict --run ...`). --init reads a folder
+of weights: parameters by their paths, and the normalisation of their images. Parameters of another
+shape, here the scores of 21 classes, keep their random start, and the run lists them.
 
-The network is DeepLabv3 on MobileNetV2 of `examples/mobilenet_deeplab.py`, trained on photographs
-of VOC's 21 classes; the data are CamVid's streets. Without --weights it starts from nothing, and
-without the batch normalisation that the release has folded into its kernels.
+The network is DeepLabv3 on MobileNetV2 from `examples/mobilenet_deeplab.py`, trained on photographs
+of VOC's 21 classes; the data are CamVid's streets. Without --weights it starts from random
+parameters, without the batch normalisation that the release has folded into its kernels.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from dense_jax.train.state import TrainState
 from examples import mobilenet_deeplab
 from examples.mobilenet_deeplab import MobileNetDeepLab
 
-_IMAGES = "none"  # 0 to 255: the network's first line brings them to -1..1
+_IMAGES = "none"  # 0 to 255: the network's first line scales them to -1..1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,9 @@ class Config(LabelConfig):
     """Flags of this script, then the shared ones."""
 
     weights: str | None = None
-    """The trained network's tensors.npz; by default training starts from random parameters."""
+    """The trained network's tensors.npz. Default: random parameters."""
     crop: tuple[int, int] = (129, 177)
-    """Height and width of training images, at best 8 m + 1."""
+    """Height and width of training images, preferably 8 m + 1."""
 
 
 _SCRATCH = from_scratch(Config(normalisation=_IMAGES))
@@ -51,7 +51,7 @@ PRESETS = {
 
 
 def build(config: Config, num_classes: int) -> Semantic:
-    """The network, and its training images: 0.75 to 1.5 times their size, cropped and flipped."""
+    """Returns the task. Training images are resized by 0.75 to 1.5, cropped and flipped."""
     transforms = whole_images(config.normalisation, config.scale, "mirror_scale", config.crop)
     return Semantic(config, MobileNetDeepLab(num_classes, dtype=config.dtype), transforms)
 
@@ -60,10 +60,10 @@ def main(config: Config) -> TrainState:
     """Trains, evaluates and reports; returns the last state."""
     if config.weights:
         folder = pathlib.Path(f"{config.workdir}/start")
-        if not has_checkpoint(config.workdir or ""):  # else the run goes on
+        if not has_checkpoint(config.workdir or ""):  # otherwise the run resumes
             variables, account = mobilenet_deeplab.load(pathlib.Path(config.weights))
-            told = {"from": config.weights, "normalisation": _IMAGES, "account": account.summary()}
-            start.save(folder, variables, told)
+            facts = {"from": config.weights, "normalisation": _IMAGES, "account": account.summary()}
+            start.save(folder, variables, facts)
         config = dataclasses.replace(config, init=f"run:{folder}")
     return training.run(build, config)
 

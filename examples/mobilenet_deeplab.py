@@ -1,14 +1,14 @@
-"""DeepLabv3 on MobileNetV2 at half width, from TensorFlow Lite's tensors to its score on VOC.
+"""DeepLabv3 on MobileNetV2 at half width: from TensorFlow Lite's tensors to its mean IoU on VOC.
 
     python -m examples.mobilenet_deeplab --weights=tensors.npz --data-dir=/data/VOCdevkit
 
-What to learn: TensorFlow Lite stores kernels [out, h, w, in] ("conv_ohwi") and depthwise ones
-[1, h, w, channels] ("depthwise_1hwc"), with batch normalisation folded into kernels and biases; its
-padding "SAME" puts the odd pixel behind; its resizing keeps corners; constants that are no weights
-are named as such. `examples/finetune_camvid.py` trains this network further.
+What to learn: TensorFlow Lite stores kernels as [out, h, w, in] ("conv_ohwi") and depthwise kernels
+as [1, h, w, channels] ("depthwise_1hwc"), with batch normalisation folded into kernels and biases.
+Its padding "SAME" puts an odd pixel at the end, and its resizing aligns corners. Constants that are
+no weights need rules too. `examples/finetune_camvid.py` trains this network further.
 
-The model is the one of TensorFlow's for segmentation on phones (Apache 2.0), as found in
-shaqian/flutter_tflite; `tensors.npz` holds its constants under their own names. Chen et al.,
+The model is TensorFlow's for segmentation on phones (Apache 2.0), from shaqian/flutter_tflite;
+`tensors.npz` holds its constants under their own names. Chen et al.,
 "Rethinking atrous convolution for semantic image segmentation", arXiv:1706.05587; Sandler et al.,
 "MobileNetV2", CVPR 2018, arXiv:1801.04381, Table 2.
 """
@@ -34,7 +34,7 @@ from dense_jax.weights import files, rules
 from dense_jax.weights.account import Account
 from dense_jax.weights.rules import Rule
 
-SIDE = 257  # What the released network sees, in pixels.
+SIDE = 257  # Height and width of the released network's images, in pixels.
 _OUTPUT_STRIDE = 8
 _EXPANSION = 6
 # Channels at full width, blocks, stride of the first of them.
@@ -44,7 +44,7 @@ _STAGES = (
 
 
 def same_padding(size: int, kernel_size: int, strides: int, dilation: int) -> tuple[int, int]:
-    """Returns TensorFlow's padding "SAME": ceil(size / strides) outputs, the odd pixel behind."""
+    """Returns TensorFlow's padding "SAME": ceil(size / strides) outputs, odd pixel at the end."""
     outputs = -(-size // strides)
     total = max(0, (outputs - 1) * strides + dilation * (kernel_size - 1) + 1 - size)
     return total // 2, total - total // 2
@@ -63,8 +63,8 @@ class InvertedResidual(nn.Module):
 
     Attributes:
       features: channels of the result.
-      expansion: how many times as many channels the depthwise convolution has.
-      strides, dilation: of the depthwise convolution.
+      expansion: factor of the channels for the depthwise convolution.
+      strides, dilation: stride and dilation of the depthwise convolution.
       dtype: computation dtype.
 
     Reference: arXiv:1801.04381, Figure 4d.
@@ -93,7 +93,7 @@ class InvertedResidual(nn.Module):
 class MobileNetDeepLab(nn.Module):
     """Maps RGB images [B, H, W, 3] of 0 to 255 to "logits" [B, H, W, num_classes], float32.
 
-    Any H and W; those of 8 m + 1 keep corners on corners.
+    H and W may have any value; 8 m + 1 aligns the corners of map and image.
 
     Attributes:
       num_classes: number of classes; 21 as released, 0 = background.
@@ -112,7 +112,7 @@ class MobileNetDeepLab(nn.Module):
         conv = functools.partial(_conv, dtype=self.dtype)
         x = nn.relu6(conv(images / 127.5 - 1, int(32 * self.width), 3, 2, name="Conv"))
         x = self._trunk(x)
-        # The mean of the map, side by side with its pixels: the whole of this release's pyramid.
+        # This release's pyramid has two branches: the mean of the map, and a 1x1 convolution.
         mean = nn.relu(conv(x.mean((1, 2), keepdims=True), 256, 1, name="image_pooling"))
         local = nn.relu(conv(x, 256, 1, name="aspp0"))
         x = jnp.concatenate([jnp.broadcast_to(mean, local.shape), local], axis=-1)
@@ -122,22 +122,22 @@ class MobileNetDeepLab(nn.Module):
         return {"scores": scores, "logits": resize_bilinear(scores, size, align_corners=True)}
 
     def _trunk(self, x: jax.Array) -> jax.Array:
-        """MobileNetV2's blocks, which dilate by 2 where they would stride beyond 8."""
-        reached, dilation, index = 2, 1, 0
+        """Applies MobileNetV2's blocks; beyond output stride 8 they dilate instead of striding."""
+        total_stride, dilation, index = 2, 1, 0
         for channels, repeats, first_stride in _STAGES:
             for strides in (first_stride, *[1] * (repeats - 1)):
-                is_kept = strides > 1 and reached == _OUTPUT_STRIDE
+                is_dilated = strides > 1 and total_stride == _OUTPUT_STRIDE
                 x = InvertedResidual(
                     int(channels * self.width),
                     expansion=_EXPANSION if index else 1,
-                    strides=1 if is_kept else strides,
+                    strides=1 if is_dilated else strides,
                     dilation=dilation,
                     dtype=self.dtype,
                     name=f"expanded_conv_{index}" if index else "expanded_conv",
                 )(x)
-                # What a block does not stride, those behind it dilate.
-                dilation *= strides if is_kept else 1
-                reached *= 1 if is_kept else strides
+                # If a block omits its stride, the blocks after it dilate by it.
+                dilation *= strides if is_dilated else 1
+                total_stride *= 1 if is_dilated else strides
                 index += 1
         return x
 
@@ -167,16 +167,16 @@ RULES = (
     *_rules("aspp{n}", "aspp{n}"),
     *_rules("concat_projection", "concat_projection"),
     *_rules("logits/semantic", "semantic"),
-    Rule("ResizeBilinear_{n}/size", None),  # sizes of maps, which are no weights
+    Rule("ResizeBilinear_{n}/size", None),  # sizes of maps, no weights
     Rule("strided_slice_{n}", None),
 )
 
 
 def load(path: pathlib.Path) -> tuple[dict[str, Any], Account]:
-    """Returns the variables, and what became of each tensor of the file.
+    """Returns the variables, and an account of all tensors of the file.
 
     Raises:
-      UserError: the file is not this network's.
+      UserError: the file belongs to another network.
     """
     template = rules.template_of(MobileNetDeepLab())
     return rules.load(template, files.read(path).tensors, RULES, path=str(path))
@@ -190,7 +190,7 @@ def apply(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
 
 
 def squeeze(image: np.ndarray) -> np.ndarray:
-    """Brings an image to 257x257, uint8, whatever its proportions."""
+    """Resizes an image to 257x257, uint8, whatever its proportions."""
     resized = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     return np.asarray(resized)
 
@@ -198,7 +198,7 @@ def squeeze(image: np.ndarray) -> np.ndarray:
 def confusion(variables: Any, source: Source) -> np.ndarray:
     """Returns the confusion matrix [21, 21] of a split.
 
-    Images are squeezed to 257x257; the class map goes back to their size by the nearest neighbour.
+    Images are resized to 257x257; nearest-neighbour resizing returns the labels to their size.
     """
     total = None
     for i in range(len(source)):

@@ -1,10 +1,10 @@
-"""A U-Net for nuclei that others trained with PyTorch: from their file to its score, in one page.
+"""A published U-Net for nuclei, trained with PyTorch: from its file to its IoU, in one page.
 
     python -m examples.nuclei_unet --weights=tensors.npz --data-dir=/data/dsb2018_nuclei
 
-To bring weights of your own, write three things: a module whose layers have names (those of the
-file, with "_" for "."), a table of rules that says what each tensor of the file is here, and
-`load`, which refuses the file if a tensor or a parameter is left over.
+To import your own weights, write three things: a module whose layers have the names of the file
+(with "_" instead of "."), a table of rules from tensors of the file to parameters, and `load`,
+which raises an error if a tensor or a parameter remains.
 
 The network is the example model "unet2d_nuclei_broad" of bioimage.io, by C. Pape and
 F. Beuttenmueller (bioimage-io/spec-bioimage-io, MIT licence), after Ronneberger, Fischer, Brox,
@@ -35,15 +35,15 @@ _GRID = 8  # Three poolings.
 
 
 class NucleiUNet(nn.Module):
-    """Maps images [B, H, W, 1] of mean 0 and deviation 1 to "logits" [B, H, W, 1] of nucleus.
+    """Maps images [B, H, W, 1] to "logits" [B, H, W, 1] of nuclei.
 
-    H and W are multiples of 8.
+    Images have mean 0 and standard deviation 1. H and W are multiples of 8.
     """
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
         """Returns "logits", whose sigmoid is the probability of a nucleus."""
-        del train  # nothing here differs
+        del train  # the network is the same in training
 
         def level(x: jax.Array, name: str, width: int) -> jax.Array:
             x = Conv(width, 3, name=f"{name}_0")(x)  # No ReLU between the two.
@@ -71,10 +71,10 @@ RULES = (
 
 
 def load(path: pathlib.Path) -> tuple[dict[str, Any], Account]:
-    """Returns the variables, and what became of each tensor of the file.
+    """Returns the variables, and an account of all tensors of the file.
 
     Raises:
-      UserError: the file is not this network's.
+      UserError: the file belongs to another network.
     """
     template = rules.template_of(NucleiUNet(), num_channels=1)
     return rules.load(template, files.read(path).tensors, RULES, path=str(path))
@@ -88,7 +88,7 @@ def apply(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
 
 
 def standardise(image: np.ndarray) -> np.ndarray:
-    """Brings an image to mean 0 and deviation 1, as in training."""
+    """Scales an image to mean 0 and standard deviation 1, as in training."""
     image = image.astype(np.float32)
     return (image - image.mean()) / (image.std() + np.float32(1e-6))
 
@@ -103,7 +103,7 @@ def foreground_iou(variables: Any, source: Source) -> np.ndarray:
         example = source[i]
         image, label = example["image"], example["label"]
         if np.any(image != image[:, :, :1]):
-            continue  # stained tissue in colour, which the network has never seen
+            continue  # stained tissue in colour, which is not in the training data
         height, width = label.shape
         grey = np.pad(
             standardise(image[:, :, 0]), ((0, -height % _GRID), (0, -width % _GRID)), "reflect"

@@ -3,9 +3,9 @@
     python -m examples.pancreatic_unet --weights=unet_pancreatic_cell_segmentation.h5 \
         --image=exampleImage.npy --expected=resultImage.npy
 
-What to learn: Keras's Conv2DTranspose stores its kernels [h, w, out, in], where Conv2D stores
-[h, w, in, out] as here; and a network may be built from any mixture of this library's layers and
-plain JAX (ELU, average pooling).
+What to learn: Keras's Conv2DTranspose stores its kernels as [h, w, out, in]; Conv2D stores
+[h, w, in, out], like this library. A network may combine this library's layers with plain JAX (ELU,
+average pooling).
 
 The model is example "unet2d_keras_tf" of bioimage-io/spec-bioimage-io (BSD 2-clause,
 I. Arganda-Carreras, DeepImageJ: E. Gomez-de-Mariscal et al., 2019), trained on PhC-C2DL-PSC of the
@@ -39,10 +39,9 @@ def mean_pool(x: jax.Array) -> jax.Array:
 
 
 class PancreaticUNet(nn.Module):
-    """Maps images [B, H, W, 1] in 0..1 to "logits" [B, H, W, 1] of cell.
+    """Maps images [B, H, W, 1] in 0..1 to "logits" [B, H, W, 1] of cells.
 
-    H and W are multiples of 8. Dropout between the convolutions of a level, which training used, is
-    left out.
+    H and W are multiples of 8. The dropout of the published training is left out.
     """
 
     @nn.compact
@@ -66,7 +65,7 @@ class PancreaticUNet(nn.Module):
         return {"logits": Conv(1, 1, name="conv2d_30")(x)}
 
 
-# The numbers are those that Keras gave when the model was built.
+# Keras numbered the layers when it built the model.
 RULES = (
     Rule("conv2d_{n}.kernel", "params/conv2d_{n}/kernel"),
     Rule("conv2d_{n}.bias", "params/conv2d_{n}/bias"),
@@ -76,17 +75,17 @@ RULES = (
 
 
 def load(path: pathlib.Path) -> tuple[dict[str, Any], Account]:
-    """Returns the variables, and what became of each tensor of the file.
+    """Returns the variables, and an account of all tensors of the file.
 
     Raises:
-      UserError: the file is not this network's.
+      UserError: the file belongs to another network.
     """
     template = rules.template_of(PancreaticUNet(), num_channels=1)
     return rules.load(template, files.read(path).tensors, RULES, path=str(path))
 
 
 def scaled(image: np.ndarray) -> np.ndarray:
-    """Brings the lowest value to 0 and the highest to 1, as in training."""
+    """Scales the lowest value to 0 and the highest to 1, as in training."""
     image = image.astype(np.float32)
     return (image - image.min()) / (image.max() - image.min())
 
@@ -99,18 +98,21 @@ def apply(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
 
 
 def main(weights: pathlib.Path, image: pathlib.Path, expected: pathlib.Path) -> None:
-    """Labels the cells of a picture and compares with the labels that it must give.
+    """Labels the cells of a picture and compares them with the expected labels.
 
     Args:
       weights: unet_pancreatic_cell_segmentation.h5.
       image: the picture, .npy [1, H, W, 1].
-      expected: its labels, .npy [1, H, W, 1] of 0 and 1.
+      expected: the expected labels, .npy [1, H, W, 1] of 0 and 1.
     """
     variables, account = load(weights)
     print(account.summary())
     picture, labels = _read(image), _read(expected)
     if picture.shape != labels.shape:
-        raise UserError(f"{expected} is {labels.shape}, not {picture.shape} as {image}: give its")
+        raise UserError(
+            f"{expected} is {labels.shape} and {image} is {picture.shape}: give the labels of "
+            "this picture"
+        )
     logits = apply(variables, scaled(picture))["logits"]
     predicted = (logits > 0).astype(np.uint8)  # a probability above 0.5
     confusion = np.asarray(metrics.confusion_counts(labels, predicted, num_classes=2))

@@ -2,13 +2,13 @@
 
     python -m examples.resnet20_cifar --weights=resnet20-12fca82f.th --data-dir=/data/VOCdevkit
 
-What to learn: batch normalisation's running averages go to "batch_stats" (`rules.batch_norm`), and
-a prefix "module." of all names, left by DataParallel, is taken off by the reader. What has no
-parameters, here the shortcuts, no account can check: only a known output can.
+What to learn: running averages of batch normalisation go to "batch_stats" (`rules.batch_norm`). The
+reader removes the prefix "module." that DataParallel adds to all names. An account cannot check
+layers without parameters, here the shortcuts: compare with a known output.
 
-The weights are akamaster/pytorch_resnet_cifar10's (BSD 2-clause, Y. Idelbayev; test error 8.27 %).
-The network is Section 4.2 of He, Zhang, Ren, Sun, CVPR 2016, arXiv:1512.03385, with option A
-shortcuts. The command shows it objects of PASCAL VOC, which it was not trained on.
+The weights are from akamaster/pytorch_resnet_cifar10 (BSD 2-clause, Y. Idelbayev; test error
+8.27 %). The network is from Section 4.2 of He, Zhang, Ren, Sun, CVPR 2016, arXiv:1512.03385, with
+option A shortcuts. The command classifies objects of PASCAL VOC, which is not its training data.
 """
 
 import pathlib
@@ -35,7 +35,7 @@ from dense_jax.weights.account import Account
 CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
 )  # fmt: skip
-# What VOC calls these classes; deer, frog and truck it does not have.
+# VOC's names of these classes; VOC has no deer, frog and truck.
 VOC_NAMES = {
     "aeroplane": "airplane",
     "bird": "bird",
@@ -45,15 +45,15 @@ VOC_NAMES = {
     "dog": "dog",
     "horse": "horse",
 }
-MIN_SIDE = 48  # In pixels; of smaller objects little is to be seen.
+MIN_SIDE = 48  # In pixels; smaller objects have too little detail.
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut; maps [B, H, W, C] to [B, H / s, W / s, features].
 
-    Where the size changes, the shortcut takes every second pixel and adds channels of zeros evenly
-    on both sides (option A).
+    If the size changes, the shortcut takes every second pixel and adds channels of zeros evenly on
+    both sides (option A).
     """
 
     features: int
@@ -78,7 +78,7 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """Maps images [B, 32, 32, 3], normalised as "torchvision", to "logits" [B, 10]."""
+    """Maps images [B, 32, 32, 3] with the normalisation "torchvision" to "logits" [B, 10]."""
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
@@ -105,10 +105,10 @@ RULES = (
 
 
 def load(path: pathlib.Path) -> tuple[dict[str, Any], Account]:
-    """Returns the variables, and what became of each tensor of the file.
+    """Returns the variables, and an account of all tensors of the file.
 
     Raises:
-      UserError: the file is not this network's.
+      UserError: the file belongs to another network.
     """
     template = rules.template_of(ResNet20())
     return rules.load(template, files.read(path).tensors, RULES, path=str(path))
@@ -122,13 +122,13 @@ def apply(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
 
 
 def objects(data_dir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the objects of VOC of shared classes, cut out and averaged down to 32x32.
+    """Returns crops of VOC's objects in the shared classes, averaged down to 32x32.
 
     Returns:
-      Images, uint8 [N, 32, 32, 3], and labels, int32 [N], of `CLASSES`.
+      Images, uint8 [N, 32, 32, 3], and labels, int32 [N], indices into `CLASSES`.
 
     Raises:
-      UserError: the folder is not VOC's, or its boxes are missing or damaged.
+      UserError: the folder does not hold VOC, or its boxes are missing or damaged.
     """
     images, labels = [], []
     for pair in voc2012.find(data_dir).pairs:
@@ -140,7 +140,7 @@ def objects(data_dir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
         with Image.open(pair.image) as picture:
             for thing in root.iterfind("object"):
                 label = VOC_NAMES.get(thing.findtext("name") or "")
-                # VOC counts pixels from 1 and its corners are inside.
+                # VOC counts pixels from 1, and its boxes include both corners.
                 sides = [float(thing.findtext(f"bndbox/{side}") or 0) for side in _SIDES]
                 left, top, right, bottom = (round(side) for side in sides)
                 if label is None or min(right - left, bottom - top) < MIN_SIDE:
@@ -152,7 +152,7 @@ def objects(data_dir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(weights: pathlib.Path, data_dir: pathlib.Path) -> None:
-    """Measures how often the network names an object of PASCAL VOC, of its ten classes.
+    """Measures the network's accuracy on objects of PASCAL VOC in its classes.
 
     Args:
       weights: resnet20-12fca82f.th.
@@ -164,7 +164,7 @@ def main(weights: pathlib.Path, data_dir: pathlib.Path) -> None:
     logits = apply(variables, Normalise("torchvision")({"image": images})["image"])["logits"]
     confusion = metrics.confusion_counts(labels, jnp.argmax(logits, -1), num_classes=len(CLASSES))
     scores = metrics.summarise(np.asarray(confusion), CLASSES)
-    print(f"{scores['pixel_accuracy']:.1%} of {len(labels)} objects are named rightly")
+    print(f"{scores['pixel_accuracy']:.1%} of {len(labels)} objects get the right class")
 
 
 if __name__ == "__main__":

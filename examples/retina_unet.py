@@ -1,14 +1,14 @@
-"""A U-Net for the vessels of the retina, trained with Keras 1 on Theano: kernels are turned around.
+"""A U-Net for the vessels of the retina, trained with Keras 1 on Theano: kernels are flipped.
 
     python -m examples.retina_unet --weights=test_best_weights.h5 --reference=reference_io.npz
 
-What to learn: Theano computes true convolution, so its kernels have to be flipped in height and
-width ("conv+flip" in the table). Nothing in the file says so, and on pictures of eyes the output
-looks almost right without it: compare with an output that is known.
+What to learn: Theano computes true convolution, so its kernels must be flipped in height and width
+("conv+flip" in the table). Nothing in the file says so, and on pictures of eyes the output without
+the flip looks almost right: compare with a known output.
 
-The network is orobix/retina-unet's (MIT licence, D. Cortinovis, Orobix Srl), trained on 48x48
-patches of DRIVE, whose terms forbid to pass its images on. Patches are grey, equalised in contrast
-(CLAHE), of gamma 1.2 and scaled to 0..1.
+The network is from orobix/retina-unet (MIT licence, D. Cortinovis, Orobix Srl), trained on 48x48
+patches of DRIVE, whose terms forbid copies of its images. Patches are grey, with equalised contrast
+(CLAHE), gamma 1.2 and values in 0..1.
 """
 
 import pathlib
@@ -31,15 +31,14 @@ from dense_jax.weights.rules import Rule
 
 
 class RetinaUNet(nn.Module):
-    """Maps grey images [B, H, W, 1] in 0..1 to "logits" [B, H, W, 2]; class 1 are vessels.
+    """Maps grey images [B, H, W, 1] in 0..1 to "logits" [B, H, W, 2]; class 1 is vessels.
 
-    H and W are multiples of 4. Dropout between the convolutions of a level, which training used, is
-    left out.
+    H and W are multiples of 4. The dropout of the published training is left out.
     """
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns "logits", which are at least 0: a ReLU stands in front of the softmax."""
+        """Returns "logits", which are at least 0: a ReLU precedes the softmax."""
         del train
 
         def convs(x: jax.Array, first: int, width: int) -> jax.Array:
@@ -63,10 +62,10 @@ RULES = (
 
 
 def load(path: pathlib.Path) -> tuple[dict[str, Any], Account]:
-    """Returns the variables, and what became of each tensor of the file.
+    """Returns the variables, and an account of all tensors of the file.
 
     Raises:
-      UserError: the file is not this network's.
+      UserError: the file belongs to another network.
     """
     template = rules.template_of(RetinaUNet(), num_channels=1)
     return rules.load(template, files.read(path).tensors, RULES, path=str(path))
@@ -80,12 +79,12 @@ def apply(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
 
 
 def unflipped(variables: Any) -> Any:
-    """Returns the variables as they would be read if the kernels were not turned around."""
+    """Returns the variables of a reader that does not flip the kernels."""
     return jax.tree.map(lambda x: np.flip(x, (0, 1)) if x.ndim == 4 else x, variables)
 
 
 def main(weights: pathlib.Path, reference: pathlib.Path) -> None:
-    """Compares the network with an output that is known, as it is and with unflipped kernels.
+    """Compares the network with a known output, with flipped kernels and without.
 
     Args:
       weights: test_best_weights.h5.
