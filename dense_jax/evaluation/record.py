@@ -123,13 +123,13 @@ class Record:
     @property
     def scores(self) -> dict[str, Score]:
         """All metrics by name."""
-        return {score.name: score for found in self.findings for score in found.scores}
+        return {score.name: score for part in self.findings for score in part.scores}
 
     def row(self) -> dict[str, float]:
         """Returns the numbers for the log: the metrics, and the columns with `Table.log`."""
         numbers = {name: score.value for name, score in self.scores.items()}
-        for found in self.findings:
-            for table in found.tables:
+        for part in self.findings:
+            for table in part.tables:
                 for name, value, *_ in table.rows if table.log else ():
                     numbers[f"{table.log}/{name}"] = math.nan if value is None else float(value)
         return numbers
@@ -138,15 +138,15 @@ class Record:
         """Writes ``evaluation.json`` and ``pictures/`` for the parameters of a step."""
         folder, pictures = workdir / "pictures", []
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in (picture for found in self.findings for picture in found.pictures):
+        for picture in (picture for part in self.findings for picture in part.pictures):
             Image.fromarray(picture.draw()).save(folder / picture.file)
             texts = {f: getattr(picture, f) for f in ("group", "caption", "parts")}
             pictures.append({"file": f"pictures/{picture.file}", **texts})
-        for name, text in (item for found in self.findings for item in found.files.items()):
+        for name, text in (item for part in self.findings for item in part.files.items()):
             (workdir / name).write_text(text)
         scores = self.scores.values()
         about = {s.name: {"title": s.title, "unit": s.unit, "main": s.main} for s in scores}
-        tables = [table for found in self.findings for table in found.tables]
+        tables = [table for part in self.findings for table in part.tables]
         record = {
             "protocol": {**self.protocol, "step": step, **runs.provenance()},
             "headline": self.headline,
