@@ -6,6 +6,8 @@ import pathlib
 # Virtual CPU devices share one thread pool; on a small machine a collective waits for threads
 # that it holds itself unless the pool is larger than the number of devices.
 os.environ.setdefault("NPROC", "16")
+# Most programs of the tests run once, and to optimise them takes longer than they run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax

@@ -16,7 +16,6 @@ BN_SCALES_AND_BIASES = 105_344  # of ResNet-101; without gradient
 PUBLISHED = {
     "v1 7x7": (deeplab.deeplab_7x7, 134_346_581),
     "v1 4x4": (deeplab.deeplab_4x4, 65_140_565),
-    "v1 LargeFOV": (deeplab.deeplab_largefov, 20_505_429),
     "v1 MSc-LargeFOV": (deeplab.deeplab_msc_largefov, 21_711_445),
     "v2 ASPP-S": (deeplab.deeplab_vgg_aspp_s, 37_877_652),
     "v2 ASPP-L": (deeplab.deeplab_vgg_aspp_l, 37_877_652),
@@ -259,8 +258,15 @@ def test_shifting_the_image_by_a_unit_shifts_the_scores():
 
 
 def test_contract():
-    model = thin(rates=(1,), width=1 / 32)
-    contract.check_thin(model, image_shape=(2, 9, 12, 3), num_classes=3, skips=["fc6"])
+    contract.check_model(
+        deeplab.deeplab_largefov(num_classes=21),
+        num_params=20_505_429,
+        image_shape=(1, 321, 321, 3),
+        num_classes=21,
+        thin=thin(num_classes=21, rates=(1,), width=1 / 32),
+        thin_shape=(2, 9, 12, 3),
+        skips=["fc6"],
+    )
 
 
 def test_every_multi_scale_feature_is_used_and_learned():

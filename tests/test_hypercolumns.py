@@ -33,9 +33,6 @@ def apply(model, variables, inputs, train=False):
 
 
 def test_parameters_of_the_semantic_version():
-    contract.check_full(
-        Hypercolumns(21), num_params=134_360_063, image_shape=(1, 500, 375, 3), num_classes=21
-    )
     assert 134_360_063 == 134_260_544 + 2_709 + 10_773 + 86_037
     assert num_params(Hypercolumns(21, tap_kernels=(3, 1, 1))) == 134_360_063 - 2_709 + 24_213
     grid = Hypercolumns(21, grid=5)
@@ -98,10 +95,13 @@ def test_taps_and_nothing_behind_them(taps, scores):
 
 
 def test_contract():
-    contract.check_thin(
-        thin(tap_kernels=(3, 1, 1), tap_scale="l2", grid=2),
-        image_shape=(2, 19, 26, 3),
-        num_classes=3,
+    contract.check_model(
+        Hypercolumns(21),
+        num_params=134_360_063,
+        image_shape=(1, 500, 375, 3),
+        num_classes=21,
+        thin=thin(num_classes=21, tap_kernels=(3, 1, 1), tap_scale="l2", grid=2),
+        thin_shape=(2, 19, 26, 3),
         skips=["score_pool2", "score_conv4_3", "score_fc7"],
     )
 
