@@ -263,7 +263,7 @@ def test_a_box_run_predicts_the_objects_in_given_boxes(smoke_run, tmp_path):
     height, width = 21, 30
     Image.fromarray(example["image"][:height, :width]).save(images / "a.png")
     Image.fromarray(example["image"]).save(images / "b.png")
-    with pytest.raises(UserError, match=r"boxes\.json cannot be read.*write them there"):
+    with pytest.raises(UserError, match=r"boxes\.json cannot be read.*write the boxes"):
         predict.run(run=smoke_run, input=images, output=out)
     given = [
         {"file_name": "a.png", "category_id": 2, "bbox": [3, 4, 12, 10]},
