@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import shutil
 from typing import Any
 
@@ -325,6 +326,13 @@ def test_a_box_run_leaves_as_a_program_of_images_boxes_and_classes(smoke_run, tm
         ([{"file_name": "a.png", "category_id": 9, "bbox": [0, 0, 1, 1]}], "category_id 9"),
         ([{"file_name": "a.png", "category_id": 1, "bbox": [0, 0, 0, 1]}], "sides above 0"),
         ({"images": [], "annotations": [{"image_id": 7}]}, "no 7"),
+        ([{"file_name": "a.png", "category_id": True, "bbox": [0, 0, 1, 1]}], "category_id True"),
+        ([{"file_name": "a.png", "category_id": 1, "bbox": [0, 0, math.nan, 1]}], "sides above 0"),
+        (
+            [{"file_name": f"{n}/a.png", "category_id": 1, "bbox": [0, 0, 1, 1]} for n in "xy"],
+            "y/a.png and another entry have the file name a.png",
+        ),
+        (5, "is no list of boxes"),
     ],
 )
 def test_boxes_that_cannot_be_read_are_named(entries, match, tmp_path):

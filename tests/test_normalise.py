@@ -58,6 +58,8 @@ def test_the_formula(name, images):
 def test_jax_equals_numpy(name, call, images):
     """Bit for bit, but where one sums or divides in another order than the other."""
     atol = 4e-5 if name.startswith("grey") else 3e-7 if name == "torchvision" else 0
+    if name == "grey_image":  # the mean is a sum over all pixels, in the compiler's order
+        atol = 2e-4
     for image in images:
         found = call(lambda x: normalise_batch(x, name))(jnp.asarray(image[None]))
         assert found.dtype == jnp.float32

@@ -7,6 +7,7 @@ pixels; x and y are the distances of the top left corner from the top left of th
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -48,23 +49,32 @@ def read(path: pathlib.Path, num_classes: int) -> dict[str, tuple[np.ndarray, np
         for entry in entries:
             name = entry["file_name"] if names is None else names[entry["image_id"]]
             boxes_by_name.setdefault(name, []).append(_box(entry, num_classes, path))
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise UserError(f"{path}: an entry has no {error}: write {_FORM}") from error
-    return {
-        pathlib.PurePath(name).name: (
+    except TypeError as error:
+        raise UserError(f"{path} is no list of boxes ({error}): write {_FORM}") from error
+    result: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, boxes in boxes_by_name.items():
+        file = pathlib.PurePath(name).name
+        if file in result:
+            raise UserError(
+                f"{path}: {name} and another entry have the file name {file}: give each image a "
+                "name of its own"
+            )
+        result[file] = (
             np.array([box for box, _ in boxes], np.float32).reshape(-1, 4),
             np.array([class_id for _, class_id in boxes], np.int32),
         )
-        for name, boxes in boxes_by_name.items()
-    }
+    return result
 
 
 def _box(entry: Mapping[str, Any], num_classes: int, path: pathlib.Path) -> tuple[list[float], int]:
     class_id, bbox = entry["category_id"], entry["bbox"]
     is_box = isinstance(bbox, list) and len(bbox) == 4
-    if not is_box or not all(isinstance(x, int | float) for x in bbox) or min(bbox[2:]) <= 0:
+    is_box = is_box and all(isinstance(x, int | float) and math.isfinite(x) for x in bbox)
+    if not is_box or min(bbox[2:]) <= 0:
         raise UserError(f"{path}: bbox {bbox}: give [x, y, width, height] with sides above 0")
-    if not isinstance(class_id, int) or not 1 <= class_id < num_classes:
+    if type(class_id) is not int or not 1 <= class_id < num_classes:
         raise UserError(
             f"{path}: category_id {class_id!r} is no class of this run: give 1 to {num_classes - 1}"
         )

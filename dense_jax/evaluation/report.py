@@ -55,7 +55,7 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
         _header(config, evaluation),
         _tiles(main[:_NUM_TILES]),
         _section("Training", _curves(rows, evaluation, classes)),
-        *(_section(table["title"], _table(table, classes)) for table in tables),
+        *(_section(html.escape(table["title"]), _table(table, classes)) for table in tables),
         *_galleries(evaluation, classes, run_dir),
         _section("Further scores", _facts(dict(main[_NUM_TILES:] + further))),
         _section("How this was scored", _facts(evaluation.get("protocol", {}))),
