@@ -6,8 +6,10 @@ import pathlib
 # Virtual CPU devices share one thread pool; on a small machine a collective waits for threads
 # that it holds itself unless the pool is larger than the number of devices.
 os.environ.setdefault("NPROC", "16")
-# Most programs of the tests run once, and to optimise them takes longer than they run.
+# Most programs of the tests run once, and a compiler that optimises works longer than they run.
+# Both settings stand in the environment, so that processes that tests start give the same bits.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
 
 import hypothesis
 import jax

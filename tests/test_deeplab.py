@@ -32,11 +32,7 @@ thin = functools.partial(DeepLab, num_classes=3, width=1 / 64, dropout_rate=0.0)
 thin_resnet = functools.partial(thin, backbone="resnet50", width=1 / 32)
 
 
-# Without optimisation, which takes longer than it saves.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def apply(model, variables, images):
     return contract.apply(model, variables, images)
 
@@ -111,7 +107,7 @@ def test_receptive_field_is_the_support_of_the_gradient(model, field):
     shapes = contract.shapes_of(model, (1, rows, 1, 3))[1]
     variables = jax.tree.map(column_mean, shapes)
 
-    @jit
+    @jax.jit
     def reached(image):
         def score(image):
             return contract.apply(model, variables, image)["scores"][0, unit, 0, 0]
@@ -273,7 +269,7 @@ def test_every_multi_scale_feature_is_used_and_learned():
     images, model = noise(2, 17, 17, 3), thin(rates=(1,), msc_features=True, width=1 / 32)
     params = contract.random_variables(model, images.shape)["params"]
 
-    @jit
+    @jax.jit
     @jax.grad
     def gradient(params):
         return jnp.sum(jnp.sin(contract.apply(model, {"params": params}, images)["scores"]))
@@ -327,7 +323,7 @@ def test_resnets_have_no_fc6(model):
 
 
 def test_new_layers_start_at_a_deviation_of_one_hundredth():
-    @jit
+    @jax.jit
     def init(key):  # the rest is dropped by the compiler
         params = thin(msc_features=True).init(key, jnp.zeros((1, 9, 9, 3)), train=False)["params"]
         return params["fc8"], params["msc_pool4_1"]

@@ -5,7 +5,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -49,7 +48,6 @@ PROGRAMS = [
 ]  # this one is deeplabv3 but for its head
 # Sizes that are no multiples of anything, and other batches.
 SHAPES = ((2, 40, 33), (1, 65, 50))
-QUICK = {"xla_backend_optimization_level": 0}  # programs run once: compiled sooner
 
 
 def make_run(workdir, name, **flags):
@@ -89,7 +87,7 @@ def predicted(run, pictures, folder):
     """The run's own logits of each picture, and its labels as files."""
     opened = trained.load(run)
     task = dataclasses.replace(semantic.labelling(opened.task, ""), crf=None)
-    predict = jax.jit(task.predict, compiler_options=QUICK)
+    predict = jax.jit(task.predict)
     seen = []
 
     def keep(*inputs) -> Any:
@@ -134,10 +132,8 @@ def test_programs_label_as_the_runs_do_without_this_library(run_of, tmp_path):
         file = tmp_path / f"{name}.stablehlo"
         export.run(run=run_of(name), to="stablehlo", out=file, scores="logits")
         jobs[str(file)] = SHAPES if name == "fcn" else SHAPES[:1]
-    flags = " ".join(f"--{name}={value}" for name, value in QUICK.items())
-    environment = os.environ | {"XLA_FLAGS": flags}
     arguments = [sys.executable, "-c", RELOAD, json.dumps(jobs)]
-    subprocess.run(arguments, cwd=tmp_path, env=environment, check=True)
+    subprocess.run(arguments, cwd=tmp_path, check=True)
     for name in PROGRAMS:
         file = tmp_path / f"{name}.stablehlo"
         for i, shape in enumerate(jobs[str(file)]):

@@ -32,13 +32,9 @@ def size(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-# Without optimisation, which takes longer than it saves.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def run(model, variables, images):
     """Outputs in evaluation."""
-    return jax.device_get(jit(functools.partial(contract.apply, model))(variables, images))
+    return jax.device_get(jax.jit(functools.partial(contract.apply, model))(variables, images))
 
 
 def random_images(*shape):
@@ -268,7 +264,7 @@ def test_frozen_normalisation_trains_kernels_alone():
     model, images = thin(depths=(1, 1, 1, 1), bn="frozen"), random_images(2, 33, 46, 3)
     variables = contract.random_variables(model, images.shape)
 
-    @jit
+    @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def gradient(params):
         all_variables = {**variables, "params": params}
@@ -293,8 +289,8 @@ def test_training_does_not_depend_on_the_number_of_devices():
         outputs, state = contract.apply(model, variables, images, True, mutable=["batch_stats"])
         return outputs["layer4"], state
 
-    features, state = jit(functools.partial(train, None))(images)
-    spread = jit(jax.vmap(functools.partial(train, "devices"), axis_name="devices"))
+    features, state = jax.jit(functools.partial(train, None))(images)
+    spread = jax.jit(jax.vmap(functools.partial(train, "devices"), axis_name="devices"))
     parts, states = spread(images.reshape(2, 2, *images.shape[1:]))
     np.testing.assert_allclose(np.reshape(parts, features.shape), features, rtol=1e-3, atol=1e-4)
     first = jax.tree.map(lambda leaf: leaf[0], states)
@@ -304,7 +300,7 @@ def test_training_does_not_depend_on_the_number_of_devices():
 
 
 def test_blocks_may_start_as_their_shortcuts():
-    @jit
+    @jax.jit
     def init(key):  # what is not returned is not computed
         params = [
             thin(zero_init_residual=zero).init(key, random_images(1, 32, 32, 3), train=False)

@@ -122,8 +122,7 @@ def compare(model, shape, run_twin, *, train, last, tolerance=1e-9, **options):
     cotangents = {name: rng.standard_normal(shapes[name].shape) for name in last}
     variables = jax.tree.map(np.float64, contract.random_variables(model, shape))
 
-    # Without optimisation, which takes longer than it saves.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def ours(params):
         def loss(params):
             everything = {**variables, "params": params}

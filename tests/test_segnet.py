@@ -44,9 +44,9 @@ def count(model):
 
 
 def run(model, variables, images, *, train=False, **options):
-    """Returns the outputs, compiled without optimisation, which takes longer than it saves."""
+    """Returns the outputs."""
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def apply(variables, images):
         mutable = ["batch_stats"] if train else False
         outputs = contract.apply(model, variables, images, train, mutable=mutable, **options)

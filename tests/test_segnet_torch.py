@@ -1,6 +1,5 @@
 """SegNet and its decoders against torch, in float64: float32 rounding flips switches."""
 
-import functools
 from typing import get_args
 
 import jax
@@ -104,8 +103,7 @@ def test_equals_torch(name, train):
     images, cotangent = rng.uniform(-1, 1, shape), rng.standard_normal((*shape[:3], 3))
     variables = jax.tree.map(np.float64, contract.random_variables(model, shape))
 
-    # Without optimisation, which takes longer than it saves.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def ours(variables):
         def logits_of(params):
             mutable = ["batch_stats"] if train else False

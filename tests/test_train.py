@@ -192,8 +192,8 @@ def test_a_loss_and_an_optimiser_of_ones_own(tmp_path):
     state = training.train(task, loss=squares, optimizer=optax.sgd(0.5))
     rows = list(read_metrics(tmp_path / "metrics.jsonl"))
     # The mean of w^2, over 6 equal logits: w falls by 0.5 * 2 w / 6 in each step.
-    np.testing.assert_allclose(
-        [rows[0]["loss"], rows[1]["loss"]], [49, 49 * (5 / 6) ** 2], rtol=1e-6
+    np.testing.assert_allclose(  # sums of 1,536 squares, in float32 one after another
+        [rows[0]["loss"], rows[1]["loss"]], [49, 49 * (5 / 6) ** 2], rtol=1e-5
     )
     params: Any = state.params
     np.testing.assert_allclose(params["w"], np.full(6, 7 * (5 / 6) ** 2), rtol=1e-5)

@@ -2,21 +2,12 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from flax import traverse_util
 
 from tests.parity import training
 from tests.parity.training import RUNS
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _little_optimisation():
-    """Compiles for half as long as it would take otherwise; each program runs five times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("name", RUNS)
