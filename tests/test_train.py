@@ -510,6 +510,15 @@ def test_metrics_file_survives_a_cut_line(tmp_path):
     assert (tmp_path / "train.csv").read_text().splitlines()[0] == "step,loss"
 
 
+def test_scores_of_the_last_evaluation_alone_reach_the_table(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, "eval", {"mean_iou": 0.25})
+        writer.write(2, "eval", {"mean_iou": 0.5, "boundary_f1": 0.75})
+        writer.write(3, "eval", {"mean_iou": 1.0})
+    lines = (tmp_path / "eval.csv").read_text().splitlines()
+    assert lines == ["step,mean_iou,boundary_f1", "1,0.25,", "2,0.5,0.75", "3,1.0,"]
+
+
 def test_compile_counter_counts_programs():
     CompileCounter.start()
     before = CompileCounter.programs

@@ -29,7 +29,7 @@ class MetricsWriter:
         rewritten.replace(path)
         self._workdir = workdir
         self._jsonl: TextIO = path.open("a")
-        self._csv: dict[str, tuple[TextIO, Any]] = {}
+        self._csv: dict[str, _Table] = {}
         for row in rows:
             self._append_csv(row)
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
@@ -39,8 +39,8 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self._jsonl.close()
-        for file, _writer in self._csv.values():
-            file.close()
+        for table in self._csv.values():
+            table.close()
         self._board.close()
 
     def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
@@ -59,13 +59,33 @@ class MetricsWriter:
     def _append_csv(self, row: Mapping[str, Any]) -> None:
         kind = row["kind"]
         if kind not in self._csv:
-            file = (self._workdir / f"{kind}.csv").open("w", newline="")
-            fields = [key for key in row if key != "kind"]
-            self._csv[kind] = (file, csv.DictWriter(file, fields, extrasaction="ignore"))
-            self._csv[kind][1].writeheader()
-        file, writer = self._csv[kind]
-        writer.writerow(row)
-        file.flush()
+            self._csv[kind] = _Table(self._workdir / f"{kind}.csv")
+        self._csv[kind].append({name: value for name, value in row.items() if name != "kind"})
+
+
+class _Table:
+    """A CSV file, rewritten for rows with new columns: the last evaluation has more scores."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        self._file: TextIO = path.open("w", newline="")
+        self._writer = csv.DictWriter(self._file, [])
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        fields = list(self._writer.fieldnames)
+        if new := [name for name in row if name not in fields]:
+            self._file.close()
+            with self._path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            self._file = self._path.open("w", newline="")
+            self._writer = csv.DictWriter(self._file, fields + new)
+            self._writer.writeheader()
+            self._writer.writerows(rows)
+        self._writer.writerow(row)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
