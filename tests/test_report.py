@@ -133,6 +133,13 @@ def test_a_record_says_what_it_holds(run_dir):
     assert {"v rand", "0.8765", "Objects & more"} <= set(page.words)  # its name for a title
 
 
+def test_a_record_replaces_the_pictures_of_an_earlier_one(run_dir):
+    picture = Picture("a.png", lambda: np.ones((1, 1, 3), np.uint8), "Worst")
+    protocol = {"images_scored": 1, "split": "val"}
+    Record("x", [Findings(pictures=[picture])], protocol).write(run_dir, 4)
+    assert [path.name for path in (run_dir / "pictures").iterdir()] == ["a.png"]
+
+
 def test_a_run_of_an_earlier_version_has_its_page(old_run_dir):
     page = parse(report.write_report(old_run_dir))
     words = " ".join(page.words)

@@ -135,7 +135,10 @@ class Record:
         return numbers
 
     def write(self, workdir: pathlib.Path, step: int) -> None:
-        """Writes ``evaluation.json`` and ``pictures/`` for the parameters of a step."""
+        """Writes ``evaluation.json`` and ``pictures/`` for the parameters of a step.
+
+        Pictures of an earlier record are deleted.
+        """
         folder, pictures = workdir / "pictures", []
         folder.mkdir(parents=True, exist_ok=True)
         for picture in (picture for part in self.findings for picture in part.pictures):
@@ -157,6 +160,10 @@ class Record:
             **self.data,
         }
         runs.write_json(workdir / "evaluation.json", _without_nan(record))
+        written = {picture["file"] for picture in pictures}
+        for path in folder.glob("*.png"):
+            if f"pictures/{path.name}" not in written:
+                path.unlink()
 
     def tell(self, step: int) -> None:
         """Prints the first main metrics, above the progress bar if there is one."""

@@ -18,6 +18,7 @@ from PIL import Image
 from dense_jax.data.classes import ClassTable
 from dense_jax.errors import UserError
 from dense_jax.evaluation import record
+from dense_jax.train.log import read_metrics
 
 _NONE = "\N{EN DASH}"
 _TRAIN, _EVAL = "#94a3b8", "#1d4e89"
@@ -48,7 +49,7 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
         raise UserError(f"{run_dir} has no config.json: give the folder of a training run")
     classes = ClassTable.from_json(config["classes"])
     evaluation = record.read(run_dir) or {}
-    rows = _read_rows(run_dir / "metrics.jsonl")
+    rows = list(read_metrics(run_dir / "metrics.jsonl"))
     main, further = _scores(evaluation)
     tables = evaluation.get("tables", ())
     body = [
@@ -78,17 +79,6 @@ def _read_json(path: pathlib.Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): evaluate the run again") from error
-
-
-def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the rows of ``metrics.jsonl``. Skips a last line that a kill cut short."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def _title(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
@@ -136,7 +126,7 @@ def number(value: float | None, unit: str) -> str:
 
 def _tiles(scores: Sequence[tuple[str, str]]) -> str:
     tiles = [
-        f"<div><b>{value}</b><span>{html.escape(title)}</span></div>"
+        f"<div><b>{html.escape(value)}</b><span>{html.escape(title)}</span></div>"
         for title, value in scores
         if value != _NONE
     ]
