@@ -188,6 +188,11 @@ def test_what_predicting_says_of_itself():
     assert script.build(config, 3).crf == config.crf
 
 
+def test_a_learned_crf_needs_the_pixels_of_the_images():
+    with pytest.raises(UserError, match="--normalisation=grey_image"):
+        thin_config(post="crf_rnn", normalisation="grey_image")
+
+
 def test_a_learned_crf_stands_behind_the_last_stage():
     config = thin_config(
         post="crf_rnn", crf=CrfParams(iterations=2, sxy=8.0), workdir="run",

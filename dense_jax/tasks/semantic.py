@@ -45,6 +45,12 @@ class LabelConfig(RunConfig):
     crf: CrfParams = dataclasses.field(default_factory=CrfParams)
     """Parameters of --post=crf."""
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a CRF that cannot work."""
+        super().__post_init__()
+        if self.post != "none":
+            check_crf(self.crf, self.normalisation)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SemanticConfig(LabelConfig):
