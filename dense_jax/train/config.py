@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, Typ
 
 from dense_jax.data import dataset
 from dense_jax.data.datasets.shapes import ShapesSpec
+from dense_jax.data.normalise import NORMALISATIONS
 from dense_jax.errors import UserError
 
-# The choices are the modules of `dense_jax.data.datasets`; for a type checker, any string.
+# The choices are those that the data rooms have; for a type checker, any string.
 if TYPE_CHECKING:
-    DatasetName = str
+    DatasetName = Normalisation = str
 else:
     DatasetName = Literal[tuple(dataset.names())]
+    Normalisation = Literal[tuple(NORMALISATIONS)]
 
 # Fields that a resumed run may change: they alter neither the parameters nor the data order.
 # num_steps is one of them, so that a finished run can be trained further. The remaining steps
 # then follow the longer schedule.
-_FREE_ON_RESUME = {
+FREE_ON_RESUME = {
     "data_dir",
     "eval_batch_size",
     "eval_every",
@@ -68,20 +70,9 @@ class RunConfig:
     """Difficulty of the generated images; used only with --dataset=shapes."""
     scale: Factor = 1.0
     """The network gets images resized by this factor; metrics are computed at full size."""
-    normalisation: Literal[
-        "torchvision",
-        "torchvision_vgg16_features",
-        "caffe",
-        "none",
-        "grey",
-        "grey_image",
-        "dilation_voc",
-        "dilation_camvid",
-        "dilation_kitti",
-        "dilation_cityscapes",
-    ] = "torchvision"
-    """Normalisation of the images. torchvision: mean 0 and standard deviation 1. caffe and
-    torchvision_vgg16_features: 0-255 minus the mean of ImageNet; dilation_*: minus that of a
+    normalisation: Normalisation = "torchvision"
+    """Normalisation of the images. torchvision: mean 0 and standard deviation 1. caffe, fast_rcnn
+    and torchvision_vgg16_features: 0-255 minus the mean of ImageNet; dilation_*: minus that of a
     dataset. grey: one grey channel of fixed scale. grey_image: one grey channel with mean 0 and
     standard deviation 1 in each image. Default: what the weights given with --init expect."""
     num_workers: CountOrZero = 0
@@ -247,7 +238,7 @@ def check_resumable(old: RunConfig, new: RunConfig, workdir: str) -> None:
     changed = [
         f"--{key.replace('_', '-')} was {before[key]!r} and is now {after[key]!r}"
         for key in sorted(after)
-        if key not in _FREE_ON_RESUME and before[key] != after[key]
+        if key not in FREE_ON_RESUME and before[key] != after[key]
     ]
     if changed:
         raise UserError(
