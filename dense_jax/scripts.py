@@ -48,9 +48,10 @@ class Script:
         Raises:
           UserError: the script does not take a flag, value or preset.
         """
-        if words[0] not in self.presets:
+        preset = words[0] if words else "''"
+        if preset not in self.presets:
             known = ", ".join(self.presets)
-            raise UserError(f"{self.name} has no preset {words[0]}: give {known}")
+            raise UserError(f"{self.name} has no preset {preset}: give {known}")
         presets = {name: (name, preset) for name, preset in self.presets.items()}
         output = io.StringIO()
         try:

@@ -72,7 +72,8 @@ _DISK_ERRORS = (
 class exit_on_user_error:  # noqa: N801  (used like a function)
     """Context that ends the program with ``error: ...`` and status 2 on a UserError.
 
-    A full or read-only disk and a lack of memory count as user errors too, wherever they occur.
+    A file that may not be read, a full or read-only disk and a lack of memory count as user errors
+    too, wherever they occur.
 
     Args:
       interrupted: the message after Ctrl-C.
@@ -87,7 +88,7 @@ class exit_on_user_error:  # noqa: N801  (used like a function)
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             path = error.filename2 or error.filename or "a file"
-            error = UserError(f"cannot write {path} ({error.strerror}): give another folder")
+            error = UserError(f"cannot use {path} ({error.strerror}): give another path")
         if isinstance(error, MemoryError):
             error = UserError(f"not enough memory ({error})")
         if isinstance(error, UserError):
