@@ -13,8 +13,7 @@ release uses --combine=product_score; --crf refines the combined scores. Results
 Differences: (1) Outside the image, windows have the mean colour; in the release they are black. (2)
 Rare classes are repeated up to the median class; the paper does not give the number. (3) The
 learning rate multiplies the momentum; in Caffe it multiplies the gradient. (4) Scores lie exactly
-in their boxes; the released script crops them one pixel early. (5) The paper presets need ImageNet
-weights (--init) to reach the paper's scores.
+in their boxes; in the release, one pixel early. (5) Paper presets need ImageNet weights (--init).
 """
 
 import dataclasses
@@ -76,9 +75,10 @@ class Config(SemanticConfig):
         super().__post_init__()
         lacks_file = self.proposal_source == "file" and not self.proposals
         refuse(lacks_file, "--proposal-source=file needs boxes: give --proposals=FILE")
-        least = self.input_size
-        refuse(self.resize < least, f"--resize={self.resize}: give at least --input-size={least}")
+        refuse(self.resize < self.input_size, f"--resize={self.resize}: give --input-size or more")
         self.needs("background", None, stages=("stage2_only", "whole"))
+        is_boxes = self.stages != "whole" and self.proposal_source != "none"
+        refuse(is_boxes and self.scale != 1, "--scale changes no box: give --resize, --input-size")
         is_single = self.bn == "on" and self.batch_size // self.accumulate < 2
         refuse(is_single, f"--batch-size={self.batch_size} in {self.accumulate} micro-batches: fc6 "
                "is normalised over 2 or more images each: give more, or --bn=off")  # fmt: skip
@@ -129,8 +129,8 @@ def build(config: Config, num_classes: int) -> Semantic:
     how = config.aggregate, config.max_init, config.num_proposals, config.min_box
     boxes = BoxScores(model, config.input_size, *how)
     forward, words = boxes.forward(source)
-    file = config.proposals if source == "file" else None
-    known = partial(known_boxes.measure, network=boxes, proposals=file, **objects)
+    known = partial(known_boxes.measure, network=boxes, **objects,
+                    proposals=config.proposals if source == "file" else None)  # fmt: skip
     windows = partial(crops.training_windows, single_objects=config.stages == "stage1_only",
                       proposals=config.proposals, min_iou=config.min_iou, seed=config.seed,
                       is_balanced=config.balance == "on", normalisation=config.normalisation,

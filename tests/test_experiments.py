@@ -9,10 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-import typing
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -88,55 +86,6 @@ def test_the_average_that_is_scored_is_not_the_last_step(smoke_runs):
         saved, _ = checkpoints.read()
     last, average = (saved[name]["score_fr"]["kernel"] for name in ("params", "ema_params"))
     assert np.any(last != average)
-
-
-def literal_flags(config):
-    """Each (field, value) of a script's own Literal flags."""
-    hints = typing.get_type_hints(type(config))
-    for field in type(config).__annotations__:
-        if typing.get_origin(hints[field]) is typing.Literal:
-            yield from ((field, value) for value in typing.get_args(hints[field]))
-
-
-# What a flag, or one value of it, makes sense with.
-NEEDED = {
-    ("segnet", "input_lrn", "on"): {"normalisation": "none"},
-    ("fcn", "single_skip"): {"stride": 16},
-    ("fcn", "backbone"): {"stride": 32, "pad_mode": "100"},
-    ("deconvnet", "proposal_source", "file"): {"proposals": "boxes.json"},
-    ("unet", "padding", "valid"): {"tile": 204, "depth": 4},
-    ("dilated", "front_pad", "valid_reflect"): {"crop": (404, 404)},
-    ("deeplab", "head", "deeplabv3"): {"backbone": "resnet50"},
-    ("deeplab", "head", "fcn"): {"backbone": "resnet50"},
-    ("deeplab", "aux", "on"): {"head": "fcn", "backbone": "resnet50"},
-}
-# Side of the image and of the logits, where these are not of one size.
-SIDES = {
-    ("unet", "padding", "valid"): (204, 20),
-    ("dilated", "front_pad", "valid_reflect"): (404, 32),
-}
-ELSEWHERE = {("hypercolumns", "mode", "box")}  # its outputs are masks: tests/test_box_masks.py
-FLAGS = [
-    flag
-    for name in SCRIPTS
-    for field, value in literal_flags(script(name).PRESETS["smoke"])
-    if (flag := (name, field, value)) not in ELSEWHERE
-]
-
-
-@pytest.mark.parametrize(("name", "field", "value"), FLAGS)
-def test_every_flag_value_builds(name, field, value):
-    module = script(name)
-    config = module.PRESETS["smoke"]
-    flags = {field: value} | NEEDED.get((name, field), {}) | NEEDED.get((name, field, value), {})
-    config = dataclasses.replace(config, **flags)
-    task = module.build(config, 4)
-    assert task.transforms
-    side, out = SIDES.get((name, field, value), (32, 32))
-    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    init = functools.partial(task.model.init_with_output, train=False)
-    outputs, _ = jax.eval_shape(init, jax.random.key(0), images)
-    assert outputs["logits"].shape == (1, out, out, 4)
 
 
 def test_fcn_stages_start_from_one_another(tmp_path, capsys):

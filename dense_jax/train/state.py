@@ -39,28 +39,36 @@ class TrainState(train_state.TrainState):
         ema: bool = False,
     ) -> "TrainState":
         """Draws the parameters of ``model`` for images of ``image_shape`` [H, W, C]."""
-        images = jnp.zeros((1, *image_shape), jnp.float32)
-
         # One program instead of one for each parameter. It runs once, and on a CPU its many random
         # draws compile four times as fast without optimisation.
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+        draw = functools.partial(cls.draw, model, tx, image_shape, ema=ema)
+        return jax.jit(draw, compiler_options=options)(np.uint32(seed))
 
-        @functools.partial(jax.jit, compiler_options=options)
-        def init(seed: jax.Array) -> TrainState:
-            model_state = dict(model.init(jax.random.key(seed), images, train=False))
-            params = model_state.pop("params")
-            return cls(
-                step=jnp.zeros((), jnp.int32),
-                apply_fn=model.apply,
-                params=params,
-                tx=tx,
-                opt_state=tx.init(params),
-                model_state=model_state,
-                ema_params=params if ema else None,
-                seed=seed,
-            )
-
-        return init(np.uint32(seed))
+    @classmethod
+    def draw(
+        cls,
+        model: nn.Module,
+        tx: optax.GradientTransformation,
+        image_shape: tuple[int, int, int],
+        seed: jax.Array,
+        *,
+        ema: bool,
+    ) -> "TrainState":
+        """Does what `init` does, operation by operation; can be compiled."""
+        images = jnp.zeros((1, *image_shape), jnp.float32)
+        model_state = dict(model.init(jax.random.key(seed), images, train=False))
+        params = model_state.pop("params")
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            apply_fn=model.apply,
+            params=params,
+            tx=tx,
+            opt_state=tx.init(params),
+            model_state=model_state,
+            ema_params=params if ema else None,
+            seed=seed,
+        )
 
     def eval_variables(self) -> dict[str, Any]:
         """The variables to evaluate, with the averaged parameters if there are any."""

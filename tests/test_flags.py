@@ -1,0 +1,315 @@
+"""Every flag does something: another value changes the batches, the parameters or a program."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib
+import pathlib
+import re
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core
+
+from dense_jax.data import pipeline
+from dense_jax.data.datasets.shapes import ShapesSpec
+from dense_jax.ops.crf import CrfParams
+from dense_jax.tasks import training
+from dense_jax.train import config as configs
+from dense_jax.train.schedules import build_optimizer
+from dense_jax.train.state import TrainState
+from dense_jax.train.step import shard, train_step
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
+SCRIPTS = [name for name in FILES if name != "conv_arithmetic"]  # those that train
+
+# Flags that each script's `build` reads; the other shared ones are tried with one script.
+READ_BY_BUILD = {"width", "augment", "crop", "dtype", "normalisation", "scale"}
+ONE_SCRIPT = "segnet"
+
+_SHAPES = ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2)
+
+# Another value than the smoke preset's, of the flags that are not a choice.
+OTHER = {
+    "accumulate": 2,
+    "background": 1,
+    "batch_size": 16,
+    "bias_lr": 2.0,
+    "bn_epsilon": 1e-5,
+    "box_iou": 0.5,
+    "boxes_per_image": 3,
+    "crf": CrfParams(w1=5.0),
+    "crop": (16, 16),
+    "dropout_rate": 0.25,
+    "elastic_grid": 4,
+    "elastic_std": 5.0,
+    "ema_decay": 0.9,
+    "enlarge": 1.5,
+    "fc7_lr": 0.1,
+    "fc_width": 1024,
+    "first": configs.Stage("front", 1),
+    "grey_jitter": 0.25,
+    "head_lr": 10.0,
+    "heatmap": 20,
+    "input_size": 64,
+    "learning_rate": 0.1,
+    "mask_threshold": 0.4,
+    "mc_samples": 3,
+    "min_box": 20,
+    "min_iou": 0.9,
+    "momentum": 0.5,
+    "num_proposals": 2,
+    "num_steps": 3,
+    "pixel_keep": 0.5,
+    "poly_power": 1.5,
+    "rates": (2, 4),
+    "resize": 40,
+    "ridge": 2,
+    "scale": 0.5,
+    "second": configs.Stage("front", 1),
+    "seed": 1,
+    "shapes": dataclasses.replace(_SHAPES, seed=5),
+    "sigma": 2.0,
+    "stage1_steps": 3,
+    "stage_lr": 0.5,
+    "step_at": (0.5,),
+    "tap_kernel": (3, 1, 1),
+    "tile": 136,
+    "tile_context": 32,
+    "w0": 5.0,
+    "warmup_steps": 1,
+    "weight_decay": 0.1,
+    "width": 1 / 16,
+    ("dilated", "tile"): 500,
+    ("unet", "width"): 3,
+}
+
+_VALID_UNET = {"padding": "valid", "tile": 204, "depth": 4}
+
+# What a flag, or one value of it, makes sense with.
+NEEDED = {
+    "bias_lr": {"optimizer": "sgd"},
+    "crf": {"post": "crf"},
+    "momentum": {"optimizer": "sgd"},
+    "poly_power": {"schedule": "poly"},
+    "step_at": {"schedule": "step"},
+    ("deconvnet", "augment"): {"stages": "whole", "crop": (32, 32)},
+    ("deconvnet", "balance"): {"shapes": dataclasses.replace(_SHAPES, num_train=2)},
+    ("deconvnet", "crop"): {"stages": "whole"},
+    ("deconvnet", "input_size"): {"resize": 72},
+    ("deconvnet", "scale"): {"stages": "whole", "proposal_source": "none"},
+    ("deconvnet", "stage1_steps"): {"stages": "two"},
+    ("deeplab", "aux"): {"head": "fcn", "backbone": "resnet50"},
+    ("deeplab", "bn"): {"backbone": "resnet50"},
+    ("deeplab", "crop"): {"loss_at": "pixels"},
+    ("deeplab", "head", "deeplabv3"): {"backbone": "resnet50"},
+    ("deeplab", "head", "fcn"): {"backbone": "resnet50"},
+    ("deeplab", "stride_in", "1x1"): {"head": "fcn", "backbone": "resnet50"},
+    ("deeplab", "stride_in", "3x3"): {"backbone": "resnet50"},
+    ("deeplab", "tile_context"): {"tile": 136},
+    ("dilated", "augment"): {"crop": (24, 24)},
+    ("dilated", "tile"): {"front_pad": "valid_reflect", "crop": (404, 404)},
+    ("dilated", "train_mode", "context"): {"first": configs.Stage("front", 1)},
+    ("fcn", "backbone"): {"stride": 32, "pad_mode": "100"},
+    ("fcn", "single_skip"): {"stride": 16},
+    ("fcn", "stage_lr"): {"train": "staged", "stride": 16},
+    ("hypercolumns", "box_iou"): {"mode": "box"},
+    ("hypercolumns", "box_weight"): {"mode": "box"},
+    ("hypercolumns", "boxes_per_image"): {"mode": "box"},
+    ("hypercolumns", "dropout_rate"): {"taps": "all"},
+    ("hypercolumns", "fc7_lr"): {"taps": "all"},
+    ("hypercolumns", "heatmap"): {"mode": "box"},
+    ("hypercolumns", "mask_threshold"): {"mode": "box"},
+    ("segnet", "decoder_relu", "off"): {"net": "segnet"},
+    ("segnet", "input_lrn"): {"normalisation": "none"},
+    ("unet", "mirror"): _VALID_UNET,
+}
+
+# What one value of a flag needs, and no other value goes with.
+ALSO = {
+    ("dilated", "front_pad", "valid_reflect"): {"crop": (404, 404)},
+    ("unet", "padding", "valid"): _VALID_UNET,
+}
+
+# Side of the images of predictions, where it is not 32.
+SIDES = {
+    ("deeplab", "tile"): 160,
+    ("deeplab", "tile_context"): 160,
+    ("dilated", "front_pad"): 404,
+    ("dilated", "tile"): 404,
+    ("unet", "mirror"): 208,
+    ("unet", "padding"): 208,
+}
+
+# These change nothing here, or need files: other tests try them.
+ELSEWHERE = configs.FREE_ON_RESUME - {"num_steps"} | {"dataset", "init", "proposals"}
+ELSEWHERE |= {("deconvnet", "proposal_source", "file")}
+ELSEWHERE |= {("segnet", "class_balance", "published")}  # of CamVid
+
+
+def script(name):
+    return importlib.import_module(f"experiments.{name}")
+
+
+def changed(name, flags):
+    return dataclasses.replace(script(name).PRESETS["smoke"], workdir="run", **flags)
+
+
+def needed(name, field, value):
+    keys = field, (name, field), (name, field, value)
+    return {flag: needs for key in keys for flag, needs in NEEDED.get(key, {}).items()}
+
+
+def flags_of(name):
+    """Each (script, field, value) to try: all choices of its own, and one value of other flags."""
+    config = changed(name, {})
+    hints = typing.get_type_hints(type(config))
+    fields = {field.name for field in dataclasses.fields(config)} - ELSEWHERE
+    own = set(type(config).__annotations__)
+    if name != ONE_SCRIPT:
+        fields &= own | READ_BY_BUILD
+    for field in sorted(fields):
+        if typing.get_origin(hints[field]) is typing.Literal:
+            values = typing.get_args(hints[field])
+            now = getattr(config, field)
+            values = values if field in own else [x for x in values if x != now][:1]
+        else:
+            values = [OTHER[(name, field) if (name, field) in OTHER else field]]
+        for value in values:
+            before = getattr(changed(name, needed(name, field, value)), field)
+            if value != before and (name, field, value) not in ELSEWHERE:
+                yield name, field, value
+
+
+FLAGS = [flag for name in SCRIPTS for flag in flags_of(name)]
+
+
+class StageOfRun:
+    """What one stage of a run makes. Programs are traced only; they are compared as text."""
+
+    def __init__(self, name, config, side):
+        self.config = config
+        self.dataset = training.load_dataset(config)
+        self.task = script(name).build(config, self.dataset.classes.num_classes)
+        self.side = side
+
+    @functools.cached_property
+    def batch(self):
+        task, config = self.task, self.config
+        source = task.training_data(self.dataset).split("train")
+        batches = pipeline.train_batches(source, task.transforms, config.batch_size, config.seed)
+        with contextlib.closing(batches):
+            return next(batches)
+
+    @functools.cached_property
+    def prediction(self):
+        images = jnp.zeros((1, self.side, self.side, self.batch["images"].shape[-1]))
+        sizes = jnp.full((1, 2), self.side)
+        inputs = [
+            jnp.zeros((1, *(2 if isinstance(n, str) else n for n in given.shape)), given.dtype)
+            for given in self.task.inputs.values()
+        ]
+
+        def predict(variables):
+            return self.task.answers(self.task.predict(variables, images, sizes, *inputs))
+
+        return program(predict, self.network[1])[0]
+
+    @functools.cached_property
+    def batches(self):
+        return {name: (x.shape, sha256(x)) for name, x in self.batch.items()}
+
+    @functools.cached_property
+    def network(self):
+        images = np.zeros_like(self.batch["images"][:1])
+        init = functools.partial(self.task.model.init_with_output, train=False)
+        made, (outputs, variables) = program(init, jax.random.key(self.config.seed), images)
+        if "logits" in outputs:
+            assert outputs["logits"].shape[1:3] == self.batch["labels"].shape[1:]
+        return made, variables
+
+    @property
+    def parameters(self):
+        return self.network[0]
+
+    @functools.cached_property
+    def evaluation(self):
+        return self.task.posthoc_batch_stats, len(getattr(self.task, "measures", ()))
+
+    @functools.cached_property
+    def updates(self):
+        tx, params = build_optimizer(self.config, self.task.groups), self.network[1]["params"]
+        return program(tx.update, params, jax.eval_shape(tx.init, params), params)[0]
+
+    @functools.cached_property
+    def training(self):
+        task, config, shape = self.task, self.config, self.batch["images"].shape[1:]
+        tx, seed = build_optimizer(config, task.groups), jnp.uint32(config.seed)
+        draw = functools.partial(TrainState.draw, task.model, tx, shape, ema=config.ema_decay > 0)
+        step = train_step(task.loss(self.dataset), ema_decay=config.ema_decay)
+        return program(step, jax.eval_shape(draw, seed), shard(self.batch, config.accumulate))[0]
+
+
+# In order of their cost.
+MADE = ("batches", "evaluation", "parameters", "updates", "prediction", "training")
+
+
+def stages(name, flags, side):
+    """The stages of a run of the smoke preset with other flags."""
+    return [StageOfRun(name, config, side) for config in changed(name, flags).each_stage()]
+
+
+@functools.cache
+def stages_before(name, flags, side):
+    """The same for flags as pairs, kept for all tests that change one more."""
+    return stages(name, dict(flags), side)
+
+
+def program(function, *arguments):
+    """A traced program as text, with the values of its constants; and the shapes of its outputs."""
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    values = [sha256(x) for x in constants_in(jaxpr)]
+    return (re.sub(r"0x[0-9a-f]+", "", str(jaxpr)), values), shapes
+
+
+def constants_in(jaxpr):
+    """The constants of a closed jaxpr and of those inside it."""
+    yield from jaxpr.consts
+    for equation in jaxpr.jaxpr.eqns:
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            if isinstance(inner, core.ClosedJaxpr):
+                yield from constants_in(inner)
+
+
+def sha256(x):
+    return hashlib.sha256(np.asarray(x).tobytes()).hexdigest()
+
+
+def different(some, others):
+    """Names of what differs between two runs, lazily, as training is slow to trace."""
+    if len(some) != len(others):
+        yield "stages"
+    for one, other in zip(some, others, strict=False):
+        yield from (made for made in MADE if getattr(one, made) != getattr(other, made))
+
+
+@pytest.mark.parametrize(("name", "field", "value"), FLAGS)
+def test_another_value_does_something(name, field, value):
+    flags, side = needed(name, field, value), SIDES.get((name, field), 32)
+    before = stages_before(name, tuple(flags.items()), side)
+    flags |= ALSO.get((name, field, value), {}) | {field: value}
+    after = stages(name, flags, side)
+    with jax.numpy_dtype_promotion("standard"):  # AdamW raises a float to an integer power
+        assert next(different(before, after), None), f"--{field}={value} does nothing"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_equal_values_make_equal_runs(name):
+    """Without this, a name or an address in a program's text would pass for an effect."""
+    with jax.numpy_dtype_promotion("standard"):
+        assert list(different(stages_before(name, (), 32), stages(name, {}, 32))) == []
