@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Virtual CPU devices share one thread pool; on a small machine a collective waits for threads
 # that it holds itself unless the pool is larger than the number of devices.
@@ -10,6 +12,13 @@ os.environ.setdefault("NPROC", "16")
 # Both settings stand in the environment, so that processes that tests start give the same bits.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+
+# The first process names a folder for programs that take long to compile. Its workers, and the
+# processes that tests start, find it in the environment.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/dense_jax-tests-{os.getpid()}"
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import hypothesis
 import jax
@@ -21,6 +30,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_unconfigure():
+    """The process that named the folder of programs deletes it."""
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if folder.endswith(f"dense_jax-tests-{os.getpid()}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
