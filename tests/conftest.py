@@ -1,5 +1,6 @@
 """Four virtual CPU devices, strict promotion, real data where it is at hand."""
 
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -11,7 +12,12 @@ os.environ.setdefault("NPROC", "16")
 # Most programs of the tests run once, and a compiler that optimises works longer than they run.
 # Both settings stand in the environment, so that processes that tests start give the same bits.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+# XLA ends a process that gives it a flag of another version.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_cpu_use_fusion_emitters=false"
+    if importlib.metadata.version("jaxlib").startswith("0.10.")
+    else ""
+)
 
 # The first process names a folder for programs that take long to compile. Its workers, and the
 # processes that tests start, find it in the environment.
