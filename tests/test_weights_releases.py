@@ -84,6 +84,11 @@ NAMES = [
 ]
 
 
+def test_layers_of_a_head_are_no_trunk():
+    name = "params/decoder1/conv1/kernel"  # of LinkNet, say, on torchvision's ResNet
+    assert not any(fnmatch.fnmatchcase(name, pattern) for pattern in resnet_releases.TRUNK)
+
+
 def test_every_name_is_found():
     assert sorted(catalogue.networks()) == sorted(NAMES)
     assert set(BY_NAME) == {

@@ -11,7 +11,11 @@ from dense_jax.releases.catalogue import Network
 from dense_jax.weights import rules
 from dense_jax.weights.rules import Release, Rule
 
-TRUNK = ("*/conv1/*", "*/bn1/*", "*/layer?_*")
+TRUNK = tuple(  # not "*/conv1/*", which is also the name of layers of heads
+    f"{place}/{layer}"
+    for place in ("params", "params/backbone", "batch_stats", "batch_stats/backbone")
+    for layer in ("conv1/*", "bn1/*", "layer?_*")
+)
 
 
 def torchvision_rules(source: str = "", target: str = "") -> tuple[Rule, ...]:
