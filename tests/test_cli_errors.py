@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from dense_jax import runs
-from dense_jax.commands import summary
+from dense_jax.commands import predict, summary
 from dense_jax.data import dataset, pipeline
 from dense_jax.data.normalise import Normalise
 from dense_jax.errors import UserError
@@ -49,6 +49,14 @@ def own(tmp_path):
         Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / f"images/{i}.png")
         Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / f"labels/{i}.png")
     return tmp_path
+
+
+def test_parameters_of_another_network_are_one_line(run, own, tmp_path, capsys):
+    with pytest.raises(SystemExit), cli.exit_on_user_error():
+        predict.run(run=run, input=own / "images", output=tmp_path / "out")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "belong to another network" in line] == lines[-1:]
+    assert 'parameter named "kernel" in scope "/conv1_1"' in lines[-1]
 
 
 @pytest.mark.parametrize(
