@@ -23,6 +23,7 @@ from dense_jax.errors import UserError
 from dense_jax.tasks import training
 from dense_jax.train.checkpoint import Checkpoints
 from dense_jax.train.log import read_metrics
+from dense_jax.train.step import AXIS
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -86,6 +87,13 @@ def test_the_average_that_is_scored_is_not_the_last_step(smoke_runs):
         saved, _ = checkpoints.read()
     last, average = (saved[name]["score_fr"]["kernel"] for name in ("params", "ema_params"))
     assert np.any(last != average)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_batch_statistics_are_those_of_all_devices(name):
+    for config in script(name).PRESETS.values():
+        model = script(name).build(config, 6).model
+        assert getattr(model, "axis_name", AXIS) == AXIS
 
 
 def test_fcn_stages_start_from_one_another(tmp_path, capsys):

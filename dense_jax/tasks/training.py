@@ -151,6 +151,12 @@ def _begin(
     )
     shape = batches.example["images"].shape[1:]
     state = TrainState.init(task.model, tx, shape, seed=config.seed, ema=config.ema_decay > 0)
+    is_alone = "batch_stats" in state.model_state and getattr(task.model, "axis_name", None) is None
+    if is_alone and jax.device_count() > 1:
+        print(
+            f"warning: {type(task.model).__name__} has batch statistics and no axis_name, so each "
+            "device normalises by its own images only: pass axis_name=dense_jax.train.step.AXIS"
+        )
     if config.init and not has_checkpoint(pathlib.Path(config.workdir or "")):
         state = _initialise_from(config.init, state, tx, config.normalisation)
     workdir = runs.prepare(config, dataset, notes)  # last: all other checks have passed
