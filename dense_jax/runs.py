@@ -177,7 +177,10 @@ def script_of(config: RunConfig) -> str:
 
 
 def _commit() -> str | None:
-    """Returns the commit of this library, with "+" if files differ from it; None without git."""
+    """Returns the commit of this library, or None without git.
+
+    A "+" follows if files differ from it, or if there are Python files that it does not hold.
+    """
     root = pathlib.Path(__file__).parent
     try:
         commit, changes = (
@@ -186,9 +189,11 @@ def _commit() -> str | None:
             ).stdout.strip()
             for arguments in (
                 ["rev-parse", "--short=12", "HEAD"],
-                ["status", "--porcelain", "-uno"],
+                ["status", "--porcelain"],
             )
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+" if changes else "")
+    lines = changes.splitlines()
+    is_other = any(line.endswith(".py") or not line.startswith("??") for line in lines)
+    return commit + ("+" if is_other else "")
