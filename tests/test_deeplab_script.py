@@ -1,4 +1,4 @@
-"""What experiments/deeplab.py makes of its flags; every value of each is in test_experiments."""
+"""What experiments/deeplab.py makes of its flags; every value of each is in test_flags."""
 
 import dataclasses
 from typing import Any

@@ -17,6 +17,7 @@ from jax.extend import core
 
 from dense_jax.data import pipeline
 from dense_jax.data.datasets.shapes import ShapesSpec
+from dense_jax.errors import UserError
 from dense_jax.ops.crf import CrfParams
 from dense_jax.tasks import training
 from dense_jax.train import config as configs
@@ -162,7 +163,32 @@ def changed(name, flags):
 
 def needed(name, field, value):
     keys = field, (name, field), (name, field, value)
-    return {flag: needs for key in keys for flag, needs in NEEDED.get(key, {}).items()}
+    flags = {flag: needs for key in keys for flag, needs in NEEDED.get(key, {}).items()}
+    return flags | of_its_own_test(name, "NEEDED").get(field, {})
+
+
+def other(name, field):
+    """Another value than the smoke preset's, of a flag that is not a choice."""
+    known = of_its_own_test(name, "OTHER") | OTHER
+    if (key := (name, field) if (name, field) in known else field) in known:
+        return known[key]
+    now = getattr(changed(name, {}), field)
+    if type(now) not in (int, float):
+        raise ValueError(f"--{field}: name another value in OTHER of tests/test_{name}.py")
+    for value in (2 * now, now / 2 if isinstance(now, float) else now // 2, type(now)(1)):
+        with contextlib.suppress(UserError):
+            changed(name, {**needed(name, field, value), field: value})
+            if value != now:
+                return value
+    raise ValueError(f"--{field}: no other value is allowed; name one in tests/test_{name}.py")
+
+
+@functools.cache
+def of_its_own_test(name, table):
+    """The NEEDED or OTHER of the test file of a script, by flag; {} without them."""
+    file = ROOT / "tests" / f"test_{name}.py"
+    module = importlib.import_module(f"tests.test_{name}") if file.exists() else None
+    return getattr(module, table, {})
 
 
 def flags_of(name):
@@ -179,7 +205,7 @@ def flags_of(name):
             now = getattr(config, field)
             values = values if field in own else [x for x in values if x != now][:1]
         else:
-            values = [OTHER[(name, field) if (name, field) in OTHER else field]]
+            values = [other(name, field)]
         for value in values:
             before = getattr(changed(name, needed(name, field, value)), field)
             if value != before and (name, field, value) not in ELSEWHERE:
