@@ -90,22 +90,35 @@ def test_matrix_forms_equal_one_call_to_lax(setting):
     with jax.enable_x64(True):
         x, kernel = arrays(size, channels, features, kernel_size, 1)
         w = Windows(kernel_size, strides, dilation, padding)
-        expected, pull = jax.vjp(lambda x, kernel: stock(x, kernel, w), x, kernel)
-        assert w.counts(size) == expected.shape[1:3]
-        np.testing.assert_allclose(im2col.convolve(x, kernel, w), expected, atol=1e-12)
-        grad = jnp.asarray(np.random.default_rng(1).standard_normal(expected.shape))
-        x_grad, kernel_grad = pull(grad)
-        actual = im2col.input_gradient(grad, kernel, size, w)
-        np.testing.assert_allclose(actual, x_grad, atol=1e-11)
-        np.testing.assert_allclose(im2col.kernel_gradient(x, grad, w), kernel_grad, atol=1e-10)
-        np.testing.assert_allclose(taps.convolve(x, kernel, w), expected, atol=1e-12)
-        actual = taps.input_gradient(grad, kernel, size, w)
-        np.testing.assert_allclose(actual, x_grad, atol=1e-11)
-        np.testing.assert_allclose(taps.kernel_gradient(x, grad, w), kernel_grad, atol=1e-10)
-        # The transpose takes `grad` for its input, and `x` for the gradient of its output.
-        actual, swapped = im2col.transposed_gradients(grad, kernel.swapaxes(2, 3), x, w)
-        np.testing.assert_allclose(actual, expected, atol=1e-12)
-        np.testing.assert_allclose(swapped.swapaxes(2, 3), kernel_grad, atol=1e-10)
+
+        @jax.jit  # one program compiles faster than each form's operations one by one
+        def values(x, kernel, grad):
+            expected, pull = jax.vjp(lambda x, kernel: stock(x, kernel, w), x, kernel)
+            x_grad, kernel_grad = pull(grad)
+            # The transpose takes `grad` for its input, and `x` for the gradient of its output.
+            swapped, swapped_grad = im2col.transposed_gradients(grad, kernel.swapaxes(2, 3), x, w)
+            return {
+                "output": (expected, im2col.convolve(x, kernel, w), taps.convolve(x, kernel, w)),
+                "output of the transpose": (expected, swapped),
+                "gradient of the input": (
+                    x_grad,
+                    im2col.input_gradient(grad, kernel, size, w),
+                    taps.input_gradient(grad, kernel, size, w),
+                ),
+                "gradient of the kernel": (
+                    kernel_grad,
+                    im2col.kernel_gradient(x, grad, w),
+                    taps.kernel_gradient(x, grad, w),
+                    swapped_grad.swapaxes(2, 3),
+                ),
+            }
+
+        shape = (2, *w.counts(size), features)
+        grad = jnp.asarray(np.random.default_rng(1).standard_normal(shape))
+        for name, (expected, *forms) in values(x, kernel, grad).items():
+            atol = 1e-10 if "kernel" in name else 1e-11 if "input" in name else 1e-12
+            for form in forms:
+                np.testing.assert_allclose(form, expected, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
