@@ -13,7 +13,8 @@ import pytest
 from flax import linen as nn
 
 from dense_jax.objectives.pixels import LossTerm
-from dense_jax.tasks.semantic import pixel_loss
+from dense_jax.tasks import training
+from dense_jax.tasks.semantic import Semantic, pixel_loss
 from dense_jax.train import schedules, step
 from dense_jax.train.state import TrainState
 from experiments import fcn, segnet
@@ -122,3 +123,21 @@ def test_each_loss_term_has_its_own_denominator(num_devices):
     coarse = labels[:, np.arange(11) * 32 // 11][:, :, np.arange(11) * 32 // 11]
     expected = mean(outputs["logits"], labels) + 0.5 * mean(outputs["coarse"], coarse)
     np.testing.assert_allclose(float(scalars["loss"]), expected, rtol=1e-5)
+
+
+class OfOneDevice(nn.Module):
+    """Normalises by the images of its own device."""
+
+    @nn.compact
+    def __call__(self, images, *, train=False):
+        normalised = nn.BatchNorm(use_running_average=not train)(images)
+        return {"logits": nn.Dense(NUM_CLASSES)(normalised)}
+
+
+def test_batch_statistics_of_one_device_are_told(tmp_path, capsys):
+    smoke = dataclasses.replace(segnet.PRESETS["smoke"], num_steps=1, class_balance="none")
+    config = dataclasses.replace(smoke, workdir=str(tmp_path), dropout="none", bn_stats="running")
+    task = Semantic(config, OfOneDevice(), config.whole_images())
+    with jax.numpy_dtype_promotion("standard"):  # AdamW raises a float to an integer power
+        training.train(task)
+    assert "OfOneDevice has batch statistics and no axis_name" in capsys.readouterr().out
