@@ -1,4 +1,4 @@
-"""Every script runs, every flag value builds, and the commands work on what a run leaves."""
+"""Every script runs, and the commands work on what a run leaves."""
 
 import dataclasses
 import functools
