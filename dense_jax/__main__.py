@@ -6,6 +6,7 @@ import pkgutil
 import tyro
 
 from dense_jax import commands
+from dense_jax.tasks import trained
 from dense_jax.train import cli
 
 
@@ -20,7 +21,10 @@ def main() -> None:
             for name, module in modules.items()
             if "run" in vars(module)
         }
-        tyro.extras.subcommand_cli_from_dict(runs, prog="python -m dense_jax", description=__doc__)
+        with trained.of_its_network():
+            tyro.extras.subcommand_cli_from_dict(
+                runs, prog="python -m dense_jax", description=__doc__
+            )
 
 
 if __name__ == "__main__":

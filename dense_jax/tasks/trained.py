@@ -1,14 +1,16 @@
 """Opens a trained run: ``dense_jax.load(folder).predict(image)``."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import os
 import pathlib
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax.errors
 import jax
 import numpy as np
 from PIL import Image
@@ -25,6 +27,31 @@ from dense_jax.train.checkpoint import read_variables
 from dense_jax.train.config import RunConfig, from_json
 
 Picture = np.ndarray | Image.Image | str | os.PathLike[str]
+
+
+_MISFITS = (
+    flax.errors.ScopeParamNotFoundError,
+    flax.errors.ScopeParamShapeError,
+    flax.errors.ScopeVariableNotFoundError,
+    flax.errors.ScopeCollectionNotFound,
+)
+
+
+@contextlib.contextmanager
+def of_its_network() -> Iterator[None]:
+    """Context for the use of a run's parameters.
+
+    Raises:
+      UserError: the network has been edited since, and its parameters are others now.
+    """
+    try:
+        yield
+    except _MISFITS as error:
+        sentence = str(error).split(" (https:")[0].split(". ")[0].rstrip(".")
+        raise UserError(
+            f"the parameters of the run belong to another network ({sentence}): use the version of "
+            "the script and the network that trained it"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +111,8 @@ class Run:
           the result of another task's `read`; for a list of images a list of results.
 
         Raises:
-          UserError: an image is not uint8 RGB, or an input is missing.
+          UserError: an image is not uint8 RGB, an input is missing, or the network has been edited
+            since the training.
         """
         several = isinstance(images, list | tuple)
         pictures: list[Any] = list(images) if several else [images]
@@ -100,7 +128,8 @@ class Run:
                 name: np.asarray(values, self.task.inputs[name].dtype)[None]
                 for name, values in own.items()
             }
-            predictions.append(self.predictor(_as_image(picture), **arrays))
+            with of_its_network():
+                predictions.append(self.predictor(_as_image(picture), **arrays))
         return predictions if several else predictions[0]
 
 

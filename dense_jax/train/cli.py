@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import flax.errors
 import jax
 import tyro
 
@@ -70,24 +69,11 @@ _DISK_ERRORS = (
 )
 
 
-_OTHER_NETWORK = (
-    flax.errors.ScopeParamNotFoundError,
-    flax.errors.ScopeParamShapeError,
-    flax.errors.ScopeVariableNotFoundError,
-    flax.errors.ScopeCollectionNotFound,
-)
-
-
-def _summary(error: BaseException) -> str:
-    """The first sentence of a message of Flax, without the address of its help."""
-    return str(error).split(" (https:")[0].split(". ")[0].rstrip(".")
-
-
 class exit_on_user_error:  # noqa: N801  (used like a function)
     """Context that ends the program with ``error: ...`` and status 2 on a UserError.
 
-    A file that may not be read, a full or read-only disk, a lack of memory, and parameters of
-    another network than the script's count as user errors too, wherever they occur.
+    A file that may not be read, a full or read-only disk and a lack of memory count as user errors
+    too, wherever they occur.
 
     Args:
       interrupted: the message after Ctrl-C.
@@ -103,11 +89,6 @@ class exit_on_user_error:  # noqa: N801  (used like a function)
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             path = error.filename2 or error.filename or "a file"
             error = UserError(f"cannot use {path} ({error.strerror}): give another path")
-        if isinstance(error, _OTHER_NETWORK):
-            error = UserError(
-                f"the parameters of the run belong to another network ({_summary(error)}): use the "
-                "version of the script and the network that trained it"
-            )
         if isinstance(error, MemoryError):
             error = UserError(f"not enough memory ({error})")
         if isinstance(error, UserError):
