@@ -179,21 +179,21 @@ def script_of(config: RunConfig) -> str:
 def _commit() -> str | None:
     """Returns the commit of this library, or None without git.
 
-    A "+" follows if files differ from it, or if there are Python files that it does not hold.
+    A "+" follows if files differ from it, or if there are Python files, such as a new network, that
+    it does not hold.
     """
     root = pathlib.Path(__file__).parent
     try:
-        commit, changes = (
+        commit, *changes = (
             subprocess.run(
                 ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
             ).stdout.strip()
             for arguments in (
                 ["rev-parse", "--short=12", "HEAD"],
-                ["status", "--porcelain"],
+                ["status", "--porcelain", "-uno"],
+                ["ls-files", "--others", "--exclude-standard", ":/*.py"],
             )
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    lines = changes.splitlines()
-    is_other = any(line.endswith(".py") or not line.startswith("??") for line in lines)
-    return commit + ("+" if is_other else "")
+    return commit + ("+" if any(changes) else "")

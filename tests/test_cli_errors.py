@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dense_jax import runs
-from dense_jax.commands import predict, summary
+import dense_jax
+from dense_jax import __main__ as commands
+from dense_jax import runs, scripts
+from dense_jax.commands import summary
 from dense_jax.data import dataset, pipeline
 from dense_jax.data.normalise import Normalise
 from dense_jax.errors import UserError
@@ -51,12 +53,16 @@ def own(tmp_path):
     return tmp_path
 
 
-def test_parameters_of_another_network_are_one_line(run, own, tmp_path, capsys):
-    with pytest.raises(SystemExit), cli.exit_on_user_error():
-        predict.run(run=run, input=own / "images", output=tmp_path / "out")
+def test_parameters_of_another_network_are_one_line(run, own, tmp_path, monkeypatch, capsys):
+    words = ["predict", f"--run={run}", f"--input={own / 'images'}", f"--output={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["dense_jax", *words])
+    with pytest.raises(SystemExit):
+        commands.main()
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "belong to another network" in line] == lines[-1:]
     assert 'parameter named "kernel" in scope "/conv1_1"' in lines[-1]
+    with pytest.raises(UserError, match="belong to another network"):
+        dense_jax.load(run).predict(np.zeros((8, 8, 3), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -210,3 +216,32 @@ def test_commands_refuse_what_they_cannot_use(tmp_path):
     config = dataclasses.replace(SMOKE, workdir=str(tmp_path), batch_size=jax.device_count() + 1)
     with pytest.raises(UserError, match="cannot be shared by"):
         training.run(fcn.build, config)
+
+
+def test_the_commit_of_a_run_tells_of_files_that_it_lacks(tmp_path, monkeypatch):
+    def git(*words):
+        own = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *own, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "dense_jax").mkdir()
+    library = tmp_path / "dense_jax" / "runs.py"
+    library.touch()
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    monkeypatch.setattr(runs, "__file__", str(library))
+    commit = runs.provenance()["commit"]
+    assert len(commit) == 12
+    (tmp_path / "notes.txt").touch()
+    assert runs.provenance()["commit"] == commit
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "new.py").touch()
+    assert runs.provenance()["commit"] == f"{commit}+"
+    shutil.rmtree(tmp_path / "models")
+    library.write_text("changed")
+    assert runs.provenance()["commit"] == f"{commit}+"
+
+
+def test_a_script_without_a_preset_names_those_it_has():
+    with pytest.raises(UserError, match="has no preset '': give paper"):
+        scripts.load("experiments.fcn").parse([])
