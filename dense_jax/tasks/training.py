@@ -154,8 +154,9 @@ def _begin(
     is_alone = "batch_stats" in state.model_state and getattr(task.model, "axis_name", None) is None
     if is_alone and jax.device_count() > 1:
         print(
-            f"warning: {type(task.model).__name__} has batch statistics and no axis_name, so each "
-            "device normalises by its own images only: pass axis_name=dense_jax.train.step.AXIS"
+            f"warning: {type(task.model).__name__} has batch statistics and no axis_name: unless "
+            "its layers name one, each device normalises by its own images only; pass "
+            "axis_name=dense_jax.train.step.AXIS"
         )
     if config.init and not has_checkpoint(pathlib.Path(config.workdir or "")):
         state = _initialise_from(config.init, state, tx, config.normalisation)
