@@ -19,10 +19,12 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     else ""
 )
 
-# The first process names a folder for programs that take long to compile. Its workers, and the
+# The first process makes a folder for programs that take long to compile. Its workers, and the
 # processes that tests start, find it in the environment.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/dense_jax-tests-{os.getpid()}"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = (
+    os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if "PYTEST_XDIST_WORKER" in os.environ
+    else tempfile.mkdtemp(prefix="dense_jax-tests-")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
@@ -39,10 +41,9 @@ hypothesis.settings.load_profile("fixed")
 
 
 def pytest_unconfigure():
-    """The process that named the folder of programs deletes it."""
-    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    if folder.endswith(f"dense_jax-tests-{os.getpid()}"):
-        shutil.rmtree(folder, ignore_errors=True)
+    """The process that made the folder of programs deletes it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
