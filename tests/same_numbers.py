@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 import tyro
 
+from tests import ROOT, SCRIPTS
 from tests.kill_and_resume import final_state
-
-ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = ("fcn", "hypercolumns", "segnet", "deconvnet", "unet", "dilated", "deeplab")
 
 
 def smoke_run(code: pathlib.Path, script: str, workdir: pathlib.Path) -> pathlib.Path:
@@ -41,7 +39,7 @@ def scores(run: pathlib.Path) -> dict[str, Any]:
     return {**values, "confusion": record["confusion"]}
 
 
-def main(commit: str, scripts: tuple[str, ...] = SCRIPTS) -> None:
+def main(commit: str, scripts: tuple[str, ...] = tuple(SCRIPTS)) -> None:
     """Compares runs of this version with those of a commit; stops at the first difference."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder)
@@ -49,6 +47,9 @@ def main(commit: str, scripts: tuple[str, ...] = SCRIPTS) -> None:
         subprocess.run(["git", "clone", "-q", ROOT, other], check=True)
         subprocess.run(["git", "checkout", "-q", commit], cwd=other, check=True)
         for script in scripts:
+            if not (other / "experiments" / f"{script}.py").exists():
+                print(f"{script}: new since {commit}")
+                continue
             before = smoke_run(other, script, path / "before" / script)
             after = smoke_run(ROOT, script, path / "after" / script)
             expected, actual = (final_state(run, num_steps=2) for run in (before, after))

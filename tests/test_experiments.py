@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import importlib
 import json
-import pathlib
 import re
 import shutil
 import subprocess
@@ -24,16 +22,7 @@ from dense_jax.tasks import training
 from dense_jax.train.checkpoint import Checkpoints
 from dense_jax.train.log import read_metrics
 from dense_jax.train.step import AXIS
-
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-def script(name):
-    return importlib.import_module(f"experiments.{name}")
-
-
-FILES = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py"))
-SCRIPTS = [name for name in FILES if name != "conv_arithmetic"]  # those that train
+from tests import ROOT, SCRIPTS, script
 
 
 @pytest.fixture(autouse=True)

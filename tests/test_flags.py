@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib
-import pathlib
 import re
 import typing
 
@@ -24,10 +23,7 @@ from dense_jax.train import config as configs
 from dense_jax.train.schedules import build_optimizer
 from dense_jax.train.state import TrainState
 from dense_jax.train.step import shard, train_step
-
-ROOT = pathlib.Path(__file__).parent.parent
-FILES = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
-SCRIPTS = [name for name in FILES if name != "conv_arithmetic"]  # those that train
+from tests import ROOT, SCRIPTS, script
 
 # Flags that each script's `build` reads; the other shared ones are tried with one script.
 READ_BY_BUILD = {"width", "augment", "crop", "dtype", "normalisation", "scale"}
@@ -113,10 +109,6 @@ SIDES = {
 ELSEWHERE = configs.FREE_ON_RESUME - {"num_steps"} | {"dataset", "init", "proposals"}
 ELSEWHERE |= {("deconvnet", "proposal_source", "file")}
 ELSEWHERE |= {("segnet", "class_balance", "published")}  # of CamVid
-
-
-def script(name):
-    return importlib.import_module(f"experiments.{name}")
 
 
 def changed(name, flags):
