@@ -118,7 +118,7 @@ def test_matrix_forms_equal_one_call_to_lax(setting):
         for name, (expected, *forms) in values(x, kernel, grad).items():
             atol = 1e-10 if "kernel" in name else 1e-11 if "input" in name else 1e-12
             for form in forms:
-                np.testing.assert_allclose(form, expected, atol=atol, err_msg=name)
+                np.testing.assert_allclose(form, expected, rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
