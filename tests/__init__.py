@@ -1,8 +1,12 @@
 """Tests of the library, the scripts and the commands."""
 
 import importlib
+import os
 import pathlib
 import types
+from typing import Any
+
+import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
 _FILES = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
@@ -12,3 +16,9 @@ SCRIPTS = [name for name in _FILES if name != "conv_arithmetic"]  # those that t
 def script(name: str) -> types.ModuleType:
     """Returns a training script, such as "fcn"."""
     return importlib.import_module(f"experiments.{name}")
+
+
+def npz(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the arrays of a file, which is closed again."""
+    with np.load(path) as arrays:
+        return dict(arrays)

@@ -1,5 +1,6 @@
 """Four virtual CPU devices, strict promotion, real data where it is at hand."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -12,9 +13,10 @@ os.environ.setdefault("NPROC", "16")
 # Most programs of the tests run once, and a compiler that optimises works longer than they run.
 # Both settings stand in the environment, so that processes that tests start give the same bits.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# XLA ends a process that gives it a flag of another version.
+# XLA ends a process that gives it a flag of another version. Programs this small are not worth
+# splitting among the threads of the compiler.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     if importlib.metadata.version("jaxlib").startswith("0.10.")
     else ""
 )
@@ -31,6 +33,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 import hypothesis
 import jax
 import pytest
+
+# Tracing makes many objects that live long; to look through them again and again is dear.
+gc.set_threshold(200_000, 20, 20)
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")

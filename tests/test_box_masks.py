@@ -23,7 +23,7 @@ from dense_jax.tasks import trained, training
 from dense_jax.tasks.box_masks import BoxMasks
 from dense_jax.train.schedules import build_optimizer
 from experiments import hypercolumns as script
-from tests import contract
+from tests import contract, npz
 
 SMOKE = script.PRESETS["smoke_box"]
 
@@ -285,7 +285,7 @@ def test_a_box_run_predicts_the_objects_in_given_boxes(smoke_run, tmp_path):
     assert numbers.shape == masks[0].shape == (height, width)
     np.testing.assert_array_equal(numbers > 0, masks[0] | masks[1])
     assert np.asarray(Image.open(out / "overlays" / "a.png")).shape == (height, width, 3)
-    assert np.load(out / "probabilities" / "a.npz")["heatmaps"].shape == (2, 10, 10)
+    assert npz(out / "probabilities" / "a.npz")["heatmaps"].shape == (2, 10, 10)
     # The same from Python, and results are boxes for another prediction.
     run = trained.load(smoke_run)
     boxes = np.array([[3, 4, 15, 14], [0.5, 0, 20.5, 21]], np.float32)

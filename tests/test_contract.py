@@ -83,12 +83,17 @@ def test_a_wrong_count_names_the_right_one():
         ("pixel", "1 pixels do not depend on the image, the first at y=[1], x=[2]"),
         ("ignored", "ignored pixels change the loss"),
         ("train", "training and prediction give other logits"),
-        ("jit", "jit changes the logits"),
     ],
 )
 def test_a_mistake_is_named(fault, words):
     with pytest.raises(AssertionError, match=re.escape(words)):
         check(Net(fault))
+
+
+def test_a_network_that_knows_whether_it_is_compiled_is_named():
+    contract.check_without_jit(Net(), image_shape=SHAPE)
+    with pytest.raises(AssertionError, match="jit changes the logits"):
+        contract.check_without_jit(Net("jit"), image_shape=SHAPE)
 
 
 def test_a_parameter_that_nothing_uses_is_named():

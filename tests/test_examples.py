@@ -29,7 +29,7 @@ from examples import (
     resnet20_cifar,
     retina_unet,
 )
-from tests import contract
+from tests import contract, npz
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Module, network, its channels and parameters, and one tensor as the file has it.
@@ -141,7 +141,7 @@ def test_nuclei_are_measured(weights_root, data_root):
 def test_vessels_need_flipped_kernels(weights_root, capsys):
     folder = weights_root / "retina_unet_drive"
     variables = real(retina_unet, folder, "test_best_weights.h5", 22)
-    known = np.load(folder / "reference_io.npz")
+    known = npz(folder / "reference_io.npz")
 
     def error(variables):
         logits = retina_unet.apply(variables, known["input_nchw"].transpose(0, 2, 3, 1))["logits"]
@@ -158,7 +158,7 @@ def test_cells_of_keras_agree_in_every_pixel(weights_root, capsys):
     folder = weights_root / "unet_pancreatic_keras2"
     file = "unet_pancreatic_cell_segmentation.h5"
     variables = real(pancreatic_unet, folder, file, 36)
-    known = np.load(folder / "reference_io.npz")
+    known = npz(folder / "reference_io.npz")
 
     def error(variables):
         images = known["input_nchw"].transpose(0, 2, 3, 1)
@@ -184,7 +184,7 @@ def test_transposed_kernels_of_keras_are_not_read_as_others(weights_root, monkey
 def test_resnet20_agrees_at_each_stage(weights_root):
     folder = weights_root / "resnet20_cifar10"
     variables = real(resnet20_cifar, folder, "resnet20-12fca82f.th", 97)
-    known = np.load(folder / "reference_io.npz")
+    known = npz(folder / "reference_io.npz")
     outputs = resnet20_cifar.apply(variables, known["input_nchw"].transpose(0, 2, 3, 1))
     for stage in ("layer1", "layer2", "layer3", "logits"):
         assert difference(outputs[stage], known[stage]) < 2e-5
@@ -207,7 +207,7 @@ def deeplab(weights_root):
 
 
 def test_deeplab_gives_every_class_of_tensorflow_lite(deeplab, weights_root):
-    known = np.load(weights_root / "deeplabv3_mobilenetv2_dm05_voc/reference_io.npz")
+    known = npz(weights_root / "deeplabv3_mobilenetv2_dm05_voc/reference_io.npz")
     images = known["images_uint8_nhwc"].astype(np.float32)
 
     def errors(variables, images):

@@ -30,7 +30,7 @@ from dense_jax.releases import catalogue
 from dense_jax.tasks import semantic, trained, training
 from dense_jax.train.checkpoint import Checkpoints
 from dense_jax.weights import files, rules
-from tests import contract, torchvision_names
+from tests import contract, npz, torchvision_names
 
 RUNS = {
     "fcn": {},
@@ -138,7 +138,7 @@ def test_programs_label_as_the_runs_do_without_this_library(run_of, tmp_path):
         file = tmp_path / f"{name}.stablehlo"
         for i, shape in enumerate(jobs[str(file)]):
             logits, labels = predicted(run_of(name), images(shape), tmp_path / f"{name} {i}")
-            found = np.load(f"{file}.{i}.npz")
+            found = npz(f"{file}.{i}.npz")
             tolerance = 1e-5 * np.max(np.abs(logits))
             np.testing.assert_allclose(
                 found["logits"], logits, rtol=0, atol=tolerance, err_msg=name

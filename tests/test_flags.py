@@ -204,9 +204,8 @@ class StageOfRun:
 
     @functools.cached_property
     def network(self):
-        images = np.zeros_like(self.batch["images"][:1])
-        init = functools.partial(self.task.model.init_with_output, train=False)
-        made, (outputs, variables) = program(init, jax.random.key(self.config.seed), images)
+        shape = (1, *self.batch["images"].shape[1:])
+        made, (outputs, variables) = initial(self.task.model, self.config.seed, shape)
         if "logits" in outputs:
             assert outputs["logits"].shape[1:3] == self.batch["labels"].shape[1:]
         return made, variables
@@ -246,6 +245,13 @@ def stages(name, flags, side):
 def stages_before(name, flags, side):
     """The same for flags as pairs, kept for all tests that change one more."""
     return stages(name, dict(flags), side)
+
+
+@functools.cache
+def initial(model, seed, shape):
+    """The program that makes a network's parameters; the shapes of its outputs and of these."""
+    init = functools.partial(model.init_with_output, train=False)
+    return program(init, jax.random.key(seed), np.zeros(shape, np.float32))
 
 
 def program(function, *arguments):

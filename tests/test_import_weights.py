@@ -28,7 +28,7 @@ from dense_jax.train import cli
 from dense_jax.train.state import TrainState
 from dense_jax.weights import hub, rules
 from experiments import deconvnet, dilated, fcn, segnet, unet
-from tests import contract
+from tests import contract, npz
 
 
 def thin(name, num_classes=None, aux=False):
@@ -144,7 +144,7 @@ def test_nothing_is_overwritten_or_taken_for_what_it_is_not(resnet_file, tmp_pat
     path.rename(own)
     with pytest.raises(UserError, match="holds weights already"):
         import_weights.run(model="resnet50", source=str(own), out=own.parent)
-    tensors = dict(np.load(own))
+    tensors = npz(own)
     tensors["conv1.weight"][0, 0, 0, 0] = np.nan
     np.savez(own, **tensors)
     with pytest.raises(UserError, match=r"own/weights\.npz: conv1\.weight holds NaN"):
@@ -153,7 +153,7 @@ def test_nothing_is_overwritten_or_taken_for_what_it_is_not(resnet_file, tmp_pat
 
 def test_a_word_in_front_of_all_names_is_taken_off(resnet_file, tmp_path, capsys):
     path, variables = resnet_file
-    np.savez(tmp_path / "x.npz", **{f"model.{name}": x for name, x in np.load(path).items()})
+    np.savez(tmp_path / "x.npz", **{f"model.{name}": x for name, x in npz(path).items()})
     import_weights.run(model="resnet50", source=f"file:{tmp_path / 'x.npz'}", dry_run=True)
     assert "x.npz: prefix: model." in capsys.readouterr().out
     state = started(thin("resnet50"), f"file:{tmp_path / 'x.npz'}")

@@ -1,7 +1,6 @@
 """A run opened from Python, wherever the script that trained it lies."""
 
 import dataclasses
-import pathlib
 import subprocess
 import sys
 import textwrap
@@ -17,8 +16,7 @@ from dense_jax.commands import predict
 from dense_jax.errors import UserError
 from dense_jax.tasks import trained, training
 from experiments import fcn
-
-ROOT = pathlib.Path(__file__).parent.parent
+from tests import ROOT, npz
 
 
 def python(code, cwd, *, stdin=False):
@@ -52,7 +50,7 @@ def test_a_run_labels_arrays_files_and_lists_as_the_command_does(run, tmp_path):
     Image.fromarray(image).save(path)
     predict.run(run=run, input=path, output=tmp_path / "out", probabilities=True)
     labels = viz.load_label_png(tmp_path / "out" / "labels" / "a.png")
-    soft = np.load(tmp_path / "out" / "probabilities" / "a.npz")["probabilities"]
+    soft = npz(tmp_path / "out" / "probabilities" / "a.npz")["probabilities"]
     opened = dense_jax.load(run)
     one = opened.predict(image)
     np.testing.assert_array_equal(one.labels, labels)

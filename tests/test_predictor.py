@@ -10,6 +10,7 @@ from dense_jax import viz
 from dense_jax.data.classes import ClassTable
 from dense_jax.errors import UserError
 from dense_jax.infer.predictor import Labels, Predictor, predict_folder
+from tests import npz
 
 CLASSES = ClassTable(["red", "green", "blue"], ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
 
@@ -56,7 +57,7 @@ def test_every_size_keeps_its_size_in_few_shapes(tmp_path):
         with Image.open(out / "overlays" / f"{name}.png") as overlay:
             expected = viz.overlay(image, labels, CLASSES.palette())
             np.testing.assert_array_equal(np.asarray(overlay), expected)
-        soft = np.load(out / "probabilities" / f"{name}.npz")["probabilities"]
+        soft = npz(out / "probabilities" / f"{name}.npz")["probabilities"]
         assert soft.dtype == np.float16
         np.testing.assert_allclose(soft, jax.nn.softmax(image.astype(np.float32)), atol=1e-3)
     assert json.loads((out / "classes.json").read_text())["names"] == list(CLASSES.names)

@@ -274,6 +274,7 @@ def test_contract():  # SegNet's gradients and the other decoders: see test_segn
         thin_shape=(2, 19, 26, 3),
         skips=["conv4", "conv_decode4", "conv_decode1"],
     )
+    contract.check_without_jit(thin_basic(num_classes=11), image_shape=(1, 19, 26, 3))
 
 
 def test_names_are_those_of_the_release():
