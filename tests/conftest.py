@@ -13,6 +13,7 @@ os.environ.setdefault("NPROC", "16")
 # Most programs of the tests run once, and a compiler that optimises works longer than they run.
 # Both settings stand in the environment, so that processes that tests start give the same bits.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # lines of ours in each operation
 # XLA ends a process that gives it a flag of another version. Programs this small are not worth
 # splitting among the threads of the compiler.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
@@ -41,7 +42,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=25)
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=15)
 hypothesis.settings.load_profile("fixed")
 
 
