@@ -138,7 +138,7 @@ def build(config: Config, num_classes: int) -> Semantic:
     scales = [f"scores_x{s:g}" for s in deeplab.SCALES] if is_multiscale else []
     terms = [LossTerm(name, align_corners=True) for name in (output, *scales)]
     terms += [LossTerm(f"aux_{output}", 0.5, align_corners=True)] if has_aux else []
-    tiles = dict(context=config.tile_context, grid=deeplab.STRIDE)
+    tiles = dict(context=config.tile_context, grid=deeplab.STRIDE, sized=config.head == "deeplabv3")
     forward, passes = whole_or_tiles(model, config.scale, config.tile, **tiles)
     words = f"{passes}, no flips, " + ("scales 1, 0.75 and 0.5" if is_multiscale else "no scales")
     return Semantic(config, model, config.whole_images(zoom=(0.5, 1.5)), groups=groups,

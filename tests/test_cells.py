@@ -55,6 +55,9 @@ class FromRed:
 
     config = dataclasses.replace(SAME, normalisation="none", eval_batch_size=4)
 
+    def padded_side(self, side):
+        return side
+
     def predict(self, variables, images, sizes):
         del sizes
         inside = images[..., :1] - variables["threshold"]

@@ -258,11 +258,11 @@ def test_search_goes_on_where_it_was_killed(tmp_path):
 
 def test_search_spreads_its_images():
     source = datasets.load("shapes", size=(8, 8), num_train=1, num_val=10, num_test=1).split("val")
-    spread = crf_search.Spread(source, 4)
+    spread = crf_search.spread(source, 4)
     assert [spread[i]["name"] for i in range(len(spread))] == [
         source[i]["name"] for i in (0, 3, 6, 9)
     ]
-    assert len(crf_search.Spread(source, 99)) == 10
+    assert len(crf_search.spread(source, 99)) == 10
     assert spread.size(3) == (8, 8)
 
 

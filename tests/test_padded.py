@@ -50,13 +50,29 @@ class Source:
 
 def test_padded_shapes_joins_what_wastes_least():
     sizes = [(32, 32)] * 9 + [(30, 64), (31, 60), (96, 96)]
-    joined = padded_shapes(sizes, 32, 2)
+    joined = padded_shapes(sizes, "buckets", max_buckets=2)
     assert joined == {
         (32, 32): (32, 64),
         (30, 64): (32, 64),
         (31, 60): (32, 64),
         (96, 96): (96, 96),
     }
+
+
+def test_an_image_has_the_shape_of_its_own_size_whatever_else_there_is():
+    sizes = [(7, 9), (100, 31), (7, 9), (64, 64)]
+    assert padded_shapes(sizes) == {size: size for size in sizes}
+    shape_of = padded_shapes(sizes, padded_side=lambda side: -(-side // 8) * 8)
+    assert shape_of == {(7, 9): (8, 16), (100, 31): (104, 32), (64, 64): (64, 64)}
+
+
+def test_thousands_of_sizes_share_few_shapes():
+    rng = np.random.default_rng(0)
+    sizes = [(int(h), int(w)) for h, w in rng.integers(1, 1500, (4000, 2))]
+    shape_of = padded_shapes(sizes, "buckets")
+    assert set(shape_of) == set(sizes)
+    assert len(set(shape_of.values())) == 4
+    assert all(h <= y < 1536 and w <= x < 1536 for (h, w), (y, x) in shape_of.items())
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.3])
@@ -69,7 +85,7 @@ def test_an_image_is_resized_normalised_and_padded(name, scale, paths):
         small = image
         if scale != 1:
             small = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-        (shape,) = padded_shapes([(height, width)]).values()
+        (shape,) = padded_shapes([(height, width)], "buckets").values()
         images, sizes = prepare(image, name, shape, scale)
         assert images.dtype == np.float32
         assert sizes.dtype == np.int32
@@ -155,16 +171,16 @@ def surroundings(images, sizes):
 @pytest.mark.parametrize("shape", [(2, 20, 33, 3), (1, 32, 64, 3), (1, 1, 1, 3)])
 def test_traced_calls_pad_and_cut_as_the_host_does(shape):
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    ((size, padded_shape),) = padded_shapes([shape[1:3]]).items()
+    ((size, padded_shape),) = padded_shapes([shape[1:3]], "buckets").items()
     expected = []
     for image in pixels:
         images, sizes = prepare(image, "caffe", padded_shape)
         expected.append(cut(surroundings(jnp.asarray(images), jnp.asarray(sizes))[0], size))
 
     def traced(images):
-        return run_padded(surroundings, normalise_batch(images, "caffe"))
+        return run_padded(surroundings, normalise_batch(images, "caffe"), 32)
 
-    label = program.program(lambda *inputs: {"logits": surroundings(*inputs)}, "caffe")
+    label = program.program(lambda *inputs: {"logits": surroundings(*inputs)}, "caffe", 32)
     sizes_open = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b, h, w"), 3), jnp.uint8)
     for call in (jax.jit, lambda f: jax.export.export(jax.jit(f))(sizes_open).call):
         found = call(traced)(pixels)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -38,19 +39,21 @@ def save(path, height, width, **options):
     return pixels
 
 
-def run(source, target, **options):
-    return predict_folder(PREDICTOR, CLASSES, source, target, **options)
+def run(source, target, predict=PREDICTOR, **options):
+    return predict_folder(predict, CLASSES, source, target, **options)
 
 
-def test_every_size_keeps_its_size_in_few_shapes(tmp_path):
+@pytest.mark.parametrize(("how", "num_shapes"), [("exact", 6), ("buckets", 4)])
+def test_every_size_keeps_its_size(tmp_path, how, num_shapes):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     sizes = [(1, 1), (5, 9), (33, 20), (40, 70), (31, 32), (64, 100)]
     pixels = {f"{h}x{w}": save(source / f"{h}x{w}.png", h, w) for h, w in sizes}
-    summary = run(source, out, probabilities=True, max_shapes=2)
+    predict = dataclasses.replace(PREDICTOR, shapes=how)
+    summary = run(source, out, predict, probabilities=True)
     assert not summary.failures
     assert len(summary.predicted) == len(sizes)
-    assert len(summary.shapes) == 2
+    assert len(summary.shapes) == num_shapes
     for name, image in pixels.items():
         labels = viz.load_label_png(out / "labels" / f"{name}.png")
         np.testing.assert_array_equal(labels, image.argmax(-1))
@@ -73,7 +76,7 @@ def test_images_are_normalised_by_name(tmp_path):
         np.testing.assert_array_equal(sizes, [[4, 4]])
         return answer(images, sizes)
 
-    caffe = Predictor(spy, read, "caffe")
+    caffe = Predictor(spy, read, "caffe", "buckets")
     predict_folder(caffe, CLASSES, tmp_path / "a.png", tmp_path / "out")
     mean = np.array([122.679, 116.669, 104.007], np.float32)
     assert seen[0].shape == (1, 32, 32, 3)
@@ -102,7 +105,7 @@ def test_bad_files_are_reported_and_the_rest_is_done(tmp_path):
         (line,) = [line for line in summary.failures if f"{name}:" in line]
         assert "\n" not in line
     assert len(list((out / "labels").iterdir())) == 3
-    assert str(summary).splitlines()[0] == "3 images labelled, padded to 32x32; 5 failed"
+    assert str(summary).splitlines()[0] == "3 images labelled, computed at 6x5, 8x8; 5 failed"
     assert len(str(summary).splitlines()) == 6
 
 

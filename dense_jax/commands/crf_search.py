@@ -25,9 +25,9 @@ import numpy as np
 import tyro
 
 from dense_jax import runs
-from dense_jax.data.dataset import Example, Source
+from dense_jax.data.dataset import Part, Source
 from dense_jax.errors import UserError
-from dense_jax.evaluation.batches import Predicts, eval_batches
+from dense_jax.evaluation.batches import Predicts, eval_batches, predict_each
 from dense_jax.infer.crf import check_crf, refine
 from dense_jax.metrics import semantic as metrics
 from dense_jax.ops.crf import CrfParams
@@ -87,7 +87,7 @@ def run(
             raise UserError(f"--{name}={value}: give at least 1")
     opened = trained.load(run, checkpoint)
     dataset = trained.dataset_of(opened, data_dir)
-    source, config = Spread(dataset.split(split), num_images), opened.config
+    source, config = spread(dataset.split(split), num_images), opened.config
     lowest = at(crf_params, [low for low, _ in ranges])
     check_crf(lowest, config.normalisation)
     task = dataclasses.replace(labelling(opened.task, "crf-search"), crf=None)
@@ -239,7 +239,7 @@ class Unaries:
           variables: the network's variables.
           params: the CRF parameters besides `AXES`.
         """
-        self._folder, self._batches = folder, eval_batches(source, task.config)
+        self._folder, self._batches = folder, eval_batches(source, task)
         self._task, self._variables = task, variables
         self._params, self._normalisation = params, task.config.normalisation
         self._steps: dict[float | None, Any] = {}
@@ -249,7 +249,8 @@ class Unaries:
         self._folder.mkdir(parents=True)
 
         def logits_of(variables: Any, batch: Batch) -> tuple[Any, Any]:
-            return {}, self._task.predict(variables, batch["images"], batch["size"])["logits"]
+            outputs = predict_each(self._task, variables, batch["images"], batch["size"])
+            return {}, outputs["logits"]
 
         step, variables = eval_step(logits_of), replicate(self._variables)
         for number, batch in enumerate(self._batches):
@@ -295,23 +296,10 @@ class Unaries:
         return eval_step(counts)
 
 
-class Spread:
-    """Evenly spaced examples of a split, or all of them if it has no more."""
-
-    def __init__(self, source: Source, num: int) -> None:
-        self._source = source
-        self._index = np.linspace(0, len(source) - 1, min(num, len(source))).round().astype(int)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int) -> Example:
-        """Returns one example."""
-        return self._source[int(self._index[index])]
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Returns the height and width of an image."""
-        return self._source.size(int(self._index[index]))
+def spread(source: Source, num: int) -> Part:
+    """Returns evenly spaced examples of a split, or all of them if it has no more."""
+    indices = np.linspace(0, len(source) - 1, min(num, len(source))).round().astype(int)
+    return Part(source, indices.tolist())
 
 
 def _ranges(flags: Mapping[str, Range | None], params: CrfParams) -> list[Range]:

@@ -6,6 +6,7 @@ import shutil
 from typing import Any, Literal
 
 from dense_jax.commands.crf_flags import CrfFlag, CrfFlags, with_flags
+from dense_jax.data.padded import Shapes
 from dense_jax.errors import UserError
 from dense_jax.evaluation import labels, report
 from dense_jax.ops.crf import CrfParams
@@ -24,6 +25,7 @@ def run(
     ensemble: tuple[pathlib.Path, ...] = (),
     combine: Combine = "mean_prob",
     output: pathlib.Path | None = None,
+    eval_shapes: Shapes | None = None,
     crf: CrfFlag = None,
     crf_params: CrfFlags = CrfParams(),  # noqa: B008  (frozen)
 ) -> None:
@@ -44,6 +46,8 @@ def run(
       bf_match: how to match boundary pixels; assignment is one to one and slow.
       output: folder to write. Default: RUN/evaluate-SPLIT-CHECKPOINT, or RUN/ensemble-..., with
         the suffix -crf or -no-crf if the flag is given.
+      eval_shapes: exact scores each image at its own size, and compiles each size; buckets pads
+        images to at most four sizes, and measures what that changes. Default: as the run.
       crf: refine with a fully connected CRF, or not. Default: as the run's script does.
       crf_params: parameters of --crf; crf-search finds good ones.
     """
@@ -53,7 +57,8 @@ def run(
     task, variables = opened.task, opened.variables
     if others:
         task, variables = _together([opened, *others], combine, crf is not None)
-    task = semantic.with_rules(with_flags(task, crf, crf_params), absent, bf_match)
+    task = with_flags(task.with_shapes(eval_shapes), crf, crf_params)
+    task = semantic.with_rules(task, absent, bf_match)
     kind = f"ensemble-{combine}" if others else "evaluate"
     suffix = {None: "", True: "-crf", False: "-no-crf"}[crf]
     output = output or run / f"{kind}-{split}-{checkpoint}{suffix}"

@@ -21,6 +21,7 @@ from jax import export
 
 from dense_jax import runs
 from dense_jax.data.normalise import NORMALISATIONS
+from dense_jax.data.padded import BUCKET
 from dense_jax.errors import UserError
 from dense_jax.infer import onnx_file, program
 from dense_jax.releases import catalogue
@@ -185,13 +186,22 @@ def _program(
     dtypes = {"images": dtype} | {n: np.dtype(spec.dtype) for n, spec in task.inputs.items()}
     inputs = _arguments(specs, dtypes)
     label = program.program(answer, opened.config.normalisation)
-    outputs = jax.eval_shape(label, *inputs)
+    sizes = "this shape alone" if shape else _ANY_SIZE
+    try:
+        outputs = jax.eval_shape(label, *inputs)
+    except jax.core.InconclusiveDimensionOperation:  # sizes left open give no whole steps
+        label = program.program(answer, opened.config.normalisation, BUCKET)
+        outputs = jax.eval_shape(label, *inputs)
+        sizes = (
+            f"{_ANY_SIZE}; zeros pad images to multiples of {BUCKET} pixels, and labels near the "
+            "lower and right edges may differ from the run's own: a fixed shape does not pad"
+        )
     facts: dict[str, Any] = {
         "input": {
             "name": "images",
             "shape": [*axes, 3],
             "dtype": dtype.name,
-            "values": "RGB, 0 to 255; normalised and padded inside",
+            "values": "RGB, 0 to 255; normalised inside",
         },
         "further_inputs": {
             name: {"shape": list(specs[name]), "dtype": spec.dtype, "values": spec.words}
@@ -201,7 +211,7 @@ def _program(
             name: {"shape": [*map(_side, x.shape)], "dtype": x.dtype.name, **_meaning(name)}
             for name, x in outputs.items()
         },
-        "sizes": "this shape alone" if shape else _ANY_SIZE,
+        "sizes": sizes,
         **_card(task),
         "crf": "left out" if has_crf else "none",
     }
@@ -211,8 +221,8 @@ def _program(
         file, difference = onnx_file.convert(label, inputs[0])
         print(f"onnxruntime gives the same {scores}, to {difference:.1e} of the largest")
         return file, facts
-    size = f"{shape[0]} x {shape[1]} x {shape[2]}" if shape else _ANY_SIZE
-    print(f"{dtype.name} RGB images of {size}, on {', '.join(PLATFORMS)}")
+    size = f"{shape[0]} x {shape[1]} x {shape[2]}" if shape else sizes
+    print(f"{dtype.name} RGB images on {', '.join(PLATFORMS)}, of {size}")
     return stablehlo(label, inputs, has_shape=shape is not None), facts | {"platforms": PLATFORMS}
 
 

@@ -6,6 +6,7 @@ import sys
 from typing import Literal
 
 from dense_jax.commands.crf_flags import CrfFlag, CrfFlags, with_flags
+from dense_jax.data.padded import Shapes
 from dense_jax.infer import predictor
 from dense_jax.ops.crf import CrfParams
 from dense_jax.tasks import trained
@@ -19,6 +20,7 @@ def run(
     checkpoint: Literal["last", "best"] = "last",
     overlays: bool = True,
     probabilities: bool = False,
+    eval_shapes: Shapes | None = None,
     crf: CrfFlag = None,
     crf_params: CrfFlags = CrfParams(),  # noqa: B008  (frozen)
 ) -> None:
@@ -33,11 +35,14 @@ def run(
       checkpoint: which parameters to use.
       overlays: also write the images with the predictions on top.
       probabilities: also write the probabilities (.npz, float16).
+      eval_shapes: exact labels each image at its own size, and compiles each size; buckets pads
+        images to at most four sizes. Default: as the run.
       crf: refine with a fully connected CRF, or not. Default: as the run's script does.
       crf_params: parameters of --crf.
     """
     opened = trained.load(run, checkpoint)
-    opened = dataclasses.replace(opened, task=with_flags(opened.task, crf, crf_params))
+    task = with_flags(opened.task.with_shapes(eval_shapes), crf, crf_params)
+    opened = dataclasses.replace(opened, task=task)
     summary = predictor.predict_folder(
         opened.predictor,
         opened.classes,

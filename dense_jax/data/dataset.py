@@ -9,7 +9,7 @@ import importlib
 import pathlib
 import pkgutil
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from dense_jax.data import datasets
@@ -35,6 +35,24 @@ class Source(Protocol):
     def size(self, index: int) -> tuple[int, int]:
         """Returns the height and width of an image, without decoding it."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some examples of a split, as a split."""
+
+    source: Source
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[self.indices[index]]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Returns the height and width of an image."""
+        return self.source.size(self.indices[index])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """Images of any size in arrays of a few shapes: prepare an image, run a network, cut the result.
 
-A network is compiled once for each shape. So images are padded at the bottom and on the right to
-one of a few shapes, with zeros, which is the mean colour after normalisation; results are cut to
-the size of the image.
+A network is compiled once for each shape. By default an image has the shape of its own size, so
+that its labels depend on nothing else. Where sizes are many, images can share a few larger shapes.
+They are then padded at the bottom and on the right with zeros, which is the mean colour after
+normalisation; results are cut to the size of the image. Zeros are what most layers see beyond an
+image too, but behind the first layer they are no longer zeros, so labels near these two edges, and
+of networks that pool over the whole image all labels, can differ.
 """
 
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,38 +24,83 @@ from dense_jax.data.normalise import normalise
 from dense_jax.data.transforms import resize_image, window
 
 Size = tuple[int, int]
+Shapes = Literal["exact", "buckets"]
+"""exact: each image has a shape of its own size; buckets: all images share at most four shapes."""
 
-SIZE_MULTIPLE = 32  # Padded heights and widths, in pixels: the stride of most networks.
-MAX_SHAPES = 4
+BUCKET = 32  # Heights and widths of shared shapes are multiples of this, in pixels.
+MAX_BUCKETS = 4
+_MANY = 16  # Shapes, from which on compiling takes longer than a user expects.
+_MAX_CANDIDATES = 64  # Of shapes to join: the search takes the third power of their number.
 
 
 def padded_shapes(
-    sizes: Iterable[Size], multiple: int = SIZE_MULTIPLE, max_shapes: int = MAX_SHAPES
+    sizes: Iterable[Size],
+    how: Shapes = "exact",
+    padded_side: Callable[[int], int] = lambda side: side,
+    max_buckets: int = MAX_BUCKETS,
 ) -> dict[Size, Size]:
     """Returns the padded shape of each size (height, width).
 
-    Sizes are rounded up to multiples. While there are too many shapes, the two are joined whose
-    union adds the fewest pixels over all images.
-
     Args:
       sizes: of the images, each as often as it occurs.
-      multiple: padded heights and widths are multiples of this, in pixels.
-      max_shapes: the largest number of shapes.
+      how: "exact" gives each size the shape to which the network pads it. The shape of an image
+        does not depend on the other images. "buckets" joins shapes until they are few: each time
+        the two whose union adds the fewest pixels over all images.
+      padded_side: the side to which the network pads a side of an image; used by "exact".
+      max_buckets: the largest number of shapes of "buckets".
     """
     counts = Counter(sizes)
-    shape_of = {
-        (h, w): (-(-h // multiple) * multiple, -(-w // multiple) * multiple) for h, w in counts
-    }
-    while len(shapes := sorted(set(shape_of.values()))) > max_shapes:
-        num = {s: sum(counts[k] for k, v in shape_of.items() if v == s) for s in shapes}
+    if how == "exact":
+        return {(h, w): (padded_side(h), padded_side(w)) for h, w in counts}
+    # The sizes in each shape. Very many are rounded more coarsely before they are joined.
+    step, groups = BUCKET, _grouped(counts, BUCKET)
+    while len(groups) > max(_MAX_CANDIDATES, max_buckets):
+        step *= 2
+        groups = _grouped(counts, step)
+    while len(groups) > max_buckets:
+        num = {shape: sum(counts[size] for size in members) for shape, members in groups.items()}
 
         def added(pair: tuple[Size, Size], num: dict[Size, int] = num) -> int:
             area = math.prod(_union(*pair))
             return sum(num[shape] * (area - math.prod(shape)) for shape in pair)
 
-        pair = min(itertools.combinations(shapes, 2), key=added)
-        shape_of = {k: _union(*pair) if v in pair else v for k, v in shape_of.items()}
-    return shape_of
+        pair = min(itertools.combinations(sorted(groups), 2), key=added)
+        members = groups.pop(pair[0]) + groups.pop(pair[1])
+        groups[_union(*pair)] = groups.get(_union(*pair), []) + members
+    least = {
+        shape: _rounded((max(h for h, _ in members), max(w for _, w in members)), BUCKET)
+        for shape, members in groups.items()
+    }
+    return {size: least[shape] for shape, members in groups.items() for size in members}
+
+
+def tell_if_many(shape_of: Mapping[Size, Size], how: Shapes) -> None:
+    """Prints a line if there are very many shapes to compile."""
+    if how == "exact" and (count := len(set(shape_of.values()))) > _MANY:
+        print(
+            f"{count} image sizes, and the network is compiled for each; --eval-shapes=buckets "
+            f"compiles it for {MAX_BUCKETS}, and changes labels near the lower and right edges"
+        )
+
+
+def in_words(shapes: Iterable[Size]) -> str:
+    """Returns the shapes of a network's inputs in words; of many, the first and the last."""
+    words = [f"{height}x{width}" for height, width in sorted(shapes)]
+    if len(words) > 8:
+        words = [*words[:4], f"{len(words) - 5} more", words[-1]]
+    return f"computed at {', '.join(words)}" if words else "nothing computed"
+
+
+def _rounded(size: Size, multiple: int) -> Size:
+    height, width = (-(-side // multiple) * multiple for side in size)
+    return height, width
+
+
+def _grouped(sizes: Iterable[Size], multiple: int) -> dict[Size, list[Size]]:
+    groups: dict[Size, list[Size]] = {}
+    for size in sizes:
+        groups.setdefault(_rounded(size, multiple), []).append(size)
+    return groups
 
 
 def scaled(size: Size, scale: float) -> Size:
@@ -95,7 +143,7 @@ def cut(values: np.ndarray | jax.Array, size: Size) -> np.ndarray:
 def run_padded(
     fn: Callable[[jax.Array, jax.Array], Any],
     images: jax.Array,
-    multiple: int = SIZE_MULTIPLE,
+    multiple: int = 1,
 ) -> Any:
     """Calls a function on padded images and cuts its results; traced, even with sizes left open.
 

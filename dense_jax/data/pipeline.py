@@ -11,7 +11,7 @@ sides.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
@@ -21,7 +21,7 @@ from absl import flags
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example, Source
 from dense_jax.data.normalise import Normalise, num_channels
-from dense_jax.data.padded import MAX_SHAPES, SIZE_MULTIPLE, Size, pad, padded_shapes
+from dense_jax.data.padded import Shapes, Size, pad, padded_shapes
 from dense_jax.data.transforms import Resize, Transform
 from dense_jax.errors import UserError
 
@@ -141,13 +141,13 @@ def eval_batches(
     transforms: Sequence[Transform],
     batch_size: int,
     *,
-    size_multiple: int = SIZE_MULTIPLE,
-    max_shapes: int = MAX_SHAPES,
+    shapes: Shapes = "exact",
+    padded_side: Callable[[int], int] = lambda side: side,
     num_threads: int = 2,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> "EvalBatches":
-    """Returns batches with every image once, in a few shapes, never resized.
+    """Returns batches with every image once, each batch of one shape, never resized.
 
     Images are padded at the bottom and on the right with zeros, labels with ignored pixels. The
     last batch of each shape is filled with rows of ``valid=False``. All JAX processes get the same
@@ -157,8 +157,8 @@ def eval_batches(
       source: the split.
       transforms: deterministic transforms; usually only `Normalise`.
       batch_size: number of examples in a batch of this process.
-      size_multiple: heights and widths are rounded up to a multiple of this, in pixels.
-      max_shapes: the largest number of shapes; see `padded_shapes`.
+      shapes: the shapes of the images; see `padded_shapes`.
+      padded_side: the side to which the network pads a side of an image.
       num_threads: number of threads that read.
       process_index: the share of each batch that this process takes; default: `jax.process_index`.
       process_count: number of shares; default: `jax.process_count`.
@@ -167,7 +167,7 @@ def eval_batches(
     count = jax.process_count() if process_count is None else process_count
     resized = [t.size for t in transforms if isinstance(t, Resize)][-1:]
     sizes = [resized[0] if resized else source.size(i) for i in range(len(source))]
-    shape_of = padded_shapes(sizes, size_multiple, max_shapes)
+    shape_of = padded_shapes(sizes, shapes, padded_side)
     groups: dict[Size, list[int]] = {}
     for i, size in enumerate(sizes):
         groups.setdefault(shape_of[size], []).append(i)
@@ -177,7 +177,7 @@ def eval_batches(
             mine = members[start + batch_size * process :][:batch_size]
             plan.append((shape, mine))
     load = _LoadPadded(_Indexed(source), _Chain(tuple(transforms)), batch_size)
-    return EvalBatches(grain.MapDataset.source(plan).map(load), num_threads)
+    return EvalBatches(grain.MapDataset.source(plan).map(load), num_threads, shape_of)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +186,7 @@ class EvalBatches:
 
     batches: grain.MapDataset
     num_threads: int
+    shapes: dict[Size, Size]
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -1,14 +1,20 @@
-"""Batches with every image of a split once, normalised and padded, and a task's predictions."""
+"""Batches with every image of a split once, normalised and padded, and a task's predictions.
+
+Predictions of an image depend on the image alone: not on the other images of its split, nor, on
+CPUs, on the size of the batch, to the last bit.
+"""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax import lax
 
 from dense_jax.data import pipeline
 from dense_jax.data.dataset import Source
 from dense_jax.data.normalise import Normalise
+from dense_jax.data.padded import Shapes
 from dense_jax.train.config import RunConfig
 from dense_jax.train.step import Batch, eval_step, replicate, shard
 
@@ -21,29 +27,59 @@ class Predicts(Protocol):
         """How images are normalised and batched."""
         ...
 
+    def padded_side(self, side: int) -> int:
+        """Returns the side to which zeros may pad images without an effect."""
+        ...
+
     def predict(self, variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
         """Returns the network's outputs for a batch, by name; see `dense_jax.tasks.task.Task`."""
         ...
 
 
-def eval_batches(source: Source, config: RunConfig) -> pipeline.EvalBatches:
+def eval_batches(
+    source: Source, task: Predicts, shapes: Shapes | None = None
+) -> pipeline.EvalBatches:
     """Returns normalised batches with every image of a split once, for all devices."""
-    devices = jax.local_device_count()
+    config, devices = task.config, jax.local_device_count()
     # A multiple of the devices; the end of the last batch is padding.
     size = -(-config.eval_batch_size // devices) * devices
-    return pipeline.eval_batches(source, [Normalise(config.normalisation)], size)
+    return pipeline.eval_batches(
+        source,
+        [Normalise(config.normalisation)],
+        size,
+        shapes=shapes or config.eval_shapes,
+        padded_side=task.padded_side,
+    )
+
+
+def predict_each(
+    task: Predicts, variables: Any, images: jax.Array, sizes: jax.Array
+) -> dict[str, jax.Array]:
+    """Returns a task's outputs for a batch, image by image on CPUs; can be compiled.
+
+    On CPUs the order of the sums in a convolution depends on the size of the batch, and a batch is
+    hardly faster than its images one by one.
+    """
+    if jax.default_backend() != "cpu":
+        return task.predict(variables, images, sizes)
+
+    def alone(inputs: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+        image, size = inputs
+        return {k: x[0] for k, x in task.predict(variables, image[None], size[None]).items()}
+
+    return lax.map(alone, (images, sizes))
 
 
 def predict_split(
-    task: Predicts, variables: Any, source: Source
+    task: Predicts, variables: Any, source: Source, shapes: Shapes | None = None
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yields the index and the outputs [H, W, ...] of every image of a split, in any order."""
 
     def outputs_of(variables: Any, batch: Batch) -> tuple[Any, Any]:
-        return {}, task.predict(variables, batch["images"], batch["size"])
+        return {}, predict_each(task, variables, batch["images"], batch["size"])
 
     step, variables = eval_step(outputs_of), replicate(variables)
-    for batch in eval_batches(source, task.config):
+    for batch in eval_batches(source, task, shapes):
         arrays = {k: batch[k] for k in ("images", "size")}
         outputs = jax.device_get(step(variables, shard(arrays))[1])
         outputs = {name: x.reshape(-1, *x.shape[2:]) for name, x in outputs.items()}

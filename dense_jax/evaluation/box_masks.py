@@ -15,7 +15,7 @@ from dense_jax.data import box_masks as box_data
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Dataset, Example
 from dense_jax.data.objects import Objects
-from dense_jax.data.padded import padded_shapes, prepare
+from dense_jax.data.padded import Shapes, padded_shapes, prepare
 from dense_jax.errors import UserError
 from dense_jax.evaluation import labels
 from dense_jax.evaluation.record import Findings, Record, Score
@@ -117,7 +117,7 @@ def draw_boxes(image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 class MaskEvaluator:
-    """Scores the masks of a split; compiled once for each of a few padded shapes."""
+    """Scores the masks of a split; compiled once for each shape."""
 
     def __init__(
         self,
@@ -128,8 +128,9 @@ class MaskEvaluator:
         normalisation: str,
         min_iou: float,
         threshold: float,
+        shapes: Shapes = "exact",
     ) -> None:
-        """Chooses the padded shapes of a split.
+        """Chooses the shapes of a split.
 
         Args:
           heatmaps: predicts the masks of the objects of an image, each in its box.
@@ -138,12 +139,13 @@ class MaskEvaluator:
           normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
           min_iou: least IoU of a shifted box with the true one.
           threshold: a pixel belongs to a mask if its probability is at least this.
+          shapes: of the images; see `dense_jax.data.padded`.
         """
         self._heatmaps, self._dataset, self._split = heatmaps, dataset, split
         self._source, self._normalisation = dataset.split(split), normalisation
         self._min_iou, self._threshold = min_iou, threshold
         sizes = [self._source.size(i) for i in range(len(self._source))]
-        self._shapes = padded_shapes(sizes)
+        self._shapes = padded_shapes(sizes, shapes)
 
     def boxes_of(self, index: int, objects: Objects) -> np.ndarray:
         """Returns the shifted boxes of an image; they depend on its index alone."""

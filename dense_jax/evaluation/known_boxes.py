@@ -47,6 +47,7 @@ def measure(
         num=network.num,
         min_side=network.min_side,
         crf=task.crf,
+        shapes=task.config.eval_shapes,
     )
     confusion = np.zeros((num_classes, num_classes), np.int64)
     for index, labels in enumerate(predictions):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -13,9 +14,10 @@ import numpy as np
 
 from dense_jax import viz
 from dense_jax.data.classes import ClassTable
-from dense_jax.data.dataset import Dataset, Example, Source
+from dense_jax.data.dataset import Dataset, Example, Part, Source
+from dense_jax.data.padded import in_words, tell_if_many
 from dense_jax.errors import UserError
-from dense_jax.evaluation.batches import Predicts, eval_batches
+from dense_jax.evaluation.batches import Predicts, eval_batches, predict_each, predict_split
 from dense_jax.evaluation.record import Cell, Column, Findings, Picture, Record, Score, Table
 from dense_jax.metrics import boundary
 from dense_jax.metrics import semantic as metrics
@@ -25,6 +27,7 @@ from dense_jax.train.step import Batch, eval_step, replicate, shard
 BoundaryMatch = Literal["none", "distance", "assignment"]
 Absent = Literal["skip", "zero"]
 
+_NUM_SIZES = 8  # of images, on which the effect of padding is measured
 _NUM_PICTURES = 4  # of the best images in a report, and of the worst
 _PARTS = ("image", "label", "prediction", "errors red, void white")
 _ABSENT = {
@@ -46,6 +49,7 @@ class Counts:
       worst: the same of the worst images.
       boundary_f1: mean over the images; NaN if it was not requested.
       before_crf: the confusion without the CRF; None without a CRF.
+      padding: what the padding of images to a few shapes changed, in words.
       sharpened: (gain in mean IoU, index, predictions before and after the CRF [2, H, W]) of the
         images that the CRF improved most.
     """
@@ -59,21 +63,23 @@ class Counts:
     boundary_f1: float = math.nan
     before_crf: np.ndarray | None = None
     sharpened: list[tuple[float, int, np.ndarray]] = dataclasses.field(default_factory=list)
+    padding: str = ""
 
 
-class Counter:
-    """Counts a network's labels on a split: every image once, padded to one of a few shapes."""
+class LabelCounter:
+    """Counts a network's labels on a split, every image once."""
 
     def __init__(self, task: Predicts, source: Source, classes: ClassTable) -> None:
-        self._classes = classes
-        self._batches = eval_batches(source, task.config)
+        self._task, self._source, self._classes = task, source, classes
+        self._batches = eval_batches(source, task)
+        tell_if_many(self._batches.shapes, task.config.eval_shapes)
 
         count = jax.vmap(
             functools.partial(metrics.confusion_counts, num_classes=classes.num_classes)
         )
 
         def counts(variables: Any, batch: Batch) -> tuple[Any, Any]:
-            outputs = task.predict(variables, batch["images"], batch["size"])
+            outputs = predict_each(task, variables, batch["images"], batch["size"])
             sums, per_image = {}, {}
             if "before_crf" in outputs:
                 unrefined = jnp.argmax(outputs["before_crf"], axis=-1).astype(jnp.uint8)
@@ -97,6 +103,9 @@ class Counter:
         confusion, before_crf, loss, num_images = None, None, 0.0, 0
         shapes: set[tuple[int, int]] = set()
         best, worst, sharpened, boundaries = Top(), Top(), Top(), []
+        is_last = boundary_match != "none"
+        examples = self._examples() if is_last else []
+        padded: dict[int, np.ndarray] = {}
         variables = replicate(variables)  # once, not for every batch
         for batch in self._batches:
             arrays = {k: batch[k] for k in ("images", "labels", "valid", "size")}
@@ -113,6 +122,8 @@ class Counter:
                     continue
                 height, width = batch["size"][i]
                 prediction = flat["predictions"][i, :height, :width]
+                if int(index) in examples:
+                    padded[int(index)] = prediction
                 score = metrics.summarise(flat["confusion"][i])["mean_iou"]
                 if not np.isnan(score):
                     best.offer(score, int(index), prediction)
@@ -141,6 +152,28 @@ class Counter:
             boundary_f1=float(np.mean(finite)) if finite else math.nan,
             before_crf=before_crf,
             sharpened=sharpened.items(),
+            padding=self._changes(variables, padded) if padded else "",
+        )
+
+    def _examples(self) -> list[int]:
+        """Returns the first image of each of the most frequent sizes, if images share shapes."""
+        if self._task.config.eval_shapes == "exact":
+            return []
+        sizes = [self._source.size(i) for i in range(len(self._source))]
+        return [sizes.index(size) for size, _ in Counter(sizes).most_common(_NUM_SIZES)]
+
+    def _changes(self, variables: Any, padded: Mapping[int, np.ndarray]) -> str:
+        """Compares labels of padded images with those of the images at their own size."""
+        indices, changed, total = list(padded), 0, 0
+        exact = predict_split(self._task, variables, Part(self._source, indices), "exact")
+        for place, outputs in exact:
+            labels = outputs["logits"].argmax(-1)
+            changed += int(np.sum(labels != padded[indices[place]]))
+            total += labels.size
+        return (
+            f"zeros pad images below and on the right (eval_shapes=buckets); this changes "
+            f"{100 * changed / total:.2f} % of the labels of {len(indices)} images, one of each of "
+            "the most frequent sizes"
         )
 
 
@@ -271,8 +304,8 @@ def record(
         "split": split,
         "images_scored": counts.num_images,
         "images_in_split": len(dataset.split(split)),
-        "resolution": "native size; padded for computing to "
-        + ", ".join(f"{h}x{w}" for h, w in sorted(counts.shapes)),
+        "resolution": f"native size, {in_words(counts.shapes)}",
+        **({"padding": counts.padding} if counts.padding else {}),
         "ignored": f"label {classes.ignore_label} in no count",
         "absent_classes": _ABSENT[absent],
         **card,

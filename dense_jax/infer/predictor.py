@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import jax
@@ -15,7 +15,14 @@ from PIL import Image
 from dense_jax import runs, viz
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.files import decode_image
-from dense_jax.data.padded import MAX_SHAPES, Size, padded_shapes, prepare
+from dense_jax.data.padded import (
+    Shapes,
+    Size,
+    in_words,
+    padded_shapes,
+    prepare,
+    tell_if_many,
+)
 from dense_jax.errors import UserError
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -76,29 +83,37 @@ class Labels:
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """Predicts images, each at its own size, in few compiled shapes.
+    """Predicts images, each at its own size.
 
     Attributes:
       answer: (images [1, H, W, channels] float32, sizes [1, 2] before padding, the task's other
         inputs by name) -> arrays [1, ...] by name.
       read: (arrays [...] by name, uint8 image [H, W, 3]) -> the prediction for the image.
       normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
+      shapes: of the network's inputs, each compiled once; see `dense_jax.data.padded`.
+      padded_side: the side to which the network pads a side of an image.
     """
 
     answer: Answer
     read: Callable[[dict[str, np.ndarray], np.ndarray], Prediction]
     normalisation: str
+    shapes: Shapes = "exact"
+    padded_side: Callable[[int], int] = lambda side: side
+
+    def shapes_of(self, sizes: Iterable[Size]) -> dict[Size, Size]:
+        """Returns the shape of the network's input for each size of an image."""
+        return padded_shapes(sizes, self.shapes, self.padded_side)
 
     def __call__(self, image: np.ndarray, shape: Size | None = None, **inputs: Any) -> Prediction:
         """Predicts one image.
 
         Args:
           image: uint8 [H, W, 3].
-          shape: height and width after padding. Default: the next multiples of 32.
+          shape: height and width after padding. Default: that of an image alone.
           **inputs: the task's other inputs, [1, ...] each.
         """
         size = image.shape[:2]
-        shape = shape or padded_shapes([size])[size]
+        shape = shape or self.shapes_of([size])[size]
         answers = self.answer(*prepare(image, self.normalisation, shape), **inputs)
         return self.read({name: x[0] for name, x in jax.device_get(answers).items()}, image)
 
@@ -119,10 +134,7 @@ class Summary:
 
     def __str__(self) -> str:
         """One line for the folder and one line for each failure."""
-        shapes = ", ".join(f"{height}x{width}" for height, width in sorted(self.shapes))
-        done = f"{len(self.predicted)} images labelled" + (
-            f", padded to {shapes}" if shapes else ""
-        )
+        done = f"{len(self.predicted)} images labelled, {in_words(self.shapes)}"
         return "\n".join([f"{done}; {len(self.failures)} failed", *self.failures])
 
 
@@ -135,7 +147,6 @@ def predict_folder(
     inputs_of: Callable[[pathlib.Path, Size], dict[str, np.ndarray]] | None = None,
     overlays: bool = True,
     probabilities: bool = False,
-    max_shapes: int = MAX_SHAPES,
 ) -> Summary:
     """Predicts one image or all images of a folder, each at its own size.
 
@@ -144,9 +155,8 @@ def predict_folder(
     that predict objects write masks and ``results.json`` in COCO's format. All tasks write
     ``overlays/NAME.png``, ``legend.png`` and ``classes.json``.
 
-    Images run one at a time, since reading and writing files takes longer than the network. As in
-    evaluation, they are padded below and on the right with the mean colour to one of a few shapes.
-    Pixels stay as stored: the EXIF orientation is ignored, so labels always fit their image file.
+    Images run one at a time, since reading and writing files takes longer than the network. Pixels
+    stay as stored: the EXIF orientation is ignored, so labels always fit their image file.
 
     Args:
       predict: predicts one image.
@@ -156,7 +166,6 @@ def predict_folder(
       inputs_of: (path of an image, its height and width) -> the task's other inputs.
       overlays: write the images with the predictions on top.
       probabilities: write the softmax of the logits.
-      max_shapes: largest number of padded shapes.
 
     Returns:
       A summary; it lists bad files as failures.
@@ -165,7 +174,8 @@ def predict_folder(
       UserError: there is no image, or the output cannot be written.
     """
     sizes, failures = _read_sizes(_find_images(pathlib.Path(input_path)))
-    shape_of = padded_shapes(sizes.values(), max_shapes=max_shapes)
+    shape_of = predict.shapes_of(sizes.values())
+    tell_if_many(shape_of, predict.shapes)
     output, palette = pathlib.Path(output_dir), classes.palette()
     predicted, shapes, results = [], set(), []
     try:

@@ -19,7 +19,7 @@ from jax import lax
 
 from dense_jax.data import crops
 from dense_jax.data.dataset import Source
-from dense_jax.data.padded import cut, padded_shapes, prepare
+from dense_jax.data.padded import Shapes, cut, padded_shapes, prepare
 from dense_jax.infer.crf import refine
 from dense_jax.infer.whole_image import ONE_PASS, PredictFn
 from dense_jax.ops import boxes as box_ops
@@ -228,6 +228,7 @@ def label_images(
     num: int,
     min_side: int,
     crf: CrfParams | None = None,
+    shapes: Shapes = "exact",
 ) -> Iterator[np.ndarray]:
     """Yields the labels [H, W] of every image, from the image's own boxes.
 
@@ -240,6 +241,7 @@ def label_images(
       num: largest number of boxes for an image, after `min_side`.
       min_side: boxes with a side shorter than this, in pixels, are not used.
       crf: refines the scores; None does not.
+      shapes: of the images; see `dense_jax.data.padded`.
     """
 
     @jax.jit
@@ -252,7 +254,7 @@ def label_images(
         return jnp.argmax(scores[0], axis=-1)
 
     sizes = [source.size(i) for i in range(len(source))]
-    shape_of = padded_shapes(sizes)
+    shape_of = padded_shapes(sizes, shapes)
     for index, size in enumerate(sizes):
         own = np.array(boxes[index], np.float32).reshape(-1, 4)
         own = own[box_ops.min_side(own) >= min_side][:num]

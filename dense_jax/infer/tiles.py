@@ -132,14 +132,17 @@ def whole_or_tiles(
     context: int,
     grid: int,
     mirror: Mirror = "reflect",
+    sized: bool = False,
 ) -> tuple[PredictFn, str]:
     """Predicts in tiles, or in one pass over each image, at its scale, if there is no tile.
+
+    ``sized``: whether the network takes "sizes" in one pass; see `whole_image`.
 
     Returns:
       The prediction, and what it does in words.
     """
     if tile is None:
-        return whole_image(model, scale), "one pass"
+        return whole_image(model, scale, sized=sized), "one pass"
     forward = overlap_tile(model, tile=tile, context=context, grid=grid, mirror=mirror)
     return forward, f"tiles of {tile} pixels"
 

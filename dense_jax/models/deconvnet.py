@@ -101,6 +101,10 @@ class DeconvNet(nn.Module):
     axis_name: str | None = None
     dtype: jax.typing.DTypeLike | None = None
 
+    def padded_side(self, side: int) -> int:
+        """Returns the side to which the network pads images, in pixels."""
+        return _STRIDE * jax.core.max_dim(self.input_size // _STRIDE, -(-side // _STRIDE))
+
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
         """Returns "logits" in float32, and the output of each layer by its name in the release.
@@ -137,8 +141,8 @@ class DeconvNet(nn.Module):
             outputs[name] = nn.relu(x)
             return outputs[name]
 
-        target = [_STRIDE * jax.core.max_dim(fc_kernel, -(-side // _STRIDE)) for side in size]
-        x = jnp.pad(images, ((0, 0), (0, target[0] - size[0]), (0, target[1] - size[1]), (0, 0)))
+        edges = ((0, self.padded_side(side) - side) for side in size)
+        x = jnp.pad(images, ((0, 0), *edges, (0, 0)))
         switches = []
         for stage, features in enumerate(_ENCODER, 1):
             for i, channels in enumerate(features, 1):

@@ -267,6 +267,10 @@ class DeepLab(nn.Module):
     axis_name: str | None = None
     dtype: jax.typing.DTypeLike | None = None
 
+    def padded_side(self, side: int) -> int:
+        """Returns the side to which the network pads images, in pixels: 8 m + 1."""
+        return _padded(side)
+
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
         """Returns "logits" in float32, the "scores" at stride 8 and the layers by name.
@@ -275,7 +279,7 @@ class DeepLab(nn.Module):
         The layers are those of the largest scale.
         """
         size = vgg.image_size(images)
-        whole = (_padded(size[0]), _padded(size[1]))
+        whole = (self.padded_side(size[0]), self.padded_side(size[1]))
         edges = ((0, 0), (0, whole[0] - size[0]), (0, whole[1] - size[1]), (0, 0))
         images = jnp.pad(images, edges)
         net = self._network()

@@ -52,8 +52,14 @@ class ASPP(nn.Module):
     rates: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H, W, features]."""
+    def __call__(self, x: jax.Array, within: jax.Array | None = None) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H, W, features].
+
+        Args:
+          x: the map.
+          within: int [B, 2], rows and columns to take the mean of, without those of padding; None:
+            all.
+        """
 
         def unit(x: jax.Array, name: str, kernel_size: int = 1, rate: int = 1, first: int = 0):
             conv = self.conv(self.features, kernel_size, dilation=rate, name=f"{name}_{first}")
@@ -62,11 +68,24 @@ class ASPP(nn.Module):
         branches = [unit(x, "convs_0")]
         for i, rate in enumerate(self.rates, start=1):
             branches.append(unit(x, f"convs_{i}", 3, rate))
-        mean = jnp.mean(x, (1, 2), keepdims=True)  # sums narrow dtypes in float32
+        mean = _mean(x, within)
         # In torchvision the pooling is number 0.
         mean = unit(mean, f"convs_{len(branches)}", first=1)
         branches.append(jnp.broadcast_to(mean, branches[0].shape))
         return unit(jnp.concatenate(branches, axis=-1), "project")
+
+
+def _mean(x: jax.Array, within: jax.Array | None) -> jax.Array:
+    """Returns the mean [B, 1, 1, C] of rows and columns within; sums narrow dtypes in float32."""
+    if within is None:
+        return jnp.mean(x, (1, 2), keepdims=True)
+    rows, columns = (
+        jnp.arange(n)[None] < within[:, axis, None] for axis, n in enumerate(x.shape[1:3])
+    )
+    is_inside = (rows[:, :, None] & columns[:, None])[..., None]
+    count = jnp.maximum(jnp.sum(is_inside, (1, 2), keepdims=True, dtype=jnp.int32), 1)
+    total = jnp.sum(jnp.where(is_inside, at_least_float32(x), 0), (1, 2), keepdims=True)
+    return (total / count.astype(total.dtype)).astype(x.dtype)
 
 
 class ResNetSegmenter(nn.Module):
@@ -103,10 +122,18 @@ class ResNetSegmenter(nn.Module):
     dtype: jax.typing.DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+    def __call__(
+        self, images: jax.Array, *, train: bool, sizes: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
         """Returns "logits" and, with `aux`, "aux_logits" in float32, and the trunk's stages.
 
         Logits are the "scores" and "aux_scores" at the output stride after bilinear upsampling.
+
+        Args:
+          images: [B, H, W, C].
+          train: whether to drop units and to update statistics.
+          sizes: [B, 2] heights and widths without padding, which the mean of `ASPP` is of; None:
+            images have no padding.
         """
         size = image_size(images)
         outputs = self.trunk(
@@ -140,7 +167,10 @@ class ResNetSegmenter(nn.Module):
         def deeplabv3(x: jax.Array, name: str) -> jax.Array:
             features = scaled(256, self.width)
             rates = tuple(rate * 8 // self.output_stride for rate in _RATES)
-            x = ASPP(conv, norm, features, rates, name=f"{name}_0")(x)
+            within = (
+                None if sizes is None else jnp.ceil(sizes / self.output_stride).astype(jnp.int32)
+            )
+            x = ASPP(conv, norm, features, rates, name=f"{name}_0")(x, within)
             return hidden(drop(x, 0.5), features, name, 1)
 
         def classify(x: jax.Array, name: str, prefix: str) -> None:

@@ -108,6 +108,10 @@ class FrontEnd(nn.Module):
         """Pixels that unpadded convolutions remove on each side (186; 198 with pools)."""
         return int(self.grid.field - self.grid.step) // 2
 
+    def padded_side(self, side: int) -> int:
+        """Returns the side to which the network pads images, in pixels."""
+        return -(-side // self.stride) * self.stride if self.pad == "same" else side
+
     def check_side(self, side: int) -> None:
         """Raises ValueError for images whose units do not stand for every eighth pixel."""
         edge = 2 * self.context if self.pad == "valid_reflect" else 0
@@ -130,9 +134,8 @@ class FrontEnd(nn.Module):
                 f"Images of {size} pixels are not larger than their context, {self.context} pixels "
                 "on each side."
             )
-        if same:
-            edge = [(0, 0), *((0, -side % self.stride) for side in size), (0, 0)]
-            images = jnp.pad(images, edge)
+        edges = ((0, self.padded_side(side) - side) for side in size)
+        images = jnp.pad(images, ((0, 0), *edges, (0, 0)))
         x, outputs = images, {}
         for layer in front_end_layers(self.pools):
             if not layer.name.startswith("pool"):

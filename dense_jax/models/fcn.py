@@ -87,6 +87,10 @@ class FCN(nn.Module):
     axis_name: str | None = None
     dtype: jax.typing.DTypeLike | None = None
 
+    def padded_side(self, side: int) -> int:
+        """Returns the side to which the network pads images, in pixels."""
+        return -(-side // 32) * 32 if self.pad_mode == "same" else side
+
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
         """Returns "logits" in float32, the uncropped score maps and the trunk's layers by name."""
@@ -97,8 +101,8 @@ class FCN(nn.Module):
         if self.single_skip != "none":
             first, skips = self.single_skip, ()
         same = self.pad_mode == "same"
-        if same:
-            images = jnp.pad(images, ((0, 0), (0, -size[0] % 32), (0, -size[1] % 32), (0, 0)))
+        edges = ((0, self.padded_side(side) - side) for side in size)
+        images = jnp.pad(images, ((0, 0), *edges, (0, 0)))
 
         trunk = vgg.vgg16(
             padding="same" if same else "caffe",

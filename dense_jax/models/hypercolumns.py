@@ -137,6 +137,10 @@ class Hypercolumns(nn.Module):
     axis_name: str | None = None
     dtype: jax.typing.DTypeLike | None = None
 
+    def padded_side(self, side: int) -> int:
+        """Returns the side to which the network pads images, in pixels."""
+        return -(-side // 32) * 32 if self.backbone == "vgg16" else side
+
     @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool, sizes: jax.Array | None = None
@@ -152,8 +156,8 @@ class Hypercolumns(nn.Module):
         size, cells = vgg.image_size(images), self.grid
         trunk = self._trunk()
         nn.share_scope(self, trunk)
-        if self.backbone == "vgg16":
-            images = jnp.pad(images, ((0, 0), (0, -size[0] % 32), (0, -size[1] % 32), (0, 0)))
+        edges = ((0, self.padded_side(side) - side) for side in size)
+        images = jnp.pad(images, ((0, 0), *edges, (0, 0)))
         outputs, grids = trunk(images, train=train), vgg.grids(trunk.layers)
 
         extents = (None, None) if sizes is None else jnp.moveaxis(sizes, -1, 0)

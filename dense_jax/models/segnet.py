@@ -62,7 +62,8 @@ def _score(x: jax.Array, num_classes: int, kernel_size: int, dtype, name: str) -
 class _EncoderDecoder(nn.Module):
     """The common base of both networks; maps images [B, H, W, C] to logits [B, H, W, num_classes].
 
-    Sides of the image need at least 2, 3, 5, 9 or 17 pixels for 1 to 5 poolings.
+    Sides of the image need at least 2, 3, 5, 9 or 17 pixels for 1 to 5 poolings: a pooling rounds
+    up, and the last one needs a window of two units.
 
     Attributes:
       num_classes: number of classes.
@@ -90,6 +91,12 @@ class _EncoderDecoder(nn.Module):
     bn_epsilon: float = 1e-9
     axis_name: str | None = None
     dtype: jax.typing.DTypeLike | None = None
+
+    _min_side = 1
+
+    def padded_side(self, side: int) -> int:
+        """Returns the least side, from this one on, of images that the network takes, in pixels."""
+        return jax.core.max_dim(side, self._min_side)
 
     def _input(self, images: jax.Array) -> jax.Array:
         image_size(images)
@@ -144,6 +151,8 @@ class SegNet(_EncoderDecoder):
 
     decoder_relu: bool = True
 
+    _min_side = 17
+
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
         """Returns "logits" in float32, and "pool{i}" and the unpooled "unpool{i}" of stages i."""
@@ -197,6 +206,8 @@ class SegNetBasic(_EncoderDecoder):
 
     decoder: Decoder = "indices"
     decoder_relu: bool = False
+
+    _min_side = 9
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:

@@ -107,6 +107,11 @@ class UNet(nn.Module):
             return self.grid
         return 2 * self.context + 1 + (-4 - 2 * self.context - 1) % self.grid
 
+    def padded_side(self, side: int) -> int:
+        """Returns the least side, from this one on, of images that the network takes, in pixels."""
+        steps = jax.core.max_dim(0, -((self.min_side - side) // self.grid))
+        return self.min_side + steps * self.grid
+
     def check_side(self, side: int) -> None:
         """Raises ValueError with the nearest valid sides if `side` is not valid."""
         steps, rest = divmod(side - self.min_side, self.grid)

@@ -126,6 +126,7 @@ class BoxMasks(Task):
             dataset,
             split,
             normalisation=self.config.normalisation,
+            shapes=self.config.eval_shapes,
             min_iou=self.min_iou,
             threshold=self.threshold,
         )

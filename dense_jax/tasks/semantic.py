@@ -21,7 +21,7 @@ from dense_jax.evaluation.record import Findings, Record
 from dense_jax.infer import ensemble
 from dense_jax.infer.crf import check_crf, with_crf
 from dense_jax.infer.predictor import Labels
-from dense_jax.infer.whole_image import ONE_PASS, PredictFn, whole_image
+from dense_jax.infer.whole_image import ONE_PASS, PredictFn, padded_side, whole_image
 from dense_jax.objectives import pixels
 from dense_jax.objectives.pixels import LossTerm
 from dense_jax.ops.crf import CrfParams
@@ -122,6 +122,11 @@ class Semantic(Task):
             forward = with_crf(forward, self.crf, self.config.normalisation)
         return forward(variables, images, sizes)
 
+    def padded_side(self, side: int) -> int:
+        """Returns the side to which the network pads whole images; other predictions tell none."""
+        is_plain = self.forward is None and self.config.scale == 1
+        return padded_side(self.model, side) if is_plain else side
+
     def answers(self, outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns "labels", uint8 [B, H, W], "probabilities" and "logits" [B, H, W, classes]."""
         logits = outputs["logits"].astype(jnp.float32)
@@ -145,7 +150,7 @@ class Semantic(Task):
 
     def evaluator(self, dataset: Dataset, split: str) -> Evaluate:
         """Returns a function that scores a split; its last call adds boundaries and measures."""
-        counter = labels.Counter(self, dataset.split(split), dataset.classes)
+        counter = labels.LabelCounter(self, dataset.split(split), dataset.classes)
 
         def evaluate(variables: Any, is_last: bool) -> Record:
             counts = counter(variables, self.boundary_match if is_last else "none")

@@ -9,7 +9,7 @@ import abc
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset, Source
-from dense_jax.data.padded import Size
+from dense_jax.data.padded import Shapes, Size
 from dense_jax.data.transforms import Transform
 from dense_jax.evaluation.record import Record
 from dense_jax.infer.predictor import Prediction
@@ -68,6 +68,13 @@ class Task(abc.ABC):
         train = self.training_split(dataset.split("train"))
         return dataclasses.replace(dataset, splits={**dataset.splits, "train": train})
 
+    def padded_side(self, side: int) -> int:
+        """Returns the side to which zeros may pad images without an effect on predictions.
+
+        Images that are padded alike share a compiled program.
+        """
+        return side
+
     @abc.abstractmethod
     def loss(self, dataset: Dataset) -> LossFn:
         """Returns the loss of a micro-batch; class weights may come from the dataset."""
@@ -88,6 +95,14 @@ class Task(abc.ABC):
           sizes: int32 [B, 2], heights and widths before padding.
           *inputs: those of `inputs`, in order.
         """
+
+    def with_shapes(self, shapes: Shapes | None) -> Self:
+        """Returns the task with other shapes of images in evaluation; None leaves its own."""
+        if shapes is None:
+            return self
+        return dataclasses.replace(
+            self, config=dataclasses.replace(self.config, eval_shapes=shapes)
+        )
 
     @property
     def inputs(self) -> Mapping[str, "Input"]:

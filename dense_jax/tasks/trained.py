@@ -96,7 +96,8 @@ class Run:
         def read(answers: dict[str, np.ndarray], image: np.ndarray) -> Prediction:
             return self.task.read(answers, image, self.classes)
 
-        return Predictor(run, read, self.config.normalisation)
+        config = self.config
+        return Predictor(run, read, config.normalisation, config.eval_shapes, self.task.padded_side)
 
     def predict(self, images: Picture | Sequence[Picture], **inputs: Any) -> Any:
         """Predicts images with the normalisation, scale, tiles and CRF of the run's script.

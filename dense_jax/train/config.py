@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, Typ
 from dense_jax.data import dataset
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.normalise import NORMALISATIONS
+from dense_jax.data.padded import Shapes
 from dense_jax.errors import UserError
 
 # The choices are those that the data rooms have; for a type checker, any string.
@@ -24,6 +25,7 @@ else:
 FREE_ON_RESUME = {
     "data_dir",
     "eval_batch_size",
+    "eval_shapes",
     "eval_every",
     "log_every",
     "num_steps",
@@ -124,6 +126,10 @@ class RunConfig:
     """Run folder. The same command resumes the run in it. Default: runs/SCRIPT-PRESET."""
     eval_batch_size: Count = 8
     """Images per evaluation step, over all devices."""
+    eval_shapes: Shapes = "exact"
+    """exact: evaluation and prediction run at the size of each image; each size is compiled.
+    buckets: zeros pad images to at most four sizes, which changes labels near the lower and right
+    edges; for sets of very many sizes."""
     log_every: Count = 10
     """Steps between rows of metrics.jsonl."""
     eval_every: Count = 1000
