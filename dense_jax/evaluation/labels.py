@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dense_jax import viz
-from dense_jax.data.classes import ClassTable
+from dense_jax.data.classes import IGNORE_LABEL, ClassTable
 from dense_jax.data.dataset import Dataset, Example, Part, Source
 from dense_jax.data.padded import in_words, tell_if_many
 from dense_jax.errors import UserError
@@ -80,6 +80,7 @@ class LabelCounter:
 
         def counts(variables: Any, batch: Batch) -> tuple[Any, Any]:
             outputs = predict_each(task, variables, batch["images"], batch["size"])
+            check_channels(outputs["logits"], classes.num_classes, "logits")
             sums, per_image = {}, {}
             if "before_crf" in outputs:
                 unrefined = jnp.argmax(outputs["before_crf"], axis=-1).astype(jnp.uint8)
@@ -108,6 +109,7 @@ class LabelCounter:
         padded: dict[int, np.ndarray] = {}
         variables = replicate(variables)  # once, not for every batch
         for batch in self._batches:
+            self._check(batch)
             arrays = {k: batch[k] for k in ("images", "labels", "valid", "size")}
             sums, per_image = jax.device_get(self._step(variables, shard(arrays)))
             confusion = metrics.add(confusion, sums["confusion"])
@@ -132,7 +134,7 @@ class LabelCounter:
                         without = metrics.summarise(flat["confusion_before_crf"][i])["mean_iou"]
                         pair = np.stack([flat["before_crf"][i, :height, :width], prediction])
                         sharpened.offer(score - without, int(index), pair)
-                if boundary_match != "none":
+                if boundary_match != "none" and flat["confusion"][i].any():
                     labels = batch["labels"][i, :height, :width]
                     boundaries.append(
                         boundary.image_boundary_f1(
@@ -155,6 +157,17 @@ class LabelCounter:
             padding=self._changes(variables, padded) if padded else "",
         )
 
+    def _check(self, batch: Batch) -> None:
+        """Refuses labels that are no class and not void, as of a source that nobody checked."""
+        labels, num_classes = batch["labels"], self._classes.num_classes
+        is_wrong = (labels < 0) | (labels >= num_classes) & (labels != IGNORE_LABEL)
+        if is_wrong.any():
+            name = self._source[int(batch["index"][np.nonzero(is_wrong)[0][0]])]["name"]
+            raise UserError(
+                f"{name}: its label holds {labels[is_wrong][0]}, and class ids are 0 to "
+                f"{num_classes - 1} and {IGNORE_LABEL} for void: mend the label"
+            )
+
     def _examples(self) -> list[int]:
         """Returns the first image of each of the most frequent sizes, if images share shapes."""
         if self._task.config.eval_shapes == "exact":
@@ -174,6 +187,19 @@ class LabelCounter:
             f"zeros pad images below and on the right (eval_shapes=buckets); this changes "
             f"{100 * changed / total:.2f} % of the labels of {len(indices)} images, one of each of "
             "the most frequent sizes"
+        )
+
+
+def check_channels(logits: jax.Array, num_classes: int | None, words: str) -> None:
+    """Refuses logits [..., C] whose channels are not the classes.
+
+    Raises:
+      UserError: names both numbers.
+    """
+    if num_classes not in (None, logits.shape[-1]):
+        raise UserError(
+            f"{words} of the network: {logits.shape[-1]} channels, and the dataset has "
+            f"{num_classes} classes: build the network for num_classes"
         )
 
 

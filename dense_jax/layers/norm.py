@@ -1,5 +1,6 @@
 """Normalisation layers."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dense_jax.errors import refuse
 from dense_jax.ops.precision import at_least_float32
 
 
@@ -37,7 +39,20 @@ class BatchNorm(nn.BatchNorm):
         return lax.stop_gradient(value) if self.frozen else value
 
     def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
-        """Maps [..., C] to [..., C]."""
+        """Maps [..., C] to [..., C].
+
+        Raises:
+          UserError: in training, a channel has a single value, whose variance is zero: the running
+            variance would then suit no image.
+        """
+        is_still = options.get("use_running_average", self.use_running_average)
+        if not (is_still or self.is_initializing()):
+            devices = lax.psum(1, self.axis_name) if self.axis_name else 1
+            refuse(
+                math.prod(x.shape[:-1]) * devices == 1,
+                f"batch normalisation {self.name} sees one value per channel in training: give a "
+                "--batch-size of 2 or more for each micro-batch, or larger images",
+            )
         # The mantissa of bfloat16 is too short for a variance.
         return super().__call__(at_least_float32(x), **options).astype(x.dtype)
 

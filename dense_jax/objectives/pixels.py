@@ -109,11 +109,14 @@ def count_pixels(
     valid: jax.Array,
     norm: LossNorm,
     *,
+    num_classes: int = 255,
     ignore_label: int = 255,
     class_weights: jax.Array | None = None,
     pixel_weights: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the divisor of the summed loss of these pixels.
+
+    As in the loss, pixels whose label is `ignore_label` or outside [0, C) do not count.
 
     Args:
       labels: [B, H, W] integer class ids.
@@ -122,6 +125,7 @@ def count_pixels(
         "batch" counts images; FCN's released VGG networks have ``normalize: false``, which divides
         by the batch size, one there. "sum" divides by one. "weights" sums the weights of labelled
         pixels.
+      num_classes: C.
       ignore_label: id of pixels without a label.
       class_weights: [C], as in the loss; used by "weights" only.
       pixel_weights: [B, H, W], as in the loss; used by "weights" only.
@@ -133,7 +137,8 @@ def count_pixels(
         return jnp.zeros((), jnp.float32)
     if norm == "batch":
         return jnp.sum(valid, dtype=jnp.int32).astype(jnp.float32)
-    is_scored = (labels != ignore_label) & valid[:, None, None]
+    is_class = (labels >= 0) & (labels < num_classes) & (labels != ignore_label)
+    is_scored = is_class & valid[:, None, None]
     if norm == "valid":  # counted as integers: a float32 sum is inexact above 2**24
         return jnp.sum(is_scored, dtype=jnp.int32).astype(jnp.float32)
     if norm != "weights":
@@ -178,7 +183,12 @@ def cross_entropy(
             logits, labels, class_weights=weights, pixel_weights=pixel_weights
         )
         count = count_pixels(
-            labels, batch["valid"], norm, class_weights=weights, pixel_weights=pixel_weights
+            labels,
+            batch["valid"],
+            norm,
+            num_classes=logits.shape[-1],
+            class_weights=weights,
+            pixel_weights=pixel_weights,
         )
         losses[term.output] = (term.weight * jnp.sum(pixel_loss), count)
     return losses

@@ -56,7 +56,8 @@ class CrfParams:
     """Division of each kernel K by its row sums D: D^-1 K ("after", DeepLab's code), D^-1/2 K
     D^-1/2 ("symmetric", pydensecrf's default) or none."""
     self_term: Literal["include", "exclude"] = "include"
-    """Whether a pixel sends a message to itself: yes in all public code, no in the paper."""
+    """Whether a pixel sends a message to itself: yes in all public code, no in the paper. Behind a
+    network it must: the fast sums are too inexact without."""
 
 
 class _Kernel(NamedTuple):

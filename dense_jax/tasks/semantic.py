@@ -15,7 +15,7 @@ from dense_jax.data import prepared
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset, Source
 from dense_jax.data.transforms import RandomTranslate, Transform, whole_images
-from dense_jax.errors import UserError
+from dense_jax.errors import UserError, refuse
 from dense_jax.evaluation import labels
 from dense_jax.evaluation.record import Findings, Record
 from dense_jax.infer import ensemble
@@ -111,7 +111,14 @@ class Semantic(Task):
     def loss(self, dataset: Dataset) -> LossFn:
         """Returns the weighted cross-entropy of each of the loss terms."""
         weights = self.class_weights(dataset)
-        return pixel_loss(self.config.loss_norm, self.loss_terms, weights)
+        num_classes = dataset.classes.num_classes
+        refuse(
+            num_classes == 1,
+            f"dataset {dataset.name!r} has one class, {dataset.classes.names[0]}, and a softmax "
+            "over one class learns nothing: add a class for the rest, such as background",
+        )
+        loss_norm, terms = self.config.loss_norm, self.loss_terms
+        return pixel_loss(loss_norm, terms, weights, num_classes=num_classes)
 
     def predict(
         self, variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
@@ -168,12 +175,18 @@ def pixel_loss(
     norm: pixels.LossNorm,
     terms: Sequence[LossTerm] = (LossTerm(),),
     class_weights: np.ndarray | None = None,
+    num_classes: int | None = None,
 ) -> LossFn:
-    """Returns the softmax losses of a network that takes images; see `pixels.cross_entropy`."""
+    """Returns the softmax losses of a network that takes images; see `pixels.cross_entropy`.
+
+    With ``num_classes``, the loss raises UserError for a network with other channels.
+    """
 
     def loss_fn(apply: Callable[..., Any], batch: Batch, rng: jax.Array) -> Losses:
         del rng
         outputs = apply(batch["images"])
+        for term in terms:
+            labels.check_channels(outputs[term.output], num_classes, f'output "{term.output}"')
         return pixels.cross_entropy(
             outputs, batch, norm=norm, terms=terms, class_weights=class_weights
         )
