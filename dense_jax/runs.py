@@ -52,6 +52,15 @@ def prepare(
             if old["script"] != record["script"]:
                 raise UserError(f"{workdir} holds a run of {old['script']}: give another --workdir")
             check_resumable(from_json(type(config), old["config"]), config, str(workdir))
+            for key in ("own_loss", "own_optimizer", "own_model"):
+                before, now = old.get(key), (notes or {}).get(key)
+                # Optimisers of optax have no name; their state has a form, which is compared.
+                if before != now and not (key == "own_optimizer" and before and now):
+                    words = key.replace("_", " ")
+                    raise UserError(
+                        f"{workdir} holds a run with {words} {before or 'none'}, and now it is "
+                        f"{now or 'none'}: give the same, or another --workdir"
+                    )
             if old["fingerprint"] != dataset.fingerprint:
                 raise UserError(
                     f"{workdir} was trained on other data: the files or labels of {dataset.name} "

@@ -142,8 +142,8 @@ def reopen(name: str, file: str | None) -> Script:
     except (ImportError, OSError) as error:
         where = f"{file or name} cannot be imported ({error})"
         raise UserError(
-            f"it was trained by {name}, and {where}: restore the script, or pass its task, "
-            "dense_jax.load(folder, task=task)"
+            f"it was trained by {name}, and {where}: restore the script, start Python in the "
+            "folder that it was started in, or pass its task, dense_jax.load(folder, task=task)"
         ) from error
 
 

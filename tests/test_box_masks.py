@@ -257,6 +257,46 @@ def test_a_box_run_is_evaluated_again_as_any_other(smoke_run):
             evaluate.run(run=smoke_run, **flags)
 
 
+@pytest.mark.parametrize(
+    ("boxes", "classes", "words"),
+    [
+        ([2, 2, 10, 10], [1], r"boxes are \[4\] and classes \[1\]"),
+        ([[2, 2, 10, 10]] * 2, [1], r"boxes are \[2, 4\] and classes \[1\]"),
+        ([[2, 2, 10, 10, 1]], [1], r"boxes are \[1, 5\]"),
+        ([[2, 2, 10], [1]], [1, 1], "no arrays"),
+        ([[2, 2, 10, "a"]], [1], "no arrays"),
+        ([[2, 2, 2, 10]], [1], "has no area"),
+        ([[2, 2, float("nan"), 10]], [1], "has no area"),
+        ([[2, 2, 1e39, 10]], [1], "has no area"),
+        ([[2, 2, 10, 10]], [1.7], "give class ids as integers"),
+        ([[2, 2, 10, 10]], ["disc"], "give class ids as integers"),
+        ([[2, 2, 10, 10]], [-1], "class -1 is none of this run: give 1 to 4"),
+        ([[2, 2, 10, 10]], [5], "class 5 is none of this run: give 1 to 4"),
+    ],
+)
+def test_boxes_that_are_none_are_refused_in_python_too(boxes, classes, words):
+    with pytest.raises(UserError, match=words):
+        given_boxes.as_arrays(boxes, classes, 5)
+
+
+def test_boxes_in_python_become_arrays():
+    for empty in ([], np.zeros((0, 4))):
+        boxes, classes = given_boxes.as_arrays(empty, [], 5)
+        assert (boxes.shape, classes.shape, classes.dtype) == ((0, 4), (0,), np.int32)
+    boxes, classes = given_boxes.as_arrays([[1, 2, 3, 4], [0, 0, 0, 0]], [4, 0], 5)
+    assert (boxes.dtype, classes.tolist()) == (np.float32, [4, 0])
+
+
+@pytest.mark.parametrize(
+    "change", [{"file_name": 3}, {"bbox": [1, 1, True, 5]}, {"bbox": [1, 1, 1e39, 5]}]
+)
+def test_entries_of_another_kind_are_one_line(change, tmp_path):
+    entry = {"file_name": "a.png", "category_id": 1, "bbox": [1, 1, 5, 5]} | change
+    (tmp_path / "boxes.json").write_text(json.dumps([entry]))
+    with pytest.raises(UserError, match=r"boxes\.json: (file_name 3 is no text|bbox)"):
+        given_boxes.read(tmp_path / "boxes.json", 5)
+
+
 def test_a_box_run_predicts_the_objects_in_given_boxes(smoke_run, tmp_path):
     example = val_of(SMOKE).split("val")[0]
     images, out = tmp_path / "images", tmp_path / "out"
@@ -293,6 +333,10 @@ def test_a_box_run_predicts_the_objects_in_given_boxes(smoke_run, tmp_path):
     assert found.results() == [{k: r[k] for k in found.results()[0]} for r in results]
     with pytest.raises(UserError, match="also needs boxes"):
         run.predict(example["image"])
+    with pytest.raises(UserError, match=r"2 images: give boxes=\[...\]"):
+        run.predict([example["image"]] * 2, boxes=[boxes], classes=[[2, 1]])
+    with pytest.raises(UserError, match="class 99 is none of this run: give 1 to 5"):
+        run.predict(example["image"], boxes=boxes[:1], classes=[99])
     shutil.copy(out / "results.json", images / "boxes.json")
     (images / "b.png").unlink()
     predict.run(run=smoke_run, input=images, output=tmp_path / "again")

@@ -77,6 +77,30 @@ def test_what_is_no_picture_of_0_to_255_is_refused(run, image):
         dense_jax.load(run).predict(image)
 
 
+@pytest.mark.parametrize("size", [(0, 5, 3), (5, 0, 3)])
+def test_an_image_without_pixels_is_refused(run, size):
+    with pytest.raises(UserError, match="give uint8 RGB"):
+        dense_jax.load(run).predict(np.zeros(size, np.uint8))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_pictures_of_more_than_8_bits_are_refused_as_files_are(run, dtype):
+    picture = Image.fromarray(np.full((4, 4), 40_000, dtype))
+    with pytest.raises(UserError, match="more than 8 bits per channel"):
+        dense_jax.load(run).predict(picture)
+
+
+def test_a_network_that_the_script_does_not_build_is_asked_for(tmp_path):
+    config = dataclasses.replace(fcn.PRESETS["smoke"], workdir=str(tmp_path), num_steps=1)
+    task = fcn.build(config, 6)
+    task = dataclasses.replace(task, model=task.model.clone(fuse="max"))
+    with jax.numpy_dtype_promotion("standard"):
+        training.train(task)
+    with pytest.raises(UserError, match="its network, FCN, is not the one that its script builds"):
+        dense_jax.load(tmp_path)
+    assert dense_jax.load(tmp_path, task=task).task.model.fuse == "max"
+
+
 def test_files_that_are_not_there_are_named(run, tmp_path):
     opened = dense_jax.load(run)
     with pytest.raises(UserError, match=r"no\.png cannot be read"):
@@ -179,3 +203,5 @@ def test_runs_of_typed_programs_say_how_to_open_them(tmp_path):
 def test_a_task_of_the_librarys_own_configuration_is_asked_for(run, tmp_path):
     with pytest.raises(UserError, match="annotate its first argument"):
         trained.load(run, task=lambda config, num_classes: None)  # pyrefly: ignore
+    with pytest.raises(UserError, match="task=5: give a task"):
+        trained.load(run, task=5)  # pyrefly: ignore

@@ -200,7 +200,23 @@ def test_a_loss_and_an_optimiser_of_ones_own(tmp_path):
     assert "learning_rate" not in rows[0]  # that of the flags would be another optimiser's
     record = json.loads((tmp_path / "config.json").read_text())
     assert "squares" in record["own_loss"]
-    assert "own_optimizer" in record
+    assert record["own_optimizer"] == "GradientTransformationExtraArgs"
+    # The run goes on with the same loss only.
+    longer = dataclasses.replace(task, config=dataclasses.replace(config, num_steps=3))
+    with pytest.raises(UserError, match=r"own loss .*squares, and now it is none: give the same"):
+        training.train(longer, optimizer=optax.sgd(0.5))
+    training.train(longer, loss=squares, optimizer=optax.sgd(0.5))
+
+
+@pytest.mark.parametrize("returned", [jnp.zeros(()), {"x": jnp.zeros(())}])
+def test_a_loss_of_another_form_is_one_line(returned, tmp_path):
+    config = SemanticConfig(
+        shapes=ShapesSpec(size=(8, 8), num_train=8, num_val=4, num_test=4),
+        num_steps=2, batch_size=4, workdir=str(tmp_path),
+    )  # fmt: skip
+    task = Semantic(config, Seven(), config.whole_images())
+    with pytest.raises(UserError, match=r"return \{name: \(sum, count\)\}"):
+        training.train(task, loss=lambda apply, batch, rng: returned)
 
 
 class Seven(nn.Module):

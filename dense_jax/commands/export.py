@@ -189,7 +189,7 @@ def _program(
     sizes = "this shape alone" if shape else _ANY_SIZE
     try:
         outputs = jax.eval_shape(label, *inputs)
-    except jax.core.InconclusiveDimensionOperation:  # sizes left open give no whole steps
+    except jax.errors.InconclusiveDimensionOperation:  # sizes left open give no whole steps
         label = program.program(answer, opened.config.normalisation, BUCKET)
         outputs = jax.eval_shape(label, *inputs)
         sizes = (

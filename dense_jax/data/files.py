@@ -192,10 +192,18 @@ def decode_image(data: bytes, path: pathlib.Path | str) -> np.ndarray:
     Raises:
       UserError: the bytes are not a complete image with 8 bits per channel.
     """
-    image = _open(data, path)
+    return np.asarray(as_rgb(_open(data, path), path))
+
+
+def as_rgb(image: Image.Image, path: pathlib.Path | str) -> Image.Image:
+    """Converts an image to 8-bit RGB; ``path`` is for messages.
+
+    Raises:
+      UserError: it has more than 8 bits per channel, which Pillow would clip.
+    """
     if image.mode.startswith(("I", "F")):
         raise UserError(f"{path}: the image has more than 8 bits per channel; convert it to 8 bits")
-    return np.asarray(image.convert("RGB"))
+    return image.convert("RGB")
 
 
 def decode_label(data: bytes) -> np.ndarray:

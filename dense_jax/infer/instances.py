@@ -66,9 +66,12 @@ class Instances:
             colour = tuple(int(channel) for channel in palette[i % _COLOURS])
             draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour)
             text = f"{self.classes.names[self.class_ids[i]]} {self.scores[i]:.2f}"
-            left, top, right, bottom = draw.textbbox((x0 + 2, max(y0, 1)), text, font=font)
-            draw.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=colour)
-            draw.text((x0 + 2, max(y0, 1)), text, fill="white", font=font)
+            left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+            # Above the box where there is room, and inside the picture.
+            x = max(2, min(x0 + 2, drawn.width - right - 2))
+            y = y0 - bottom - 2 if y0 > bottom + 2 else max(1, min(y0, drawn.height - bottom - 2))
+            draw.rectangle((x + left - 2, y + top - 1, x + right + 2, y + bottom + 1), fill=colour)
+            draw.text((x, y), text, fill="white", font=font)
         return np.asarray(drawn)
 
     def results(self) -> list[dict[str, Any]]:

@@ -305,7 +305,9 @@ class BoxHypercolumns(nn.Module):
         last = "conv5_3" if "fc7" in levels else _LAYERS["sds_vgg"][levels[-1]]
         trunk = vgg.vgg16(padding="same", last=last, width=self.width, dtype=self.dtype)
         nn.share_scope(self, trunk)
-        images = jnp.pad(images, ((0, 0), (0, -height % 16), (0, -width % 16), (0, 0)))
+        # As whole multiples, which sizes left open stay.
+        edges = ((0, -(-side // 16) * 16 - side) for side in (height, width))
+        images = jnp.pad(images, ((0, 0), *edges, (0, 0)))
         outputs = trunk(images, train=train)
         padded = jnp.array(vgg.image_size(images)[::-1] * 2, jnp.float32)
         boxes = boxes / padded.reshape(1, 1, 4)

@@ -98,6 +98,12 @@ class BoxMasks(Task):
         )
         return Instances(image, boxes, class_ids, scores, masks, self.threshold, classes)
 
+    def as_inputs(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Checks "boxes" and "classes"; see `dense_jax.data.given_boxes.as_arrays`."""
+        num_classes = self.model.num_categories + 1
+        boxes, classes = given_boxes.as_arrays(given["boxes"], given["classes"], num_classes)
+        return {"boxes": boxes, "classes": classes}
+
     def inputs_in(
         self, folder: pathlib.Path
     ) -> Callable[[pathlib.Path, Size], dict[str, np.ndarray]]:

@@ -125,6 +125,14 @@ class Task(abc.ABC):
           classes: the classes of the run.
         """
 
+    def as_inputs(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Returns the further inputs of one image as arrays [...], in the dtypes of `inputs`.
+
+        Raises:
+          UserError: they are not what `inputs` says.
+        """
+        return {name: np.asarray(x, self.inputs[name].dtype) for name, x in given.items()}
+
     def inputs_in(
         self, folder: pathlib.Path
     ) -> Callable[[pathlib.Path, Size], dict[str, np.ndarray]] | None:

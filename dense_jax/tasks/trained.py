@@ -18,7 +18,7 @@ from PIL import Image
 from dense_jax import runs, scripts
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
-from dense_jax.data.files import decode_image
+from dense_jax.data.files import as_rgb, decode_image
 from dense_jax.errors import UserError
 from dense_jax.infer.predictor import Prediction, Predictor
 from dense_jax.tasks import training
@@ -122,12 +122,16 @@ class Run:
         if missing := sorted(set(self.task.inputs) - set(inputs)):
             words = self.task.inputs[missing[0]].words
             raise UserError(f"this run also needs {missing[0]}, {words}: give {missing[0]}=...")
+        for name, values in inputs.items() if several else ():
+            if not isinstance(values, list | tuple) or len(values) != len(pictures):
+                raise UserError(
+                    f"{len(pictures)} images: give {name}=[...], a list with one entry for each"
+                )
         predictions = []
         for i, picture in enumerate(pictures):
             own = {name: values[i] if several else values for name, values in inputs.items()}
             arrays: dict[str, Any] = {
-                name: np.asarray(values, self.task.inputs[name].dtype)[None]
-                for name, values in own.items()
+                name: values[None] for name, values in self.task.as_inputs(own).items()
             }
             with of_its_network():
                 predictions.append(self.predictor(_as_image(picture), **arrays))
@@ -158,6 +162,11 @@ def load(
     classes = ClassTable.from_json(record["classes"])
     if not isinstance(task, Task):
         if task is None:
+            if own_model := record.get("own_model"):
+                raise UserError(
+                    f"{folder}: its network, {own_model}, is not the one that its script builds: "
+                    "pass its task, dense_jax.load(folder, task=task)"
+                )
             try:
                 script = scripts.reopen(record["script"], record.get("script_file"))
             except UserError as error:
@@ -188,7 +197,9 @@ def dataset_of(run: Run, data_dir: str | None = None) -> Dataset:
 
 def _config_class(build: Callable[[Any, int], Task]) -> type[RunConfig]:
     """Returns the class of a function's first argument, by its annotation."""
-    first = next(iter(inspect.signature(build).parameters))
+    if not callable(build):
+        raise UserError(f"task={build!r}: give a task, or the function that builds it")
+    first = next(iter(inspect.signature(build).parameters), "")
     annotation = typing.get_type_hints(build).get(first)
     if not (isinstance(annotation, type) and issubclass(annotation, RunConfig)):
         raise UserError(
@@ -209,8 +220,10 @@ def _as_image(picture: Picture) -> np.ndarray:
             return decode_image(path.read_bytes(), path)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): give an image") from error
-    array = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+    if isinstance(picture, Image.Image):
+        picture = np.asarray(as_rgb(picture, "the image"))
+    array = np.asarray(picture)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise UserError(
             f"an image is {array.dtype} {list(array.shape)}: give uint8 RGB [H, W, 3] of 0 to 255, "
             "a Pillow image or the path of a file"

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import pathlib
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -26,7 +28,7 @@ from dense_jax.train.config import RunConfig
 from dense_jax.train.loop import fit
 from dense_jax.train.schedules import build_optimizer, build_schedule
 from dense_jax.train.state import TrainState, load_matching, num_parameters
-from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard, train_step
+from dense_jax.train.step import Batch, Losses, LossFn, eval_step, replicate, shard, train_step
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -85,9 +87,14 @@ def train(
     dataset = task.training_data(dataset or load_dataset(config))
     tx = optimizer or build_optimizer(config, task.groups)
     own = {"loss": loss, "optimizer": optimizer}
-    notes = {f"own_{name}": getattr(x, "__qualname__", str(x)) for name, x in own.items() if x}
+    notes = {
+        f"own_{name}": getattr(x, "__qualname__", type(x).__name__) for name, x in own.items() if x
+    }
+    if not _is_as_built(task, dataset.classes.num_classes):
+        notes["own_model"] = type(task.model).__name__
     workdir, batches, state = _begin(task, dataset, tx, notes)
-    step = train_step(loss or task.loss(dataset), ema_decay=config.ema_decay)
+    own_loss = _checked(loss) if loss else task.loss(dataset)
+    step = train_step(own_loss, ema_decay=config.ema_decay)
     evaluate_on_val = task.evaluator(dataset, "val")
     card: dict[str, Any] = {"input_shape": list(batches.example["images"].shape[1:])}
     refresh = None
@@ -107,6 +114,38 @@ def train(
     state = fit(state, step, batches, config, evaluate, task.headline, rate, refresh)
     print(f"report: {report.write_report(workdir)}")
     return state
+
+
+def _is_as_built(task: Task, num_classes: int) -> bool:
+    """Whether the ``build`` beside the configuration's class makes the network of the task."""
+    build = getattr(sys.modules[type(task.config).__module__], "build", None)
+    if not callable(build):
+        return True  # `dense_jax.load` asks for the task anyway
+    # Functions inside a network compare by identity, and differ between two builds; as text they
+    # differ by an address alone.
+    made, own = (
+        re.sub(r" at 0x[0-9a-f]+", "", repr(model))
+        for model in (build(task.config, num_classes).model, task.model)
+    )
+    return made == own
+
+
+def _checked(loss: LossFn) -> LossFn:
+    """Refuses what a user's loss returns if it is not {name: (sum, count)}."""
+
+    def checked(apply: Callable[..., Any], batch: Batch, rng: jax.Array) -> Losses:
+        losses = loss(apply, batch, rng)
+        is_right = isinstance(losses, Mapping) and all(
+            isinstance(pair, tuple) and len(pair) == 2 for pair in losses.values()
+        )
+        if not is_right:
+            raise UserError(
+                f"the loss returns {type(losses).__name__}: return {{name: (sum, count)}}, scalars "
+                "of a micro-batch, which are added over devices before the division"
+            )
+        return losses
+
+    return checked
 
 
 def load_dataset(config: RunConfig) -> Dataset:
