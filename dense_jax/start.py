@@ -56,7 +56,7 @@ def initial(source: str, template: Any) -> tuple[dict[str, Any], str | None]:
     """
     kind, _, path = source.partition(":")
     if kind == "run" and path:
-        folder = pathlib.Path(path)
+        folder = pathlib.Path(path).expanduser()
         if (folder / RECORD).exists():
             leaves = dict(files.read(folder / WEIGHTS).tensors)
             variables = traverse_util.unflatten_dict(leaves, sep="/")
@@ -96,7 +96,7 @@ def normalisation_of(source: str) -> str | None:
     """
     kind, _, path = source.partition(":")
     if kind == "run" and path:
-        return _expectations_of(pathlib.Path(path))[0]
+        return _expectations_of(pathlib.Path(path).expanduser())[0]
     if kind in ("file", "hub") and path:
         tensors = read_published(path_of(source)).tensors
         return rules.choose(catalogue.releases(), None, tensors, source).normalisation
@@ -123,7 +123,7 @@ def path_of(source: str) -> pathlib.Path:
     """Returns the local path of a file, given as PATH, file:PATH or hub:NAME."""
     if source.startswith(HUB):
         return hub.download(source.removeprefix(HUB))
-    return pathlib.Path(source.removeprefix("file:"))
+    return pathlib.Path(source.removeprefix("file:")).expanduser()
 
 
 def _expectations_of(folder: pathlib.Path) -> tuple[str | None, str]:

@@ -92,14 +92,19 @@ class Report:
     def warnings(self) -> list[str]:
         """Returns one line for each finding that is unusual but may be intended."""
         lines = []
+        if self.classes.num_classes == 1:
+            lines.append("one class: nothing can be learned; add a class for the rest")
         for split, found in self.splits.items():
             absent = [n for n, k in zip(self.classes.names, found.pixels, strict=True) if not k]
             if absent:
                 lines.append(f"{split}: no pixel of {', '.join(absent)}")
-            if absent and found.void_pixels > sum(found.pixels):
+            if absent and found.void_pixels:
+                share = found.void_pixels / (found.void_pixels + sum(found.pixels))
+                values = sorted({*self.classes.values[:1], *self.classes.void_values})
                 lines.append(
-                    f"{split}: most pixels are void (file value {self.classes.void_values}); if"
-                    " this is a class, move it to the values of the class table"
+                    f"{split}: {share:.0%} of the pixels are void (file value"
+                    f" {', '.join(map(str, self.classes.void_values))}); if this is a class, write"
+                    f' classes.json with "values": {values} and "void_values": []'
                 )
             void = [n for n, s in zip(found.names, found.void_shares, strict=True) if s == 1]
             if void:

@@ -29,6 +29,14 @@ def voc_colours(num_classes: int) -> tuple[tuple[int, int, int], ...]:
     return tuple((int(r), int(g), int(b)) for r, g, b in _voc_palette()[:num_classes])
 
 
+def _whole(number: Any) -> int:
+    """Returns a whole number, such as 2.0 of a spreadsheet, as an integer."""
+    kinds = int | float | np.integer | np.floating
+    if isinstance(number, bool) or not isinstance(number, kinds) or number != int(number):
+        raise ValueError(f"values and colours are whole numbers, got {number!r}")
+    return int(number)
+
+
 @dataclasses.dataclass(frozen=True)
 class ClassTable:
     """The classes of a dataset; a class id is an index into the names.
@@ -55,9 +63,12 @@ class ClassTable:
         num = len(self.names)
         set_field = functools.partial(object.__setattr__, self)  # the instance is frozen
         set_field("names", tuple(self.names))
-        set_field("colours", tuple(map(tuple, self.colours)) or voc_colours(num))
-        set_field("values", tuple(self.values) or tuple(range(num)))
-        set_field("void_values", tuple(self.void_values))
+        colours = (tuple(map(_whole, colour)) for colour in self.colours)
+        set_field("colours", tuple(colours) or voc_colours(num))
+        set_field("values", tuple(map(_whole, self.values)) or tuple(range(num)))
+        set_field("void_values", tuple(map(_whole, self.void_values)))
+        if wrong := [name for name in self.names if not isinstance(name, str)]:
+            raise ValueError(f"a class name is text, got {wrong[0]!r}")
         if not 1 <= num <= IGNORE_LABEL:
             raise ValueError(f"a class table needs 1 to {IGNORE_LABEL} classes, got {num}")
         if len(set(self.names)) != num:

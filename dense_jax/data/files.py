@@ -5,10 +5,14 @@ or a MATLAB file of the Semantic Boundaries Dataset. Reading maps the numbers to
 instance file has the number of an object for each pixel, 0 for none, and may need 16 bits.
 """
 
+import codecs
 import dataclasses
+import glob
 import hashlib
 import io
+import os
 import pathlib
+import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +20,19 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import scipy.io
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
-from dense_jax.data.classes import ClassTable
+from dense_jax.data.classes import ClassTable, voc_colours
 from dense_jax.errors import UserError
 
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Suffixes and formats of pictures. Pillow would open others too, some by starting other programs.
+SUFFIXES = (
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"
+)  # fmt: skip
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_BITS_PER_SAMPLE = 258  # tag of TIFF
+_LOSSLESS = {None, "raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma",
+             "zstd", "group3", "group4", "tiff_ccitt", "tiff_raw_16"}  # fmt: skip
 
 _MAT_COMPRESSED = 15  # type code of a compressed variable
 _MOST_OBJECTS = 2**16 - 1  # the largest number in 16 bits
@@ -114,7 +126,11 @@ def read_label(path: pathlib.Path, classes: ClassTable) -> np.ndarray:
       UserError: the file is missing, empty, damaged or not a label, or a value is not in the class
         table.
     """
-    return _to_ids(_read_label_values(path), classes, path)
+    values, palette = _read_label_values(path)
+    labels = _to_ids(values, classes, path)
+    if palette is not None:
+        _check_palette(values, palette, classes, path)
+    return labels
 
 
 def check_size(
@@ -142,11 +158,11 @@ def read_instances(path: pathlib.Path) -> np.ndarray:
       UserError: the file is missing, empty or damaged, or its values are not object numbers.
     """
     data = _read(path)
-    image = _open(data, path)
+    image = open_picture(data, path)
     remedy = "save object numbers 1, 2, ... (0 = none) as an 8-bit or 16-bit grey PNG"
     if image.format == "JPEG":
         raise UserError(f"{path}: JPEG changes object numbers; {remedy}")
-    if image.mode not in ("L", "P", "I", "I;16"):
+    if image.mode not in ("L", "P", "I", "I;16", "I;16B"):
         raise UserError(f"{path}: the file has {image.mode} values, not object numbers; {remedy}")
     if image.format == "PNG" and image.mode == "L" and data[24] < 8:  # the depth in its header
         raise UserError(f"{path}: readers stretch the {data[24]}-bit greys to 0..255; {remedy}")
@@ -170,7 +186,7 @@ def read_mask(path: pathlib.Path) -> np.ndarray:
     Raises:
       UserError: the file is missing, empty or damaged, or has more values.
     """
-    image = _open(_read(path), path)
+    image = open_picture(_read(path), path)
     values = np.asarray(image if image.mode in ("1", "L", "P") else image.convert("L"))
     wrong = np.setdiff1d(values, (0, values.max()))
     if len(wrong):
@@ -192,7 +208,13 @@ def decode_image(data: bytes, path: pathlib.Path | str) -> np.ndarray:
     Raises:
       UserError: the bytes are not a complete image with 8 bits per channel.
     """
-    return np.asarray(as_rgb(_open(data, path), path))
+    image = open_picture(data, path)
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE, 8) if isinstance(image, TiffImageFile) else 8
+    if image.format == "PNG":
+        bits = data[24]  # the depth in its header
+    if np.max(bits) > 8:  # Pillow would keep the upper byte
+        raise UserError(f"{path}: the image has more than 8 bits per channel; convert it to 8 bits")
+    return np.asarray(as_rgb(image, path))
 
 
 def as_rgb(image: Image.Image, path: pathlib.Path | str) -> Image.Image:
@@ -235,8 +257,17 @@ def pairs_in(split: str, images: pathlib.Path, labels: pathlib.Path) -> list[Pai
 
     A file without a partner is paired with the missing path, so that reading the pair reports it.
     A missing folder gives no pairs.
+
+    Raises:
+      UserError: two files of a folder have one name, with different suffixes.
     """
     found = {path.stem: path for path in pictures(labels)}
+    for folder in (images, labels):
+        first: dict[str, pathlib.Path] = {}
+        for path in pictures(folder):
+            if first.setdefault(path.stem, path) != path:
+                names = f"{first[path.stem].name} and {path.name}"
+                raise UserError(f"{folder}: {names} have one name; remove one of them")
     pairs = [
         Pair(split, path.stem, path, found.pop(path.stem, labels / f"{path.stem}.png"))
         for path in pictures(images)
@@ -255,10 +286,41 @@ def split_by_hash(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def pictures(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the image files of a folder in the order of names; none if it is missing."""
+    """Returns the image files of a folder in the order of names; none if it is missing.
+
+    Names that begin with a dot are passed over, such as those that a Mac leaves beside files.
+
+    Raises:
+      UserError: a name is not UTF-8, so that no other program would write it the same.
+    """
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+    found = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+    for path in found:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:
+            name = os.fsencode(path.name)
+            raise UserError(f"{folder}: the file name {name!r} is not UTF-8; rename it") from None
+    return found
+
+
+def read_text(path: pathlib.Path) -> str:
+    """Reads a text file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
+
+    Raises:
+      UserError: it cannot be read, or is in another encoding.
+    """
+    data = _read(path)
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
 def find_folder(
@@ -281,9 +343,17 @@ def find_folder(
 
 
 def _read(path: pathlib.Path) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise UserError(f"{path}: not a file; remove it")
     try:
         data = path.read_bytes()
     except FileNotFoundError:
+        others = sorted(p.name for p in path.parent.glob(f"{glob.escape(path.stem)}.*"))
+        if others:
+            raise UserError(
+                f"{path}: the file is missing, and {others[0]} is of a kind that is not read; save "
+                f"it as {path.suffix} ({', '.join(SUFFIXES)} are read)"
+            ) from None
         raise UserError(f"{path}: the file is missing; add it or remove its partner") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from None
@@ -292,27 +362,87 @@ def _read(path: pathlib.Path) -> bytes:
     return data
 
 
-def _open(data: bytes, path: pathlib.Path | str) -> Image.Image:
+def open_picture(data: bytes, path: pathlib.Path | str) -> Image.Image:
+    """Opens and decodes a picture of one of `FORMATS`; ``path`` is for messages.
+
+    Raises:
+      UserError: it is of another format, damaged, too large, or has several pages.
+    """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if (pages := _pages(image)) > 1:
+            raise UserError(
+                f"{path}: the file holds {pages} pages, and only the first would be used; split it "
+                "into one file for each"
+            )
         image.load()
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: {too_large(error)}") from None
     except _PILLOW_ERRORS as error:
         reason = "truncated" if "truncated" in str(error) else "not an image or damaged"
         raise UserError(f"{path}: the file is {reason}; restore or remove it") from None
     return image
 
 
-def _read_label_values(path: pathlib.Path) -> np.ndarray:
-    """Returns the values of a label file, [H, W]."""
+def too_large(error: Image.DecompressionBombError) -> str:
+    """Returns what is wrong with an image beyond Pillow's limit, and the remedy."""
+    numbers = re.findall(r"\d+", str(error))
+    size = f"{int(numbers[0]):,} pixels" if numbers else "too many pixels"
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    return f"the image is too large ({size}; {limit:,} are read); cut it into parts"
+
+
+def _pages(image: Image.Image) -> int:
+    """Returns the number of pictures in a file; smaller views of the first are none.
+
+    Phones add such views to a JPEG, and programs for maps to a TIFF.
+    """
+    if image.format == "MPO" or getattr(image, "n_frames", 1) == 1:
+        return 1
+    size, pages = image.size, 1
+    for number in range(1, getattr(image, "n_frames", 1)):
+        image.seek(number)
+        pages += image.size == size
+    image.seek(0)
+    return pages
+
+
+def _check_palette(
+    values: np.ndarray, palette: np.ndarray, classes: ClassTable, path: pathlib.Path
+) -> None:
+    """Refuses a palette that gives a class the colour that the class table gives another one."""
+    if classes.colours == voc_colours(classes.num_classes):
+        return  # nobody chose these
+    class_of = {colour: i for i, colour in enumerate(classes.colours)}
+    for class_id, value in enumerate(classes.values):
+        if value >= len(palette) or not np.any(values == value):
+            continue
+        red, green, blue = map(int, palette[value])
+        other = class_of.get((red, green, blue), class_id)
+        if classes.colours[other] != classes.colours[class_id]:
+            raise UserError(
+                f"{path}: value {value} has the colour {classes.colours[other]}, which is "
+                f"{classes.names[other]} in the class table, where {value} is "
+                f"{classes.names[class_id]} with {classes.colours[class_id]}; correct one"
+            )
+
+
+def _read_label_values(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the values of a label file, [H, W], and its palette [N, 3] if it has one."""
     if path.suffix == ".mat":
-        return _read_sbd(path)
+        return _read_sbd(path), None
     data = _read(path)
-    image = _open(data, path)
+    image = open_picture(data, path)
     remedy = "save class ids as an 8-bit grey or palette PNG"
     if image.format == "JPEG":
         raise UserError(f"{path}: JPEG changes label values; {remedy}")
+    if image.format == "TIFF" and image.info.get("compression") not in _LOSSLESS:
+        raise UserError(
+            f"{path}: {image.info['compression']} compression changes label values; {remedy}"
+        )
     if image.mode.startswith(("I", "F")):
-        low, high = image.getextrema()
+        numbers = np.asarray(image)
+        low, high = numbers.min(), numbers.max()
         raise UserError(
             f"{path}: a label with 16 bits or more (values {low} to {high}), which usually has"
             f" object numbers and not classes; {remedy}"
@@ -321,7 +451,10 @@ def _read_label_values(path: pathlib.Path) -> np.ndarray:
         raise UserError(f"{path}: the label has colours ({image.mode}), not class ids; {remedy}")
     if image.format == "PNG" and image.mode == "L" and data[24] < 8:  # the depth in its header
         raise UserError(f"{path}: readers stretch the {data[24]}-bit greys to 0..255; {remedy}")
-    return np.asarray(image, np.uint8)
+    palette = None
+    if image.mode == "P" and (colours := image.getpalette("RGB")):
+        palette = np.array(colours, np.uint8).reshape(-1, 3)
+    return np.asarray(image, np.uint8), palette
 
 
 def _read_sbd(path: pathlib.Path) -> np.ndarray:

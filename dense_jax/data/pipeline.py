@@ -143,6 +143,7 @@ def eval_batches(
     *,
     shapes: Shapes = "exact",
     padded_side: Callable[[int], int] = lambda side: side,
+    devices: int = 1,
     num_threads: int = 2,
     process_index: int | None = None,
     process_count: int | None = None,
@@ -150,15 +151,17 @@ def eval_batches(
     """Returns batches with every image once, each batch of one shape, never resized.
 
     Images are padded at the bottom and on the right with zeros, labels with ignored pixels. The
-    last batch of each shape is filled with rows of ``valid=False``. All JAX processes get the same
-    number of batches of the same shapes. Each iteration starts again.
+    last batch of each shape is filled with rows of ``valid=False``; a shape of fewer images than a
+    batch has smaller batches. All JAX processes get the same number of batches of the same shapes.
+    Each iteration starts again.
 
     Args:
       source: the split.
       transforms: deterministic transforms; usually only `Normalise`.
-      batch_size: number of examples in a batch of this process.
+      batch_size: largest number of examples in a batch of this process.
       shapes: the shapes of the images; see `padded_shapes`.
       padded_side: the side to which the network pads a side of an image.
+      devices: batches are a multiple of this; a divisor of `batch_size`.
       num_threads: number of threads that read.
       process_index: the share of each batch that this process takes; default: `jax.process_index`.
       process_count: number of shares; default: `jax.process_count`.
@@ -173,10 +176,12 @@ def eval_batches(
         groups.setdefault(shape_of[size], []).append(i)
     plan = []
     for shape, members in sorted(groups.items()):
-        for start in range(0, len(members), batch_size * count):
-            mine = members[start + batch_size * process :][:batch_size]
-            plan.append((shape, mine))
-    load = _LoadPadded(_Indexed(source), _Chain(tuple(transforms)), batch_size)
+        share = -(-len(members) // (count * devices)) * devices
+        rows = min(batch_size, share)
+        for start in range(0, len(members), rows * count):
+            mine = members[start + rows * process :][:rows]
+            plan.append((shape, rows, mine))
+    load = _LoadPadded(_Indexed(source), _Chain(tuple(transforms)))
     return EvalBatches(grain.MapDataset.source(plan).map(load), num_threads, shape_of)
 
 
@@ -233,25 +238,24 @@ class _Chain:
 
 @dataclasses.dataclass(frozen=True)
 class _LoadPadded:
-    """Turns (shape, indices) into an evaluation batch of that shape."""
+    """Turns (shape, number of rows, indices) into an evaluation batch."""
 
     source: _Indexed
     chain: _Chain
-    batch_size: int
 
-    def __call__(self, item: tuple[Size, list[int]]) -> Batch:
-        shape, indices = item
+    def __call__(self, item: tuple[Size, int, list[int]]) -> Batch:
+        shape, num_rows, indices = item
         blank = {
             "image": np.zeros((*shape, _channels(self.chain.transforms)), np.float32),
             "label": np.full(shape, IGNORE_LABEL, np.uint8),
             "index": -1,
         }
-        rows, sizes = [], np.zeros((self.batch_size, 2), np.int32)
+        rows, sizes = [], np.zeros((num_rows, 2), np.int32)
         for row, index in enumerate(indices):
             example = self.chain(self.source[index], np.random.default_rng(index))
             sizes[row] = example["label"].shape
             rows.append(pad(example, shape))
-        return {**_collect(rows + [blank] * (self.batch_size - len(rows))), "size": sizes}
+        return {**_collect(rows + [blank] * (num_rows - len(rows))), "size": sizes}
 
 
 def _channels(transforms: Sequence[Transform]) -> int:

@@ -164,7 +164,9 @@ def _key(files: Files) -> str:
     variant = (_VERSION, kept, files.classes, files.options)
     state = hashlib.blake2b(repr(variant).encode(), digest_size=8)
     for pair in files.pairs:
-        state.update(repr((pair, _stamp(pair.image), _stamp(pair.label))).encode())
+        paths = [str(path.resolve()) for path in (pair.image, pair.label)]
+        stamps = _stamp(pair.image), _stamp(pair.label)
+        state.update(repr((pair.split, pair.name, paths, stamps)).encode())
     return state.hexdigest()
 
 

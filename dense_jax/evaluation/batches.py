@@ -49,6 +49,7 @@ def eval_batches(
         size,
         shapes=shapes or config.eval_shapes,
         padded_side=task.padded_side,
+        devices=devices,
     )
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dense_jax import runs, viz
 from dense_jax.data.classes import ClassTable
-from dense_jax.data.files import decode_image
+from dense_jax.data.files import FORMATS, SUFFIXES, decode_image, pictures, too_large
 from dense_jax.data.padded import (
     Shapes,
     Size,
@@ -23,10 +23,7 @@ from dense_jax.data.padded import (
     prepare,
     tell_if_many,
 )
-from dense_jax.errors import UserError
-
-_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-
+from dense_jax.errors import UserError, refuse
 
 Answer = Callable[..., dict[str, jax.Array]]
 
@@ -173,6 +170,12 @@ def predict_folder(
     Raises:
       UserError: there is no image, or the output cannot be written.
     """
+    given, target = (pathlib.Path(path).resolve() for path in (input_path, output_dir))
+    refuse(
+        target == (given.parent if given.is_file() else given),
+        f"--output={output_dir} is the folder of the images: give another, so that results are "
+        "never taken for images",
+    )
     sizes, failures = _read_sizes(_find_images(pathlib.Path(input_path)))
     shape_of = predict.shapes_of(sizes.values())
     tell_if_many(shape_of, predict.shapes)
@@ -212,9 +215,9 @@ def _find_images(path: pathlib.Path) -> list[pathlib.Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give an image or a folder of images")
-    images = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+    images = pictures(path)
     if not images:
-        raise UserError(f"{path} has no images: give a folder with {', '.join(sorted(_SUFFIXES))}")
+        raise UserError(f"{path} has no images: give a folder with {', '.join(SUFFIXES)}")
     return images
 
 
@@ -231,10 +234,13 @@ def _read_sizes(
             failures.append(f"{path}: its output would replace that of {owner.name}; rename it")
             continue
         try:
-            with Image.open(path) as image:
+            if not path.is_file():  # a pipe would wait for ever
+                failures.append(f"{path}: not a file; remove it")
+                continue
+            with Image.open(path, formats=FORMATS) as image:
                 sizes[path] = (image.height, image.width)
-        except Image.DecompressionBombError:
-            failures.append(f"{path}: the image is too large to open; crop it")
+        except Image.DecompressionBombError as error:
+            failures.append(f"{path}: {too_large(error)}")
         except (OSError, SyntaxError, ValueError):  # Pillow raises all three
             failures.append(f"{path}: not an image or damaged; restore or remove it")
     return sizes, failures

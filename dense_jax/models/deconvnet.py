@@ -109,8 +109,8 @@ class DeconvNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
         """Returns "logits" in float32, and the output of each layer by its name in the release.
 
-        With `train`, normalisation of the 1x1 maps of fc6 and fc7 averages over the batch alone.
-        One image of `input_size` always gives the same output then: use two or more.
+        With `train`, normalisation of the 1x1 maps of fc6 and fc7 averages over the batch alone,
+        and refuses one image of `input_size`.
 
         Raises:
           ValueError: images do not have the shape [B, H, W, C], or `input_size` is not a multiple

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeVar
@@ -138,7 +139,11 @@ class RunConfig:
     """Steps between checkpoints; only the last and the best checkpoint stay on disk."""
 
     def __post_init__(self) -> None:
-        """Checks the values. Raises UserError for one that no run can use."""
+        """Expands "~" and checks the values. Raises UserError for one that no run can use."""
+        for name in ("data_dir", "init", "workdir"):
+            if path := getattr(self, name):  # a shell expands it at the start of a word alone
+                kind, colon, rest = path.rpartition(":")
+                object.__setattr__(self, name, kind + colon + os.path.expanduser(rest))
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
             for limit in _limits(hint) if value is not None else ():

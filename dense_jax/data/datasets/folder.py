@@ -4,6 +4,8 @@ Names pair images and labels (``images/x.jpg`` and ``labels/x.png``). The splits
 ``images/train`` and ``labels/train``; ``train/images`` and ``train/labels``; the names in
 ``train.txt`` and ``val.txt``; every fifth image, chosen by a hash of its name, as val.
 
+Folders and lists may have the usual other names: training, valid, validation, dev, testing.
+
 The class table is one of
   classes.txt, classes.csv   one class per line, in the order of the ids: ``name`` or ``name,r,g,b``
   classes.json               {"names": [...], "colours": [...], "values": [...], "void_values":
@@ -18,10 +20,15 @@ from collections.abc import Sequence
 from dense_jax.data import prepared
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
-from dense_jax.data.files import Files, Pair, pairs_in, split_by_hash
+from dense_jax.data.files import SUFFIXES, Files, Pair, pairs_in, read_text, split_by_hash
 from dense_jax.errors import UserError
 
-_SPLITS = ("train", "val", "test")
+_SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+_HEADINGS = ("category", "class", "class_name", "classes", "id", "label", "labels", "name", "names")
 
 
 def find(data_dir: pathlib.Path | None = None) -> Files:
@@ -49,8 +56,8 @@ def read_classes(folder: pathlib.Path) -> ClassTable:
         if path.is_file():
             try:
                 if path.suffix == ".json":
-                    return ClassTable.from_json(json.loads(path.read_text()))
-                return _parse_classes(path.read_text())
+                    return ClassTable.from_json(json.loads(read_text(path)))
+                return _parse_classes(read_text(path))
             except (ValueError, TypeError) as error:
                 remedy = (
                     'write {"names": ["sky", ...]}, see docs/data.md'
@@ -63,33 +70,62 @@ def read_classes(folder: pathlib.Path) -> ClassTable:
 
 def _parse_classes(text: str) -> ClassTable:
     rows = [line.split(",") for line in text.splitlines() if line.strip()]
+    first = rows[0][0].strip() if rows else ""
+    if first.lower() in _HEADINGS or first.startswith("#"):
+        raise ValueError(f"its first line, {first!r}, would be the name of class 0: remove it")
     colours = [(int(r), int(g), int(b)) for _, r, g, b in (row for row in rows if len(row) > 1)]
     return ClassTable([row[0].strip() for row in rows], colours)
 
 
 def _find_pairs(root: pathlib.Path) -> list[Pair]:
     pairs = []
-    for split in _SPLITS:
-        pairs += pairs_in(split, root / "images" / split, root / "labels" / split)
-        pairs += pairs_in(split, root / split / "images", root / split / "labels")
+    for split, names in _SPLITS.items():
+        found = {}
+        for name in names:
+            for folder in (root / "images" / name, root / name / "images"):
+                labels = root / "labels" / name if folder.name == name else root / name / "labels"
+                if own := pairs_in(split, folder, labels):
+                    found[folder] = own
+        if len(found) > 1:
+            folders = " and ".join(str(folder.relative_to(root)) for folder in found)
+            raise UserError(f"{root}: {folders} are both {split}; remove or rename one")
+        pairs += [pair for own in found.values() for pair in own]
     if pairs:
         return pairs
     everything = pairs_in("train", root / "images", root / "labels")
-    lists = [root / f"{split}.txt" for split in _SPLITS]
-    if any(path.is_file() for path in lists):
-        return [pair for path in lists if path.is_file() for pair in _listed(path, everything)]
+    lists = {
+        split: [path for name in names if (path := root / f"{name}.txt").is_file()]
+        for split, names in _SPLITS.items()
+    }
+    for split, paths in lists.items():
+        if len(paths) > 1:
+            both = f"{paths[0].name} and {paths[1].name}"
+            raise UserError(f"{root}: {both} both list {split}; remove one")
+    if any(lists.values()):
+        return [
+            pair
+            for split, paths in lists.items()
+            for path in paths
+            for pair in _listed(path, split, everything)
+        ]
     return split_by_hash(everything)
 
 
-def _listed(path: pathlib.Path, pairs: Sequence[Pair]) -> list[Pair]:
+def _listed(path: pathlib.Path, split: str, pairs: Sequence[Pair]) -> list[Pair]:
+    """Returns the pairs that the lines of a list name: names or files, also with folders."""
     by_name = {pair.name: pair for pair in pairs}
-    listed = []
-    for line in filter(None, map(str.strip, path.read_text().splitlines())):
-        pair = by_name.get(line) or by_name.get(pathlib.PurePath(line).stem)
-        if pair is None:
+    lines: dict[str, str] = {}
+    for line in filter(None, map(str.strip, read_text(path).splitlines())):
+        file = pathlib.PurePath(line)
+        name = file.stem if file.suffix.lower() in SUFFIXES else file.name
+        if name not in by_name:
             raise UserError(f"{path}: {line!r} is not among the images; add it or correct the list")
-        listed.append(dataclasses.replace(pair, split=path.stem))
-    return listed
+        if name in lines:
+            raise UserError(
+                f"{path}: {line!r} and {lines[name]!r} both name the image {name}; remove one"
+            )
+        lines[name] = line
+    return [dataclasses.replace(by_name[name], split=split) for name in lines]
 
 
 def load(data_dir: pathlib.Path | None = None) -> Dataset:

@@ -1,0 +1,382 @@
+"""Files as users have them: each odd one is read right, or named in one line with the remedy."""
+
+import json
+import os
+import pathlib
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dense_jax.__main__ import expanded
+from dense_jax.data import check, dataset, prepared
+from dense_jax.data.datasets import folder as folders
+from dense_jax.data.files import decode_image, pictures, read_image, read_label
+from dense_jax.errors import UserError
+from dense_jax.infer.predictor import predict_folder
+from dense_jax.train.config import RunConfig
+from tests.test_predictor import CLASSES, PREDICTOR
+
+NAMES = "ground\nred\nblue\n"
+
+
+def scene(seed, num_classes=3):
+    """A noisy image and its label, 12 x 16."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, num_classes, (12, 16), np.uint8)
+    return rng.integers(0, 256, (12, 16, 3), np.uint8), label
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A right dataset of six images, to be spoilt."""
+    for part in ("images", "labels"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+    for i in range(6):
+        for part, array in zip(("images", "labels"), scene(i), strict=True):
+            Image.fromarray(array).save(tmp_path / f"data/{part}/s{i}.png")
+    (tmp_path / "data/classes.txt").write_text(NAMES)
+    return tmp_path / "data"
+
+
+def report(root):
+    return check.check_dataset("folder", root)
+
+
+def names(root):
+    return {pair.split: [] for pair in folders.find(root).pairs} | {
+        split: [p.name for p in folders.find(root).pairs if p.split == split]
+        for split in {p.split for p in folders.find(root).pairs}
+    }
+
+
+def test_the_dataset_is_right_before_it_is_spoilt(root):
+    assert not report(root).errors
+
+
+# Pictures.
+
+
+@pytest.mark.parametrize("suffix", ["tif", "gif", "png", "webp"])
+def test_several_pages_are_not_dropped(tmp_path, suffix):
+    pages = [Image.fromarray(scene(i)[0]).convert("RGB") for i in range(3)]
+    path = tmp_path / f"a.{suffix}"
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    for read in (read_image, lambda path: read_label(path, CLASSES)):
+        with pytest.raises(UserError, match=r"the file holds 3 pages.*split it"):
+            read(path)
+
+
+def test_smaller_views_of_a_picture_are_no_pages(tmp_path):
+    image = Image.fromarray(scene(0)[0])
+    image.save(tmp_path / "a.tif", save_all=True, append_images=[image.resize((8, 6))])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[1], scene(0)[0])
+
+
+def png(values, depth, colour):
+    """The bytes of a PNG of big-endian values [H, W, C]."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_16_bits_a_channel_are_not_halved(colour, channels):
+    values = np.full((4, 4, channels), 4000, ">u2")
+    with pytest.raises(UserError, match=r"a\.png: the image has more than 8 bits per channel"):
+        decode_image(png(values, 16, colour), "a.png")
+    small = np.full((4, 4, channels), 40, np.uint8)
+    assert decode_image(png(small, 8, colour), "a.png").shape == (4, 4, 3)
+
+
+def tiff(label, order):
+    """The bytes of a 16-bit grey TIFF."""
+    mark = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    height, width = label.shape
+    data = label.astype(f"{order}u2").tobytes()
+    tags = [(256, 3, width), (257, 3, height), (258, 3, 16), (259, 3, 1), (262, 3, 1)]
+    tags += [(273, 4, 8), (277, 3, 1), (278, 3, height), (279, 4, len(data))]
+    table = struct.pack(f"{order}H", len(tags))
+    for tag, kind, value in tags:
+        table += struct.pack(f"{order}HHI", tag, kind, 1)
+        form, numbers = ("HH", (value, 0)) if kind == 3 else ("I", (value,))
+        table += struct.pack(f"{order}{form}", *numbers)
+    return mark + struct.pack(f"{order}I", 8 + len(data)) + data + table + bytes(4)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bit_labels_get_the_same_line_in_both_byte_orders(tmp_path, order):
+    (tmp_path / "a.tif").write_bytes(tiff(scene(0)[1], order))
+    with pytest.raises(UserError, match=r"16 bits or more \(values 0 to 2\)"):
+        read_label(tmp_path / "a.tif", CLASSES)
+
+
+def test_lossy_labels_are_refused(tmp_path):
+    label = Image.fromarray(scene(0)[1])
+    for options in ({"compression": "jpeg"}, {"compression": "webp"}):
+        try:
+            label.save(tmp_path / "a.tif", **options)
+        except (OSError, KeyError, ValueError):  # this build of libtiff lacks it
+            continue
+        with pytest.raises(UserError, match="compression changes label values"):
+            read_label(tmp_path / "a.tif", CLASSES)
+    for lossless in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits"):
+        label.save(tmp_path / "a.tif", compression=lossless)
+        np.testing.assert_array_equal(read_label(tmp_path / "a.tif", CLASSES), scene(0)[1])
+
+
+def test_other_formats_are_not_opened(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(UserError, match="not an image or damaged"):
+        read_image(tmp_path / "a.png")
+    Image.fromarray(scene(0)[0]).save(tmp_path / "b.png", "PPM")
+    with pytest.raises(UserError, match="not an image or damaged"):
+        read_image(tmp_path / "b.png")
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(UserError, match="not a file; remove it"):
+        read_image(tmp_path / "a.png")
+    summary = predict_folder(PREDICTOR, CLASSES, tmp_path, tmp_path / "out")
+    assert summary.failures == (f"{tmp_path / 'a.png'}: not a file; remove it",)
+
+
+def test_too_large_images_say_by_how_much(tmp_path, monkeypatch):
+    Image.new("RGB", (50, 40)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    words = r"too large \(2,000 pixels; 1,000 are read\); cut it into parts"
+    with pytest.raises(UserError, match=words):
+        read_image(tmp_path / "a.png")
+    (line,) = predict_folder(PREDICTOR, CLASSES, tmp_path, tmp_path / "out").failures
+    assert "2,000 pixels" in line
+
+
+# Palettes.
+
+COLOURS = "ground,0,0,0\nred,255,0,0\nblue,0,0,255\n"
+
+
+def with_palette(root, colours):
+    for i in range(6):
+        label = Image.fromarray(scene(i)[1]).convert("P")
+        label.putpalette([channel for colour in colours for channel in colour])
+        label.save(root / f"labels/s{i}.png")
+
+
+def test_a_palette_of_another_order_is_refused(root):
+    with_palette(root, [(0, 0, 255), (0, 0, 0), (255, 0, 0)])
+    assert not report(root).errors  # nobody says what the colours mean
+    (root / "classes.txt").write_text(COLOURS)
+    error = report(root).errors[0]
+    assert "value 0 has the colour (0, 0, 255), which is blue in the class table" in error
+    assert "where 0 is ground with (0, 0, 0)" in error
+
+
+@pytest.mark.parametrize(
+    "colours",
+    [
+        [(0, 0, 0), (255, 0, 0), (0, 0, 255)],
+        [(7, 7, 7), (8, 8, 8), (9, 9, 9)],  # a palette that means nothing
+    ],
+)
+def test_other_palettes_are_read(root, colours):
+    (root / "classes.txt").write_text(COLOURS)
+    with_palette(root, colours)
+    assert not report(root).errors
+
+
+# Names, lists and class tables.
+
+
+def test_two_files_of_one_name_are_refused(root):
+    Image.fromarray(scene(0)[1]).save(root / "labels/s0.tif")
+    with pytest.raises(UserError, match=r"labels: s0\.png and s0\.tif have one name"):
+        folders.find(root)
+    (root / "labels/s0.tif").rename(root / "images/s0.tif")
+    with pytest.raises(UserError, match=r"images: s0\.png and s0\.tif have one name"):
+        folders.find(root)
+
+
+def test_dot_files_are_passed_over(root):
+    for part in ("images", "labels"):
+        (root / part / "._s0.png").write_bytes(b"\0\x05\x16\x07")
+    assert not report(root).errors
+    assert len(pictures(root / "images")) == 6
+
+
+def test_other_suffixes_are_named(root):
+    (root / "images/s0.png").rename(root / "images/s0.jp2")
+    (root / "labels/s4.png").rename(root / "labels/s4.npy")
+    errors = " ".join(report(root).errors)
+    assert "s0.jp2 is of a kind that is not read" in errors
+    assert "s4.npy is of a kind that is not read; save it as .png" in errors
+    for suffix in ("jfif", "jpe"):
+        Image.fromarray(scene(0)[0]).save(root / f"images/s0.{suffix}", "JPEG")
+        assert "s0" in [path.stem for path in pictures(root / "images")]
+        (root / f"images/s0.{suffix}").unlink()
+
+
+def test_names_that_are_not_utf_8_are_named(root):
+    base = os.fsencode(root / "images")
+    os.rename(base + b"/s0.png", base + b"/caf\xe9.png")
+    with pytest.raises(UserError, match=r"the file name b'caf\\xe9\.png' is not UTF-8"):
+        folders.find(root)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_files_of_other_programs_are_read(root, encoding):
+    (root / "classes.txt").write_text(NAMES.replace("\n", "\r\n"), encoding=encoding)
+    (root / "train.txt").write_text("s0\r\nimages/s1.png\r\n", encoding=encoding)
+    (root / "val.txt").write_text("s4\r\n", encoding=encoding)
+    assert folders.find(root).classes.names == ("ground", "red", "blue")
+    assert names(root) == {"train": ["s0", "s1"], "val": ["s4"]}
+    (root / "classes.txt").unlink()
+    (root / "classes.json").write_text(json.dumps({"names": ["a", "b", "c"]}), encoding=encoding)
+    assert folders.find(root).classes.names == ("a", "b", "c")
+
+
+def test_a_list_in_another_encoding_is_one_line(root):
+    (root / "train.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(UserError, match=r"train\.txt: not UTF-8 at byte 3; save it as UTF-8"):
+        folders.find(root)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("cam.7", "'cam.7' is not among the images"),
+        (
+            "berlin/s2.png\nparis/s2.png",
+            "'paris/s2.png' and 'berlin/s2.png' both name the image s2",
+        ),
+        ("s1\ns1", "'s1' and 's1' both name the image s1"),
+    ],
+)
+def test_lines_of_a_list_name_one_image_each(root, lines, words):
+    for part in ("images", "labels"):
+        (root / part / "s0.png").rename(root / part / "cam.png")
+    (root / "train.txt").write_text(lines + "\n")
+    with pytest.raises(UserError, match=words):
+        folders.find(root)
+
+
+def test_names_with_dots_are_whole_names(root):
+    for part in ("images", "labels"):
+        (root / part / "s0.png").rename(root / part / "cam.7.png")
+    (root / "train.txt").write_text("cam.7\n")
+    (root / "val.txt").write_text("s4.PNG\n")
+    assert names(root) == {"train": ["cam.7"], "val": ["s4"]}
+
+
+@pytest.mark.parametrize(("train", "val"), [("train", "valid"), ("training", "validation")])
+@pytest.mark.parametrize("is_list", [False, True])
+def test_folders_and_lists_have_the_usual_names(root, train, val, is_list):
+    for split, numbers in ((train, range(4)), (val, range(4, 6))):
+        if is_list:
+            (root / f"{split}.txt").write_text("".join(f"s{i}\n" for i in numbers))
+            continue
+        for part in ("images", "labels"):
+            (root / part / split).mkdir()
+            for i in numbers:
+                (root / part / f"s{i}.png").rename(root / part / split / f"s{i}.png")
+    assert names(root) == {"train": ["s0", "s1", "s2", "s3"], "val": ["s4", "s5"]}
+    if is_list:
+        (root / "dev.txt").write_text("s0\n")
+        with pytest.raises(UserError, match="both list val; remove one"):
+            folders.find(root)
+
+
+@pytest.mark.parametrize("first", ["name", "Class", "# my classes", "label,r,g,b"])
+def test_a_heading_is_no_class(root, first):
+    (root / "classes.txt").write_text(f"{first}\n{NAMES}")
+    with pytest.raises(UserError, match=r"classes\.txt.* would be the name of class 0: remove it"):
+        folders.find(root)
+
+
+def test_whole_numbers_of_a_spreadsheet_are_values(root):
+    (root / "classes.txt").unlink()
+    table = {"names": ["a", "b", "c"], "values": [0.0, 1.0, 2.0], "colours": [[0.0, 1, 2]] * 3}
+    (root / "classes.json").write_text(json.dumps(table))
+    assert folders.find(root).classes.values == (0, 1, 2)
+    for change in ({"values": [0.5, 1, 2]}, {"values": ["0", 1, 2]}, {"values": [True, 1, 2]},
+                   {"names": [1, 2, 3]}, {"colours": [[0, 0, "x"]] * 3}):  # fmt: skip
+        (root / "classes.json").write_text(json.dumps(table | change))
+        with pytest.raises(UserError, match="not a class table"):
+            folders.find(root)
+
+
+def test_masks_of_0_and_255_are_told(root):
+    (root / "classes.txt").write_text("ground\nobject\n")
+    for i in range(6):
+        Image.fromarray(scene(i, 2)[1] * 255).save(root / f"labels/s{i}.png")
+    (line,) = [line for line in report(root).warnings() if "void" in line and "train" in line]
+    assert 'classes.json with "values": [0, 255] and "void_values": []' in line
+
+
+def test_one_class_is_told(root):
+    (root / "classes.txt").write_text("object\n")
+    for i in range(6):
+        label = np.where(scene(i, 2)[1] == 1, 0, 255).astype(np.uint8)
+        Image.fromarray(label).save(root / f"labels/s{i}.png")
+    assert any(
+        line.startswith("one class: nothing can be learned") for line in report(root).warnings()
+    )
+
+
+# Paths.
+
+
+def test_projects_of_the_same_names_have_caches_of_their_own(root, monkeypatch):
+    keys = []
+    for project in ("one", "two"):
+        other = root.parent / project
+        other.mkdir()
+        monkeypatch.chdir(other)
+        pathlib.Path("data").mkdir()
+        for part in ("images", "labels"):
+            pathlib.Path("data", part).mkdir()
+            for path in (root / part).iterdir():
+                copy = pathlib.Path("data", part, path.name)
+                copy.write_bytes(path.read_bytes())
+                os.utime(copy, (1, 1))
+        pathlib.Path("data/classes.txt").write_text(NAMES)
+        keys.append(prepared._key(folders.find(pathlib.Path("data"))))
+    assert keys[0] != keys[1]
+    assert keys[1] == prepared._key(folders.find(root.parent / "two" / "data"))
+
+
+def test_every_path_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = RunConfig(workdir="~/a", data_dir="~/b", init="run:~/c")
+    assert (config.workdir, config.data_dir) == (f"{tmp_path}/a", f"{tmp_path}/b")
+    assert config.init == f"run:{tmp_path}/c"
+    assert RunConfig(init="hub:owner/name").init == "hub:owner/name"
+    seen = {}
+    expanded(lambda **arguments: seen.update(arguments))(
+        run=pathlib.Path("~/r"), ensemble=(pathlib.Path("~/s"),), split="~"
+    )
+    assert seen == {"run": tmp_path / "r", "ensemble": (tmp_path / "s",), "split": "~"}
+
+
+def test_results_do_not_go_among_the_images(tmp_path):
+    Image.fromarray(scene(0)[0]).save(tmp_path / "a.png")
+    for given in (tmp_path, tmp_path / "a.png"):
+        with pytest.raises(UserError, match="is the folder of the images: give another"):
+            predict_folder(PREDICTOR, CLASSES, given, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png"]
+
+
+def test_a_split_is_loaded_by_other_names_too(root, monkeypatch):
+    monkeypatch.chdir(root.parent)
+    loaded = dataset.load("folder", "data")
+    assert set(loaded.splits) == {"train", "val"}
