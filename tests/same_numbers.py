@@ -4,7 +4,10 @@
     python -m tests.same_numbers --commit main --scripts fcn segnet
 
 Both versions train each script for two steps, in processes of their own. All arrays of the last
-checkpoint, the data position, the scores and the confusion matrix must be equal.
+checkpoint, the data position, the scores and the confusion matrix must be equal. Two kinds of
+scores are not compared bit for bit, since images are predicted one by one on CPUs, which e0a3f22
+did not: the loss may differ by rounding, and the variances of Bayesian SegNet come from other
+random masks.
 """
 
 import json
@@ -20,6 +23,8 @@ import tyro
 
 from tests import ROOT, SCRIPTS
 from tests.kill_and_resume import final_state
+
+NOT_COMPARED = ("loss", "variance_right", "variance_wrong")
 
 
 def smoke_run(code: pathlib.Path, script: str, workdir: pathlib.Path) -> pathlib.Path:
@@ -57,6 +62,8 @@ def main(commit: str, scripts: tuple[str, ...] = tuple(SCRIPTS)) -> None:
             for key, value in expected.items():
                 np.testing.assert_array_equal(actual[key], value, err_msg="/".join(key))
             old, new = scores(before), scores(after)
+            np.testing.assert_allclose(new["loss"], old["loss"], rtol=1e-6)
+            old = {name: value for name, value in old.items() if name not in NOT_COMPARED}
             different = [name for name in old if new.get(name) != old[name]]
             assert not different, f"{script}: other {', '.join(different)}"
             print(f"{script}: {len(expected)} arrays and {len(old)} results are identical")
