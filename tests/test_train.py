@@ -422,6 +422,21 @@ def test_posthoc_statistics_are_those_of_the_training_split(config, tmp_path):
     chex.assert_trees_all_equal(first.params, state.params)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, value):
+    """The loss of a step can be finite, and its update not."""
+    good = {"params": {"w": np.ones(3, np.float32)}, "step": np.int32(1)}
+    bad = {"params": {"w": np.array([1, value, 1], np.float32)}, "step": np.int32(2)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, good, {"next_batch": 1})
+        checkpoints.wait()
+        with pytest.raises(UserError, match=r"step 2 made params/w .*step 1 is kept"):
+            checkpoints.save(2, bad, {"next_batch": 2})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step == 1
+        np.testing.assert_array_equal(checkpoints.read()[0]["params"]["w"], 1)
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_and_images(config):
     with pytest.raises(UserError, match=r"nan at step 6, .*image_3"):
         fit(config, poison=5)

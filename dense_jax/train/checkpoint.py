@@ -5,6 +5,7 @@ import pathlib
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
@@ -66,12 +67,21 @@ class Checkpoints:
         """Starts to save ``state`` and the data position ``data`` (JSON values).
 
         Raises:
-          UserError: this save or the one before failed: the disk is full or read-only.
+          UserError: the state is not finite, and the step before stays; or this save or the one
+            before failed: the disk is full or read-only.
         """
         if step == self.latest_step and (metrics is None or self._manager.metrics(step)):
             return
         tree = traverse_util.flatten_dict(serialization.to_state_dict(jax.device_get(state)))
         tree = {k: np.asarray(v) for k, v in tree.items() if v is not None}
+        for key, array in tree.items():  # the loss of this step can be finite all the same
+            if jnp.issubdtype(array.dtype, jnp.floating) and not np.all(np.isfinite(array)):
+                kept = f"step {self.latest_step} is kept" if self.latest_step else "none is saved"
+                raise UserError(
+                    f"the update of step {step} made {'/'.join(map(str, key))} infinite or NaN, so "
+                    f"it is not saved ({kept}): start in another --workdir with a lower "
+                    "--learning-rate or more --warmup-steps"
+                )
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(traverse_util.unflatten_dict(tree)),
             data=ocp.args.JsonSave({"position": data}),
