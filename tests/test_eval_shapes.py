@@ -144,6 +144,9 @@ def test_buckets_say_what_padding_changes():
         differ = exact[index].argmax(-1) != padded[index].argmax(-1)
         changed, total = changed + int(differ.sum()), total + differ.size
     assert changed > 0
+    unmeasured = labels.LabelCounter(task, source, CLASSES)(variables, "none").padding
+    assert "zeros pad images" in unmeasured
+    assert "measured with the boundaries only" in unmeasured
     assert f"changes {100 * changed / total:.2f} % of the labels of 4 images" in counts.padding
     dataset = Dataset("mixed", CLASSES, {"val": source}, "", "")
     found = labels.findings(counts, dataset, "val")

@@ -1,5 +1,6 @@
 """Files as users have them: each odd one is read right, or named in one line with the remedy."""
 
+import io
 import json
 import os
 import pathlib
@@ -132,6 +133,24 @@ def test_lossy_labels_are_refused(tmp_path):
     for lossless in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits"):
         label.save(tmp_path / "a.tif", compression=lossless)
         np.testing.assert_array_equal(read_label(tmp_path / "a.tif", CLASSES), scene(0)[1])
+
+
+@pytest.mark.parametrize("form", ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged metadata
+def test_damage_to_any_format_is_one_line(form):
+    image, rng, lines = Image.fromarray(scene(0)[0]), np.random.default_rng(1), 0
+    several = {"save_all": True, "append_images": [image.rotate(90)]}
+    buffer = io.BytesIO()
+    image.save(buffer, form, **({} if form in ("BMP", "JPEG") else several))
+    for _ in range(300):
+        data = bytearray(buffer.getvalue())
+        data = data[: rng.integers(1, len(data) + 1)] if rng.random() < 0.5 else data
+        data[rng.integers(len(data))] = rng.integers(256)
+        try:  # a changed pixel can also go unseen
+            decode_image(bytes(data), "a")
+        except UserError:
+            lines += 1
+    assert lines > 20
 
 
 def test_other_formats_are_not_opened(tmp_path):
@@ -309,6 +328,7 @@ def test_whole_numbers_of_a_spreadsheet_are_values(root):
     (root / "classes.json").write_text(json.dumps(table))
     assert folders.find(root).classes.values == (0, 1, 2)
     for change in ({"values": [0.5, 1, 2]}, {"values": ["0", 1, 2]}, {"values": [True, 1, 2]},
+                   {"values": [float("inf"), 1, 2]},
                    {"names": [1, 2, 3]}, {"colours": [[0, 0, "x"]] * 3}):  # fmt: skip
         (root / "classes.json").write_text(json.dumps(table | change))
         with pytest.raises(UserError, match="not a class table"):
@@ -320,7 +340,18 @@ def test_masks_of_0_and_255_are_told(root):
     for i in range(6):
         Image.fromarray(scene(i, 2)[1] * 255).save(root / f"labels/s{i}.png")
     (line,) = [line for line in report(root).warnings() if "void" in line and "train" in line]
-    assert 'classes.json with "values": [0, 255] and "void_values": []' in line
+    assert (
+        'if 255 is object, write classes.json with "values": [0, 255] and "void_values": []' in line
+    )
+    # Of three classes, the absent one alone gets the value.
+    (root / "classes.txt").write_text("ground\nred\nblue\n")
+    for i in range(6):
+        label = scene(i)[1]
+        Image.fromarray(np.where(label == 1, 255, label).astype(np.uint8)).save(
+            root / f"labels/s{i}.png"
+        )
+    (line,) = [line for line in report(root).warnings() if "void" in line and "train" in line]
+    assert 'if 255 is red, write classes.json with "values": [0, 255, 2]' in line
 
 
 def test_one_class_is_told(root):

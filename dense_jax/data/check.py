@@ -100,11 +100,15 @@ class Report:
                 lines.append(f"{split}: no pixel of {', '.join(absent)}")
             if absent and found.void_pixels:
                 share = found.void_pixels / (found.void_pixels + sum(found.pixels))
-                values = sorted({*self.classes.values[:1], *self.classes.void_values})
+                void, *rest = self.classes.void_values
+                values = [
+                    void if name == absent[0] else value
+                    for name, value in zip(self.classes.names, self.classes.values, strict=True)
+                ]
                 lines.append(
                     f"{split}: {share:.0%} of the pixels are void (file value"
-                    f" {', '.join(map(str, self.classes.void_values))}); if this is a class, write"
-                    f' classes.json with "values": {values} and "void_values": []'
+                    f" {', '.join(map(str, self.classes.void_values))}); if {void} is {absent[0]},"
+                    f' write classes.json with "values": {values} and "void_values": {rest}'
                 )
             void = [n for n, s in zip(found.names, found.void_shares, strict=True) if s == 1]
             if void:

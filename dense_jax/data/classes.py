@@ -32,7 +32,7 @@ def voc_colours(num_classes: int) -> tuple[tuple[int, int, int], ...]:
 def _whole(number: Any) -> int:
     """Returns a whole number, such as 2.0 of a spreadsheet, as an integer."""
     kinds = int | float | np.integer | np.floating
-    if isinstance(number, bool) or not isinstance(number, kinds) or number != int(number):
+    if isinstance(number, bool) or not isinstance(number, kinds) or float(number) % 1 != 0:
         raise ValueError(f"values and colours are whole numbers, got {number!r}")
     return int(number)
 

@@ -38,8 +38,6 @@ _MAT_COMPRESSED = 15  # type code of a compressed variable
 _MOST_OBJECTS = 2**16 - 1  # the largest number in 16 bits
 _VAL_SHARE = 0.2
 
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
@@ -261,20 +259,25 @@ def pairs_in(split: str, images: pathlib.Path, labels: pathlib.Path) -> list[Pai
     Raises:
       UserError: two files of a folder have one name, with different suffixes.
     """
-    found = {path.stem: path for path in pictures(labels)}
-    for folder in (images, labels):
-        first: dict[str, pathlib.Path] = {}
-        for path in pictures(folder):
-            if first.setdefault(path.stem, path) != path:
-                names = f"{first[path.stem].name} and {path.name}"
-                raise UserError(f"{folder}: {names} have one name; remove one of them")
+    found = _by_name(labels)
     pairs = [
-        Pair(split, path.stem, path, found.pop(path.stem, labels / f"{path.stem}.png"))
-        for path in pictures(images)
+        Pair(split, name, path, found.pop(name, labels / f"{name}.png"))
+        for name, path in _by_name(images).items()
     ]
     return pairs + [
         Pair(split, name, images / f"{name}.jpg", label) for name, label in found.items()
     ]
+
+
+def _by_name(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Returns the pictures of a folder by their names without suffix."""
+    found: dict[str, pathlib.Path] = {}
+    for path in pictures(folder):
+        if (other := found.setdefault(path.stem, path)) != path:
+            raise UserError(
+                f"{folder}: {other.name} and {path.name} have one name; remove one of them"
+            )
+    return found
 
 
 def split_by_hash(pairs: Sequence[Pair]) -> list[Pair]:
@@ -378,7 +381,9 @@ def open_picture(data: bytes, path: pathlib.Path | str) -> Image.Image:
         image.load()
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: {too_large(error)}") from None
-    except _PILLOW_ERRORS as error:
+    except UserError:
+        raise
+    except Exception as error:  # Pillow fails in any way on damaged bytes
         reason = "truncated" if "truncated" in str(error) else "not an image or damaged"
         raise UserError(f"{path}: the file is {reason}; restore or remove it") from None
     return image

@@ -154,7 +154,7 @@ class LabelCounter:
             boundary_f1=float(np.mean(finite)) if finite else math.nan,
             before_crf=before_crf,
             sharpened=sharpened.items(),
-            padding=self._changes(variables, padded) if padded else "",
+            padding=self._padding(variables, padded),
         )
 
     def _check(self, batch: Batch) -> None:
@@ -175,8 +175,13 @@ class LabelCounter:
         sizes = [self._source.size(i) for i in range(len(self._source))]
         return [sizes.index(size) for size, _ in Counter(sizes).most_common(_NUM_SIZES)]
 
-    def _changes(self, variables: Any, padded: Mapping[int, np.ndarray]) -> str:
-        """Compares labels of padded images with those of the images at their own size."""
+    def _padding(self, variables: Any, padded: Mapping[int, np.ndarray]) -> str:
+        """Says how images are padded, and what that changes in the labels of some of them."""
+        if self._task.config.eval_shapes == "exact":
+            return ""
+        rule = "zeros pad images below and on the right (eval_shapes=buckets)"
+        if not padded:
+            return f"{rule}; what this changes is measured with the boundaries only"
         indices, changed, total = list(padded), 0, 0
         exact = predict_split(self._task, variables, Part(self._source, indices), "exact")
         for place, outputs in exact:
@@ -184,9 +189,8 @@ class LabelCounter:
             changed += int(np.sum(labels != padded[indices[place]]))
             total += labels.size
         return (
-            f"zeros pad images below and on the right (eval_shapes=buckets); this changes "
-            f"{100 * changed / total:.2f} % of the labels of {len(indices)} images, one of each of "
-            "the most frequent sizes"
+            f"{rule}; this changes {100 * changed / total:.2f} % of the labels of {len(indices)} "
+            "images, one of each of the most frequent sizes"
         )
 
 

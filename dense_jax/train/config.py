@@ -141,7 +141,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Expands "~" and checks the values. Raises UserError for one that no run can use."""
         for name in ("data_dir", "init", "workdir"):
-            if path := getattr(self, name):  # a shell expands it at the start of a word alone
+            path = getattr(self, name)
+            if isinstance(path, str):  # a shell expands it at the start of a word alone
                 kind, colon, rest = path.rpartition(":")
                 object.__setattr__(self, name, kind + colon + os.path.expanduser(rest))
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():

@@ -82,10 +82,12 @@ def _find_pairs(root: pathlib.Path) -> list[Pair]:
     for split, names in _SPLITS.items():
         found = {}
         for name in names:
-            for folder in (root / "images" / name, root / name / "images"):
-                labels = root / "labels" / name if folder.name == name else root / name / "labels"
-                if own := pairs_in(split, folder, labels):
-                    found[folder] = own
+            for images, labels in (
+                (root / "images" / name, root / "labels" / name),
+                (root / name / "images", root / name / "labels"),
+            ):
+                if own := pairs_in(split, images, labels):
+                    found[images] = own
         if len(found) > 1:
             folders = " and ".join(str(folder.relative_to(root)) for folder in found)
             raise UserError(f"{root}: {folders} are both {split}; remove or rename one")
