@@ -51,8 +51,8 @@ def check_crf(params: CrfParams, normalisation: str) -> None:
     if params.self_term == "exclude":
         raise UserError(
             "--crf.self-term=exclude: without a pixel's own message the sums are too small for the "
-            "lattice (it labels 14 % of the pixels otherwise than exact sums do): use include, as "
-            "all public code does; ops.crf.exact_mean_field computes small images exactly"
+            "lattice, whose errors then decide labels: use include, as all public code does; "
+            "ops.crf.exact_mean_field computes small images exactly"
         )
     if params.iterations < 0:
         raise UserError(f"--crf.iterations={params.iterations}: give 0 or more")
