@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_named(run, name, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     (folder / "checkpoints" / "1" / name).write_bytes(b"{")
-    with pytest.raises(UserError, match=r"checkpoints/1 is damaged.*remove that folder"):
+    with pytest.raises(UserError, match=r"checkpoints/1 is damaged.*restore that folder"):
         checkpoint.read_variables(folder)
 
 

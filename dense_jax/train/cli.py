@@ -8,7 +8,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import tyro
@@ -49,7 +49,8 @@ def run(
             workdir = pathlib.Path("runs") / f"{script_name().rpartition('.')[2]}-{preset}"
             config = dataclasses.replace(config, workdir=str(workdir))
         set_up_jax()
-        _quieten_savers()
+        # Orbax's threads print when a save fails; the user error is one line.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         main(adapt(config) if adapt else config)
 
 
@@ -133,18 +134,6 @@ def set_up_jax() -> None:
         jax.config.update(
             "jax_compilation_cache_dir", str(pathlib.Path(cache).expanduser() / "xla")
         )
-
-
-def _quieten_savers() -> None:
-    """Hides what Orbax's threads print when a save fails: the user error is one line."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    show = sys.excepthook
-
-    def show_unless_late(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if str(error) != "Event loop is closed":  # raised by tensorstore's callbacks afterwards
-            show(kind, error, trace)
-
-    sys.excepthook = show_unless_late
 
 
 def _first_line(preset: RunConfig) -> str:

@@ -136,7 +136,7 @@ class RunConfig:
     eval_every: Count = 1000
     """Steps between evaluations on the validation split; the last step is always evaluated."""
     save_every: Count = 1000
-    """Steps between checkpoints; only the last and the best checkpoint stay on disk."""
+    """Steps between checkpoints; the last two and the best checkpoint stay on disk."""
 
     def __post_init__(self) -> None:
         """Expands "~" and checks the values. Raises UserError for one that no run can use."""
