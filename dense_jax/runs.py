@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -19,6 +21,8 @@ from dense_jax.errors import UserError
 from dense_jax.train import cli
 from dense_jax.train.checkpoint import has_checkpoint
 from dense_jax.train.config import RunConfig, check_resumable, from_json
+
+_DIGEST = "digest"  # of the other entries of a JSON object
 
 
 def prepare(
@@ -47,7 +51,7 @@ def prepare(
     }
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists() and has_checkpoint(workdir):  # otherwise nothing is trained yet
+        if has_checkpoint(workdir):  # otherwise nothing is trained yet
             old = read_config(workdir)
             if old["script"] != record["script"]:
                 raise UserError(f"{workdir} holds a run of {old['script']}: give another --workdir")
@@ -96,7 +100,7 @@ def read_json(path: pathlib.Path, kinds: Mapping[str, type], advice: str) -> dic
       UserError: the file cannot be read, or is damaged.
     """
     try:
-        record = json.loads(path.read_text())
+        record = parse_json(path.read_text())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {advice}") from error
     except ValueError as error:  # not text, or not JSON
@@ -105,6 +109,19 @@ def read_json(path: pathlib.Path, kinds: Mapping[str, type], advice: str) -> dic
         if not isinstance(record, dict) or not isinstance(record.get(key), kind):
             raise UserError(f"{path} is damaged (it has no {key}): {advice}")
     return record
+
+
+def parse_json(text: str) -> Any:
+    """Parses what `write_json` wrote; files of earlier versions have no digest.
+
+    Raises:
+      ValueError: it is not JSON, or has been changed.
+    """
+    value = json.loads(text)
+    digest = value.pop(_DIGEST, None) if isinstance(value, dict) else None
+    if digest not in (None, _digest(value)):
+        raise ValueError(f'it has changed since it was written; if you did it, remove "{_DIGEST}"')
+    return value
 
 
 def provenance() -> dict[str, Any]:
@@ -157,7 +174,13 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file; a reader gets the old one or the new one, never a part."""
+    """Writes a JSON file; a reader gets the old one or the new one, never a part.
+
+    An object gets a digest of its content, which `parse_json` compares.
+    """
+    if isinstance(value, dict):
+        value = json.loads(json.dumps(value))  # such as a reader gets it: keys are strings
+        value[_DIGEST] = _digest(value)
     with replacing(path) as stream:
         stream.write(f"{json.dumps(value, indent=2)}\n".encode())
 
@@ -177,6 +200,35 @@ def replacing_with_record(
         yield stream
         stream.flush()  # a full disk must fail here, before the record is written
         write_json(record_path, record)
+
+
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a run folder: one process at a time trains in it.
+
+    The system frees the lock when the process ends, even if it is killed.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    make_folder(workdir)
+    path = workdir / ".lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise UserError(
+                f"another training writes to {workdir} ({owner}): wait until it ends, or give "
+                "another --workdir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f"warning: {path} cannot be locked ({error.strerror}): train one run there")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def script_of(config: RunConfig) -> str:
@@ -206,3 +258,8 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+" if any(changes) else "")
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

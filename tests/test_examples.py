@@ -1,5 +1,6 @@
 """Networks of others: names and layouts without their files, known outputs with them."""
 
+import contextlib
 import csv
 import dataclasses
 import pathlib
@@ -255,7 +256,8 @@ def test_deeplab_is_measured(deeplab, data_root):
 def test_training_starts_from_the_weights_and_another_head(tmp_path, capsys, monkeypatch):
     def before_training(build, config):
         task, dataset = build(config, 6), training.load_dataset(config)
-        return training._begin(task, dataset, optax.sgd(0.1), {})[2]
+        with contextlib.ExitStack() as stack:
+            return training._begin(task, dataset, optax.sgd(0.1), {}, stack)[2]
 
     monkeypatch.setattr(training, "run", before_training)
     network = mobilenet_deeplab.MobileNetDeepLab()

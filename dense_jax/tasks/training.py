@@ -92,28 +92,29 @@ def train(
     }
     if not _is_as_built(task, dataset.classes.num_classes):
         notes["own_model"] = type(task.model).__name__
-    workdir, batches, state = _begin(task, dataset, tx, notes)
-    own_loss = _checked(loss) if loss else task.loss(dataset)
-    step = train_step(own_loss, ema_decay=config.ema_decay)
-    evaluate_on_val = task.evaluator(dataset, "val")
-    card: dict[str, Any] = {"input_shape": list(batches.example["images"].shape[1:])}
-    refresh = None
-    if task.posthoc_batch_stats:
-        card["batch_statistics"] = "averaged over the training split after training"
-        train_split = dataset.split("train")
-        refresh = posthoc_statistics(task.model, train_split, task.transforms, config)
+    with contextlib.ExitStack() as stack:
+        workdir, batches, state = _begin(task, dataset, tx, notes, stack)
+        own_loss = _checked(loss) if loss else task.loss(dataset)
+        step = train_step(own_loss, ema_decay=config.ema_decay)
+        evaluate_on_val = task.evaluator(dataset, "val")
+        card: dict[str, Any] = {"input_shape": list(batches.example["images"].shape[1:])}
+        refresh = None
+        if task.posthoc_batch_stats:
+            card["batch_statistics"] = "averaged over the training split after training"
+            train_split = dataset.split("train")
+            refresh = posthoc_statistics(task.model, train_split, task.transforms, config)
 
-    def evaluate(state: TrainState, step: int) -> dict[str, float]:
-        record = evaluate_on_val(state.eval_variables(), step == config.num_steps)
-        record = dataclasses.replace(record, protocol={**record.protocol, **card, **notes})
-        record.write(workdir, step)
-        record.tell(step)
-        return record.row()
+        def evaluate(state: TrainState, step: int) -> dict[str, float]:
+            record = evaluate_on_val(state.eval_variables(), step == config.num_steps)
+            record = dataclasses.replace(record, protocol={**record.protocol, **card, **notes})
+            record.write(workdir, step)
+            record.tell(step)
+            return record.row()
 
-    rate = None if optimizer else build_schedule(config)
-    state = fit(state, step, batches, config, evaluate, task.headline, rate, refresh)
-    print(f"report: {report.write_report(workdir)}")
-    return state
+        rate = None if optimizer else build_schedule(config)
+        state = fit(state, step, batches, config, evaluate, task.headline, rate, refresh)
+        print(f"report: {report.write_report(workdir)}")
+        return state
 
 
 def _is_as_built(task: Task, num_classes: int) -> bool:
@@ -164,9 +165,15 @@ def load_dataset(config: RunConfig) -> Dataset:
 
 
 def _begin(
-    task: Task, dataset: Dataset, tx: optax.GradientTransformation, notes: Mapping[str, Any]
+    task: Task,
+    dataset: Dataset,
+    tx: optax.GradientTransformation,
+    notes: Mapping[str, Any],
+    stack: contextlib.ExitStack,
 ) -> tuple[pathlib.Path, pipeline.TrainBatches, TrainState]:
     """Makes the run folder, the training batches and the initial state.
+
+    ``stack`` holds the lock of the folder.
 
     Raises:
       UserError: the batch does not split evenly over the devices, or the folder belongs to another
@@ -199,6 +206,7 @@ def _begin(
         )
     if config.init and not has_checkpoint(pathlib.Path(config.workdir or "")):
         state = _initialise_from(config.init, state, tx, config.normalisation)
+    stack.enter_context(runs.writing(pathlib.Path(config.workdir or "")))
     workdir = runs.prepare(config, dataset, notes)  # last: all other checks have passed
     size = f"{num_parameters(state.params):,} parameters"
     print(f"{type(task.model).__name__}: {size}; run in {workdir}")

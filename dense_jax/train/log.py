@@ -5,12 +5,15 @@ import json
 import math
 import pathlib
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import jax
 import tensorboardX
 import tqdm
+
+_CHECKSUM = "crc32"  # of the other entries of a line of metrics.jsonl
 
 
 class MetricsWriter:
@@ -25,7 +28,7 @@ class MetricsWriter:
         rows = [row for row in read_metrics(path) if row["step"] <= step]
         # Write another file, then rename it: a kill in between must not lose the rows.
         rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rewritten.write_text("".join(map(_line_of, rows)))
         rewritten.replace(path)
         self._workdir = workdir
         self._jsonl: TextIO = path.open("a")
@@ -48,7 +51,7 @@ class MetricsWriter:
         row: dict[str, Any] = {"step": step, "kind": kind}
         # JSON has no NaN: the metric of a class that the split lacks becomes null.
         row |= {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}
-        self._jsonl.write(json.dumps(row) + "\n")
+        self._jsonl.write(_line_of(row))
         self._jsonl.flush()
         self._append_csv(row)
         for name, value in scalars.items():
@@ -89,14 +92,41 @@ class _Table:
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a metrics.jsonl. Skips a last line that a kill cut short."""
+    """Yields the rows of a metrics.jsonl.
+
+    It skips a last line that a kill cut short, and damaged lines with a message.
+    """
     if not path.exists():
         return
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+    damaged = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if (row := _row_of(line)) is not None:
+            yield row
+        elif line.endswith(b"\n"):
+            damaged.append(str(number))
+    if damaged:
+        shown = ", ".join(damaged[:5]) + (" and others" if len(damaged) > 5 else "")
+        tqdm.tqdm.write(f"{path}: line {shown} is damaged and left out; the other lines are kept")
+
+
+def _line_of(row: Mapping[str, Any]) -> str:
+    """A row as a line with its checksum."""
+    return json.dumps({**row, _CHECKSUM: _checksum(row)}) + "\n"
+
+
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    """The row of a line; None if it is damaged. Lines of earlier versions have no checksum."""
+    try:
+        row = json.loads(line)
+        checksum = row.pop(_CHECKSUM, None)
+        sound = checksum is None or checksum == _checksum(row)
+        return row if sound and isinstance(row["step"], int) and row["kind"] else None
+    except (ValueError, TypeError, KeyError, AttributeError):  # not a row at all
+        return None
+
+
+def _checksum(row: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
 
 
 def progress_bar(num_steps: int, step: int) -> tqdm.tqdm:
