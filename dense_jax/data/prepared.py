@@ -1,17 +1,22 @@
 """Image and label files, checked once and packed into array records by TFDS.
 
 TFDS runs without TensorFlow here: images keep their encoding, Pillow decodes them, and
-`as_data_source` reads any record directly. The key of the cache is the class table and the names,
+`as_data_source` reads any record directly. The key of the cache is the class table and the paths,
 sizes and times of the files, so changed files are checked and prepared again. Labels and instances
 are stored as 8-bit and 16-bit PNG, which is lossless.
+
+A prepared dataset has digests of its own files. A damaged one is prepared again.
 """
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
+import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +37,8 @@ from dense_jax.errors import UserError
 
 _VERSION = "1.0.0"  # of the content of a record
 _ENCODED = ("image", "label", "instances")
+_DIGESTS = "digests.json"  # of the files beside it, written last
+_SMALL = 2**20  # bytes of a file that is read completely each time
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder):
@@ -81,6 +88,7 @@ class Records:
 
     records: Any
     sizes: list[tuple[int, int]]
+    folder: pathlib.Path
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -91,16 +99,27 @@ class Records:
         return height, width
 
     def __getitem__(self, index: int) -> Example:
-        record = self.records[index]
-        name = record["name"].decode()
-        example = {
-            "image": decode_image(record["image"], name),
-            "label": decode_label(record["label"]),
-            "name": name,
-        }
-        if "instances" in record:
-            example["instances"] = decode_instances(record["instances"])
-        return example
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            record = self.records[index]
+            name = record["name"].decode()
+            example = {
+                "image": decode_image(record["image"], name),
+                "label": decode_label(record["label"]),
+                "name": name,
+            }
+            if "instances" in record:
+                example["instances"] = decode_instances(record["instances"])
+            return example
+        except Exception as error:  # a damaged file makes the record reader raise almost anything
+            with contextlib.suppress(OSError):
+                (self.folder / _DIGESTS).unlink()
+            reason = str(error).strip().split("\n")[0][:200]
+            raise UserError(
+                f"the prepared dataset {self.folder} is damaged ({reason}): run the same command "
+                "again, which prepares it again"
+            ) from error
 
 
 def cache_dir() -> pathlib.Path:
@@ -117,14 +136,14 @@ def open_files(files: Files) -> Dataset:
     """
     folder = cache_dir() / f"{files.name}-{_key(files)}"
     records = folder / files.name / _VERSION
-    if not records.exists():
+    if _damage(records) is not None:
         _prepare(files, folder, records)
     # Unlike `_Builder`, this one can be pickled for worker processes.
     reader: Any = tfds.builder_from_directory(records)
     report = Report.from_json(reader.info.metadata)
     raw = {key: tfds.decode.SkipDecoding() for key in _ENCODED if key in reader.info.features}
     splits = {
-        split: Records(reader.as_data_source(split, decoders=raw), found.sizes)
+        split: Records(reader.as_data_source(split, decoders=raw), found.sizes, records)
         for split, found in report.splits.items()
     }
     return Dataset(
@@ -139,18 +158,92 @@ def open_files(files: Files) -> Dataset:
 
 
 def _prepare(files: Files, folder: pathlib.Path, records: pathlib.Path) -> None:
-    """Fills ``folder``; at the very end, TFDS moves the finished files to ``records``."""
+    """Fills ``folder``; near the end, TFDS moves the finished files to ``records``."""
     tfds.disable_progress_bar()  # `scan` has its own
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
-            _Builder(files, folder).download_and_prepare()
+        with _alone(folder):
+            if (damage := _damage(records)) is None:  # another process was faster
+                return
+            if records.exists():
+                print(f"the prepared dataset {folder} {damage}: it is prepared again")
+                shutil.rmtree(records)
+            _remove_unfinished(folder)
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
+                _Builder(files, folder).download_and_prepare()
+            _write_digests(records)
     except (OSError, RuntimeError) as error:  # RuntimeError: of the record writer
-        if records.exists():  # another process was faster
+        if _damage(records) is None:  # another process was faster, where there are no locks
             return
         raise UserError(
             f"{folder}: cannot write the prepared dataset ({_reason(error)});"
             " set DENSE_JAX_CACHE to a writable folder with enough space"
         ) from error
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a folder; waits while another process prepares it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process prepares {folder}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: the faster process wins
+            pass
+        yield
+
+
+def _remove_unfinished(folder: pathlib.Path) -> None:
+    """Removes what preparations left that were killed, here and in folders nobody prepares."""
+    for path in folder.parent.glob("*/*/incomplete.*"):
+        with contextlib.suppress(OSError), (path.parents[1] / ".lock").open("a") as file:
+            if path.parents[1] != folder:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path)
+
+
+def _write_digests(records: pathlib.Path) -> None:
+    digests = {}
+    for path in sorted(records.iterdir()):
+        stat = path.stat()
+        digests[path.name] = [_digest_of(path), stat.st_size, stat.st_mtime_ns]
+    text = json.dumps(digests)
+    digest = hashlib.blake2b(text.encode()).hexdigest()
+    partial = records / f"{_DIGESTS}.tmp"
+    partial.write_text(f"{digest}\n{text}\n")
+    partial.replace(records / _DIGESTS)
+
+
+def _damage(records: pathlib.Path) -> str | None:
+    """Says what is wrong with a prepared dataset; None if nothing is.
+
+    A large file with the size and the time of its preparation is not read: the record reader
+    compares checksums of each block.
+    """
+    try:
+        digest, text = (records / _DIGESTS).read_bytes().splitlines()
+    except FileNotFoundError:
+        return "is unfinished"
+    except (OSError, ValueError):
+        return f"is damaged ({_DIGESTS})"
+    if hashlib.blake2b(text).hexdigest().encode() != digest:
+        return f"is damaged ({_DIGESTS})"
+    for name, (wanted, size, time) in json.loads(text).items():
+        try:
+            stat = (records / name).stat()
+            known = size > _SMALL and (stat.st_size, stat.st_mtime_ns) == (size, time)
+            if not known and _digest_of(records / name) != wanted:
+                return f"is damaged ({name})"
+        except OSError as error:
+            return f"is damaged ({name}: {error.strerror})"
+    return None
+
+
+def _digest_of(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def _reason(error: Exception) -> str:
@@ -175,5 +268,6 @@ def _stamp(path: pathlib.Path) -> tuple | None:
         return tuple((inner.name, _stamp(inner)) for inner in sorted(path.iterdir()))
     with contextlib.suppress(OSError):
         stat = path.stat()
-        return stat.st_size, stat.st_mtime_ns
+        # The last is set at each change of the content, and no program can set it back.
+        return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     return None

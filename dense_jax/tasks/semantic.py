@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -295,13 +294,15 @@ def median_frequency(dataset: Dataset, definition: pixels.ClassFrequency = "eige
     """Median-frequency weights [C] of the training split; cached on disk after the first count."""
     source = dataset.split("train")
     path = prepared.cache_dir() / "class_weights" / f"{dataset.fingerprint}-{definition}.json"
-    with contextlib.suppress(OSError, ValueError):  # a missing or damaged file: count again
-        weights = np.array(json.loads(path.read_text()), np.float32)
+    with contextlib.suppress(
+        OSError, ValueError, TypeError, KeyError
+    ):  # a missing or damaged file: count again
+        weights = np.array(runs.parse_json(path.read_text())["weights"], np.float32)
         if weights.shape == (dataset.classes.num_classes,):
             return weights
     maps = (source[i]["label"] for i in range(len(source)))
     num_classes = dataset.classes.num_classes
     weights = pixels.median_frequency_weights(maps, num_classes, definition=definition)
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_json(path, weights.tolist())
+    runs.write_json(path, {"weights": weights.tolist()})
     return weights
