@@ -11,7 +11,13 @@ sides.
 import contextlib
 import dataclasses
 import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 
 import grain
 import jax
@@ -28,6 +34,8 @@ from dense_jax.errors import UserError
 Batch = dict[str, np.ndarray]
 
 _ENDLESS = 2**32  # Epochs; Grain's own endless repetition overflows with batches of one.
+
+_GRACE_SECONDS = 30  # in which a training may save after SIGTERM
 
 _EXTRA = ("weights", "boxes", "categories", "targets", "box_weights", "box_valid")
 
@@ -51,8 +59,11 @@ class TrainBatches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            self._iterator = self._start()
-        batch = next(self._iterator)
+            with _without_ctrl_c():  # Grain starts the workers with the first batch
+                self._iterator = self._start()
+                batch = next(self._iterator)
+        else:
+            batch = next(self._iterator)
         self._next += 1
         return batch
 
@@ -88,8 +99,47 @@ class TrainBatches(Iterator[Batch]):
             # Grain's worker processes read absl flags; a script without absl does not parse them.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._num_workers))
+            options = grain.MultiprocessingOptions(self._num_workers)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_begin_worker)
         return iter(dataset)
+
+
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Defers Ctrl-C; processes that start meanwhile never get it.
+
+    A terminal sends Ctrl-C to all processes. The training handles it, and ends its workers itself.
+    """
+    # Python's tracker of shared memory removes what Grain leaves there at the end, and would warn.
+    # It starts here already, since its start would end the blocking.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    resource_tracker.ensure_running()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        sys.warnoptions.pop()
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _begin_worker(index: int, count: int) -> None:
+    """Lets a worker end with the training, and not before it."""
+    del index, count
+    training = multiprocessing.parent_process()
+    if training is None:
+        return
+
+    def end_with_training() -> None:
+        training.join()  # also after a kill
+        os._exit(1)
+
+    def end_later(*_: object) -> None:
+        timer = threading.Timer(_GRACE_SECONDS, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+    threading.Thread(target=end_with_training, daemon=True).start()
+    signal.signal(signal.SIGTERM, end_later)  # a cluster sends it to all processes
 
 
 def train_batches(

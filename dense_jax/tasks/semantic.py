@@ -294,9 +294,8 @@ def median_frequency(dataset: Dataset, definition: pixels.ClassFrequency = "eige
     """Median-frequency weights [C] of the training split; cached on disk after the first count."""
     source = dataset.split("train")
     path = prepared.cache_dir() / "class_weights" / f"{dataset.fingerprint}-{definition}.json"
-    with contextlib.suppress(
-        OSError, ValueError, TypeError, KeyError
-    ):  # a missing or damaged file: count again
+    # If the file is missing or damaged, count again.
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         weights = np.array(runs.parse_json(path.read_text())["weights"], np.float32)
         if weights.shape == (dataset.classes.num_classes,):
             return weights
