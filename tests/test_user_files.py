@@ -14,7 +14,8 @@ from PIL import Image
 from dense_jax.__main__ import expanded
 from dense_jax.data import check, dataset, prepared
 from dense_jax.data.datasets import folder as folders
-from dense_jax.data.files import decode_image, pictures, read_image, read_label
+from dense_jax.data.files import pictures, read_image, read_label
+from dense_jax.data.pictures import decode_image
 from dense_jax.errors import UserError
 from dense_jax.infer.predictor import predict_folder
 from dense_jax.train.config import RunConfig

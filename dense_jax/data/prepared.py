@@ -27,12 +27,12 @@ from dense_jax.data.check import Report, SplitReport, scan
 from dense_jax.data.dataset import Dataset, Example
 from dense_jax.data.files import (
     Files,
-    decode_image,
     decode_instances,
     decode_label,
     encode_instances,
     encode_label,
 )
+from dense_jax.data.pictures import decode_image
 from dense_jax.errors import UserError
 
 _VERSION = "1.0.0"  # of the content of a record

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dense_jax import runs, viz
 from dense_jax.data.classes import ClassTable
-from dense_jax.data.files import FORMATS, SUFFIXES, decode_image, pictures, too_large
+from dense_jax.data.files import pictures
 from dense_jax.data.padded import (
     Shapes,
     Size,
@@ -23,6 +23,7 @@ from dense_jax.data.padded import (
     prepare,
     tell_if_many,
 )
+from dense_jax.data.pictures import FORMATS, SUFFIXES, decode_image, too_large
 from dense_jax.errors import UserError, refuse
 
 Answer = Callable[..., dict[str, jax.Array]]

@@ -18,7 +18,7 @@ from PIL import Image
 from dense_jax import runs, scripts
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
-from dense_jax.data.files import as_rgb, decode_image
+from dense_jax.data.pictures import as_rgb, decode_image
 from dense_jax.errors import UserError
 from dense_jax.infer.predictor import Prediction, Predictor
 from dense_jax.tasks import training

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dense_jax.data import prepared
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
-from dense_jax.data.files import SUFFIXES, Files, Pair, pairs_in, read_text, split_by_hash
+from dense_jax.data.files import Files, Pair, pairs_in, read_text, split_by_hash
+from dense_jax.data.pictures import SUFFIXES
 from dense_jax.errors import UserError
 
 _SPLITS = {

@@ -1,0 +1,91 @@
+"""Opens pictures of untrusted bytes; a wrong one gives an error of one line."""
+
+import io
+import pathlib
+import re
+
+import numpy as np
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
+
+from dense_jax.errors import UserError
+
+# Suffixes and formats of pictures. Pillow would open others too, some by starting other programs.
+SUFFIXES = (
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"
+)  # fmt: skip
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_BITS_PER_SAMPLE = 258  # tag of TIFF
+
+
+def decode_image(data: bytes, path: pathlib.Path | str) -> np.ndarray:
+    """Decodes an image to uint8 [H, W, 3] RGB; ``path`` is for messages.
+
+    Raises:
+      UserError: the bytes are not a complete image with 8 bits per channel.
+    """
+    image = open_picture(data, path)
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE, 8) if isinstance(image, TiffImageFile) else 8
+    if image.format == "PNG":
+        bits = data[24]  # the depth in its header
+    if np.max(bits) > 8:  # Pillow would keep the upper byte
+        raise UserError(f"{path}: the image has more than 8 bits per channel; convert it to 8 bits")
+    return np.asarray(as_rgb(image, path))
+
+
+def as_rgb(image: Image.Image, path: pathlib.Path | str) -> Image.Image:
+    """Converts an image to 8-bit RGB; ``path`` is for messages.
+
+    Raises:
+      UserError: it has more than 8 bits per channel, which Pillow would clip.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise UserError(f"{path}: the image has more than 8 bits per channel; convert it to 8 bits")
+    return image.convert("RGB")
+
+
+def open_picture(data: bytes, path: pathlib.Path | str) -> Image.Image:
+    """Opens and decodes a picture of one of `FORMATS`; ``path`` is for messages.
+
+    Raises:
+      UserError: it is of another format, damaged, too large, or has several pages.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if (pages := _pages(image)) > 1:
+            raise UserError(
+                f"{path}: the file holds {pages} pages, and only the first would be used; split it "
+                "into one file for each"
+            )
+        image.load()
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: {too_large(error)}") from None
+    except UserError:
+        raise
+    except Exception as error:  # Pillow fails in any way on damaged bytes
+        reason = "truncated" if "truncated" in str(error) else "not an image or damaged"
+        raise UserError(f"{path}: the file is {reason}; restore or remove it") from None
+    return image
+
+
+def too_large(error: Image.DecompressionBombError) -> str:
+    """Returns what is wrong with an image beyond Pillow's limit, and the remedy."""
+    numbers = re.findall(r"\d+", str(error))
+    size = f"{int(numbers[0]):,} pixels" if numbers else "too many pixels"
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    return f"the image is too large ({size}; {limit:,} are read); cut it into parts"
+
+
+def _pages(image: Image.Image) -> int:
+    """Returns the number of pictures in a file; smaller views of the first are none.
+
+    Phones add such views to a JPEG, and programs for maps to a TIFF.
+    """
+    if image.format == "MPO" or getattr(image, "n_frames", 1) == 1:
+        return 1
+    size, pages = image.size, 1
+    for number in range(1, getattr(image, "n_frames", 1)):
+        image.seek(number)
+        pages += image.size == size
+    image.seek(0)
+    return pages
