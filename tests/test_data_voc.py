@@ -3,13 +3,15 @@
 import contextlib
 import shutil
 import struct
+import zlib
 
 import numpy as np
 import pytest
 import scipy.io
+import scipy.sparse
 from PIL import Image
 
-from dense_jax.data import check, dataset, files
+from dense_jax.data import check, dataset, files, sbd
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.datasets import voc2012
 from dense_jax.data.files import Pair
@@ -174,6 +176,69 @@ def test_damage_at_any_byte_of_a_mat_file_never_ends_in_a_traceback(both):
         label.write_bytes(data[: rng.integers(len(data) // 2, len(data) + 1)])
         with contextlib.suppress(UserError):  # a change of the header can also go unseen
             files.read_pair(pair, voc2012.CLASSES)
+
+
+@pytest.mark.parametrize("do_compression", [True, False])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 1), (366, 500)])
+def test_mat_files_are_read_as_scipy_reads_them(tmp_path, size, do_compression):
+    boundaries = np.empty((20, 1), object)
+    boundaries[:, 0] = [scipy.sparse.csc_matrix(np.eye(3))] * 20
+    fields = {"Boundaries": boundaries, "CategoriesPresent": np.array([[1.0, 15.0]])}
+    label = np.random.default_rng(0).integers(0, 21, size, np.uint8)
+    path = tmp_path / "a.mat"
+    for content in ({**fields, "Segmentation": label}, {"Segmentation": label, **fields}):
+        variables = {"x": np.zeros(3), "GTcls": content}
+        scipy.io.savemat(path, variables, do_compression=do_compression)
+        read = sbd.read_class_map(path.read_bytes(), path)
+        np.testing.assert_array_equal(read, label)
+        expected = scipy.io.loadmat(path)["GTcls"]["Segmentation"][0, 0]
+        np.testing.assert_array_equal(read, expected)
+        assert read.dtype == np.uint8
+
+
+def _variable(data):
+    """A compressed variable of a little-endian file."""
+    packed = zlib.compress(data)
+    return struct.pack("<II", 15, len(packed)) + packed
+
+
+@pytest.mark.parametrize("is_compressed", [True, False])
+def test_damage_under_a_right_checksum_is_one_line_or_the_label(tmp_path, is_compressed):
+    path, rng = tmp_path / "a.mat", np.random.default_rng(0)
+    label = rng.integers(0, 21, (7, 9), np.uint8)
+    fields = {"Boundaries": np.zeros((20, 1)), "Segmentation": label}
+    scipy.io.savemat(path, {"GTcls": fields})
+    header, body = path.read_bytes()[:128], path.read_bytes()[128:]
+    refused = 0
+    for i in range(1500):
+        data = bytearray(body)
+        for _ in range(rng.integers(1, 4)):
+            # Words of lengths and types are what can lead astray.
+            start = 4 * rng.integers(len(data) // 4)
+            word = int(rng.choice([0, 1, 8, 14, 15, 2**16 + 1, 2**31 - 1, 2**32 - 1]))
+            data[start : start + 4] = struct.pack("<I", word)
+        data = bytes(data[: rng.integers(1, len(data) + 1)] if i % 3 == 0 else data)
+        try:
+            read = sbd.read_class_map(header + (_variable(data) if is_compressed else data), path)
+        except UserError:
+            refused += 1
+        else:
+            assert (read.dtype, read.ndim) == (np.uint8, 2)
+    assert refused > 500
+    for _ in range(300):
+        noise = rng.integers(0, 256, rng.integers(1, 400), np.uint8).tobytes()
+        with pytest.raises(UserError, match="not a class file of SBD, or damaged; restore it"):
+            sbd.read_class_map(header + (_variable(noise) if is_compressed else noise), path)
+
+
+def test_a_mat_file_that_unpacks_to_far_more_is_refused(tmp_path):
+    header = b"MATLAB 5.0".ljust(124) + struct.pack("<H", 0x0100) + b"IM"
+    nested = b"".join([header, _variable(bytes(2**27))])
+    assert len(nested) < 2**18
+    for _ in range(3):
+        with pytest.raises(UserError, match="not a class file of SBD"):
+            sbd.read_class_map(nested, tmp_path / "a.mat")
+        nested = header + _variable(nested[128:])
 
 
 def test_a_mat_file_of_the_version_that_scipy_cannot_read(both):

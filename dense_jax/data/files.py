@@ -12,22 +12,19 @@ import hashlib
 import io
 import os
 import pathlib
-import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import scipy.io
 from PIL import Image
 
 from dense_jax.data.classes import ClassTable, voc_colours
 from dense_jax.data.pictures import SUFFIXES, decode_image, open_picture
+from dense_jax.data.sbd import read_class_map
 from dense_jax.errors import UserError
 
 _LOSSLESS = {None, "raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma",
              "zstd", "group3", "group4", "tiff_ccitt", "tiff_raw_16"}  # fmt: skip
 
-_MAT_COMPRESSED = 15  # type code of a compressed variable
 _MOST_OBJECTS = 2**16 - 1  # the largest number in 16 bits
 _VAL_SHARE = 0.2
 
@@ -355,7 +352,7 @@ def _check_palette(
 def _read_label_values(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the values of a label file, [H, W], and its palette [N, 3] if it has one."""
     if path.suffix == ".mat":
-        return _read_sbd(path), None
+        return read_class_map(_read(path), path), None
     data = _read(path)
     image = open_picture(data, path)
     remedy = "save class ids as an 8-bit grey or palette PNG"
@@ -380,35 +377,6 @@ def _read_label_values(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | Non
     if image.mode == "P" and (colours := image.getpalette("RGB")):
         palette = np.array(colours, np.uint8).reshape(-1, 3)
     return np.asarray(image, np.uint8), palette
-
-
-def _read_sbd(path: pathlib.Path) -> np.ndarray:
-    data = _read(path)
-    wrong = UserError(f"{path}: not a class file of SBD, or damaged; restore it")
-    try:
-        _check_mat(data)
-        values = np.asarray(scipy.io.loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0])
-    except Exception:  # SciPy parses damaged bytes until it fails in any way
-        raise wrong from None
-    if values.ndim != 2 or not values.size or values.dtype != np.uint8:
-        raise wrong
-    return values
-
-
-def _check_mat(data: bytes) -> None:
-    """Raises some exception if a variable of a MATLAB file (version 5) is truncated or damaged.
-
-    SciPy does not check the checksums and may end the process by a segmentation fault.
-    """
-    order = ">" if data[126:128] == b"MI" else "<"
-    start = 128
-    while start < len(data):
-        kind, size = struct.unpack_from(f"{order}II", data, start)
-        start += 8 + size
-        if start > len(data):
-            raise EOFError
-        if kind == _MAT_COMPRESSED:
-            zlib.decompress(data[start - size : start])
 
 
 def _to_ids(values: np.ndarray, classes: ClassTable, path: pathlib.Path) -> np.ndarray:
