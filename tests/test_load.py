@@ -64,6 +64,20 @@ def test_a_run_labels_arrays_files_and_lists_as_the_command_does(run, tmp_path):
     np.testing.assert_array_equal(several[1].labels, labels)
 
 
+def test_turned_pictures_are_told(run, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[274] = 6
+    path, image = tmp_path / "a.jpg", Image.new("RGB", (35, 41))
+    image.save(path, exif=exif)
+    opened = dense_jax.load(run)
+    assert opened.predict([image, path])[1].labels.shape == (41, 35)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"1 image carries an EXIF orientation ({path}: 6) that is not applied")
+    with Image.open(path) as picture:
+        opened.predict(picture)
+    assert "(image 0: 6)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "image",
     [

@@ -14,7 +14,7 @@ from PIL import Image
 from dense_jax.__main__ import expanded
 from dense_jax.data import check, dataset, prepared
 from dense_jax.data.datasets import folder as folders
-from dense_jax.data.files import pictures, read_image, read_label
+from dense_jax.data.files import pictures, read_image, read_instances, read_label, read_mask
 from dense_jax.data.pictures import decode_image
 from dense_jax.errors import UserError
 from dense_jax.infer.predictor import predict_folder
@@ -74,7 +74,7 @@ def test_several_pages_are_not_dropped(tmp_path, suffix):
 def test_smaller_views_of_a_picture_are_no_pages(tmp_path):
     image = Image.fromarray(scene(0)[0])
     image.save(tmp_path / "a.tif", save_all=True, append_images=[image.resize((8, 6))])
-    np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[1], scene(0)[0])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[1].pixels, scene(0)[0])
 
 
 def png(values, depth, colour):
@@ -97,7 +97,7 @@ def test_16_bits_a_channel_are_not_halved(colour, channels):
     with pytest.raises(UserError, match=r"a\.png: the image has more than 8 bits per channel"):
         decode_image(png(values, 16, colour), "a.png")
     small = np.full((4, 4, channels), 40, np.uint8)
-    assert decode_image(png(small, 8, colour), "a.png").shape == (4, 4, 3)
+    assert decode_image(png(small, 8, colour), "a.png").pixels.shape == (4, 4, 3)
 
 
 def tiff(label, order):
@@ -179,6 +179,73 @@ def test_too_large_images_say_by_how_much(tmp_path, monkeypatch):
         read_image(tmp_path / "a.png")
     (line,) = predict_folder(PREDICTOR, CLASSES, tmp_path, tmp_path / "out").failures
     assert "2,000 pixels" in line
+
+
+# Orientation.
+
+TURNED = {"JPEG": "jpg", "PNG": "png", "TIFF": "tif", "WEBP": "webp"}
+
+
+def turned(path, array, form, orientation):
+    """Saves a picture that viewers show turned."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(array).save(path, form, exif=exif)
+
+
+@pytest.mark.parametrize("form", TURNED)
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_turned_images_are_told(root, form, orientation):
+    for i in range(2):
+        (root / f"images/s{i}.png").unlink()
+        image = scene(i)[0]
+        # Pillow turns a TIFF, so that one of 12 x 16 is stored as 16 x 12.
+        stored = image.swapaxes(0, 1) if form == "TIFF" and orientation == 6 else image
+        turned(root / f"images/s{i}.{TURNED[form]}", stored, form, orientation)
+    found = report(root)
+    assert not found.errors
+    (line,) = [line for line in found.warnings() if "EXIF" in line]
+    assert line.startswith("2 images carry an EXIF orientation (train/s")
+    assert f"/s0: {orientation}" in line
+    assert f"/s1: {orientation}" in line
+    assert "not applied, except to TIFF" in line
+    assert "save images upright" in line
+    assert line in dataset.load("folder", root).warnings
+    assert line in dataset.load("folder", root).warnings, "of the prepared dataset"
+    summary = predict_folder(PREDICTOR, CLASSES, root / "images", root.parent / "out")
+    (note,) = summary.notes
+    assert note in str(summary).splitlines()
+    assert note.startswith(f"2 images carry an EXIF orientation (s0.{TURNED[form]}: {orientation},")
+
+
+def test_turned_images_change_no_fingerprint(root):
+    before = report(root).fingerprint
+    turned(root / "images/s0.png", scene(0)[0], "PNG", 3)
+    assert report(root).fingerprint == before
+
+
+def test_upright_images_are_not_told(root):
+    turned(root / "images/s0.png", scene(0)[0], "PNG", 1)
+    turned(root / "images/s1.png", scene(1)[0], "PNG", 99)
+    assert not [line for line in report(root).warnings() if "EXIF" in line]
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_label_of_the_upright_view_is_told_the_orientation(root, orientation):
+    (root / "images/s0.png").unlink()
+    turned(root / "images/s0.jpg", scene(0)[0].swapaxes(0, 1), "JPEG", orientation)
+    (error,) = report(root).errors
+    assert "s0.png: the label is 16x12 but its image s0.jpg is 12x16 with EXIF" in error
+    assert f"EXIF orientation {orientation}, which viewers apply; save the image upright" in error
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP"])
+def test_turned_labels_are_refused(tmp_path, form):
+    path = tmp_path / "a.png"
+    for read in (lambda path: read_label(path, CLASSES), read_instances, read_mask):
+        turned(path, scene(0)[1], form, 3)
+        with pytest.raises(UserError, match=r"a\.png: a label with EXIF orientation 3.*save it"):
+            read(path)
 
 
 # Palettes.

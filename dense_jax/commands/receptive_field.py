@@ -132,7 +132,7 @@ def _inputs(
         noise = np.random.default_rng(0).standard_normal(shape, np.float32)
         return noise, np.zeros((side, side, 3), np.uint8)
     normalise = Normalise(normalisation)
-    images = [_fitted(read_image(path)[1], side) for path in paths]
+    images = [_fitted(read_image(path)[1].pixels, side) for path in paths]
     inputs = [normalise({"image": picture})["image"] for picture in images]
     return np.stack(inputs).astype(np.float32), images[0]
 

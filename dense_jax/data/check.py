@@ -23,6 +23,7 @@ from dense_jax.data import dataset as dataset_lib
 from dense_jax.data.classes import IGNORE_LABEL, ClassTable
 from dense_jax.data.dataset import Dataset
 from dense_jax.data.files import Files, Pair, Sample, digest
+from dense_jax.data.pictures import turned_in_words
 from dense_jax.errors import UserError
 
 _GENERATED_SAMPLE = 200
@@ -38,6 +39,7 @@ class SplitReport:
       void_pixels: number of void pixels.
       names, sizes, void_shares, image_digests, label_digests, num_objects: one for each valid
         image, in order; `num_objects` is empty without instances.
+      orientations: of the images that viewers show turned, by name, as EXIF numbers them.
     """
 
     pixels: list[int]
@@ -48,6 +50,7 @@ class SplitReport:
     image_digests: list[str] = dataclasses.field(default_factory=list)
     label_digests: list[str] = dataclasses.field(default_factory=list)
     num_objects: list[int] = dataclasses.field(default_factory=list)
+    orientations: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -80,6 +83,8 @@ class Report:
         found.void_shares.append(void / label.size)
         found.image_digests.append(sample.digest)
         found.label_digests.append(digest(label))
+        if sample.orientation != 1:
+            found.orientations[name] = sample.orientation
         if sample.instances is not None:
             found.label_digests[-1] += digest(sample.instances)
             found.num_objects.append(int(np.count_nonzero(np.unique(sample.instances))))
@@ -87,11 +92,20 @@ class Report:
     @property
     def fingerprint(self) -> str:
         """A hash of the class table, the names, and the pixels of images and labels."""
-        return hashlib.blake2b(json.dumps(self.to_json()).encode(), digest_size=8).hexdigest()
+        content = self.to_json()
+        for found in content["splits"].values():
+            del found["orientations"]  # not applied; runs of before this was noted go on
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
     def warnings(self) -> list[str]:
         """Returns one line for each finding that is unusual but may be intended."""
-        lines = []
+        lines = turned_in_words(
+            {
+                f"{split}/{name}": number
+                for split, found in self.splits.items()
+                for name, number in found.orientations.items()
+            }
+        )
         if self.classes.num_classes == 1:
             lines.append("one class: nothing can be learned; add a class for the rest")
         for split, found in self.splits.items():

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from dense_jax.data.classes import ClassTable, voc_colours
-from dense_jax.data.pictures import SUFFIXES, decode_image, open_picture
+from dense_jax.data.pictures import SUFFIXES, Picture, decode_image, open_picture
 from dense_jax.data.sbd import read_class_map
 from dense_jax.errors import UserError
 
@@ -48,12 +48,14 @@ class Sample:
       label: class ids, uint8 [H, W].
       digest: a hash of the image's pixels.
       instances: object numbers in 0..65535, [H, W], 0 = no object; None for a dataset without them.
+      orientation: how viewers turn the image, as EXIF numbers it; 1 is not at all.
     """
 
     image: bytes
     label: np.ndarray
     digest: str
     instances: np.ndarray | None = None
+    orientation: int = 1
 
 
 def read_pair(pair: Pair, classes: ClassTable) -> Sample:
@@ -63,10 +65,10 @@ def read_pair(pair: Pair, classes: ClassTable) -> Sample:
       UserError: a file is missing, empty, truncated, not an image or not a label, a value is not in
         the class table, or the sizes differ.
     """
-    image_bytes, pixels = read_image(pair.image)
+    image_bytes, image = read_image(pair.image)
     label = read_label(pair.label, classes)
-    check_size(label, pair.label, pixels, pair.image)
-    return Sample(image_bytes, label, digest(pixels))
+    check_size(label, pair.label, image, pair.image)
+    return Sample(image_bytes, label, digest(image.pixels), orientation=image.orientation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +99,8 @@ class Files:
         return list(dict.fromkeys(pair.split for pair in self.pairs))
 
 
-def read_image(path: pathlib.Path) -> tuple[bytes, np.ndarray]:
-    """Returns the bytes of an image file and its pixels; see `decode_image`.
+def read_image(path: pathlib.Path) -> tuple[bytes, Picture]:
+    """Returns the bytes of an image file and what they hold; see `decode_image`.
 
     Raises:
       UserError: the file is missing, empty, damaged or not an 8-bit image.
@@ -122,17 +124,24 @@ def read_label(path: pathlib.Path, classes: ClassTable) -> np.ndarray:
 
 
 def check_size(
-    label: np.ndarray, path: pathlib.Path, pixels: np.ndarray, image: pathlib.Path
+    label: np.ndarray, path: pathlib.Path, image: Picture, image_path: pathlib.Path
 ) -> None:
     """Refuses a label, read from ``path``, whose size is not that of its image.
 
     Raises:
       UserError: with the file and both sizes.
     """
-    if pixels.shape[:2] != label.shape:
+    if image.pixels.shape[:2] != label.shape:
+        is_turned = image.orientation >= 5 and image.pixels.shape[1::-1] == label.shape
         raise UserError(
-            f"{path}: the label is {_size(label)} but its image {image.name} is"
-            f" {_size(pixels)}; make the label at the size of the image"
+            f"{path}: the label is {_size(label)} but its image {image_path.name} is"
+            f" {_size(image.pixels)}"
+            + (
+                f" with EXIF orientation {image.orientation}, which viewers apply; save the image"
+                " upright and without it (mogrify -auto-orient)"
+                if is_turned
+                else "; make the label at the size of the image"
+            )
         )
 
 
@@ -145,8 +154,7 @@ def read_instances(path: pathlib.Path) -> np.ndarray:
     Raises:
       UserError: the file is missing, empty or damaged, or its values are not object numbers.
     """
-    data = _read(path)
-    image = open_picture(data, path)
+    data, image = _open_numbers(path)
     remedy = "save object numbers 1, 2, ... (0 = none) as an 8-bit or 16-bit grey PNG"
     if image.format == "JPEG":
         raise UserError(f"{path}: JPEG changes object numbers; {remedy}")
@@ -174,7 +182,7 @@ def read_mask(path: pathlib.Path) -> np.ndarray:
     Raises:
       UserError: the file is missing, empty or damaged, or has more values.
     """
-    image = open_picture(_read(path), path)
+    _, image = _open_numbers(path)
     values = np.asarray(image if image.mode in ("1", "L", "P") else image.convert("L"))
     wrong = np.setdiff1d(values, (0, values.max()))
     if len(wrong):
@@ -353,8 +361,7 @@ def _read_label_values(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | Non
     """Returns the values of a label file, [H, W], and its palette [N, 3] if it has one."""
     if path.suffix == ".mat":
         return read_class_map(_read(path), path), None
-    data = _read(path)
-    image = open_picture(data, path)
+    data, image = _open_numbers(path)
     remedy = "save class ids as an 8-bit grey or palette PNG"
     if image.format == "JPEG":
         raise UserError(f"{path}: JPEG changes label values; {remedy}")
@@ -377,6 +384,18 @@ def _read_label_values(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | Non
     if image.mode == "P" and (colours := image.getpalette("RGB")):
         palette = np.array(colours, np.uint8).reshape(-1, 3)
     return np.asarray(image, np.uint8), palette
+
+
+def _open_numbers(path: pathlib.Path) -> tuple[bytes, Image.Image]:
+    """Returns the bytes of a label, a mask or object numbers, and the picture in them."""
+    data = _read(path)
+    image, orientation = open_picture(data, path)
+    if orientation != 1:  # some programs apply it and some do not
+        raise UserError(
+            f"{path}: a label with EXIF orientation {orientation}, so that nobody knows which way"
+            " it fits its image; save it as it lies on the image's pixels, without orientation"
+        )
+    return data, image
 
 
 def _to_ids(values: np.ndarray, classes: ClassTable, path: pathlib.Path) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Opens pictures of untrusted bytes; a wrong one gives an error of one line."""
 
+import dataclasses
 import io
 import pathlib
 import re
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
@@ -16,21 +18,35 @@ SUFFIXES = (
 )  # fmt: skip
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _BITS_PER_SAMPLE = 258  # tag of TIFF
+_ORIENTATION = 274  # tag of TIFF and EXIF; 1 is upright
 
 
-def decode_image(data: bytes, path: pathlib.Path | str) -> np.ndarray:
-    """Decodes an image to uint8 [H, W, 3] RGB; ``path`` is for messages.
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image as it is stored.
+
+    Attributes:
+      pixels: uint8 [H, W, 3] RGB.
+      orientation: how viewers turn it, as EXIF numbers it; 1 is not at all.
+    """
+
+    pixels: np.ndarray
+    orientation: int
+
+
+def decode_image(data: bytes, path: pathlib.Path | str) -> Picture:
+    """Decodes an image; ``path`` is for messages.
 
     Raises:
       UserError: the bytes are not a complete image with 8 bits per channel.
     """
-    image = open_picture(data, path)
+    image, orientation = open_picture(data, path)
     bits = image.tag_v2.get(_BITS_PER_SAMPLE, 8) if isinstance(image, TiffImageFile) else 8
     if image.format == "PNG":
         bits = data[24]  # the depth in its header
     if np.max(bits) > 8:  # Pillow would keep the upper byte
         raise UserError(f"{path}: the image has more than 8 bits per channel; convert it to 8 bits")
-    return np.asarray(as_rgb(image, path))
+    return Picture(np.asarray(as_rgb(image, path)), orientation)
 
 
 def as_rgb(image: Image.Image, path: pathlib.Path | str) -> Image.Image:
@@ -44,8 +60,11 @@ def as_rgb(image: Image.Image, path: pathlib.Path | str) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_picture(data: bytes, path: pathlib.Path | str) -> Image.Image:
+def open_picture(data: bytes, path: pathlib.Path | str) -> tuple[Image.Image, int]:
     """Opens and decodes a picture of one of `FORMATS`; ``path`` is for messages.
+
+    Returns:
+      The picture as stored and its orientation. Pillow turns a TIFF by itself.
 
     Raises:
       UserError: it is of another format, damaged, too large, or has several pages.
@@ -57,6 +76,7 @@ def open_picture(data: bytes, path: pathlib.Path | str) -> Image.Image:
                 f"{path}: the file holds {pages} pages, and only the first would be used; split it "
                 "into one file for each"
             )
+        turned = image.tag_v2.get(_ORIENTATION) if isinstance(image, TiffImageFile) else None
         image.load()
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: {too_large(error)}") from None
@@ -65,7 +85,33 @@ def open_picture(data: bytes, path: pathlib.Path | str) -> Image.Image:
     except Exception as error:  # Pillow fails in any way on damaged bytes
         reason = "truncated" if "truncated" in str(error) else "not an image or damaged"
         raise UserError(f"{path}: the file is {reason}; restore or remove it") from None
-    return image
+    return image, orientation_of(image) if turned is None else _checked(turned)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Returns the EXIF orientation of a picture that is not a TIFF; 1 where it has none."""
+    try:
+        return _checked(image.getexif().get(_ORIENTATION))
+    except Exception:  # Pillow fails in any way on damaged metadata; the pixels are good
+        return 1
+
+
+def _checked(orientation: object) -> int:
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def turned_in_words(orientations: Mapping[str, int]) -> list[str]:
+    """Returns a line on the images, by name, that viewers show turned; none without any."""
+    turned = {name: number for name, number in orientations.items() if number != 1}
+    if not turned:
+        return []
+    shown = ", ".join(f"{name}: {number}" for name, number in list(turned.items())[:3])
+    return [
+        f"{len(turned)} {'images carry' if len(turned) > 1 else 'image carries'} an EXIF"
+        f" orientation ({shown}{', ...' if len(turned) > 3 else ''}) that is not applied, except to"
+        " TIFF: viewers show the image turned, so labels drawn in one do not fit; save images"
+        " upright and without it (mogrify -auto-orient)"
+    ]
 
 
 def too_large(error: Image.DecompressionBombError) -> str:

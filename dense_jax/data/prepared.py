@@ -105,7 +105,7 @@ class Records:
             record = self.records[index]
             name = record["name"].decode()
             example = {
-                "image": decode_image(record["image"], name),
+                "image": decode_image(record["image"], name).pixels,
                 "label": decode_label(record["label"]),
                 "name": name,
             }

@@ -23,7 +23,13 @@ from dense_jax.data.padded import (
     prepare,
     tell_if_many,
 )
-from dense_jax.data.pictures import FORMATS, SUFFIXES, decode_image, too_large
+from dense_jax.data.pictures import (
+    FORMATS,
+    SUFFIXES,
+    decode_image,
+    too_large,
+    turned_in_words,
+)
 from dense_jax.errors import UserError, refuse
 
 Answer = Callable[..., dict[str, jax.Array]]
@@ -124,16 +130,18 @@ class Summary:
       predicted: paths of the predicted images.
       failures: one line for each other image, with its path and the reason.
       shapes: the padded sizes (height, width) of the network's inputs, each compiled once.
+      notes: one line for each thing to look at.
     """
 
     predicted: tuple[pathlib.Path, ...]
     failures: tuple[str, ...]
     shapes: frozenset[Size]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """One line for the folder and one line for each failure."""
+        """One line for the folder and one line for each failure and note."""
         done = f"{len(self.predicted)} images labelled, {in_words(self.shapes)}"
-        return "\n".join([f"{done}; {len(self.failures)} failed", *self.failures])
+        return "\n".join([f"{done}; {len(self.failures)} failed", *self.failures, *self.notes])
 
 
 def predict_folder(
@@ -154,7 +162,8 @@ def predict_folder(
     ``overlays/NAME.png``, ``legend.png`` and ``classes.json``.
 
     Images run one at a time, since reading and writing files takes longer than the network. Pixels
-    stay as stored: the EXIF orientation is ignored, so labels always fit their image file.
+    stay as stored: the EXIF orientation is not applied, so labels always fit their image file. A
+    note names the images that have one.
 
     Args:
       predict: predicts one image.
@@ -181,7 +190,7 @@ def predict_folder(
     shape_of = predict.shapes_of(sizes.values())
     tell_if_many(shape_of, predict.shapes)
     output, palette = pathlib.Path(output_dir), classes.palette()
-    predicted, shapes, results = [], set(), []
+    predicted, shapes, results, orientations = [], set(), [], {}
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / "classes.json").write_text(json.dumps(classes.to_json(), indent=2) + "\n")
@@ -193,7 +202,8 @@ def predict_folder(
             except UserError as error:
                 failures.append(str(error))
                 continue
-            prediction = predict(image, shape_of[size], **inputs)
+            orientations[path.name] = image.orientation
+            prediction = predict(image.pixels, shape_of[size], **inputs)
             entries = prediction.save(output, path.stem, probabilities=probabilities)
             results += [{"file_name": path.name, **entry} for entry in entries]
             if overlays:
@@ -208,7 +218,8 @@ def predict_folder(
         raise UserError(
             f"cannot write to {output} ({error.strerror}): give another folder"
         ) from error
-    return Summary(tuple(predicted), tuple(failures), frozenset(shapes))
+    notes = tuple(turned_in_words(orientations))
+    return Summary(tuple(predicted), tuple(failures), frozenset(shapes), notes)
 
 
 def _find_images(path: pathlib.Path) -> list[pathlib.Path]:

@@ -18,7 +18,7 @@ from PIL import Image
 from dense_jax import runs, scripts
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
-from dense_jax.data.pictures import as_rgb, decode_image
+from dense_jax.data.pictures import as_rgb, decode_image, orientation_of, turned_in_words
 from dense_jax.errors import UserError
 from dense_jax.infer.predictor import Prediction, Predictor
 from dense_jax.tasks import training
@@ -127,14 +127,18 @@ class Run:
                 raise UserError(
                     f"{len(pictures)} images: give {name}=[...], a list with one entry for each"
                 )
-        predictions = []
+        predictions, orientations = [], {}
         for i, picture in enumerate(pictures):
             own = {name: values[i] if several else values for name, values in inputs.items()}
             arrays: dict[str, Any] = {
                 name: values[None] for name, values in self.task.as_inputs(own).items()
             }
+            image, orientation = _as_image(picture)
+            orientations[_name(picture, i)] = orientation
             with of_its_network():
-                predictions.append(self.predictor(_as_image(picture), **arrays))
+                predictions.append(self.predictor(image, **arrays))
+        for line in turned_in_words(orientations):
+            print(line)
         return predictions if several else predictions[0]
 
 
@@ -208,8 +212,13 @@ def _config_class(build: Callable[[Any, int], Task]) -> type[RunConfig]:
     return annotation
 
 
-def _as_image(picture: Picture) -> np.ndarray:
-    """Returns uint8 [H, W, 3].
+def _name(picture: Picture, position: int) -> str:
+    is_file = isinstance(picture, str | os.PathLike)
+    return str(picture) if is_file else f"image {position}"
+
+
+def _as_image(picture: Picture) -> tuple[np.ndarray, int]:
+    """Returns uint8 [H, W, 3], and the EXIF orientation of a file or a Pillow image.
 
     Raises:
       UserError: it is not uint8 RGB. Floats are an error, since their range would be a guess.
@@ -217,10 +226,13 @@ def _as_image(picture: Picture) -> np.ndarray:
     if isinstance(picture, str | os.PathLike):
         path = pathlib.Path(picture).expanduser()
         try:
-            return decode_image(path.read_bytes(), path)
+            image = decode_image(path.read_bytes(), path)
+            return image.pixels, image.orientation
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): give an image") from error
+    orientation = 1
     if isinstance(picture, Image.Image):
+        orientation = orientation_of(picture)
         picture = np.asarray(as_rgb(picture, "the image"))
     array = np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
@@ -228,4 +240,4 @@ def _as_image(picture: Picture) -> np.ndarray:
             f"an image is {array.dtype} {list(array.shape)}: give uint8 RGB [H, W, 3] of 0 to 255, "
             "a Pillow image or the path of a file"
         )
-    return array
+    return array, orientation

@@ -22,6 +22,7 @@ from dense_jax.data import prepared
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
 from dense_jax.data.files import Files, Pair, Sample
+from dense_jax.data.pictures import Picture
 from dense_jax.errors import UserError
 
 CLASSES = {
@@ -101,19 +102,20 @@ def border_label(instances: np.ndarray, radius: int) -> np.ndarray:
 
 def _read(pair: Pair, classes: ClassTable, *, border_radius: int | None) -> Sample:
     del classes  # the label comes from the instances
-    image, pixels = files_lib.read_image(pair.image)
+    data, image = files_lib.read_image(pair.image)
     if pair.label.suffix:
         instances = files_lib.read_instances(pair.label)
-        files_lib.check_size(instances, pair.label, pixels, pair.image)
+        files_lib.check_size(instances, pair.label, image, pair.image)
     else:
-        instances = _read_masks(pair, pixels)
+        instances = _read_masks(pair, image)
     label = (instances > 0).astype(np.uint8)
     if border_radius is not None:
         label = border_label(instances, border_radius)
-    return Sample(image, label, files_lib.digest(pixels), instances)
+    digest = files_lib.digest(image.pixels)
+    return Sample(data, label, digest, instances, image.orientation)
 
 
-def _read_masks(pair: Pair, pixels: np.ndarray) -> np.ndarray:
+def _read_masks(pair: Pair, image: Picture) -> np.ndarray:
     """Numbers the masks of a folder in the order of names; the first mask keeps a shared pixel."""
     paths = files_lib.pictures(pair.label)
     if not paths:
@@ -121,10 +123,10 @@ def _read_masks(pair: Pair, pixels: np.ndarray) -> np.ndarray:
             f"{pair.label}: no masks here; restore them, or add one of zeros if the image has no"
             " nuclei"
         )
-    instances = np.zeros(pixels.shape[:2], np.uint16)
+    instances = np.zeros(image.pixels.shape[:2], np.uint16)
     for number, path in enumerate(paths, 1):
         mask = files_lib.read_mask(path)
-        files_lib.check_size(mask, path, pixels, pair.image)
+        files_lib.check_size(mask, path, image, pair.image)
         instances[mask & (instances == 0)] = number
     return instances
 
