@@ -10,8 +10,12 @@ def printable(text: str, longest: int = 2000) -> str:
 class UserError(Exception):
     """A mistake in the user's input: one line that names the culprit and the remedy.
 
-    Command lines print it as ``error: ...`` without a traceback and exit with status 2.
+    Command lines print it as ``error: ...`` without a traceback and exit with status 2. Control
+    characters, which a file name may hold, are escaped, so that no name drives a terminal.
     """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 def refuse(is_wrong: bool, message: str) -> None:

@@ -1,3 +1,4 @@
+import functools
 import html.parser
 import itertools
 import json
@@ -138,6 +139,18 @@ def test_a_record_replaces_the_pictures_of_an_earlier_one(run_dir):
     protocol = {"images_scored": 1, "split": "val"}
     Record("x", [Findings(pictures=[picture])], protocol).write(run_dir, 4)
     assert [path.name for path in (run_dir / "pictures").iterdir()] == ["a.png"]
+
+
+def test_wild_names_of_images_are_escaped_in_the_page(run_dir):
+    draw = functools.partial(np.ones, (1, 1, 3), np.uint8)
+    pictures = [Picture("a.png", draw, "Worst", "<script>\x1b[2J\x9b.png, 50 %")]
+    protocol = {"images_scored": 1, "split": "val"}
+    Record("x", [Findings(pictures=pictures)], protocol).write(run_dir, 4)
+    path = report.write_report(run_dir)
+    page, text = parse(path), path.read_text(encoding="utf-8")
+    assert r"<script>\x1b[2J\x9b.png, 50 %" in page.words
+    assert "script" not in page.tags
+    assert not set(text) & set("\x1b\x9b")
 
 
 def test_a_run_of_an_earlier_version_has_its_page(old_run_dir):

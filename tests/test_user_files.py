@@ -5,13 +5,14 @@ import json
 import os
 import pathlib
 import struct
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dense_jax.__main__ import expanded
+from dense_jax.__main__ import expanded, main
 from dense_jax.data import check, dataset, prepared
 from dense_jax.data.datasets import folder as folders
 from dense_jax.data.files import pictures, read_image, read_instances, read_label, read_mask
@@ -430,6 +431,60 @@ def test_one_class_is_told(root):
     assert any(
         line.startswith("one class: nothing can be learned") for line in report(root).warnings()
     )
+
+
+# Names that drive a terminal.
+
+WILD = "s\x1b[2J\x9b31m\r\nerror: all is lost"
+
+
+def is_tame(lines):
+    return all(line.isprintable() for line in lines) and any(
+        r"s\x1b[2J\x9b31m\r\n" in x for x in lines
+    )
+
+
+def test_wild_file_names_are_escaped(root, capsys, monkeypatch):
+    for part in ("images", "labels"):
+        for i, name in ((0, WILD), (1, f"{WILD} twin"), (2, f"{WILD} void")):
+            (root / part / f"s{i}.png").rename(root / part / f"{name}.png")
+    twin = (root / f"images/{WILD}.png").read_bytes()
+    (root / f"images/{WILD} twin.png").write_bytes(twin)
+    Image.new("L", (16, 12), 255).save(root / f"labels/{WILD} void.png")
+    turned(root / f"images/{WILD} void.png", scene(2)[0], "PNG", 3)
+    found = report(root)
+    assert not found.errors
+    assert len(found.warnings()) >= 3
+    assert is_tame(found.warnings())
+    assert is_tame(found.mostly_void())
+    assert is_tame(str(found).splitlines())
+    (root / f"labels/{WILD}.png").write_bytes(b"no picture")
+    (root / f"images/{WILD} twin.png").unlink()
+    assert len(report(root).errors) == 2
+    assert is_tame(report(root).errors)
+    summary = predict_folder(PREDICTOR, CLASSES, root / "labels", root.parent / "out")
+    assert is_tame(summary.failures)
+    (root / "train.txt").write_text("\x1b[31m\n")
+    with pytest.raises(UserError) as caught:
+        folders.find(root)
+    assert str(caught.value).isprintable()
+    monkeypatch.setattr(sys, "argv", ["dense_jax", "check-data", "--dataset=folder"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, f"--data-dir={root / WILD}"])
+    with pytest.raises(SystemExit):
+        main()
+    assert is_tame(capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "r\ted", "re\x7fd", "\u2028red"])
+def test_wild_class_names_are_refused(root, name):
+    (root / "classes.json").write_text(json.dumps({"names": ["a", name]}))
+    with pytest.raises(UserError, match="a class name has control characters: '") as caught:
+        folders.find(root)
+    assert str(caught.value).isprintable()
+    (root / "classes.json").unlink()
+    (root / "classes.txt").write_text("a\nb\x1b[31m\n")
+    with pytest.raises(UserError, match=r"classes\.txt.*control characters: 'b\\x1b"):
+        folders.find(root)
 
 
 # Paths.

@@ -24,7 +24,7 @@ from dense_jax.data.classes import IGNORE_LABEL, ClassTable
 from dense_jax.data.dataset import Dataset
 from dense_jax.data.files import Files, Pair, Sample, digest
 from dense_jax.data.pictures import turned_in_words
-from dense_jax.errors import UserError
+from dense_jax.errors import UserError, printable
 
 _GENERATED_SAMPLE = 200
 """Number of examples that are checked in each split of a dataset without files."""
@@ -137,7 +137,8 @@ class Report:
                 if there != here:
                     twins.append(f"{here} has the same pixels as {there}: remove one of them")
         more = [f"{len(twins) - 10} more pairs of images with the same pixels"]
-        return lines + twins[:10] + (more if len(twins) > 10 else [])
+        lines += twins[:10] + (more if len(twins) > 10 else [])
+        return [printable(line) for line in lines]
 
     def mostly_void(self, number: int = 10) -> list[str]:
         """Returns one line for each image with the largest void shares, if above half."""
@@ -147,7 +148,7 @@ class Report:
             for name, share in zip(found.names, found.void_shares, strict=True)
             if share > 0.5
         ]
-        return [line for _, line in sorted(shares, reverse=True)[:number]]
+        return [printable(line) for _, line in sorted(shares, reverse=True)[:number]]
 
     def raise_if_broken(self) -> None:
         """Stops a run on wrong data.

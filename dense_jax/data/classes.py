@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ import numpy as np
 IGNORE_LABEL = 255
 """The label of a pixel that no loss and no metric counts, in every array of this library."""
 
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # would end a line or drive a terminal
 _VOID_COLOUR = (224, 224, 192)  # the border colour of the PASCAL VOC palette
 
 
@@ -69,6 +71,8 @@ class ClassTable:
         set_field("void_values", tuple(map(_whole, self.void_values)))
         if wrong := [name for name in self.names if not isinstance(name, str)]:
             raise ValueError(f"a class name is text, got {wrong[0]!r}")
+        if wrong := [name for name in self.names if _CONTROLS.search(name)]:
+            raise ValueError(f"a class name has control characters: {wrong[0]!r}")
         if not 1 <= num <= IGNORE_LABEL:
             raise ValueError(f"a class table needs 1 to {IGNORE_LABEL} classes, got {num}")
         if len(set(self.names)) != num:

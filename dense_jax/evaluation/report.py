@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from dense_jax.data.classes import ClassTable
-from dense_jax.errors import UserError
+from dense_jax.errors import UserError, printable
 from dense_jax.evaluation import record
 from dense_jax.train.log import read_metrics
 
@@ -294,7 +294,7 @@ def _galleries(
     """Returns a section of pictures for each group; the first has the legend of classes."""
     groups: dict[str, list[str]] = {}
     for picture in evaluation.get("pictures", ()):
-        path, caption = run_dir / picture["file"], html.escape(picture["caption"])
+        path, caption = run_dir / picture["file"], html.escape(printable(picture["caption"]))
         if not path.exists():
             raise UserError(f"{path} is missing: evaluate the run again")
         with Image.open(path) as opened:  # small pictures are enlarged: show their pixels

@@ -30,7 +30,7 @@ from dense_jax.data.pictures import (
     too_large,
     turned_in_words,
 )
-from dense_jax.errors import UserError, refuse
+from dense_jax.errors import UserError, printable, refuse
 
 Answer = Callable[..., dict[str, jax.Array]]
 
@@ -218,8 +218,9 @@ def predict_folder(
         raise UserError(
             f"cannot write to {output} ({error.strerror}): give another folder"
         ) from error
-    notes = tuple(turned_in_words(orientations))
-    return Summary(tuple(predicted), tuple(failures), frozenset(shapes), notes)
+    notes = tuple(map(printable, turned_in_words(orientations)))
+    failed = tuple(map(printable, failures))
+    return Summary(tuple(predicted), failed, frozenset(shapes), notes)
 
 
 def _find_images(path: pathlib.Path) -> list[pathlib.Path]:

@@ -19,7 +19,7 @@ from dense_jax import runs, scripts
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
 from dense_jax.data.pictures import as_rgb, decode_image, orientation_of, turned_in_words
-from dense_jax.errors import UserError
+from dense_jax.errors import UserError, printable
 from dense_jax.infer.predictor import Prediction, Predictor
 from dense_jax.tasks import training
 from dense_jax.tasks.task import Task
@@ -138,7 +138,7 @@ class Run:
             with of_its_network():
                 predictions.append(self.predictor(image, **arrays))
         for line in turned_in_words(orientations):
-            print(line)
+            print(printable(line))
         return predictions if several else predictions[0]
 
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import jax
 import tyro
 
-from dense_jax.errors import UserError, printable
+from dense_jax.errors import UserError
 from dense_jax.train.config import RunConfig, own_flags_first
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -94,7 +94,7 @@ class exit_on_user_error:  # noqa: N801  (used like a function)
             error = UserError(f"not enough memory ({error})")
         if isinstance(error, UserError):
             line = str(error).splitlines()[0]  # Grain appends lines of its own
-            print(f"error: {printable(line)}", file=sys.stderr)
+            print(f"error: {line}", file=sys.stderr)
             sys.exit(2)
         if isinstance(error, BrokenPipeError):  # such as `| head` causes
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
