@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import struct
 import sys
 import zlib
@@ -404,23 +405,86 @@ def test_whole_numbers_of_a_spreadsheet_are_values(root):
             folders.find(root)
 
 
-def test_masks_of_0_and_255_are_told(root):
-    (root / "classes.txt").write_text("ground\nobject\n")
+def fitting_table(text):
+    """The class table that check-data prints."""
+    (found,) = re.findall(r"classes\.json: (\{.*\})$", text, re.MULTILINE)
+    return found
+
+
+FOREIGN = {  # names, what becomes of the values 0, 1, 2; expected values, void values, new names
+    "mask": ("ground,object", [0, 255, 0], [0, 255], [], ""),
+    "one of three in void": ("a,b,c", [0, 255, 2], [0, 255, 2], [], ""),
+    "from 1": ("a,b,c", [1, 2, 3], [1, 2, 3], [255], ""),
+    "greys": ("a,b,c", [0, 128, 255], [0, 128, 255], [], ""),
+    "more": ("a,b", [0, 1, 9], [0, 1, 9], [255], "value_9"),
+    "far apart": ("a,b,c,d", [0, 7, 9], [0, 1, 2, 3, 7, 9], [255], "value_7,value_9"),
+    "void is unnamed": (
+        '{"names": ["a", "b"], "void_values": []}',
+        [0, 1, 255], [0, 1], [255], "",
+    ),
+    "a table of values": (
+        '{"names": ["a", "b"], "values": [7, 8], "colours": [[0, 0, 0], [9, 9, 9]]}',
+        [7, 8, 26], [7, 8, 26], [255], "value_26",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_the_printed_class_table_reads_the_labels(root, kind):
+    names, becomes, values, void, new = FOREIGN[kind]
+    (root / "classes.txt").unlink()
+    name = "classes.json" if names.startswith("{") else "classes.txt"
+    (root / name).write_text(names if name == "classes.json" else names.replace(",", "\n"))
     for i in range(6):
-        Image.fromarray(scene(i, 2)[1] * 255).save(root / f"labels/s{i}.png")
-    (line,) = [line for line in report(root).warnings() if "void" in line and "train" in line]
-    assert (
-        'if 255 is object, write classes.json with "values": [0, 255] and "void_values": []' in line
-    )
-    # Of three classes, the absent one alone gets the value.
-    (root / "classes.txt").write_text("ground\nred\nblue\n")
+        Image.fromarray(np.array(becomes, np.uint8)[scene(i)[1]]).save(root / f"labels/s{i}.png")
+    table = folders.read_classes(root)
+    (root / "classes.json").write_text(fitting_table(str(report(root))))
+    fitting = folders.read_classes(root)
+    assert list(fitting.names) == [*table.names, *filter(None, new.split(","))]
+    assert (list(fitting.values), list(fitting.void_values)) == (values, void)
+    assert fitting.colours[: table.num_classes] == table.colours
+    found = report(root)
+    assert not found.errors
+    assert "classes.json" not in str(found)
+    assert len(dataset.load("folder", root).split("train")[0]["label"])
+
+
+def test_smoothed_labels_get_no_class_table(root):
     for i in range(6):
+        Image.fromarray(scene(i)[0][..., 0]).save(root / f"labels/s{i}.png")
+    text = str(report(root))
+    assert "6 labels hold values that are no class (files by value: " in text
+    assert "classes.json" not in text
+
+
+def test_wrong_files_are_told_by_cause(root):
+    for i in range(6, 40):
+        for part, array in zip(("images", "labels"), scene(i), strict=True):
+            Image.fromarray(array).save(root / f"{part}/s{i}.png")
+    for i in range(20):
         label = scene(i)[1]
-        Image.fromarray(np.where(label == 1, 255, label).astype(np.uint8)).save(
-            root / f"labels/s{i}.png"
-        )
-    (line,) = [line for line in report(root).warnings() if "void" in line and "train" in line]
-    assert 'if 255 is red, write classes.json with "values": [0, 255, 2]' in line
+        label[0, 0] = 3 if i else 7
+        Image.fromarray(label).save(root / f"labels/s{i}.png")
+        Image.new("L", (5 + i, 6)).save(root / f"labels/s{20 + i}.png")
+    (root / "labels/s39.png").write_bytes(b"no picture")
+    found = report(root)
+    assert len(found.errors) == 40
+    lines = found.errors_by_cause()
+    assert len(lines) == 4
+    text = str(found)
+    assert "40 wrong files:" in text
+    assert "20 labels hold values that are no class (files by value: 3: 19, 7: 1), such as" in text
+    assert "19 files, such as" in text
+    assert "s39.png: the file is not an image" in text
+    assert json.loads(fitting_table(text))["values"] == [0, 1, 2, 3, 7]
+
+
+def test_wrong_files_are_at_most_ten_lines(root):
+    found = report(root)
+    found.errors += [f"/a/b{i}.png: {'x' * i} is wrong" for i in range(30)]
+    lines = found.errors_by_cause()
+    assert len(lines) == 10
+    assert lines[9] == "and files that are wrong in 21 other ways"
 
 
 def test_one_class_is_told(root):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from dense_jax import viz
 from dense_jax.data import dataset as dataset_lib
 from dense_jax.data.classes import IGNORE_LABEL, ClassTable
 from dense_jax.data.dataset import Dataset
-from dense_jax.data.files import Files, Pair, Sample, digest
+from dense_jax.data.files import Files, NoClassError, Pair, Sample, digest
 from dense_jax.data.pictures import turned_in_words
 from dense_jax.errors import UserError, printable
 
@@ -62,12 +63,14 @@ class Report:
       classes: its class table.
       splits: the findings of each split.
       errors: one line for each wrong file.
+      values: by error, all values of a label that has some that are no class.
     """
 
     name: str
     classes: ClassTable
     splits: dict[str, SplitReport] = dataclasses.field(default_factory=dict)
     errors: list[str] = dataclasses.field(default_factory=list)
+    values: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
     def add(self, split: str, name: str, sample: Sample) -> None:
         """Adds one image and its label."""
@@ -89,10 +92,17 @@ class Report:
             found.label_digests[-1] += digest(sample.instances)
             found.num_objects.append(int(np.count_nonzero(np.unique(sample.instances))))
 
+    def add_error(self, error: UserError) -> None:
+        """Adds a wrong file."""
+        self.errors.append(str(error))
+        if isinstance(error, NoClassError):
+            self.values[str(error)] = error.values
+
     @property
     def fingerprint(self) -> str:
         """A hash of the class table, the names, and the pixels of images and labels."""
         content = self.to_json()
+        del content["values"]  # of wrong files, which no run has
         for found in content["splits"].values():
             del found["orientations"]  # not applied; runs of before this was noted go on
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
@@ -112,23 +122,19 @@ class Report:
             absent = [n for n, k in zip(self.classes.names, found.pixels, strict=True) if not k]
             if absent:
                 lines.append(f"{split}: no pixel of {', '.join(absent)}")
-            if absent and found.void_pixels:
-                share = found.void_pixels / (found.void_pixels + sum(found.pixels))
-                void, *rest = self.classes.void_values
-                values = [
-                    void if name == absent[0] else value
-                    for name, value in zip(self.classes.names, self.classes.values, strict=True)
-                ]
-                lines.append(
-                    f"{split}: {share:.0%} of the pixels are void (file value"
-                    f" {', '.join(map(str, self.classes.void_values))}); if {void} is {absent[0]},"
-                    f' write classes.json with "values": {values} and "void_values": {rest}'
-                )
             void = [n for n, s in zip(found.names, found.void_shares, strict=True) if s == 1]
             if void:
                 lines.append(
                     f"{split}: images without labelled pixels: {len(void)}, such as {void[0]}"
                 )
+        if not self.errors and (table := self.fitting_table()):
+            void = sum(found.void_pixels for found in self.splits.values())
+            share = void / (void + sum(sum(found.pixels) for found in self.splits.values()))
+            lines.append(
+                f"{share:.0%} of the pixels are void (file value"
+                f" {', '.join(map(str, self.classes.void_values))}), and not all classes occur; if"
+                f" void is none here, write classes.json: {table.as_file()}"
+            )
         first: dict[str, str] = {}
         twins = []
         for split, found in self.splits.items():
@@ -138,7 +144,47 @@ class Report:
                     twins.append(f"{here} has the same pixels as {there}: remove one of them")
         more = [f"{len(twins) - 10} more pairs of images with the same pixels"]
         lines += twins[:10] + (more if len(twins) > 10 else [])
-        return [printable(line) for line in lines]
+        return [printable(line, 10_000) for line in lines]
+
+    def fitting_table(self) -> ClassTable | None:
+        """Returns a likely class table of the user's labels if the present one does not fit."""
+        if self.name != "folder":
+            return None  # the dataset has its own
+        seen = {value for values in self.values.values() for value in values}
+        for found in self.splits.values():
+            seen |= {v for v, k in zip(self.classes.values, found.pixels, strict=True) if k}
+            seen |= set(self.classes.void_values[:1]) if found.void_pixels else set()
+        return self.classes.for_values(seen)
+
+    def errors_by_cause(self, number: int = 10) -> list[str]:
+        """Returns at most ``number`` lines that stand for all errors, and the remedy."""
+        groups: dict[str, list[str]] = {}
+        for error in self.errors:
+            groups.setdefault("" if error in self.values else _cause(error), []).append(error)
+        lines = []
+        for errors in groups.values():
+            if len(errors) == 1:
+                lines += errors
+            elif errors[0] in self.values:
+                lines.append(self._foreign_values(errors))
+            else:
+                lines.append(f"{len(errors)} files, such as {errors[0]}")
+        if len(lines) > number:
+            rest = len(lines) - number + 1
+            lines[number - 1 :] = [f"and files that are wrong in {rest} other ways"]
+        if self.values and (table := self.fitting_table()):
+            fits = f"to read these labels, put their names into classes.json: {table.as_file()}"
+            lines.append(printable(fits, 10_000))
+        return lines
+
+    def _foreign_values(self, errors: list[str]) -> str:
+        known = {*self.classes.values, *self.classes.void_values}
+        files = collections.Counter(v for e in errors for v in self.values[e] if v not in known)
+        shown = ", ".join(f"{value}: {count}" for value, count in files.most_common(10))
+        return (
+            f"{len(errors)} labels hold values that are no class (files by value: {shown}"
+            f"{', ...' if len(files) > 10 else ''}), such as {errors[0]}"
+        )
 
     def mostly_void(self, number: int = 10) -> list[str]:
         """Returns one line for each image with the largest void shares, if above half."""
@@ -172,7 +218,7 @@ class Report:
         for found in splits.values():
             found.sizes = [(height, width) for height, width in found.sizes]
         classes = ClassTable.from_json(report["classes"])
-        return cls(report["name"], classes, splits, report["errors"])
+        return cls(report["name"], classes, splits, report["errors"], report.get("values", {}))
 
     def __str__(self) -> str:
         rows = [["", *self.splits]]
@@ -190,12 +236,18 @@ class Report:
         lines = [f"dataset {self.name}: share of pixels by class (without void)"]
         lines += [row[0].ljust(wide) + "".join(cell.rjust(10) for cell in row[1:]) for row in rows]
         for title, found in (
-            (f"{len(self.errors)} wrong files", self.errors),
+            (f"{len(self.errors)} wrong files", self.errors_by_cause()),
             ("warnings", self.warnings()),
             ("mostly void", self.mostly_void()),
         ):
             lines += [f"{title}:", *(f"  {line}" for line in found)] if found else []
         return "\n".join(lines if self.errors else [*lines, "no errors"])
+
+
+def _cause(error: str) -> str:
+    """Returns what is the same in all lines of a cause: no path, no name and no number."""
+    path, _, reason = error.partition(": ")
+    return re.sub(r"\d+", "", reason.replace(pathlib.Path(path).stem, ""))
 
 
 def scan(files: Files, report: Report, split: str) -> Iterator[tuple[Pair, Sample]]:
@@ -214,7 +266,7 @@ def scan(files: Files, report: Report, split: str) -> Iterator[tuple[Pair, Sampl
                 try:
                     sample = future.result()
                 except UserError as error:
-                    report.errors.append(str(error))
+                    report.add_error(error)
                     continue
                 report.add(split, pair.name, sample)
                 yield pair, sample

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +14,7 @@ IGNORE_LABEL = 255
 """The label of a pixel that no loss and no metric counts, in every array of this library."""
 
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # would end a line or drive a terminal
+_MOST_NEW = 32  # values of a label that may be classes; smoothed edges have more
 _VOID_COLOUR = (224, 224, 192)  # the border colour of the PASCAL VOC palette
 
 
@@ -106,9 +109,50 @@ class ClassTable:
         lookup[list(self.values)] = np.arange(self.num_classes)
         return lookup
 
+    def for_values(self, seen: Collection[int]) -> "ClassTable | None":
+        """Returns the likely class table of label files with these values, to be looked at.
+
+        As many new values as names belong to the names, in order (1, 2, 3 in place of 0, 1, 2).
+        Otherwise 255 is void and others are further classes. Without new values, those of void
+        may be those of classes that do not occur (255 in a mask of 0 and 255).
+
+        Returns:
+          None if this table explains the values, or if they are too many to be classes.
+        """
+        seen = set(seen)
+        new = seen.difference(self.values, self.void_values)
+        void = [value for value in self.void_values if value in seen]
+        absent = [value for value in self.values if value not in seen]
+        names, values, void_values = [*self.names], [*self.values], [*self.void_values]
+        if len(new) > _MOST_NEW or not (new or (void and absent)):
+            return None
+        if not new:
+            for old, value in zip(absent, void, strict=False):
+                values[values.index(old)] = value
+                void_values.remove(value)
+        elif self.num_classes in (len(seen), len(seen.difference(void))):
+            values = sorted(seen if len(seen) == self.num_classes else seen.difference(void))
+            void_values = [value for value in void_values if value not in values]
+        else:
+            further = sorted(new - {IGNORE_LABEL})
+            names += [f"value_{value}" for value in further]
+            values += further
+            void_values += new & {IGNORE_LABEL}
+        free = (colour for colour in voc_colours(256) if colour not in self.colours)
+        colours = [*self.colours, *itertools.islice(free, len(names) - self.num_classes)]
+        is_usual = self.colours == voc_colours(self.num_classes)
+        return ClassTable(names, () if is_usual else colours, values, void_values)
+
     def to_json(self) -> dict[str, Any]:
         """Returns the table as plain lists; `from_json` reads them."""
         return dataclasses.asdict(self)
+
+    def as_file(self) -> str:
+        """Returns the text of a ``classes.json``, in one line; usual colours are left out."""
+        table = self.to_json()
+        if self.colours == voc_colours(self.num_classes):
+            del table["colours"]
+        return json.dumps(table, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> "ClassTable":

@@ -58,6 +58,14 @@ class Sample:
     orientation: int = 1
 
 
+class NoClassError(UserError):
+    """A label has values that are no class; ``values`` are all that it has."""
+
+    def __init__(self, message: str, values: Sequence[int]):
+        super().__init__(message)
+        self.values = list(values)
+
+
 def read_pair(pair: Pair, classes: ClassTable) -> Sample:
     """Reads and decodes both files in full.
 
@@ -405,10 +413,11 @@ def _to_ids(values: np.ndarray, classes: ClassTable, path: pathlib.Path) -> np.n
     if len(wrong):
         shown = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
         share = counts[wrong].sum() / values.size
-        raise UserError(
+        raise NoClassError(
             f"{path}: label value {shown} ({share:.2%} of the pixels) is neither a class"
             f" ({_ranges(classes.values)}) nor void ({_ranges(classes.void_values) or 'none'});"
-            " correct the label or the class table"
+            " correct the label or the class table",
+            np.flatnonzero(counts).tolist(),
         )
     return lookup[values].astype(np.uint8)
 
