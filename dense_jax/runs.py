@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import jax
+import numpy as np
+from PIL import Image
 
 from dense_jax import scripts
 from dense_jax.data.dataset import Dataset
@@ -153,15 +155,33 @@ def make_folder(path: pathlib.Path) -> None:
         ) from error
 
 
+def make_inner_folder(path: pathlib.Path) -> None:
+    """Makes a folder for files that replace others, so that it may not be a link elsewhere.
+
+    Raises:
+      UserError: it is a link, or cannot be made.
+    """
+    if path.is_symlink():
+        raise UserError(
+            f"{path} is a link to {path.readlink()}, where files would be replaced: remove it, or"
+            " give another folder"
+        )
+    make_folder(path)
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
     """Opens a file for writing that replaces ``path`` only when it is complete.
+
+    A link is replaced itself; the file that it points to stays as it is.
 
     Raises:
       OSError: writing failed; the error names ``path``, and the old file is unchanged.
     """
     partial = path.with_name(f"{path.name}.tmp")
     try:
+        if partial.is_symlink():
+            partial.unlink()
         with partial.open("wb") as stream:
             yield stream
         partial.replace(path)
@@ -173,16 +193,27 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file in UTF-8; a reader gets the old one or the new one, never a part."""
+    with replacing(path) as stream:
+        stream.write(text.encode())
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file; a reader gets the old one or the new one, never a part.
+    """Writes a JSON file as `write_text` does.
 
     An object gets a digest of its content, which `parse_json` compares.
     """
     if isinstance(value, dict):
         value = json.loads(json.dumps(value))  # such as a reader gets it: keys are strings
         value[_DIGEST] = _digest(value)
+    write_text(path, f"{json.dumps(value, indent=2)}\n")
+
+
+def write_png(path: pathlib.Path, picture: np.ndarray) -> None:
+    """Writes a picture that Pillow takes, such as uint8 [H, W, 3], as `write_text` does."""
     with replacing(path) as stream:
-        stream.write(f"{json.dumps(value, indent=2)}\n".encode())
+        Image.fromarray(picture).save(stream, "PNG")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ their palette: a prediction looks the same in the report, in an overlay and in a
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -174,7 +175,9 @@ def confusion_picture(confusion: np.ndarray, names: Sequence[str], *, cell: int 
     return np.asarray(rotated.rotate(90, expand=True))
 
 
-def save_label_png(path: str | os.PathLike[str], labels: np.ndarray, palette: np.ndarray) -> None:
+def save_label_png(
+    path: str | os.PathLike[str] | IO[bytes], labels: np.ndarray, palette: np.ndarray
+) -> None:
     """Writes [H, W] ids in 0..255 as a palette PNG: viewers show colours, readers get ids."""
     picture = Image.fromarray(_as_ids(labels), "P")
     picture.putpalette(palette.tobytes())

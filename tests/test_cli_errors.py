@@ -186,16 +186,21 @@ def test_of_a_file_that_cannot_be_written_nothing_is_left(tmp_path):
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs a disk that is full")
 @pytest.mark.parametrize("full", ["x.bin", "x.json"])
-def test_of_a_file_and_its_record_both_are_left_or_neither(full, tmp_path):
+def test_of_a_file_and_its_record_both_are_left_or_neither(full, tmp_path, monkeypatch):
     paths = tmp_path / "x.bin", tmp_path / "x.json"
-    partial = tmp_path / f"{full}.tmp"
-    partial.symlink_to("/dev/full")
+    whole = pathlib.Path.open
+
+    def fill(path, mode):
+        return whole(pathlib.Path("/dev/full") if path.name == f"{full}.tmp" else path, mode)
+
+    monkeypatch.setattr(pathlib.Path, "open", fill)
     with (
         pytest.raises(OSError, match="No space left"),
         runs.replacing_with_record(*paths, {"a": 1}) as stream,
     ):
         stream.write(b"so little that it stays in the buffer")
     assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
     with runs.replacing_with_record(*paths, {"a": 1}) as stream:
         stream.write(b"x")
     assert sorted(tmp_path.iterdir()) == sorted(paths)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -139,6 +140,27 @@ def test_a_record_replaces_the_pictures_of_an_earlier_one(run_dir):
     protocol = {"images_scored": 1, "split": "val"}
     Record("x", [Findings(pictures=[picture])], protocol).write(run_dir, 4)
     assert [path.name for path in (run_dir / "pictures").iterdir()] == ["a.png"]
+
+
+def test_links_of_a_run_folder_are_replaced_and_not_followed(run_dir, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    draw = functools.partial(np.ones, (1, 1, 3), np.uint8)
+    found = Findings(pictures=[Picture("a.png", draw, "Worst")], files={"a.csv": "1"})
+    record = Record("x", [found], {"images_scored": 1, "split": "val"})
+    names = ["report.html", "evaluation.json", "pictures/a.png", "a.csv"]
+    for name in names:
+        (run_dir / name).unlink(missing_ok=True)
+        (run_dir / name).symlink_to(victim)
+    record.write(run_dir, 4)
+    report.write_report(run_dir)
+    assert victim.read_text() == "mine"
+    assert not any((run_dir / name).is_symlink() for name in names)
+    shutil.rmtree(run_dir / "pictures")
+    (tmp_path / "photos").mkdir()
+    (run_dir / "pictures").symlink_to(tmp_path / "photos")
+    with pytest.raises(UserError, match=r"pictures is a link to .*photos"):
+        record.write(run_dir, 5)
 
 
 def test_wild_names_of_images_are_escaped_in_the_page(run_dir):

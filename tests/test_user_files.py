@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from dense_jax.__main__ import expanded, main
+from dense_jax.commands import check_data
 from dense_jax.data import check, dataset, prepared
 from dense_jax.data.datasets import folder as folders
 from dense_jax.data.files import pictures, read_image, read_instances, read_label, read_mask
@@ -598,3 +599,49 @@ def test_a_split_is_loaded_by_other_names_too(root, monkeypatch):
     monkeypatch.chdir(root.parent)
     loaded = dataset.load("folder", "data")
     assert set(loaded.splits) == {"train", "val"}
+
+
+# Links.
+
+
+def links_to(victim, *paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(victim)
+
+
+def test_predict_replaces_links_and_not_what_they_point_to(root, tmp_path):
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("mine")
+    names = [f"{folder}/s0.png" for folder in ("labels", "overlays")]
+    names += ["probabilities/s0.npz", "classes.json", "legend.png", "labels/s1.png.tmp"]
+    links_to(victim, *(out / name for name in names))
+    links_to(tmp_path / "absent", out / "labels/s2.png")
+    predict_folder(PREDICTOR, CLASSES, root / "images", out, probabilities=True)
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "absent").exists()
+    assert not [path for path in out.rglob("*") if path.is_symlink()]
+    assert len(list((out / "labels").iterdir())) == 6
+
+
+@pytest.mark.parametrize("name", ["labels", "overlays", "probabilities"])
+def test_predict_writes_into_no_folder_elsewhere(root, tmp_path, name):
+    links_to(root / "labels", tmp_path / "out" / name)
+    with pytest.raises(UserError, match=rf"out/{name} is a link to .*labels, where files would be"):
+        predict_folder(PREDICTOR, CLASSES, root / "images", tmp_path / "out", probabilities=True)
+    np.testing.assert_array_equal(read_label(root / "labels/s0.png", CLASSES), scene(0)[1])
+
+
+def test_an_output_folder_may_be_a_link(root, tmp_path):
+    (tmp_path / "disk").mkdir()
+    links_to(tmp_path / "disk", tmp_path / "out")
+    assert len(predict_folder(PREDICTOR, CLASSES, root / "images", tmp_path / "out").predicted) == 6
+
+
+def test_a_sheet_replaces_a_link(root, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    links_to(victim, tmp_path / "sheet.png")
+    check_data.run(dataset="folder", data_dir=str(root), sheet=tmp_path / "sheet.png")
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "sheet.png").is_symlink()

@@ -4,8 +4,7 @@ import dataclasses
 import pathlib
 import sys
 
-from PIL import Image
-
+from dense_jax import runs
 from dense_jax.data import check
 from dense_jax.data import dataset as datasets
 from dense_jax.data.datasets.shapes import ShapesSpec
@@ -39,4 +38,4 @@ def run(
     if summary.errors:
         sys.exit(1)
     if sheet is not None:
-        Image.fromarray(check.sheet(datasets.load(dataset, data_dir, **options))).save(sheet)
+        runs.write_png(sheet, check.sheet(datasets.load(dataset, data_dir, **options)))

@@ -10,6 +10,7 @@ Section 4.1, with the default ranges: w2 = sg = 3, and the others from coarse to
 
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import pathlib
@@ -210,13 +211,12 @@ class Table:
         self._write()
 
     def _write(self) -> None:
-        partial = self._path.with_suffix(".tmp")
-        with partial.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([*AXES, *_SCORES])
-            for point, scores in self.rows.items():
-                writer.writerow([*point, *(scores[name] for name in _SCORES)])
-        partial.replace(self._path)
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow([*AXES, *_SCORES])
+        for point, scores in self.rows.items():
+            writer.writerow([*point, *(scores[name] for name in _SCORES)])
+        runs.write_text(self._path, text.getvalue())
 
 
 class Unaries:

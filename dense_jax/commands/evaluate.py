@@ -2,9 +2,9 @@
 
 import dataclasses
 import pathlib
-import shutil
 from typing import Any, Literal
 
+from dense_jax import runs
 from dense_jax.commands.crf_flags import CrfFlag, CrfFlags, with_flags
 from dense_jax.data.padded import Shapes
 from dense_jax.errors import UserError
@@ -66,7 +66,8 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "metrics.jsonl"):  # the report reads them
         if (run / name).exists():
-            shutil.copy(run / name, output / name)
+            with runs.replacing(output / name) as copy:
+                copy.write((run / name).read_bytes())
     record.write(output, opened.step)
     record.tell(opened.step)
     print(f"report: {report.write_report(output)}")

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from PIL import Image
 
 from dense_jax import runs
 from dense_jax.errors import UserError
@@ -140,13 +139,13 @@ class Record:
         Pictures of an earlier record are deleted.
         """
         folder, pictures = workdir / "pictures", []
-        folder.mkdir(parents=True, exist_ok=True)
+        runs.make_inner_folder(folder)
         for picture in (picture for part in self.findings for picture in part.pictures):
-            Image.fromarray(picture.draw()).save(folder / picture.file)
+            runs.write_png(folder / picture.file, picture.draw())
             texts = {f: getattr(picture, f) for f in ("group", "caption", "parts")}
             pictures.append({"file": f"pictures/{picture.file}", **texts})
         for name, text in (item for part in self.findings for item in part.files.items()):
-            (workdir / name).write_text(text)
+            runs.write_text(workdir / name, text)
         scores = self.scores.values()
         about = {s.name: {"title": s.title, "unit": s.unit, "main": s.main} for s in scores}
         tables = [table for part in self.findings for table in part.tables]

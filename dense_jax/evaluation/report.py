@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dense_jax import runs
 from dense_jax.data.classes import ClassTable
 from dense_jax.errors import UserError, printable
 from dense_jax.evaluation import record
@@ -63,7 +64,7 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
         _section("Settings", _details("All flags of this run", _facts(config.get("config", {})))),
     ]
     path = run_dir / "report.html"
-    path.write_text(page(_title(config, evaluation), body), encoding="utf-8")
+    runs.write_text(path, page(_title(config, evaluation), body))
     return path
 
 

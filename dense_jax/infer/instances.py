@@ -92,16 +92,14 @@ class Instances:
         Its pixels are object numbers from 1; the highest score is on top. With ``probabilities``,
         it also writes the heat maps (float16) to ``probabilities/STEM.npz``.
         """
-        runs.make_folder(folder / "masks")
+        runs.make_inner_folder(folder / "masks")
         numbers = np.zeros(self.image.shape[:2], np.uint16)
         for i in reversed(range(len(self))):
             numbers[self.masks[i]] = i + 1
-        Image.fromarray(numbers).save(folder / "masks" / f"{stem}.png")
+        runs.write_png(folder / "masks" / f"{stem}.png", numbers)
         if probabilities:
-            runs.make_folder(folder / "probabilities")
-            np.savez_compressed(
-                folder / "probabilities" / stem,
-                boxes=self.boxes,
-                heatmaps=self.heatmaps.astype(np.float16),
-            )
+            runs.make_inner_folder(folder / "probabilities")
+            with runs.replacing(folder / "probabilities" / f"{stem}.npz") as stream:
+                heatmaps = self.heatmaps.astype(np.float16)
+                np.savez_compressed(stream, boxes=self.boxes, heatmaps=heatmaps)
         return self.results()

@@ -1,7 +1,6 @@
 """Predicts images, and writes the predictions to files for people and programs."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable
@@ -76,12 +75,14 @@ class Labels:
 
     def save(self, folder: pathlib.Path, stem: str, *, probabilities: bool) -> list[dict[str, Any]]:
         """Writes ``labels/STEM.png``; with ``probabilities`` also ``probabilities/STEM.npz``."""
-        runs.make_folder(folder / "labels")
-        viz.save_label_png(folder / "labels" / f"{stem}.png", self.labels, self.classes.palette())
+        runs.make_inner_folder(folder / "labels")
+        with runs.replacing(folder / "labels" / f"{stem}.png") as stream:
+            viz.save_label_png(stream, self.labels, self.classes.palette())
         if probabilities:
-            runs.make_folder(folder / "probabilities")
-            soft = self.probabilities.astype(np.float16)
-            np.savez_compressed(folder / "probabilities" / stem, probabilities=soft)
+            runs.make_inner_folder(folder / "probabilities")
+            with runs.replacing(folder / "probabilities" / f"{stem}.npz") as stream:
+                soft = self.probabilities.astype(np.float16)
+                np.savez_compressed(stream, probabilities=soft)
         return []
 
 
@@ -193,8 +194,8 @@ def predict_folder(
     predicted, shapes, results, orientations = [], set(), [], {}
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "classes.json").write_text(json.dumps(classes.to_json(), indent=2) + "\n")
-        Image.fromarray(viz.legend(classes.names, palette)).save(output / "legend.png")
+        runs.write_json(output / "classes.json", classes.to_json())
+        runs.write_png(output / "legend.png", viz.legend(classes.names, palette))
         for path, size in tqdm.tqdm(sizes.items(), unit="image", disable=None):
             try:
                 image = decode_image(path.read_bytes(), path)
@@ -207,9 +208,8 @@ def predict_folder(
             entries = prediction.save(output, path.stem, probabilities=probabilities)
             results += [{"file_name": path.name, **entry} for entry in entries]
             if overlays:
-                (output / "overlays").mkdir(exist_ok=True)
-                overlay = Image.fromarray(prediction.overlay())
-                overlay.save(output / "overlays" / f"{path.stem}.png")
+                runs.make_inner_folder(output / "overlays")
+                runs.write_png(output / "overlays" / f"{path.stem}.png", prediction.overlay())
             predicted.append(path)
             shapes.add(shape_of[size])
         if inputs_of:

@@ -10,6 +10,7 @@ import pathlib
 import statistics
 from collections.abc import Iterable, Sequence
 
+from dense_jax import runs
 from dense_jax.evaluation import report
 from dense_jax.evaluation.record import Score
 
@@ -92,11 +93,11 @@ def write(folder: pathlib.Path, title: str, facts: Sequence[str], rows: Sequence
       rows: combinations in order; classes of the others are compared with those of the first.
     """
     picture = _plot(rows)
-    _write(folder / "table.csv", _csv(rows))
-    _write(folder / "plot.svg", picture)
-    _write(folder / "table.md", "\n".join(_markdown(title, facts, rows)) + "\n")
-    _write(folder / "table.tex", "\n".join(_latex(title, facts, rows)) + "\n")
-    _write(folder / "index.html", _index(folder, title, facts, rows, picture))
+    runs.write_text(folder / "table.csv", _csv(rows))
+    runs.write_text(folder / "plot.svg", picture)
+    runs.write_text(folder / "table.md", "\n".join(_markdown(title, facts, rows)) + "\n")
+    runs.write_text(folder / "table.tex", "\n".join(_latex(title, facts, rows)) + "\n")
+    runs.write_text(folder / "index.html", _index(folder, title, facts, rows, picture))
 
 
 _NOTE = (
@@ -333,15 +334,15 @@ def _panel(score: Score, rows: Sequence[Row], x: float, top: float, width: float
     for mark in marks:
         svg.append(f'<path d="M{place(mark)} {top + 26}V{bottom}" stroke="#e5e7eb"/>')
         svg.append(_text(place(mark), bottom + 14, f"{mark:.4g}", "middle"))
-    for i, (row, runs) in enumerate(zip(rows, values, strict=True)):
+    for i, (row, numbers) in enumerate(zip(rows, values, strict=True)):
         y = top + 41 + 22 * i
-        mean, spread = mean_and_spread(runs)
+        mean, spread = mean_and_spread(numbers)
         if not math.isnan(spread):
             start, end = place(mean - spread), place(mean + spread)
             svg.append(f'<path d="M{start} {y}H{end}" stroke="{_BAND}" stroke-width="7"/>')
         if not math.isnan(mean):
             svg.append(f'<path d="M{place(mean)} {y - 7}v14" stroke="{_DOT}" stroke-width="2"/>')
-        for value in runs:
+        for value in numbers:
             tip = html.escape(f"{row.label}: {value:.4g}")
             svg.append(
                 f'<circle cx="{place(value)}" cy="{y}" r="3" fill="{_DOT}" fill-opacity=".6">'
@@ -401,10 +402,3 @@ def _html_table(
 
 def _relative(path: pathlib.Path, folder: pathlib.Path) -> str:
     return html.escape(pathlib.Path(os.path.relpath(path, folder)).as_posix())
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Replaces a file atomically: a reader gets the old one or the new one."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
