@@ -5,6 +5,8 @@ A palette is uint8 [256, 3], the colour of each class id, from
 their palette: a prediction looks the same in the report, in an overlay and in any viewer.
 """
 
+import contextlib
+import functools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -17,6 +19,16 @@ from dense_jax.errors import UserError
 
 # From dark to bright, also in grey print: black, violet, red, orange, pale yellow.
 _HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
+# Where systems keep fonts. Pillow's own has the letters of English only.
+_FONT_FOLDERS = (
+    *("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts"),
+    *("/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts"),
+)
+_FONT_SUFFIXES = (".otf", ".ttc", ".ttf")
+_SPECIAL = (
+    *("black", "bold", "condensed", "italic", "light", "math", "mono", "oblique", "serif", "thin"),
+)
+_NO_CHARACTER = "\U0010ffff"
 _INK = (31, 41, 55)
 _RIGHT = (29, 78, 137)
 _WRONG = (220, 38, 38)
@@ -119,21 +131,76 @@ def heat_scale(high: float, height: int, *, font_size: int = 11) -> np.ndarray:
     return np.asarray(picture)
 
 
+def lettering(
+    name: str, class_id: int, font_size: float
+) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+    """Returns what to write for a class, and a font that can: its name or, without one, its id."""
+    usual = ImageFont.load_default(font_size)
+    if _can_write(usual, name):
+        return name, usual
+    if file := _font_file(name):
+        return name, ImageFont.truetype(file, font_size)
+    _tell_once(name)
+    return str(class_id), usual
+
+
+def _can_write(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str) -> bool:
+    """Whether the font has all characters; it draws a box, or nothing, for one that it lacks."""
+
+    def drawn(character: str) -> bytes:
+        picture = Image.new("L", (48, 48))
+        ImageDraw.Draw(picture).text((4, 4), character, fill=255, font=font)
+        return picture.tobytes()
+
+    box = drawn(_NO_CHARACTER)
+    pictures = ((character, drawn(character)) for character in set(text) - {" "})
+    return all(p != box and (any(p) or not c.isalnum()) for c, p in pictures)
+
+
+@functools.cache
+def _font_file(text: str) -> pathlib.Path | None:
+    """Returns a font of the system that has all characters, a plain one if there is one."""
+    files = [
+        path
+        for folder in _FONT_FOLDERS
+        for path in pathlib.Path(folder).expanduser().rglob("*")
+        if path.suffix.lower() in _FONT_SUFFIXES and "lastresort" not in path.stem.lower()
+    ]
+    for path in sorted(files, key=lambda p: (any(s in p.stem.lower() for s in _SPECIAL), p)):
+        with contextlib.suppress(OSError):  # damaged, or of pictures in one size
+            if _can_write(ImageFont.truetype(path, 14), text):
+                return path
+    return None
+
+
+_told: set[str] = set()
+
+
+def _tell_once(name: str) -> None:
+    """Says once in a process that pictures lack names."""
+    if not _told:
+        print(
+            f"no font here has the letters of {name!r}: pictures show the numbers of such classes"
+            " in place of their names; install a font that has them, such as Noto Sans CJK"
+        )
+    _told.add(name)
+
+
 def legend(
     names: Sequence[str], palette: np.ndarray, *, columns: int = 4, font_size: int = 14
 ) -> np.ndarray:
     """Returns a legend: a colour patch and a name for each class, row by row."""
-    font = ImageFont.load_default(font_size)
+    written = [lettering(name, i, font_size) for i, name in enumerate(names)]
     columns = max(1, min(columns, len(names)))
     patch, row = font_size, 2 * font_size
-    cell = 3 * patch + int(max((font.getlength(name) for name in names), default=0))
+    cell = 3 * patch + int(max((font.getlength(text) for text, font in written), default=0))
     picture = Image.new("RGB", (columns * cell, -(-len(names) // columns) * row), "white")
     draw = ImageDraw.Draw(picture)
-    for i, name in enumerate(names):
+    for i, (text, font) in enumerate(written):
         x, y = i % columns * cell + patch // 2, i // columns * row + row // 2
         box = (x, y - patch // 2, x + patch, y + patch // 2)
         draw.rectangle(box, fill=tuple(palette[i].tolist()), outline=_INK)
-        draw.text((x + 1.5 * patch, y), name, fill=_INK, font=font, anchor="lm")
+        draw.text((x + 1.5 * patch, y), text, fill=_INK, font=font, anchor="lm")
     return np.asarray(picture)
 
 
@@ -148,15 +215,17 @@ def confusion_picture(confusion: np.ndarray, names: Sequence[str], *, cell: int 
     num_classes = len(confusion)
     if confusion.shape != (num_classes, num_classes) or len(names) != num_classes:
         raise ValueError(f"confusion {confusion.shape} does not match {len(names)} names")
-    font = ImageFont.load_default(max(8, round(0.36 * cell)))
+    font_size = max(8, round(0.36 * cell))
+    font = ImageFont.load_default(font_size)
+    written = [lettering(name, i, font_size) for i, name in enumerate(names)]
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    margin, side = int(max(map(font.getlength, names))) + cell // 2, num_classes * cell
+    widest = max(own.getlength(text) for text, own in written)
+    margin, side = int(widest) + cell // 2, num_classes * cell
     picture = Image.new("RGB", (margin + side, margin + side), "white")
     draw = ImageDraw.Draw(picture)
-    for i, name in enumerate(names):
-        draw.text(
-            (margin - cell / 4, margin + (i + 0.5) * cell), name, fill=_INK, font=font, anchor="rm"
-        )
+    for i, (text, own) in enumerate(written):
+        place = (margin - cell / 4, margin + (i + 0.5) * cell)
+        draw.text(place, text, fill=_INK, font=own, anchor="rm")
         for j in range(num_classes):
             x, y, value = margin + j * cell, margin + i * cell, float(share[i, j])
             # Mistakes are rare: the square root makes a share of 5 % visible.
@@ -170,8 +239,8 @@ def confusion_picture(confusion: np.ndarray, names: Sequence[str], *, cell: int 
     # Column names read upwards: draw them as rows on a rotated picture.
     rotated = picture.rotate(-90, expand=True)
     draw = ImageDraw.Draw(rotated)
-    for j, name in enumerate(names):
-        draw.text((side + cell / 4, margin + (j + 0.5) * cell), name, _INK, font, "lm")
+    for j, (text, own) in enumerate(written):
+        draw.text((side + cell / 4, margin + (j + 0.5) * cell), text, _INK, own, "lm")
     return np.asarray(rotated.rotate(90, expand=True))
 
 

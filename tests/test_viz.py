@@ -104,6 +104,60 @@ def test_legend_and_confusion_picture_show_their_colours():
         viz.confusion_picture(np.eye(3, dtype=int), NAMES[:2])
 
 
+OTHER = ["\u9053\u8def", "\u80cc\u666f", "\uc790\ub3d9\ucc28"]  # road, ground, car
+
+
+@pytest.fixture
+def no_system_fonts(monkeypatch):
+    monkeypatch.setattr(viz, "_FONT_FOLDERS", ())
+    monkeypatch.setattr(viz, "_told", set())
+    viz._font_file.cache_clear()
+    yield
+    viz._font_file.cache_clear()
+
+
+@pytest.mark.usefixtures("no_system_fonts")
+def test_names_that_no_font_has_are_numbers(capsys):
+    ids = [str(i) for i in range(3)]
+    for draw in (
+        lambda names: viz.legend(names, PALETTE),
+        lambda names: viz.confusion_picture(np.eye(3, dtype=int), names),
+    ):
+        np.testing.assert_array_equal(draw(OTHER), draw(ids))
+        assert not np.array_equal(draw(["road", *OTHER[1:]]), draw(ids))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"no font here has the letters of {OTHER[0]!r}: pictures show the numb")
+
+
+@pytest.mark.usefixtures("no_system_fonts")
+@pytest.mark.parametrize("name", [*OTHER, "caf\u00e9", "a \u9053", "\u0645", "\u0436", "a\u3000b"])
+def test_a_name_is_drawn_whole_or_as_a_number(name):
+    assert viz.lettering(name, 7, 14)[0] == "7"
+    assert viz.lettering("traffic-sign (2) & co.", 7, 14)[0] == "traffic-sign (2) & co."
+
+
+@pytest.mark.usefixtures("no_system_fonts")
+def test_a_font_of_the_system_writes_what_the_usual_one_cannot(tmp_path, monkeypatch):
+    fonts = {"b.ttf": OTHER[0], "a-Bold.ttf": OTHER[0], "c.otf": OTHER[1]}
+    for name in ("0.ttf", *fonts, "readme.txt"):
+        (tmp_path / name).write_bytes(b"no font")
+    monkeypatch.setattr(viz, "_FONT_FOLDERS", (str(tmp_path / "absent"), str(tmp_path)))
+    usual = viz.ImageFont.load_default(14)
+
+    def truetype(path, size):
+        if path.name not in fonts:
+            raise OSError
+        return path.name
+
+    monkeypatch.setattr(viz.ImageFont, "truetype", truetype)
+    monkeypatch.setattr(viz.ImageFont, "load_default", lambda size: usual)
+    monkeypatch.setattr(viz, "_can_write", lambda font, text: fonts.get(font, "road") == text)
+    assert viz.lettering("road", 0, 14) == ("road", usual)
+    assert viz.lettering(OTHER[0], 0, 14) == (OTHER[0], "b.ttf")
+    assert viz.lettering(OTHER[1], 1, 14) == (OTHER[1], "c.otf")
+    assert viz.lettering(OTHER[2], 2, 14) == ("2", usual)
+
+
 def test_heat_rises_from_black_to_pale_yellow():
     colours = viz.heat(np.array([[-1.0, 0.0, 0.25, 0.5, 1.0, 9.0]]), high=1.0)
     assert colours.dtype == np.uint8

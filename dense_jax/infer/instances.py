@@ -6,9 +6,9 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from dense_jax import runs
+from dense_jax import runs, viz
 from dense_jax.data import rle
 from dense_jax.data.box_masks import paste
 from dense_jax.data.classes import ClassTable, voc_colours
@@ -60,12 +60,14 @@ class Instances:
             mask = self.masks[i]
             picture[mask] = (1 - _ALPHA) * picture[mask] + _ALPHA * palette[i % _COLOURS]
         drawn = Image.fromarray(np.rint(picture).astype(np.uint8))
-        draw, font = ImageDraw.Draw(drawn), ImageFont.load_default(11)
+        draw = ImageDraw.Draw(drawn)
         for i in reversed(range(len(self))):
             x0, y0, x1, y1 = (int(edge) for edge in np.rint(self.boxes[i]))
             colour = tuple(int(channel) for channel in palette[i % _COLOURS])
             draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour)
-            text = f"{self.classes.names[self.class_ids[i]]} {self.scores[i]:.2f}"
+            class_id = int(self.class_ids[i])
+            text, font = viz.lettering(self.classes.names[class_id], class_id, 11)
+            text = f"{text} {self.scores[i]:.2f}"
             left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
             # Above the box where there is room, and inside the picture.
             x = max(2, min(x0 + 2, drawn.width - right - 2))
