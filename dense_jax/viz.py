@@ -26,7 +26,8 @@ _FONT_FOLDERS = (
 )
 _FONT_SUFFIXES = (".otf", ".ttc", ".ttf")
 _SPECIAL = (
-    *("black", "bold", "condensed", "italic", "light", "math", "mono", "oblique", "serif", "thin"),
+    *("black", "bold", "condensed", "italic", "light"),
+    *("math", "mono", "oblique", "serif", "thin"),
 )
 _NO_CHARACTER = "\U0010ffff"
 _INK = (31, 41, 55)

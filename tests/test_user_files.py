@@ -1,5 +1,6 @@
 """Files as users have them: each odd one is read right, or named in one line with the remedy."""
 
+import dataclasses
 import io
 import json
 import os
@@ -448,6 +449,73 @@ def test_the_printed_class_table_reads_the_labels(root, kind):
     assert not found.errors
     assert "classes.json" not in str(found)
     assert len(dataset.load("folder", root).split("train")[0]["label"])
+
+
+INKS = np.array([(0, 0, 0), (220, 40, 40), (40, 60, 220)], np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_labels_in_the_colours_of_the_class_table_are_read(root, mode):
+    (root / "classes.txt").write_text("ground,0,0,0\nred,220,40,40\nblue,40,60,220\n")
+    (root / "classes.json").unlink(missing_ok=True)
+    label = scene(0)[1]
+    colours = INKS[label]
+    colours[0, 0] = (224, 224, 192)  # void, as this library draws it
+    Image.fromarray(colours).convert(mode).save(root / "labels/s0.png")
+    table = folders.read_classes(root)
+    label[0, 0] = 255
+    np.testing.assert_array_equal(read_label(root / "labels/s0.png", table), label)
+    other = dataclasses.replace(table, values=(7, 0, 3))
+    np.testing.assert_array_equal(read_label(root / "labels/s0.png", other), label)
+    colours[1, 1:3] = [(1, 2, 3), (4, 5, 6)]
+    Image.fromarray(colours).save(root / "labels/s0.png")
+    words = r"label colour \(1, 2, 3\) is not in the class table, nor are 1 others; correct the"
+    with pytest.raises(UserError, match=words):
+        read_label(root / "labels/s0.png", table)
+    half = Image.fromarray(INKS[scene(0)[1]])
+    half.putalpha(128)
+    half.save(root / "labels/s0.png")
+    with pytest.raises(UserError, match="transparent in parts"):
+        read_label(root / "labels/s0.png", table)
+    Image.fromarray(np.indices((64, 64, 3))[0].astype(np.uint8) * 4).save(root / "labels/s0.png")
+    with pytest.raises(UserError, match=r"label colour \(4, 4, 4\)"):
+        read_label(root / "labels/s0.png", table)
+
+
+@pytest.mark.parametrize(
+    ("names", "inks", "new"),
+    [
+        ("ground\nred\nblue\n", INKS, "colour_0_0_0,colour_40_60_220,colour_220_40_40"),
+        ("ground\nred\nblue\n", INKS[[0, 0, 0]] + [[0, 0, 0], [128, 0, 0], [0, 0, 0]],
+         "colour_128_0_0,colour_0_0_0"),  # as in VOC, whose colours nobody has to choose
+        ("ground,0,0,0\nred,220,40,40\n", INKS, "ground,red,colour_40_60_220"),
+        ('{"names": ["a", "b"], "colours": [[0, 0, 0], [220, 40, 40]], "values": [7, 255],'
+         ' "void_values": [0]}', INKS, "a,b,colour_40_60_220"),
+    ],
+)  # fmt: skip
+def test_the_printed_class_table_reads_labels_in_colours(root, names, inks, new):
+    if names.startswith("{"):
+        (root / "classes.json").write_text(names)
+    else:
+        (root / "classes.txt").write_text(names)
+    for i in range(6):
+        Image.fromarray(inks.astype(np.uint8)[scene(i)[1]]).save(root / f"labels/s{i}.png")
+    text = str(report(root))
+    assert "6 files, such as" in text
+    (root / "classes.json").write_text(fitting_table(text))
+    table = folders.read_classes(root)
+    assert list(table.names) == new.split(",")
+    assert not report(root).errors
+    read = read_label(root / "labels/s0.png", table)
+    np.testing.assert_array_equal(np.array(table.colours)[read], inks[scene(0)[1]])
+
+
+def test_smoothed_labels_in_colours_get_no_class_table(root):
+    for i in range(6):
+        Image.fromarray(scene(i)[0]).save(root / f"labels/s{i}.png")
+    text = str(report(root))
+    assert "6 files, such as" in text
+    assert "classes.json" not in text
 
 
 def test_smoothed_labels_get_no_class_table(root):

@@ -1,6 +1,6 @@
 """Checks a dataset: reads every file and reports errors and warnings.
 
-Wrong data (a value that is not a class, colours in place of ids, damaged or missing files, sizes
+Wrong data (a value that is not a class, a colour that no class has, damaged or missing files, sizes
 that differ) stops a run: in JAX, a label out of range raises no error and only corrupts the loss.
 Unusual data (classes that never occur, mostly void images, one image in two splits) is reported.
 """
@@ -63,7 +63,7 @@ class Report:
       classes: its class table.
       splits: the findings of each split.
       errors: one line for each wrong file.
-      values: by error, all values of a label that has some that are no class.
+      values, colours: by error, all of a label that has some that are no class.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Report:
     splits: dict[str, SplitReport] = dataclasses.field(default_factory=dict)
     errors: list[str] = dataclasses.field(default_factory=list)
     values: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    colours: dict[str, list[list[int]]] = dataclasses.field(default_factory=dict)
 
     def add(self, split: str, name: str, sample: Sample) -> None:
         """Adds one image and its label."""
@@ -95,14 +96,16 @@ class Report:
     def add_error(self, error: UserError) -> None:
         """Adds a wrong file."""
         self.errors.append(str(error))
-        if isinstance(error, NoClassError):
+        if isinstance(error, NoClassError) and error.values:
             self.values[str(error)] = error.values
+        if isinstance(error, NoClassError) and error.colours:
+            self.colours[str(error)] = [list(colour) for colour in error.colours]
 
     @property
     def fingerprint(self) -> str:
         """A hash of the class table, the names, and the pixels of images and labels."""
         content = self.to_json()
-        del content["values"]  # of wrong files, which no run has
+        del content["values"], content["colours"]  # of wrong files, which no run has
         for found in content["splits"].values():
             del found["orientations"]  # not applied; runs of before this was noted go on
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
@@ -150,6 +153,10 @@ class Report:
         """Returns a likely class table of the user's labels if the present one does not fit."""
         if self.name != "folder":
             return None  # the dataset has its own
+        if self.colours:
+            return self.classes.for_colours(
+                {(r, g, b) for found in self.colours.values() for r, g, b in found}
+            )
         seen = {value for values in self.values.values() for value in values}
         for found in self.splits.values():
             seen |= {v for v, k in zip(self.classes.values, found.pixels, strict=True) if k}
@@ -160,7 +167,8 @@ class Report:
         """Returns at most ``number`` lines that stand for all errors, and the remedy."""
         groups: dict[str, list[str]] = {}
         for error in self.errors:
-            groups.setdefault("" if error in self.values else _cause(error), []).append(error)
+            foreign = [kind for kind in ("values", "colours") if error in getattr(self, kind)]
+            groups.setdefault(foreign[0] if foreign else _cause(error), []).append(error)
         lines = []
         for errors in groups.values():
             if len(errors) == 1:
@@ -172,8 +180,10 @@ class Report:
         if len(lines) > number:
             rest = len(lines) - number + 1
             lines[number - 1 :] = [f"and files that are wrong in {rest} other ways"]
-        if self.values and (table := self.fitting_table()):
-            fits = f"to read these labels, put their names into classes.json: {table.as_file()}"
+        if (self.values or self.colours) and (table := self.fitting_table()):
+            fits = (
+                f"to read them, write, with the right names, this classes.json: {table.as_file()}"
+            )
             lines.append(printable(fits, 10_000))
         return lines
 
@@ -218,7 +228,8 @@ class Report:
         for found in splits.values():
             found.sizes = [(height, width) for height, width in found.sizes]
         classes = ClassTable.from_json(report["classes"])
-        return cls(report["name"], classes, splits, report["errors"], report.get("values", {}))
+        foreign = {key: report[key] for key in ("values", "colours") if key in report}
+        return cls(report["name"], classes, splits, report["errors"], **foreign)
 
     def __str__(self) -> str:
         rows = [["", *self.splits]]

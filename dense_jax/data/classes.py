@@ -109,6 +109,38 @@ class ClassTable:
         lookup[list(self.values)] = np.arange(self.num_classes)
         return lookup
 
+    @property
+    def has_own_colours(self) -> bool:
+        """Whether each class has a colour that somebody chose."""
+        is_usual = self.colours == voc_colours(self.num_classes)
+        return not is_usual and len(set(self.colours)) == self.num_classes
+
+    def value_of_colour(self) -> dict[tuple[int, int, int], int]:
+        """Returns the file value of each colour, also of the void colour if there is void."""
+        values = dict(zip(self.colours, self.values, strict=True))
+        return {_VOID_COLOUR: self.void_values[0], **values} if self.void_values else values
+
+    def for_colours(self, seen: Collection[tuple[int, int, int]]) -> "ClassTable | None":
+        """Returns a class table of label files with these colours, whose new names are to be given.
+
+        Where nobody chose the colours of this table, nobody knows which name has which.
+
+        Returns:
+          None if they are too many to be classes.
+        """
+        own = self if self.has_own_colours else None
+        names = [*own.names] if own else []
+        colours = [*own.colours] if own else []
+        new = sorted(set(seen) - {*colours, _VOID_COLOUR})
+        colours += new if len(new) < 2 or tuple(new) != voc_colours(len(new)) else new[::-1]
+        names += ["colour_{}_{}_{}".format(*colour) for colour in colours[len(names) :]]
+        if not new or len(new) > _MOST_NEW or len(names) > IGNORE_LABEL:
+            return None
+        values = [*self.values] if own else []
+        free = (value for value in range(256) if value not in {*values, *self.void_values})
+        values += itertools.islice(free, len(names) - len(values))
+        return ClassTable(names, colours, values, self.void_values)
+
     def for_values(self, seen: Collection[int]) -> "ClassTable | None":
         """Returns the likely class table of label files with these values, to be looked at.
 

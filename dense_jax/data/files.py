@@ -1,7 +1,8 @@
 """Reads image and label files; a wrong file gives an error of one line.
 
 A label file has one number for each pixel: a grey or palette PNG (palette indices are the numbers)
-or a MATLAB file of the Semantic Boundaries Dataset. Reading maps the numbers to class ids. An
+or a MATLAB file of the Semantic Boundaries Dataset. Reading maps the numbers to class ids. Where
+somebody chose colours in the class table, a picture in these colours is a label as well. An
 instance file has the number of an object for each pixel, 0 for none, and may need 16 bits.
 """
 
@@ -25,6 +26,7 @@ from dense_jax.errors import UserError
 _LOSSLESS = {None, "raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma",
              "zstd", "group3", "group4", "tiff_ccitt", "tiff_raw_16"}  # fmt: skip
 
+_MOST_COLOURS = 256  # of a label: one for each class, and void
 _MOST_OBJECTS = 2**16 - 1  # the largest number in 16 bits
 _VAL_SHARE = 0.2
 
@@ -59,11 +61,16 @@ class Sample:
 
 
 class NoClassError(UserError):
-    """A label has values that are no class; ``values`` are all that it has."""
+    """A label has values or colours that are no class; ``values`` or ``colours`` are all it has."""
 
-    def __init__(self, message: str, values: Sequence[int]):
+    def __init__(
+        self,
+        message: str,
+        values: Sequence[int] = (),
+        colours: Sequence[tuple[int, int, int]] = (),
+    ):
         super().__init__(message)
-        self.values = list(values)
+        self.values, self.colours = list(values), list(colours)
 
 
 def read_pair(pair: Pair, classes: ClassTable) -> Sample:
@@ -124,7 +131,7 @@ def read_label(path: pathlib.Path, classes: ClassTable) -> np.ndarray:
       UserError: the file is missing, empty, damaged or not a label, or a value is not in the class
         table.
     """
-    values, palette = _read_label_values(path)
+    values, palette = _read_label_values(path, classes)
     labels = _to_ids(values, classes, path)
     if palette is not None:
         _check_palette(values, palette, classes, path)
@@ -365,7 +372,9 @@ def _check_palette(
             )
 
 
-def _read_label_values(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_label_values(
+    path: pathlib.Path, classes: ClassTable
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the values of a label file, [H, W], and its palette [N, 3] if it has one."""
     if path.suffix == ".mat":
         return read_class_map(_read(path), path), None
@@ -384,6 +393,8 @@ def _read_label_values(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | Non
             f"{path}: a label with 16 bits or more (values {low} to {high}), which usually has"
             f" object numbers and not classes; {remedy}"
         )
+    if image.mode in ("RGB", "RGBA"):
+        return _values_of_colours(image, classes, path), None
     if image.mode not in ("1", "L", "P"):
         raise UserError(f"{path}: the label has colours ({image.mode}), not class ids; {remedy}")
     if image.format == "PNG" and image.mode == "L" and data[24] < 8:  # the depth in its header
@@ -392,6 +403,31 @@ def _read_label_values(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | Non
     if image.mode == "P" and (colours := image.getpalette("RGB")):
         palette = np.array(colours, np.uint8).reshape(-1, 3)
     return np.asarray(image, np.uint8), palette
+
+
+def _values_of_colours(image: Image.Image, classes: ClassTable, path: pathlib.Path) -> np.ndarray:
+    """Returns the values, [H, W], of a picture in the colours of the class table."""
+    if image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
+        raise UserError(f"{path}: a label that is transparent in parts; save it without alpha")
+    codes = np.asarray(image.convert("RGB"), np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    found, places = np.unique(codes, return_inverse=True)
+    colours = [(c >> 16, c >> 8 & 255, c & 255) for c in found[: _MOST_COLOURS + 1].tolist()]
+    seen = colours if len(colours) <= _MOST_COLOURS else ()
+    if not classes.has_own_colours:
+        raise NoClassError(
+            f"{path}: the label has colours ({image.mode}), not class ids; save class ids as an"
+            " 8-bit grey or palette PNG, or give each class its colour in the class table",
+            colours=seen,
+        )
+    value_of = classes.value_of_colour()
+    if wrong := [colour for colour in colours if colour not in value_of]:
+        raise NoClassError(
+            f"{path}: label colour {wrong[0]} is not in the class table"
+            f"{f', nor are {len(wrong) - 1} others' if wrong[1:] else ''}; correct the label or the"
+            " class table, and save labels without smoothing",
+            colours=seen,
+        )
+    return np.array([value_of[colour] for colour in colours], np.uint8)[places].reshape(codes.shape)
 
 
 def _open_numbers(path: pathlib.Path) -> tuple[bytes, Image.Image]:
