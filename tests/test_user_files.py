@@ -526,6 +526,20 @@ def test_smoothed_labels_get_no_class_table(root):
     assert "classes.json" not in text
 
 
+def test_more_classes_than_a_table_holds_get_none(root):
+    wide = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    table = {"names": [f"c{i}" for i in range(240)], "void_values": [0], "values": [*range(1, 241)]}
+    (root / "classes.json").write_text(json.dumps(table))
+    for i in range(6):
+        Image.fromarray(wide).save(root / f"labels/s{i}.png")
+        Image.fromarray(scene(i)[0]).resize((16, 16)).save(root / f"images/s{i}.png")
+    assert json.loads(fitting_table(str(report(root))))["names"][-1] == "value_254"
+    table |= {"void_values": [], "values": [*range(1, 240), 255]}
+    (root / "classes.json").write_text(json.dumps(table))
+    assert "no class (files by value: " in str(report(root))
+    assert "classes.json" not in str(report(root))
+
+
 def test_wrong_files_are_told_by_cause(root):
     for i in range(6, 40):
         for part, array in zip(("images", "labels"), scene(i), strict=True):

@@ -153,15 +153,15 @@ class Report:
         """Returns a likely class table of the user's labels if the present one does not fit."""
         if self.name != "folder":
             return None  # the dataset has its own
-        if self.colours:
-            return self.classes.for_colours(
-                {(r, g, b) for found in self.colours.values() for r, g, b in found}
-            )
         seen = {value for values in self.values.values() for value in values}
         for found in self.splits.values():
             seen |= {v for v, k in zip(self.classes.values, found.pixels, strict=True) if k}
             seen |= set(self.classes.void_values[:1]) if found.void_pixels else set()
-        return self.classes.for_values(seen)
+        colours = {(r, g, b) for found in self.colours.values() for r, g, b in found}
+        try:
+            return self.classes.for_colours(colours) if colours else self.classes.for_values(seen)
+        except ValueError:  # more than a table holds
+            return None
 
     def errors_by_cause(self, number: int = 10) -> list[str]:
         """Returns at most ``number`` lines that stand for all errors, and the remedy."""

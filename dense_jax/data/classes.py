@@ -126,7 +126,10 @@ class ClassTable:
         Where nobody chose the colours of this table, nobody knows which name has which.
 
         Returns:
-          None if they are too many to be classes.
+          None if they are too many to be classes, or one.
+
+        Raises:
+          ValueError: they are more than a table holds.
         """
         own = self if self.has_own_colours else None
         names = [*own.names] if own else []
@@ -134,7 +137,7 @@ class ClassTable:
         new = sorted(set(seen) - {*colours, _VOID_COLOUR})
         colours += new if len(new) < 2 or tuple(new) != voc_colours(len(new)) else new[::-1]
         names += ["colour_{}_{}_{}".format(*colour) for colour in colours[len(names) :]]
-        if not new or len(new) > _MOST_NEW or len(names) > IGNORE_LABEL:
+        if not new or len(new) > _MOST_NEW or len(names) < 2:
             return None
         values = [*self.values] if own else []
         free = (value for value in range(256) if value not in {*values, *self.void_values})
@@ -150,6 +153,9 @@ class ClassTable:
 
         Returns:
           None if this table explains the values, or if they are too many to be classes.
+
+        Raises:
+          ValueError: they are more than a table holds.
         """
         seen = set(seen)
         new = seen.difference(self.values, self.void_values)
