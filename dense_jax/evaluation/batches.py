@@ -15,6 +15,7 @@ from dense_jax.data import pipeline
 from dense_jax.data.dataset import Source
 from dense_jax.data.normalise import Normalise
 from dense_jax.data.padded import Shapes
+from dense_jax.train import processes
 from dense_jax.train.config import RunConfig
 from dense_jax.train.step import Batch, eval_step, replicate, shard
 
@@ -42,7 +43,7 @@ def eval_batches(
     """Returns normalised batches with every image of a split once, for all devices."""
     config, devices = task.config, jax.local_device_count()
     # A multiple of the devices; the end of the last batch is padding.
-    size = -(-config.eval_batch_size // devices) * devices
+    size = -(-config.eval_batch_size // jax.device_count()) * devices
     return pipeline.eval_batches(
         source,
         [Normalise(config.normalisation)],
@@ -74,7 +75,10 @@ def predict_each(
 def predict_split(
     task: Predicts, variables: Any, source: Source, shapes: Shapes | None = None
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Yields the index and the outputs [H, W, ...] of every image of a split, in any order."""
+    """Yields the index and the outputs [H, W, ...] of every image of a split, in any order.
+
+    Each process yields all of them.
+    """
 
     def outputs_of(variables: Any, batch: Batch) -> tuple[Any, Any]:
         return {}, predict_each(task, variables, batch["images"], batch["size"])
@@ -84,7 +88,9 @@ def predict_split(
         arrays = {k: batch[k] for k in ("images", "size")}
         outputs = jax.device_get(step(variables, shard(arrays))[1])
         outputs = {name: x.reshape(-1, *x.shape[2:]) for name, x in outputs.items()}
-        for i, index in enumerate(batch["index"]):
+        places = processes.gather({key: batch[key] for key in ("index", "size")})
+        outputs = processes.gather(outputs)
+        for i, index in enumerate(places["index"]):
             if index >= 0:
-                height, width = batch["size"][i]
+                height, width = places["size"][i]
                 yield int(index), {name: x[i, :height, :width] for name, x in outputs.items()}

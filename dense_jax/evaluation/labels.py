@@ -22,6 +22,7 @@ from dense_jax.evaluation.record import Cell, Column, Findings, Picture, Record,
 from dense_jax.metrics import boundary
 from dense_jax.metrics import semantic as metrics
 from dense_jax.objectives import pixels
+from dense_jax.train import processes
 from dense_jax.train.step import Batch, eval_step, replicate, shard
 
 BoundaryMatch = Literal["none", "distance", "assignment"]
@@ -112,17 +113,20 @@ class LabelCounter:
             self._check(batch)
             arrays = {k: batch[k] for k in ("images", "labels", "valid", "size")}
             sums, per_image = jax.device_get(self._step(variables, shard(arrays)))
+            own = {k: v.reshape(-1, *v.shape[2:]) for k, v in per_image.items()}
+            own["boundary_f1"] = self._boundaries(batch, own, boundary_match)
+            own |= {k: batch[k] for k in ("index", "size")}
+            flat = processes.gather(own)
             confusion = metrics.add(confusion, sums["confusion"])
             if "before_crf" in sums:
                 before_crf = metrics.add(before_crf, sums["before_crf"])
             loss += float(sums["loss"])
             num_images += int(sums["num_images"])
             shapes.add(batch["images"].shape[1:3])
-            flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in per_image.items()}
-            for i, index in enumerate(batch["index"]):
+            for i, index in enumerate(flat["index"]):
                 if index < 0:
                     continue
-                height, width = batch["size"][i]
+                height, width = flat["size"][i]
                 prediction = flat["predictions"][i, :height, :width]
                 if int(index) in examples:
                     padded[int(index)] = prediction
@@ -134,13 +138,7 @@ class LabelCounter:
                         without = metrics.summarise(flat["confusion_before_crf"][i])["mean_iou"]
                         pair = np.stack([flat["before_crf"][i, :height, :width], prediction])
                         sharpened.offer(score - without, int(index), pair)
-                if boundary_match != "none" and flat["confusion"][i].any():
-                    labels = batch["labels"][i, :height, :width]
-                    boundaries.append(
-                        boundary.image_boundary_f1(
-                            labels, prediction, self._classes.num_classes, match=boundary_match
-                        )
-                    )
+                boundaries.append(flat["boundary_f1"][i])
         if confusion is None:
             raise UserError("the split to evaluate has no images")
         finite = [b for b in boundaries if not np.isnan(b)]
@@ -156,6 +154,23 @@ class LabelCounter:
             sharpened=sharpened.items(),
             padding=self._padding(variables, padded),
         )
+
+    def _boundaries(
+        self, batch: Batch, outputs: Mapping[str, np.ndarray], match: BoundaryMatch
+    ) -> np.ndarray:
+        """The boundary F1 of each row, float64; NaN for one without a label or a request."""
+        scores = np.full(len(batch["index"]), math.nan)
+        for i in np.nonzero(batch["index"] >= 0)[0]:
+            if match != "none" and outputs["confusion"][i].any():
+                height, width = batch["size"][i]
+                labels, prediction = batch["labels"][i], outputs["predictions"][i]
+                scores[i] = boundary.image_boundary_f1(
+                    labels[:height, :width],
+                    prediction[:height, :width],
+                    self._classes.num_classes,
+                    match=match,
+                )
+        return scores
 
     def _check(self, batch: Batch) -> None:
         """Refuses labels that are no class and not void, as of a source that nobody checked."""

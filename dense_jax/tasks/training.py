@@ -22,7 +22,7 @@ from dense_jax.data.transforms import Transform
 from dense_jax.errors import UserError
 from dense_jax.evaluation import report
 from dense_jax.tasks.task import Task
-from dense_jax.train import cli
+from dense_jax.train import cli, processes
 from dense_jax.train.checkpoint import has_checkpoint
 from dense_jax.train.config import RunConfig
 from dense_jax.train.loop import fit
@@ -94,7 +94,8 @@ def train(
         notes["own_model"] = type(task.model).__name__
     with contextlib.ExitStack() as stack:
         workdir, batches, state = _begin(task, dataset, tx, notes, stack)
-        own_loss = _checked(loss) if loss else task.loss(dataset)
+        with processes.first_goes_first():  # it may count the classes
+            own_loss = _checked(loss) if loss else task.loss(dataset)
         step = train_step(own_loss, ema_decay=config.ema_decay)
         evaluate_on_val = task.evaluator(dataset, "val")
         card: dict[str, Any] = {"input_shape": list(batches.example["images"].shape[1:])}
@@ -107,13 +108,14 @@ def train(
         def evaluate(state: TrainState, step: int) -> dict[str, float]:
             record = evaluate_on_val(state.eval_variables(), step == config.num_steps)
             record = dataclasses.replace(record, protocol={**record.protocol, **card, **notes})
-            record.write(workdir, step)
+            processes.by_first(lambda: record.write(workdir, step))
             record.tell(step)
             return record.row()
 
         rate = None if optimizer else build_schedule(config)
         state = fit(state, step, batches, config, evaluate, task.headline, rate, refresh)
-        print(f"report: {report.write_report(workdir)}")
+        if path := processes.by_first(lambda: report.write_report(workdir)):
+            print(f"report: {path}")
         return state
 
 
@@ -156,7 +158,8 @@ def load_dataset(config: RunConfig) -> Dataset:
       UserError: files or labels are wrong; the message names the first and the remedy.
     """
     options = dataclasses.asdict(config.shapes) if config.dataset == "shapes" else {}
-    dataset = datasets.load(config.dataset, config.data_dir, **options)
+    with processes.first_goes_first():
+        dataset = datasets.load(config.dataset, config.data_dir, **options)
     for line in dataset.warnings[:_NUM_WARNINGS]:
         print(f"check-data: {line}")
     if (more := len(dataset.warnings) - _NUM_WARNINGS) > 0:
@@ -206,8 +209,13 @@ def _begin(
         )
     if config.init and not has_checkpoint(pathlib.Path(config.workdir or "")):
         state = _initialise_from(config.init, state, tx, config.normalisation)
-    stack.enter_context(runs.writing(pathlib.Path(config.workdir or "")))
-    workdir = runs.prepare(config, dataset, notes)  # last: all other checks have passed
+    workdir = pathlib.Path(config.workdir or "")
+
+    def prepare() -> None:  # last: all other checks have passed
+        stack.enter_context(runs.writing(workdir))
+        runs.prepare(config, dataset, notes)
+
+    processes.by_first(prepare)
     size = f"{num_parameters(state.params):,} parameters"
     print(f"{type(task.model).__name__}: {size}; run in {workdir}")
     return workdir, batches, state

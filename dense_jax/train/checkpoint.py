@@ -61,7 +61,10 @@ class Checkpoints:
             preservation_policy=_LastAndBest(self._folder, self._scores),
             best_fn=lambda metrics: _score(metrics, self._headline),
             lightweight_initialize=True,  # Orbax would stop at damaged metrics
+            multiprocessing_options=_alone(),
+            create=False,
         )
+        self._folder.mkdir(parents=True, exist_ok=True)
         return ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -222,6 +225,14 @@ class _DamagedError(Exception):
     """The files of a step are not as they were saved."""
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Lets a process save and read without the others; see `dense_jax.train.processes`."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
+    )
+
+
 def _folder_of(workdir: str | pathlib.Path) -> pathlib.Path:
     return pathlib.Path(workdir).absolute() / "checkpoints"
 
@@ -284,7 +295,10 @@ def _read(folder: pathlib.Path, step: int) -> tuple[dict[str, Any], Any]:
             with contextlib.suppress(OSError):  # some file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_SH)  # until the file is closed; see `_is_read`
             record = json.load(file)
-            reader = stack.enter_context(ocp.Checkpointer(ocp.StandardCheckpointHandler()))
+            handler = ocp.StandardCheckpointHandler(multiprocessing_options=_alone())
+            reader = stack.enter_context(
+                ocp.Checkpointer(handler, multiprocessing_options=_alone())
+            )
             tree = reader.restore(path / "state", args=ocp.args.StandardRestore())
         tree = jax.tree.map(np.asarray, tree)
         position = record["position"]

@@ -14,6 +14,7 @@ import jax
 import tyro
 
 from dense_jax.errors import UserError
+from dense_jax.train import processes
 from dense_jax.train.config import RunConfig, own_flags_first
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -48,6 +49,8 @@ def run(
             preset = next(word for word in sys.argv[1:] if word in presets)
             workdir = pathlib.Path("runs") / f"{script_name().rpartition('.')[2]}-{preset}"
             config = dataclasses.replace(config, workdir=str(workdir))
+        if config.distributed:
+            processes.start(config.coordinator, config.process_id, config.num_processes)
         set_up_jax()
         # Orbax's threads print when a save fails; the user error is one line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -92,16 +95,24 @@ class exit_on_user_error:  # noqa: N801  (used like a function)
             error = UserError(f"cannot use {path} ({error.strerror}): give another path")
         if isinstance(error, MemoryError):
             error = UserError(f"not enough memory ({error})")
+        if isinstance(error, jax.errors.JaxRuntimeError) and processes.are_many():
+            error = UserError(
+                f"another process has ended ({str(error).splitlines()[0][:200]}): start all of "
+                "them again with the same command"
+            )
         if isinstance(error, UserError):
             line = str(error).splitlines()[0]  # Grain appends lines of its own
             print(f"error: {line}", file=sys.stderr)
-            sys.exit(2)
+            processes.leave(2)
         if isinstance(error, BrokenPipeError):  # such as `| head` causes
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+            processes.leave(1)
         if isinstance(error, KeyboardInterrupt):
             print(self.interrupted, file=sys.stderr)
-            sys.exit(130)
+            processes.leave(130)
+        if isinstance(error, Exception) and jax.distributed.is_initialized():
+            sys.excepthook(type(error), error, error.__traceback__)
+            processes.leave(1)
 
 
 def script_name() -> str:

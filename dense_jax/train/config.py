@@ -28,10 +28,14 @@ FREE_ON_RESUME = {
     "eval_batch_size",
     "eval_shapes",
     "eval_every",
+    "coordinator",
+    "distributed",
     "log_every",
+    "num_processes",
     "num_steps",
     "num_threads",
     "num_workers",
+    "process_id",
     "save_every",
     "workdir",
 }
@@ -137,6 +141,15 @@ class RunConfig:
     """Steps between evaluations on the validation split; the last step is always evaluated."""
     save_every: Count = 1000
     """Steps between checkpoints; the last two and the best checkpoint stay on disk."""
+    distributed: bool = False
+    """Train with many processes: start the same command in each (docs/scale.md). SLURM, Open MPI
+    and TPU pods say the next three values themselves."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process."""
+    process_id: CountOrZero | None = None
+    """Number of this process, from 0."""
+    num_processes: Count | None = None
+    """Number of processes."""
 
     def __post_init__(self) -> None:
         """Expands "~" and checks the values. Raises UserError for one that no run can use."""
@@ -150,6 +163,8 @@ class RunConfig:
             for limit in _limits(hint) if value is not None else ():
                 if not limit.holds(value):
                     raise UserError(f"{_as_flag(name, value)}: give {limit.words}")
+        for name in ("coordinator", "process_id", "num_processes"):
+            self.needs(name, distributed=True)
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"--batch-size={self.batch_size} is not a multiple of "

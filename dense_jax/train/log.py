@@ -129,9 +129,16 @@ def _checksum(row: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(row).encode()):08x}"
 
 
-def progress_bar(num_steps: int, step: int) -> tqdm.tqdm:
+def progress_bar(num_steps: int, step: int, is_shown: bool = True) -> tqdm.tqdm:
     """A progress bar over the steps of a run; the loop adds the loss and images per second."""
-    return tqdm.tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1)
+    return tqdm.tqdm(
+        total=num_steps,
+        initial=step,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=1,
+        disable=not is_shown,
+    )
 
 
 class Throughput:

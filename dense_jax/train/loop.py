@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from dense_jax.errors import UserError
+from dense_jax.train import processes
 from dense_jax.train.checkpoint import Checkpoints
 from dense_jax.train.config import RunConfig
 from dense_jax.train.log import CompileCounter, MetricsWriter, Throughput, progress_bar
 from dense_jax.train.state import TrainState
-from dense_jax.train.step import Batch, replicate, shard
+from dense_jax.train.step import Batch, eval_step, replicate, shard
 
 
 class Batches(Protocol):
@@ -61,7 +63,8 @@ def fit(
 
     State and data position are saved together in ``config.workdir``. A run that is killed and
     started again with the same command therefore ends with exactly the same parameters. SIGTERM
-    and Ctrl-C save and return early.
+    and Ctrl-C save and return early. Of many processes, the first one reads and writes the folder,
+    and a signal to one of them stops all at the same step.
 
     Args:
       state: initial state; the last checkpoint, if there is one, replaces it.
@@ -81,9 +84,11 @@ def fit(
     CompileCounter.start()
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
-        checkpoints = stack.enter_context(Checkpoints(workdir, headline))
-        if checkpoints.latest_step is not None:
-            state, position = checkpoints.restore(state)
+        checkpoints = None
+        if processes.is_first():
+            checkpoints = stack.enter_context(Checkpoints(workdir, headline))
+        state, position = _resume(checkpoints, state)
+        if position is not None:
             batches.set_state(position)
             print(f"resumed {workdir} at step {int(state.step)} of {config.num_steps}")
         start = int(state.step)
@@ -93,14 +98,16 @@ def fit(
                 "--num-steps, or give another --workdir"
             )
         state = replicate(state)
-        writer = stack.enter_context(MetricsWriter(workdir, start))
-        bar = stack.enter_context(progress_bar(config.num_steps, start))
-        stop = stack.enter_context(_stop_signals())
+        writer = None
+        if processes.is_first():
+            writer = stack.enter_context(MetricsWriter(workdir, start))
+        bar = stack.enter_context(progress_bar(config.num_steps, start, processes.is_first()))
+        stop = _Stop(stack.enter_context(_stop_signals()))
         losses = _LossWatch(batches)
         throughput, rate = Throughput(), jax.jit(rate) if rate else None
         scores: dict[str, float] | None = None
         stream = _ahead(batches, config)
-        done = start
+        done, stopping = start, False
         for done, (batch, index, position) in zip(
             range(start + 1, config.num_steps + 1), stream, strict=False
         ):
@@ -119,7 +126,8 @@ def fit(
                     row["learning_rate"] = float(rate(done - 1))
                 row["images_per_second"] = throughput.read()
                 row["programs_compiled"] = CompileCounter.programs
-                writer.write(done, "train", row)
+                if writer:
+                    writer.write(done, "train", row)
                 bar.set_postfix_str(
                     f"loss {row['loss']:.4g}, {row['images_per_second']:.1f} images/s"
                 )
@@ -129,17 +137,54 @@ def fit(
                 paused = time.perf_counter()
                 state = refresh(state) if refresh else state
                 scores = evaluate(state, done)
-                writer.write(done, "eval", scores)
+                if writer:
+                    writer.write(done, "eval", scores)
                 throughput.pause(time.perf_counter() - paused)
-            if done % config.save_every == 0 or scores or last or stop.is_set():
+            stopping = stop.is_asked()
+            if done % config.save_every == 0 or scores or last or stopping:
                 losses.check_all()
-                checkpoints.save(done, state, position, scores)
-            if stop.is_set():
+                if checkpoints:
+                    checkpoints.save(done, state, position, scores)
+            if stopping:
                 break
-        checkpoints.wait()
-    if stop.is_set():
+        if checkpoints:
+            checkpoints.wait()
+        processes.wait()
+    if stopping:
         print(f"stopped and saved at step {done}; the same command resumes from there")
     return state
+
+
+def _resume(checkpoints: Checkpoints | None, state: TrainState) -> tuple[TrainState, Any]:
+    """Returns the last state, and its data position or None, as the first process reads them."""
+
+    def restore() -> tuple[TrainState, Any] | None:
+        if checkpoints is None or checkpoints.latest_step is None:
+            return None
+        return checkpoints.restore(state)
+
+    found = processes.by_first(restore)
+    position = processes.from_first(found and found[1])
+    if position is None:
+        return state, None
+    return processes.arrays_from_first(found[0] if found else state), position
+
+
+class _Stop:
+    """Whether to stop, at the same step in all processes."""
+
+    def __init__(self, asked: threading.Event) -> None:
+        self._asked = asked
+        self._votes: collections.deque[jax.Array] = collections.deque()
+        self._count = eval_step(lambda _, batch: (jnp.sum(batch["votes"]), {}))
+
+    def is_asked(self) -> bool:
+        """To be called once in each step; reads the votes two steps late, as losses are read."""
+        if not processes.are_many():
+            return self._asked.is_set()
+        own = np.full(jax.local_device_count(), self._asked.is_set(), np.int32)
+        self._votes.append(self._count({}, shard({"votes": own}))[0])
+        return len(self._votes) > 2 and int(self._votes.popleft()) > 0
 
 
 class _LossWatch:

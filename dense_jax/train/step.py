@@ -137,7 +137,7 @@ def shard(
     accumulate: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Batch:
-    """Splits a host batch [B, ...] over the devices and sends it to them.
+    """Splits a host batch [B, ...] over the devices of this process and sends it to them.
 
     Args:
       batch: arrays with the same leading size B, a multiple of devices times micro-batches.
@@ -154,14 +154,12 @@ def shard(
     batch = jax.tree.map(lambda x: x.reshape(*lead, -1, *x.shape[1:]), batch)
     if accumulate is not None:
         batch = jax.tree.map(lambda x: x.swapaxes(0, 1), batch)
-    if jax.process_count() > 1:  # pmap itself joins the parts of the processes
-        return batch
     return jax.device_put(batch, _sharding(devices, AXIS))
 
 
 def replicate(state: StateT, devices: Sequence[jax.Device] | None = None) -> StateT:
     """Sends a host state to the devices with a step's sharding, so that no step compiles twice."""
-    return state if jax.process_count() > 1 else jax.device_put(state, _sharding(devices))
+    return jax.device_put(state, _sharding(devices))
 
 
 def _sharding(devices: Sequence[jax.Device] | None, *axes: str) -> NamedSharding:
