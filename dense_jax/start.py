@@ -4,7 +4,6 @@ The weights come from another run, a folder of imported weights, a file, or the 
 `dense_jax.releases` knows the published files.
 """
 
-import contextlib
 import pathlib
 from typing import Any
 
@@ -104,19 +103,11 @@ def normalisation_of(source: str) -> str | None:
 
 
 def read_published(path: pathlib.Path) -> files.WeightFile:
-    """Reads a file; if all names have a prefix and are known without it, removes the prefix."""
-    file = files.read(path)
-    with contextlib.suppress(UserError):
-        rules.choose(catalogue.releases(), None, file.tensors)
-        return file
-    first = next(iter(file.tensors))
-    prefix = first[: first.find(".") + 1]  # "model." in files of Lightning
-    if prefix and all(name.startswith(prefix) for name in file.tensors):
-        with contextlib.suppress(UserError):
-            bare = file.without(prefix)
-            rules.choose(catalogue.releases(), None, bare.tensors)
-            return bare
-    return file
+    """Reads a file; takes wrappers off its names as long as more of them become known."""
+    found = list(files.read(path).unwrapped())
+    if len(found) == 1:
+        return found[0]
+    return max(found, key=lambda file: rules.num_known(catalogue.releases(), file.tensors))
 
 
 def path_of(source: str) -> pathlib.Path:

@@ -151,13 +151,53 @@ def test_nothing_is_overwritten_or_taken_for_what_it_is_not(resnet_file, tmp_pat
         import_weights.run(model="resnet50", source=str(own), dry_run=True)
 
 
-def test_a_word_in_front_of_all_names_is_taken_off(resnet_file, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "wrappers",
+    [
+        "model.",
+        "net.",
+        "model._orig_mod.",
+        "_orig_mod.model.",
+        "model.module.",
+        "module._orig_mod.model.",
+        "model._orig_mod.module.",
+        "state_dict.model.net.module.",
+        "_forward_module._fsdp_wrapped_module.lightning_module.",
+    ],
+)
+def test_wrappers_in_front_of_all_names_are_taken_off(wrappers, resnet_file, tmp_path, capsys):
     path, variables = resnet_file
-    np.savez(tmp_path / "x.npz", **{f"model.{name}": x for name, x in npz(path).items()})
+    np.savez(tmp_path / "x.npz", **{f"{wrappers}{name}": x for name, x in npz(path).items()})
     import_weights.run(model="resnet50", source=f"file:{tmp_path / 'x.npz'}", dry_run=True)
-    assert "x.npz: prefix: model." in capsys.readouterr().out
+    assert "x.npz: prefix: " in capsys.readouterr().out
     state = started(thin("resnet50"), f"file:{tmp_path / 'x.npz'}")
     chex.assert_trees_all_equal(state.params, variables["params"])
+
+
+def test_wrappers_of_a_part_are_taken_off(resnet_file, tmp_path):
+    path, variables = resnet_file
+    tensors = npz(path)
+    for wrapper in ("module", "_orig_mod", "module._checkpoint_wrapped_module"):
+        inside = {n.replace("layer1.", f"layer1.{wrapper}."): x for n, x in tensors.items()}
+        np.savez(tmp_path / "x.npz", **inside)
+        state = started(thin("resnet50"), f"file:{tmp_path / 'x.npz'}")
+        chex.assert_trees_all_equal(state.params, variables["params"])
+
+
+def test_what_lies_beside_a_wrapped_network_is_told(resnet_file, tmp_path):
+    tensors = npz(resnet_file[0])
+    wrapped = {f"model.module.{name}": x for name, x in tensors.items()}
+    np.savez(tmp_path / "x.npz", n_averaged=np.ones(()), **wrapped)
+    run = functools.partial(
+        import_weights.run, model="resnet50", source=str(tmp_path / "x.npz"), dry_run=True
+    )
+    with pytest.raises(UserError, match="1 unexpected: n_averaged"):
+        run()
+    run(ignore=("n_averaged",))
+    # Without a wrapper a name would be that of another tensor: nothing is overwritten.
+    np.savez(tmp_path / "x.npz", **tensors, **{"model.fc.bias": tensors["fc.bias"]})
+    with pytest.raises(UserError, match=r"1 unexpected: model\.fc\.bias"):
+        run()
 
 
 @pytest.fixture

@@ -48,6 +48,17 @@ def test_of_two_sets_of_weights_the_first_kind_is_taken(path):
     }
 
 
+def test_containers_lie_in_containers(path):
+    inner = items(state_dict=items(net=items(a=WHOLE)), optimizer=items(b=WHOLE))
+    file = files.read(write(path, zip_form(items(epoch=integer(2), model=inner))))
+    assert list(file.tensors) == ["a"]
+    assert file.info == {
+        "epoch": "2",
+        "container": "model.state_dict.net",
+        "left out": "optimizer (1)",
+    }
+
+
 @both_forms
 def test_torch_views(path, form):
     content = items(

@@ -12,8 +12,9 @@ import dataclasses
 import importlib
 import os
 import pathlib
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -23,8 +24,18 @@ from dense_jax.weights.tensors import Lazy, damaged
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
 _TORCH = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the pickled magic number
-# torch.nn.DataParallel and torch.compile put these in front of each name.
-_PREFIXES = ("module.", "_orig_mod.")
+# Torch's wrappers put these in front of all names of what they wrap. Those with an underscore are
+# wrappers wherever they stand; a network can have a part "module".
+_PREFIX = re.compile(r"module\.")
+_HIDDEN = re.compile(
+    r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+_MOST_WRAPPERS = 8  # a bound for hostile files
+# What else stands in front of names beside others without it, and a wrapper of a part alone.
+_OTHERS = (
+    re.compile(r"^(module|model|net|network|state_dict)\."),
+    re.compile(r"(?<=\.)module\."),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +56,45 @@ class WeightFile:
     tensors: Mapping[str, np.ndarray]
     info: Mapping[str, str]
 
-    def without(self, prefix: str) -> "WeightFile":
-        """Returns the file without a prefix that all names share; `info` records the prefix."""
-        names = {name.removeprefix(prefix): name for name in self.tensors}
+    def unwrapped(self) -> Iterator["WeightFile"]:
+        """Yields the file, and the file with one more wrapper taken off its names each time.
+
+        A word is a wrapper if all names begin with it, or if it is the usual name of one. Only
+        rules tell how many of these words belong to the network.
+        """
+        file: WeightFile | None = self
+        for _ in range(_MOST_WRAPPERS + 1):
+            if file is None:
+                return
+            yield file
+            word = next(iter(file.tensors)).partition(".")[0]
+            patterns = (re.compile(f"^{re.escape(word)}\\."), *_OTHERS)
+            if not all(map(patterns[0].match, file.tensors)):
+                patterns = _OTHERS
+            file = next(filter(None, map(file.without, patterns)), None)
+
+    def without(self, wrapper: re.Pattern[str]) -> "WeightFile | None":
+        """Returns the file without a wrapper in its names, which `info` then records.
+
+        None if no name has it, or if two names would become one.
+        """
+        found = [match[0] for name in self.tensors if (match := wrapper.search(name))]
+        names = {wrapper.sub("", name, count=1): name for name in self.tensors}
+        if not found or len(names) < len(self.tensors) or "" in names:
+            return None
         if isinstance(self.tensors, Lazy):
             tensors: Mapping[str, np.ndarray] = self.tensors.renamed(names)
         else:
             tensors = {new: self.tensors[old] for new, old in names.items()}
-        info = {**self.info, "prefix": self.info.get("prefix", "") + prefix}
+        info = {**self.info, "prefix": self.info.get("prefix", "") + found[0]}
         return WeightFile(self.path, self.format, tensors, info)
 
 
 def read(path: str | os.PathLike[str]) -> WeightFile:
     """Reads the names, shapes and dtypes of a weight file; values are read on access.
 
-    Dots join the names of nested containers. Wrappers of torch put a prefix in front of all names
-    ("module."); the prefix is removed.
+    Dots join the names of nested containers. Wrappers of torch put words in front of names
+    ("module.", "_orig_mod."); these are removed.
 
     Raises:
       UserError: the file is missing, damaged or of an unknown format, it would run a program, or
@@ -76,8 +110,11 @@ def read(path: str | os.PathLike[str]) -> WeightFile:
     if not all(name.isprintable() for name in tensors):
         raise damaged(path, "a name has unprintable characters")
     file = WeightFile(str(path), kind, tensors, info)
-    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in file.tensors)), ""):
-        file = file.without(prefix)
+    bare: WeightFile | None = file
+    while bare is not None:
+        file = bare
+        is_module = all(map(_PREFIX.match, file.tensors))
+        bare = file.without(_PREFIX if is_module else _HIDDEN)
     return file
 
 

@@ -11,7 +11,7 @@ must explain each tensor of the file and each parameter of the network; loading 
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -361,6 +361,13 @@ def choose(
         f"{path} has tensors of unknown names ({some}, ...): give weights that docs/weights.md "
         "lists, or write a table of rules, as it explains"
     )
+
+
+def num_known(releases: Sequence[Release], names: Iterable[str]) -> int:
+    """Returns for how many names the release that knows the most of them has rules."""
+    names = list(names)
+    finders = [_finder(release.rules) for release in releases]
+    return max(sum(bool(find(name)) for name in names) for find in finders)
 
 
 def _is_hollow(release: Release, tensors: Mapping[str, Any]) -> bool:

@@ -43,7 +43,9 @@ _VERSION = 1001
 _COUNT_BYTES = 8
 # The first of these keys that a checkpoint has holds the weights. Other keys hold averages of the
 # weights, states of optimisers and the like.
-_CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "net")
+_CONTAINERS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module"),
+)
 _MOST_NAMED = 10
 # Bounds for hostile files: depth of containers, number of entries, letters of a name.
 _DEEPEST, _MOST_ENTRIES, _LONGEST_NAME = 32, 2**18, 1000
@@ -284,23 +286,26 @@ def _unwrap(
     content: Any, tensors: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns the weights of a checkpoint, and records what it leaves out."""
-    top = content if type(content) is dict else {}
-    info = said({key: value for key, value in top.items() if type(value) in _PLAIN})
-    outer = [
-        key
-        for key in _CONTAINERS
-        if type(top.get(key)) is dict and any(name.startswith(f"{key}.") for name in tensors)
-    ]
-    if not outer:
-        return tensors, info
-    prefix = f"{outer[0]}."
-    kept = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-    others = collections.Counter(
-        name.split(".")[0] for name in tensors if not name.startswith(prefix)
-    )
-    info["container"] = outer[0]
+    info: dict[str, str] = {}
+    containers: list[str] = []
+    others: collections.Counter[str] = collections.Counter()
+    while type(content) is dict:
+        info |= said({key: value for key, value in content.items() if type(value) in _PLAIN})
+        outer = [
+            key
+            for key in _CONTAINERS
+            if type(content.get(key)) is dict and any(n.startswith(f"{key}.") for n in tensors)
+        ]
+        if not outer:
+            break
+        content, prefix = content[outer[0]], f"{outer[0]}."
+        others.update(name.split(".")[0] for name in tensors if not name.startswith(prefix))
+        tensors = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+        containers.append(outer[0])
+    if containers:
+        info["container"] = ".".join(containers)
     if others:
         shown = [f"{key} ({count})" for key, count in others.most_common(_MOST_NAMED)]
         more = ["..."] if len(others) > _MOST_NAMED else []
         info["left out"] = ", ".join(shown + more)
-    return kept, info
+    return tensors, info
