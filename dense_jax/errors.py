@@ -1,10 +1,16 @@
-"""The one exception whose message is for the user, and safe printing of text from files."""
+"""The one exception whose message is for the user, and what keeps text from files harmless."""
 
 
 def printable(text: str, longest: int = 2000) -> str:
     """Returns any text as one line without control characters, at most ``longest`` long."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:longest])
     return line if len(text) <= longest else f"{line} ..."
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a name with "/" between its parts cannot leave the folder that it is joined to."""
+    parts = name.split("/")
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
 
 
 class UserError(Exception):

@@ -105,10 +105,30 @@ def test_what_fails_is_told_once(monkeypatch):
         hub.download(REPO)
 
 
-@pytest.mark.parametrize("name", ["", "resnet101", "a/b/c", "timm/", "timm/x@", "timm/x:"])
-def test_other_names_are_refused(name):
-    with pytest.raises(UserError, match="OWNER/REPOSITORY"):
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "resnet101", "a/b/c", "timm/", "timm/x@", "timm/x:"),
+        *("../x", "timm/..", "./x", "/etc/passwd", "timm\\..\\x/y", "timm/x\ty", "timm/x\n"),
+        *("timm/x@..", "timm/x@../../main", "timm/x@/etc", "timm/x@refs//1", "timm/x@a\\b"),
+        *("timm/x@v1\x1b[2J", "timm/x:../y", "timm/x:/etc/passwd", "timm/x:a/../../y", "timm/x:a/"),
+        *("timm/x:a//b", "timm/x:./a", "timm/x:..\\y", "timm/x:a\0b", "timm/x@v1:../y"),
+    ],
+)
+def test_other_names_are_refused_before_any_request(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(UserError, match="OWNER/REPOSITORY") as error:
         hub.download(name)
+    assert str(error.value).isprintable()
+
+
+def test_revisions_and_files_may_lie_in_folders(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *names, **more: asked.append((names, more)) or ""
+    )
+    hub.download("timm/x.y@refs/pr/1:unet/a..b.safetensors")
+    assert asked == [(("timm/x.y", "unet/a..b.safetensors"), {"revision": "refs/pr/1"})]
 
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch):

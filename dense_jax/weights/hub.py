@@ -7,7 +7,7 @@ caching". HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT have their usual mea
 import pathlib
 import re
 
-from dense_jax.errors import UserError
+from dense_jax.errors import UserError, printable, stays_inside
 
 _NAME = re.compile(r"(?P<repo>[^/:@]+/[^/:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
 _FILE = "model.safetensors"  # as timm and transformers name it
@@ -24,8 +24,12 @@ def download(name: str) -> pathlib.Path:
         huggingface_hub is not installed.
     """
     found = _NAME.fullmatch(name)
-    if found is None:
-        raise UserError(f"hub:{name}: give hub:OWNER/REPOSITORY[@REVISION][:FILE]")
+    # The cache has folders of these names, and a server gets them in an address.
+    if found is None or not all(stays_inside(part) for part in found.groups() if part is not None):
+        raise UserError(
+            f"hub:{printable(name)}: give hub:OWNER/REPOSITORY[@REVISION][:FILE], without .. and "
+            "empty parts"
+        )
     try:
         import huggingface_hub
         from huggingface_hub.utils import logging
