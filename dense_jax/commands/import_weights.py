@@ -47,8 +47,8 @@ def run(
       model: network to fill. vgg16 has the names of FCN, DeepLab and the dilated front end;
         resnet* has the names of DeepLab v2. With --new-head, segnet and deconvnet also take
         vgg16_bn for their encoders, and networks on a ResNet take the ResNet alone.
-      source: file of weights (.safetensors, .npz, .pth, .caffemodel, ...), or
-        hub:OWNER/REPOSITORY for a file on the Hugging Face Hub.
+      source: file of weights (.safetensors, .npz, .pth, .caffemodel, ...), the index of several
+        (model.safetensors.index.json), or hub:OWNER/REPOSITORY for those on the Hugging Face Hub.
       out: folder to write; --dry-run needs none.
       dry_run: print, and write nothing.
       new_head: the head may be missing from the file or differ from the file's.

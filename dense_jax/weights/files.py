@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from dense_jax.errors import UserError
+from dense_jax.weights import shards
 from dense_jax.weights.tensors import Lazy, damaged
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -93,6 +94,9 @@ class WeightFile:
 def read(path: str | os.PathLike[str]) -> WeightFile:
     """Reads the names, shapes and dtypes of a weight file; values are read on access.
 
+    Weights in several files are read by their index ("model.safetensors.index.json"), or by the
+    folder that holds it.
+
     Dots join the names of nested containers. Wrappers of torch put words in front of names
     ("module.", "_orig_mod."); these are removed.
 
@@ -101,6 +105,22 @@ def read(path: str | os.PathLike[str]) -> WeightFile:
         its reader needs a package that is not installed.
     """
     path = pathlib.Path(path)
+    if os.path.isdir(path):  # unlike pathlib, for any name
+        path = shards.index_in(path)
+    if path.name.endswith(shards.INDEX) and os.path.isfile(path):
+        file = _read_all(path)
+    else:
+        file = _read_one(path)
+        shards.refuse_part(path)
+    bare: WeightFile | None = file
+    while bare is not None:
+        file = bare
+        is_module = all(map(_PREFIX.match, file.tensors))
+        bare = file.without(_PREFIX if is_module else _HIDDEN)
+    return file
+
+
+def _read_one(path: pathlib.Path) -> WeightFile:
     kind = _kind(path)
     # Import it late: a reader may need a package that the other readers do without.
     reader = importlib.import_module(f"dense_jax.weights.{kind}_file")
@@ -109,13 +129,29 @@ def read(path: str | os.PathLike[str]) -> WeightFile:
         raise UserError(f"{path} holds no arrays: give a file of weights")
     if not all(name.isprintable() for name in tensors):
         raise damaged(path, "a name has unprintable characters")
-    file = WeightFile(str(path), kind, tensors, info)
-    bare: WeightFile | None = file
-    while bare is not None:
-        file = bare
-        is_module = all(map(_PREFIX.match, file.tensors))
-        bare = file.without(_PREFIX if is_module else _HIDDEN)
-    return file
+    return WeightFile(str(path), kind, tensors, info)
+
+
+def _read_all(index: pathlib.Path) -> WeightFile:
+    """Reads all files that an index names; they must hold what it says, and nothing else."""
+    tensors: dict[str, np.ndarray] = {}
+    info: dict[str, str] = {}
+    kind = ""
+    for name, wanted in shards.read_index(index).items():
+        file = _read_one(shards.file_beside(index, name))
+        if file.format not in ("safetensors", "torch"):  # others would be read at once
+            raise UserError(f"{file.path} is {file.format}: give parts of safetensors or PyTorch")
+        for faulty, words in (
+            (set(wanted) - set(file.tensors), "lacks"),
+            (set(file.tensors) - set(wanted), "also holds"),
+        ):
+            if faulty:
+                raise UserError(
+                    f"{file.path} {words} {min(faulty)}, against {index.name}: download both again"
+                )
+        tensors |= {tensor: file.tensors[tensor] for tensor in wanted}
+        info, kind = info | dict(file.info), file.format
+    return WeightFile(str(index), kind, tensors, info)
 
 
 def _kind(path: pathlib.Path) -> str:
