@@ -4,6 +4,7 @@ A module's name and its file identify a script. The file decides: another module
 such as one in a user's own ``experiments/`` folder, is another script.
 """
 
+import ast
 import contextlib
 import dataclasses
 import hashlib
@@ -20,7 +21,7 @@ from typing import Any
 
 import tyro
 
-from dense_jax.errors import UserError
+from dense_jax.errors import UserError, printable, stays_inside
 from dense_jax.train.config import RunConfig
 
 _ROOT = pathlib.Path(__file__).parent.parent  # holds this package and its experiments/
@@ -102,20 +103,23 @@ def file_of(config: RunConfig) -> str | None:
     if file is None or not pathlib.Path(file).is_file():  # a notebook, or `python -`
         return None
     path = pathlib.Path(file).resolve()
-    return path.relative_to(_ROOT).as_posix() if path.is_relative_to(_ROOT) else str(path)
+    return (path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path).as_posix()
 
 
 def reopen(name: str, file: str | None) -> Script:
-    """Imports the script that a run folder names.
+    """Imports the script that a run folder names, if it lies where the run recorded it.
+
+    A folder from somebody else names whatever they like, so nothing else is imported: the file must
+    have the name of the module, and its text must define what a training script defines. A script
+    that is not of ``experiments/`` is told.
 
     Args:
       name: name of its module in training.
       file: its file in training, as `file_of` returned it; None if it is unknown.
 
     Raises:
-      UserError: the script no longer exists or cannot be imported.
+      UserError: the script no longer exists, is no training script, or cannot be imported.
     """
-    path = _ROOT / file if file else None  # an absolute path stays as it is
     main = sys.modules["__main__"]
     if name == "__main__" and {"Config", "build"} <= set(vars(main)):
         return of(main, name)
@@ -124,45 +128,86 @@ def reopen(name: str, file: str | None) -> Script:
             "it was trained from Python, and no script defines its task: pass the task or the "
             "function that builds it, dense_jax.load(folder, task=task)"
         )
-    if path is None and _is_ours(name):
-        path = _ROOT.joinpath(*name.split(".")).with_suffix(".py")
+    if file is None and name.startswith("experiments."):  # early versions recorded no file
+        file = f"{name.replace('.', '/')}.py"
     try:
-        if path is not None:
-            loaded = sys.modules.get(name)
-            if loaded is not None and _is_file(loaded, path):
-                return of(loaded, name)
-            if _is_file(main, path):
-                return of(main, name)
-            if path.is_file():
-                spec = importlib.util.find_spec(name) if _parent_is_there(name) else None
-                if spec is not None and spec.origin and pathlib.Path(spec.origin).samefile(path):
-                    return of(importlib.import_module(name), name)
-                return of(_import_file(path), name)
-        return of(importlib.import_module(name), name)
+        path = _recorded(name, file)
+        loaded = sys.modules.get(name)
+        for module in (loaded, main):
+            if module is not None and _is_file(module, path):
+                return of(module, name)
+        _check_text(path)
+        if not path.is_relative_to(_ROOT / "experiments"):
+            print(f"the run's own script is imported: {path}", file=sys.stderr)
+        module = importlib.import_module(name) if _is_found(name, path) else _import_file(path)
+        return of(module, name)
     except (ImportError, OSError) as error:
-        where = f"{file or name} cannot be imported ({error})"
         raise UserError(
-            f"it was trained by {name}, and {where}: restore the script, start Python in the "
-            "folder that it was started in, or pass its task, dense_jax.load(folder, task=task)"
+            f"it was trained by {name!r}, and {printable(file or name)} cannot be imported "
+            f"({error}): put the script back there, or pass its task, "
+            "dense_jax.load(folder, task=task)"
         ) from error
 
 
-def _is_ours(name: str) -> bool:
-    return name.startswith("experiments.")
+def _recorded(name: str, file: str | None) -> pathlib.Path:
+    """Returns the file that a run recorded for its module.
+
+    Raises:
+      ImportError: there is none, or it has another name.
+    """
+    if file is None:
+        raise ImportError("the run recorded no file of it")
+    if not stays_inside(file.removeprefix(pathlib.PurePath(file).anchor)):
+        raise ImportError("no file has such a name")
+    path = _ROOT / file  # an absolute path stays as it is
+    whole_name = path.with_suffix("").as_posix()
+    if path.suffix != ".py" or not whole_name.endswith((f"/{name}", f"/{name.replace('.', '/')}")):
+        raise ImportError("it is no file of this module")
+    if not path.is_file():
+        raise ImportError("no such file")
+    return path
+
+
+def _check_text(path: pathlib.Path) -> None:
+    """Checks that a file defines ``Config`` and ``build`` without running it.
+
+    Raises:
+      ImportError: it does not, or is not Python.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise ImportError(f"it is not Python: {error}") from error
+    defined = {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    defined |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    names = (node for node in nodes if isinstance(node, ast.Name))
+    defined |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    if missing := [key for key in ("Config", "build") if key not in defined]:
+        raise ImportError(f"it defines no {missing[0]}, so it is no training script")
+
+
+def _is_found(name: str, path: pathlib.Path) -> bool:
+    """Whether Python finds this file under this name; looks up the first part, which runs nothing.
+
+    Another package of the same name would run its ``__init__.py`` before its modules are found.
+    """
+    first = name.partition(".")[0]
+    try:
+        spec = importlib.util.find_spec(first)
+    except ValueError:  # a module without a specification
+        return False
+    if spec is None:
+        return False
+    found = {
+        pathlib.Path(place) for place in spec.submodule_search_locations or [spec.origin or ""]
+    }
+    here = path.parents[name.count(".") - 1] if "." in name else path
+    return here.resolve() in {place.resolve() for place in found}
 
 
 def _is_file(module: types.ModuleType, path: pathlib.Path) -> bool:
     file = getattr(module, "__file__", None)
     return file is not None and path.is_file() and pathlib.Path(file).resolve() == path.resolve()
-
-
-def _parent_is_there(name: str) -> bool:
-    """Whether the packages above a module can be imported; `find_spec` fails without them."""
-    parent = name.rpartition(".")[0]
-    try:
-        return not parent or importlib.util.find_spec(parent) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def _import_file(path: pathlib.Path) -> types.ModuleType:

@@ -1,6 +1,7 @@
 """A run opened from Python, wherever the script that trained it lies."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import textwrap
@@ -186,6 +187,66 @@ def test_runs_of_a_script_outside_of_the_library_open_from_anywhere(how, tmp_pat
     said = python(OPEN.format(str(workdir)), elsewhere)
     assert "net.py" in said
     assert "dense_jax.load(folder, task=task)" in said
+
+
+OTHER_SCRIPTS = [
+    {"script": "os"},
+    {"script": "os", "script_file": None},
+    {"script": "evil", "script_file": None},
+    {"script": "net.train", "script_file": None},  # where Python is started
+    {"script": "evil", "script_file": "HERE/evil.py"},
+    {"script": "experiments.fcn", "script_file": "HERE/evil.py"},
+    {"script": "experiments.fcn", "script_file": "HERE/experiments/fcn.py"},
+    {"script": "experiments.fcn", "script_file": "HERE/net/../experiments/fcn.py"},
+    {"script": "net.train", "script_file": "../../../../../../../../HERE/net/train.py"},
+    {"script": "evil", "script_file": "HERE/net/train.py"},
+    {"script": "broken", "script_file": "HERE/broken.py"},
+    {"script": "gone", "script_file": "HERE/gone.py"},
+    {"script": "net", "script_file": "HERE/net"},
+    {"script": "\x1b[2J", "script_file": "HERE/\x1b[2J.py"},
+    {"script": "a\0b", "script_file": "a\0b.py"},
+    {"script": ".evil", "script_file": None},
+    {"script": "", "script_file": ""},
+    {"script": "json", "script_file": json.__file__},
+]
+
+
+def test_an_edited_record_imports_nothing_else(run, tmp_path):
+    mark = f"import pathlib\npathlib.Path({str(tmp_path / 'imported')!r}).touch()\n"
+    for file in ("evil.py", "experiments/__init__.py", "experiments/fcn.py", "net/__init__.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(mark)
+    (tmp_path / "net/train.py").write_text(mark + SCRIPT)
+    (tmp_path / "broken.py").write_text("Config = build = (")
+    record, code = json.loads((run / "config.json").read_text()), ""
+    for i, changes in enumerate(OTHER_SCRIPTS):
+        here = {k: v and v.replace("HERE", str(tmp_path)) for k, v in changes.items()}
+        folder = tmp_path / f"run{i}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(record | here))
+        code += OPEN.format(str(folder))
+    lines = python(code, tmp_path).splitlines()
+    assert len(lines) == len(OTHER_SCRIPTS)
+    for i, line in enumerate(lines):
+        assert line.startswith(f"{tmp_path / f'run{i}'}: it was trained by ")
+        assert "cannot be imported" in line
+        assert "dense_jax.load(folder, task=task)" in line
+        assert line.isprintable()
+    assert not (tmp_path / "imported").exists()
+
+
+def test_an_own_script_is_told(tmp_path):
+    (tmp_path / "net.py").write_text(SCRIPT + MAIN)
+    words = [str(tmp_path / "net.py"), "smoke", f"--workdir={tmp_path / 'run'}"]
+    subprocess.run([sys.executable, *words], check=True, cwd=tmp_path, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN.format(str(tmp_path / "run"))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"the run's own script is imported: {tmp_path / 'net.py'}\n" in done.stderr
 
 
 def test_a_users_own_experiments_do_not_stand_in_front_of_ours(run, tmp_path):
