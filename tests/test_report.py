@@ -206,6 +206,84 @@ def test_missing_files_are_named(run_dir, tmp_path_factory):
         report.write_report(run_dir)
 
 
+def rename_picture(run_dir, file):
+    """Makes the record name another first picture."""
+    path = run_dir / "evaluation.json"
+    found = json.loads(path.read_text())
+    found["pictures"][0]["file"] = str(file)
+    path.write_text(json.dumps(found))
+
+
+def record_again(run_dir):
+    picture = Picture("new.png", lambda: np.ones((1, 1, 3), np.uint8), "Worst")
+    protocol = {"images_scored": 1, "split": "val"}
+    Record("x", [Findings(pictures=[picture])], protocol).write(run_dir, 4)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("../../x.png", "pictures/../../x.png", "../run/x.png", "HERE/x.png", "HERE/run/x.png"),
+        *("x.png", "config.json", "pictures/", "", "..", "pictures//a.png", "pictures/./a.png"),
+        *("pictures\\..\\x.png", "pictures/a\0.png", "pictures/\x1b[2J.png", "pictures/x.txt"),
+        "checkpoints/a.png",
+    ],
+)
+def test_pictures_elsewhere_are_neither_read_nor_deleted(file, run_dir, tmp_path_factory):
+    here = tmp_path_factory.mktemp("here")
+    folder = shutil.copytree(run_dir, here / "run")
+    image = folder / "pictures" / "a.png"
+    for other in ("x.png", "run/x.png", "run/pictures/x.txt", "run/checkpoints/a.png"):
+        (here / other).parent.mkdir(exist_ok=True)
+        shutil.copy(image, here / other)
+    before = {path for path in here.rglob("*") if path.is_file()}
+    rename_picture(folder, file.replace("HERE", str(here)))
+    with pytest.raises(UserError, match=r"evaluation\.json.*evaluate the run again") as error:
+        report.write_report(folder)
+    assert str(error.value).isprintable()
+    record_again(folder)
+    after = {path for path in here.rglob("*") if path.is_file()}
+    assert {path.name for path in before - after} <= {"b.png", "cells.png"}
+    assert report.write_report(folder).exists()
+
+
+def test_links_out_of_the_folder_are_not_followed(run_dir, tmp_path_factory):
+    here = tmp_path_factory.mktemp("here")
+    picture, secret = run_dir / "pictures/a.png", here / "a.png"
+    picture.rename(secret)
+    content = secret.read_bytes()
+    for name in ("a.png", "new.png", "new.png.tmp"):
+        (run_dir / "pictures" / name).symlink_to(secret)
+    for name in ("report.html", "evaluation.json.tmp"):
+        (run_dir / name).symlink_to(secret)
+    with pytest.raises(UserError, match=r"a\.png is a link out of the run folder: remove it"):
+        report.write_report(run_dir)
+    record_again(run_dir)
+    report.write_report(run_dir)
+    assert not (run_dir / "pictures/new.png").is_symlink()
+    assert secret.read_bytes() == content
+    # Nor is anything deleted in a folder that a link puts in the place of pictures/.
+    shutil.rmtree(run_dir / "pictures")
+    (run_dir / "pictures").symlink_to(here)
+    shutil.copy(secret, here / "new.png")
+    for act in (record_again, report.write_report):
+        with pytest.raises(UserError, match="is a link out of the run folder: remove it"):
+            act(run_dir)
+    assert {path.name for path in here.iterdir()} == {"a.png", "new.png"}
+
+
+def test_a_users_own_picture_stays(run_dir):
+    shutil.copy(run_dir / "pictures/a.png", run_dir / "pictures/mine.png")
+    record_again(run_dir)
+    assert {path.name for path in (run_dir / "pictures").iterdir()} == {"mine.png", "new.png"}
+
+
+def test_damaged_pictures_are_named(run_dir):
+    (run_dir / "pictures/a.png").write_bytes(b"GIF89a")
+    with pytest.raises(UserError, match=r"a\.png is no picture .*: evaluate the run again"):
+        report.write_report(run_dir)
+
+
 @pytest.mark.parametrize(
     ("low", "high"), [(0, 1), (0.31, 0.87), (-3, 4e5), (2, 2), (0, 0), (1e-9, 3e-9), (5, 5 + 1e-13)]
 )

@@ -4,6 +4,7 @@ Reports, sweeps and galleries show the contents of a record; they do not depend 
 record of a run is ``evaluation.json``; its pictures are in ``pictures/``.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,7 +16,7 @@ import numpy as np
 import tqdm
 
 from dense_jax import runs
-from dense_jax.errors import UserError
+from dense_jax.errors import UserError, stays_inside
 
 Cell = str | float | None
 
@@ -136,10 +137,16 @@ class Record:
     def write(self, workdir: pathlib.Path, step: int) -> None:
         """Writes ``evaluation.json`` and ``pictures/`` for the parameters of a step.
 
-        Pictures of an earlier record are deleted.
+        Pictures of an earlier record are deleted. Links in the folder are replaced, not followed.
+
+        Raises:
+          UserError: ``pictures/`` is a link to another folder.
         """
         folder, pictures = workdir / "pictures", []
         runs.make_inner_folder(folder)
+        earlier: set[str] = set()
+        with contextlib.suppress(UserError):  # a damaged record has no pictures to delete
+            earlier = {picture["file"] for picture in (read(workdir) or {}).get("pictures", ())}
         for picture in (picture for part in self.findings for picture in part.pictures):
             runs.write_png(folder / picture.file, picture.draw())
             texts = {f: getattr(picture, f) for f in ("group", "caption", "parts")}
@@ -160,9 +167,9 @@ class Record:
         }
         runs.write_json(workdir / "evaluation.json", _without_nan(record))
         written = {picture["file"] for picture in pictures}
-        for path in folder.glob("*.png"):
-            if f"pictures/{path.name}" not in written:
-                path.unlink()
+        for file in earlier - written:
+            with contextlib.suppress(UserError):  # what is named elsewhere stays
+                picture_path(workdir, file).unlink(missing_ok=True)
 
     def tell(self, step: int) -> None:
         """Prints the first main metrics, above the progress bar if there is one."""
@@ -188,6 +195,27 @@ def read(folder: pathlib.Path) -> dict[str, Any] | None:
         return record if "about_scores" in record else _upgrade(record, folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): evaluate the run again") from error
+
+
+def picture_path(folder: pathlib.Path, file: str) -> pathlib.Path:
+    """Returns the path of a picture that a record names.
+
+    Raises:
+      UserError: it is not directly in ``pictures/`` of the folder, or a link leads out of it.
+    """
+    path = folder / file
+    if not stays_inside(file) or path.parent != folder / "pictures" or path.suffix != ".png":
+        raise UserError(
+            f"{folder / 'evaluation.json'} names the picture {file!r}, which is none of its own "
+            "pictures/NAME.png: evaluate the run again"
+        )
+    _check_inside(folder, path)
+    return path
+
+
+def _check_inside(folder: pathlib.Path, path: pathlib.Path) -> None:
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path} is a link out of the run folder: remove it")
 
 
 def _upgrade(record: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:

@@ -295,11 +295,15 @@ def _galleries(
     """Returns a section of pictures for each group; the first has the legend of classes."""
     groups: dict[str, list[str]] = {}
     for picture in evaluation.get("pictures", ()):
-        path, caption = run_dir / picture["file"], html.escape(printable(picture["caption"]))
-        if not path.exists():
+        path = record.picture_path(run_dir, picture["file"])
+        caption = html.escape(printable(picture["caption"]))
+        if not path.is_file():
             raise UserError(f"{path} is missing: evaluate the run again")
-        with Image.open(path) as opened:  # small pictures are enlarged: show their pixels
-            width = opened.width
+        try:
+            with Image.open(path, formats=["PNG"]) as opened:
+                width = opened.width  # small pictures are enlarged: show their pixels
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path} is no picture ({error}): evaluate the run again") from error
         parts = picture["parts"]
         style = "image-rendering:pixelated" if width < 800 and parts else ""
         if not parts:  # as large as it was drawn, on a screen with two pixels per CSS pixel
