@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from dense_jax import scripts
+from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
 from dense_jax.errors import UserError
 from dense_jax.train import cli
@@ -57,7 +58,8 @@ def prepare(
             old = read_config(workdir)
             if old["script"] != record["script"]:
                 raise UserError(f"{workdir} holds a run of {old['script']}: give another --workdir")
-            check_resumable(from_json(type(config), old["config"]), config, str(workdir))
+            before = from_json(type(config), old["config"], path)
+            check_resumable(before, config, str(workdir))
             for key in ("own_loss", "own_optimizer", "own_model"):
                 before, now = old.get(key), (notes or {}).get(key)
                 # Optimisers of optax have no name; their state has a form, which is compared.
@@ -87,7 +89,27 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
       UserError: the file is missing or damaged.
     """
     kinds = {"script": str, "config": dict, "classes": dict, "fingerprint": str}
-    return read_json(workdir / "config.json", kinds, "give the folder of another training run")
+    path, advice = workdir / "config.json", "restore it, or give the folder of another training run"
+    record = read_json(path, kinds, advice)
+    for key in ("script_file", "own_loss", "own_optimizer", "own_model"):
+        if not isinstance(record.get(key), str | None):
+            raise UserError(f"{path} is damaged ({key} is no text): {advice}")
+    return record
+
+
+def classes_of(workdir: pathlib.Path, record: Mapping[str, Any]) -> ClassTable:
+    """Returns the class table in the record of ``config.json``.
+
+    Raises:
+      UserError: it is no class table.
+    """
+    try:
+        return ClassTable.from_json(record["classes"])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{workdir / 'config.json'} is damaged (classes: {error}): restore it, or give the "
+            "folder of another training run"
+        ) from error
 
 
 def read_json(path: pathlib.Path, kinds: Mapping[str, type], advice: str) -> dict[str, Any]:
@@ -102,14 +124,18 @@ def read_json(path: pathlib.Path, kinds: Mapping[str, type], advice: str) -> dic
       UserError: the file cannot be read, or is damaged.
     """
     try:
-        record = parse_json(path.read_text())
+        record = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {advice}") from error
-    except ValueError as error:  # not text, or not JSON
+    except (ValueError, RecursionError) as error:  # not text, or not JSON
         raise UserError(f"{path} is damaged ({error}): {advice}") from error
     for key, kind in kinds.items():
-        if not isinstance(record, dict) or not isinstance(record.get(key), kind):
+        if not isinstance(record, dict) or key not in record:
             raise UserError(f"{path} is damaged (it has no {key}): {advice}")
+        if not isinstance(record[key], kind):
+            words = {str: "text", dict: "an object"}[kind]
+            found = json.dumps(record[key])[:60]
+            raise UserError(f"{path} is damaged ({key} is {found}, not {words}): {advice}")
     return record
 
 

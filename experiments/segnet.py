@@ -70,8 +70,12 @@ class Config(SemanticConfig):
     @classmethod
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Converts --input-norm of earlier versions, which also set the normalisation."""
-        lrn = values.pop("input_norm", None)
-        return values | ({"input_lrn": "on" if lrn == "lrn" else "off"} if lrn else {})
+        if "input_norm" not in values:
+            return values
+        norm = values.pop("input_norm")
+        if norm not in ("none", "lrn", "meanstd"):
+            raise ValueError(f"input_norm is {norm!r}, not one of none, lrn, meanstd")
+        return values | {"input_lrn": "on" if norm == "lrn" else "off"}
 
 
 # Section 3.2 (Table 1): batches of 12, rate 0.1, tested every 1,000 steps, about 33 epochs.

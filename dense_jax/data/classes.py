@@ -65,6 +65,8 @@ class ClassTable:
     ignore_label: ClassVar[int] = IGNORE_LABEL
 
     def __post_init__(self):
+        if not isinstance(self.names, list | tuple):  # letters of a text would be names
+            raise ValueError(f"names are a list, got {self.names!r}")
         num = len(self.names)
         set_field = functools.partial(object.__setattr__, self)  # the instance is frozen
         set_field("names", tuple(self.names))

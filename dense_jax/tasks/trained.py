@@ -163,7 +163,7 @@ def load(
     record = runs.read_config(folder)
     if checkpoint not in ("last", "best"):
         raise UserError(f"checkpoint {checkpoint!r}: give 'last' or 'best'")
-    classes = ClassTable.from_json(record["classes"])
+    classes = runs.classes_of(folder, record)
     if not isinstance(task, Task):
         if task is None:
             if own_model := record.get("own_model"):
@@ -178,7 +178,8 @@ def load(
             build, config_class = script.build, script.config_class
         else:
             build, config_class = task, _config_class(task)
-        task = build(from_json(config_class, record["config"]), classes.num_classes)
+        config = from_json(config_class, record["config"], folder / "config.json")
+        task = build(config, classes.num_classes)
     variables, step = read_variables(folder, checkpoint, task.headline)
     return Run(folder, task, variables, step, classes, record["script"])
 

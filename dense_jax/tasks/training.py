@@ -277,7 +277,7 @@ def _follow_weights(config: ConfigT) -> ConfigT:
         return config
     workdir = pathlib.Path(next(config.each_stage()).workdir or "")
     if has_checkpoint(workdir):
-        expected = runs.read_config(workdir)["config"].get("normalisation")
+        expected = start.normalisation_of(f"run:{workdir}")
     else:
         expected = start.normalisation_of(config.init or "")
     if expected in (None, config.normalisation):

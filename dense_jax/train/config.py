@@ -1,10 +1,15 @@
 """The flags that all training scripts share. Each script adds the ablations of its paper."""
 
+import contextlib
 import dataclasses
 import inspect
+import json
 import os
+import sys
+import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from dense_jax.data import dataset
@@ -228,31 +233,113 @@ def _as_flag(name: str, *value: Any) -> str:
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
-def from_json(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+def from_json(cls: type[ConfigT], values: dict[str, Any], where: object = "config.json") -> ConfigT:
     """Rebuilds a configuration from :meth:`RunConfig.to_json`.
 
+    Fields that an earlier version did not have get their defaults, which a line tells.
+
+    Args:
+      cls: the class of the configuration.
+      values: its fields as JSON values.
+      where: the file that they come from, for messages.
+
     Raises:
-      UserError: this version of the script does not know a field.
+      UserError: this version of the script does not know a field, or a value is of another kind
+        than the field, or none that a run can use.
     """
-    return _rebuild(cls, cls.upgrade(dict(values)))
+    try:
+        values = cls.upgrade(dict(values))
+        config = _rebuild(cls, values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{where} is damaged ({error}): restore it") from error
+    if absent := list(_absent(config.to_json(), values)):
+        print(f"{where} lacks {', '.join(absent)}: the defaults are taken", file=sys.stderr)
+    return config
 
 
-def _rebuild(cls: type[Any], values: dict[str, Any]) -> Any:
+def _absent(whole: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields the names of the fields that a record lacks."""
+    for name, value in whole.items():
+        if name not in values:
+            yield prefix + name
+        elif isinstance(value, dict):
+            yield from _absent(value, values[name], f"{prefix}{name}.")
+
+
+def from_plain(value: Any, hint: Any, name: str) -> Any:
+    """Returns a JSON value as an annotation has it: lists as tuples, objects as dataclasses.
+
+    Args:
+      value: the JSON value.
+      hint: the annotation, as `typing.get_type_hints` returns it; one of an unknown kind takes any
+        value.
+      name: name of the field, for the message.
+
+    Raises:
+      ValueError: the value is of another kind.
+    """
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in options:
+            with contextlib.suppress(ValueError):
+                return from_plain(value, option, name)
+    elif origin is Literal:
+        if any(value == option and type(value) is type(option) for option in options):
+            return value
+    elif origin in (tuple, list, Sequence) and isinstance(value, list | tuple):
+        each = options[:1] * len(value) if origin is not tuple or options[-1] is ... else options
+        if len(each) == len(value):
+            items = enumerate(zip(value, each, strict=True))
+            return tuple(from_plain(item, kind, f"{name}[{i}]") for i, (item, kind) in items)
+    elif origin in (dict, Mapping) and isinstance(value, dict):
+        return {key: from_plain(x, options[1], f"{name}.{key}") for key, x in value.items()}
+    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _rebuild(hint, value, f"{name}.")
+    elif hint in (int, float):  # true is 1 in Python
+        kinds = (int, float) if hint is float else (int,)
+        if type(value) in kinds and abs(value) < (_FAR if hint is float else 2**63):
+            return value
+    elif hint in (str, bool, NoneType):
+        if isinstance(value, hint):
+            return value
+    elif not (origin or dataclasses.is_dataclass(hint)):
+        return tuple(value) if isinstance(value, list) else value
+    raise ValueError(f"{name} is {json.dumps(value)[:60]}, not {_kind_in_words(hint)}")
+
+
+_FAR = sys.float_info.max
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "a truth value"}
+
+
+def _kind_in_words(hint: Any) -> str:
+    options = typing.get_args(hint)
+    match typing.get_origin(hint):
+        case typing.Union | types.UnionType:
+            return " or ".join(map(_kind_in_words, options))
+        case typing.Literal:
+            return f"one of {', '.join(map(str, options))}"
+        case origin if origin is tuple and options[-1] is not ...:
+            return f"a list of {len(options)}, each {_kind_in_words(options[0])}"
+        case origin if origin in (tuple, list, Sequence):
+            return f"a list, each {_kind_in_words(options[0])}"
+    return "null" if hint is NoneType else _WORDS.get(hint, "an object")
+
+
+def _rebuild(cls: type[Any], values: dict[str, Any], prefix: str = "") -> Any:
     """Builds a dataclass from its fields as JSON values; fields may be dataclasses themselves."""
     hints = typing.get_type_hints(cls)
-    if unknown := sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
+    fields = dataclasses.fields(cls)
+    if unknown := sorted(set(values) - {f.name for f in fields}):
         raise UserError(
-            f"config.json has fields that this version of the script does not know "
-            f"({', '.join(unknown)}): use the version that wrote it"
+            f"it has fields that this version of the script does not know "
+            f"({', '.join(prefix + name for name in unknown)}): use the version that wrote it"
         )
-    fields = {}
-    for name, value in values.items():
-        if isinstance(value, list):
-            value = tuple(value)
-        elif isinstance(value, dict) and dataclasses.is_dataclass(hints[name]):
-            value = _rebuild(hints[name], value)
-        fields[name] = value
-    return cls(**fields)
+    needed = (f for f in fields if f.default is f.default_factory is dataclasses.MISSING)
+    if missing := [f.name for f in needed if f.name not in values]:
+        raise ValueError(f"it has no {prefix}{missing[0]}")
+    return cls(**{k: from_plain(value, hints[k], prefix + k) for k, value in values.items()})
 
 
 def check_resumable(old: RunConfig, new: RunConfig, workdir: str) -> None:
