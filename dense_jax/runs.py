@@ -129,8 +129,10 @@ def read_json(path: pathlib.Path, kinds: Mapping[str, type], advice: str) -> dic
         raise UserError(f"{path} cannot be read ({error.strerror}): {advice}") from error
     except (ValueError, RecursionError) as error:  # not text, or not JSON
         raise UserError(f"{path} is damaged ({error}): {advice}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is damaged (it is no object): {advice}")
     for key, kind in kinds.items():
-        if not isinstance(record, dict) or key not in record:
+        if key not in record:
             raise UserError(f"{path} is damaged (it has no {key}): {advice}")
         if not isinstance(record[key], kind):
             words = {str: "text", dict: "an object"}[kind]

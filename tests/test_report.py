@@ -191,11 +191,74 @@ def test_run_that_was_never_evaluated_still_has_a_page(run_dir):
     assert "Worst" not in words
 
 
-@pytest.mark.parametrize("name", ["config.json", "evaluation.json"])
-def test_damaged_file_is_named(run_dir, name):
-    (run_dir / name).write_text('{"a": ')
+@pytest.mark.parametrize("content", [b'{"a": ', b"[]", b"3", b"null", b"[" * 100_000, b"\xff{}"])
+@pytest.mark.parametrize("name", ["config.json", "evaluation.json", "metrics.jsonl"])
+def test_damaged_file_is_named(run_dir, name, content):
+    if name == "metrics.jsonl" and content in (b'{"a": ', b"[" * 100_000):
+        pytest.skip("a last line that was cut short is passed over")
+    (run_dir / name).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(name)):
         report.write_report(run_dir)
+
+
+WRONG = [None, True, -1, 0.5, 10**400, float("nan"), "", "x", [], [1], ["a"], [[]], {}, {"a": 1}]
+
+
+def places(value, path=()):
+    """Yields the keys to each value within a JSON value."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*path, key)
+        if isinstance(item, dict | list):
+            yield from places(item, (*path, key))
+
+
+def spoilt(whole, path, wrong):
+    """A copy with another value at a place; an ellipsis removes it."""
+    copy = json.loads(json.dumps(whole))
+    inside = copy
+    for key in path[:-1]:
+        inside = inside[key]
+    if wrong is ...:
+        del inside[path[-1]]
+    else:
+        inside[path[-1]] = wrong
+    return copy
+
+
+@pytest.mark.parametrize("form", ["run_dir", "old_run_dir"])
+def test_each_value_of_a_record_is_shown_or_told(form, request):
+    run_dir = request.getfixturevalue(form)
+    path = run_dir / "evaluation.json"
+    whole, told = json.loads(path.read_text()), 0
+    for place in places(whole):
+        for wrong in [..., *WRONG]:
+            path.write_text(json.dumps(spoilt(whole, place, wrong)))
+            try:
+                parse(report.write_report(run_dir))
+            except UserError as error:
+                told += 1
+                line = str(error)
+                if not line.isprintable() or not line.endswith("evaluate the run again"):
+                    pytest.fail(f"{place} {wrong}: {line}")
+    assert told > 100
+
+
+def test_each_value_of_a_row_is_shown_or_told(run_dir):
+    path = run_dir / "metrics.jsonl"
+    whole = json.loads(path.read_text().splitlines()[0])
+    for key in whole:
+        for wrong in [..., *WRONG]:
+            path.write_text(json.dumps(spoilt(whole, (key,), wrong)) + "\n")
+            is_right = isinstance(wrong, float | str | int | None) and type(wrong) is not bool
+            if key == "step":
+                is_right = wrong == -1
+            elif key == "kind":
+                is_right = isinstance(wrong, str)
+            if (is_right and wrong != 10**400) or (wrong is ... and key not in ("step", "kind")):
+                report.write_report(run_dir)
+                continue
+            with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 is damaged .*: remove"):
+                report.write_report(run_dir)
 
 
 def test_missing_files_are_named(run_dir, tmp_path_factory):

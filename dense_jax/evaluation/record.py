@@ -17,6 +17,8 @@ import tqdm
 
 from dense_jax import runs
 from dense_jax.errors import UserError, stays_inside
+from dense_jax.train.config import from_plain
+from dense_jax.train.log import read_metrics
 
 Cell = str | float | None
 
@@ -191,10 +193,82 @@ def read(folder: pathlib.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record if "about_scores" in record else _upgrade(record, folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): evaluate the run again") from error
+        # Records of early versions have NaN, which JSON lacks.
+        text = path.read_text(encoding="utf-8")
+        record = json.loads(text, parse_constant=lambda name: None)
+        if not isinstance(record, dict):
+            raise ValueError("it is no object")
+        if "about_scores" not in record:
+            record = _upgrade(record, folder)
+        record.setdefault("pictures", [])
+        form = {name: from_plain(record.get(name), hint, name) for name, hint in _FORM.items()}
+        record["tables"] = [dataclasses.asdict(table) for table in form["tables"]]
+        for table in record["tables"]:
+            if any(len(row) != len(table["columns"]) for row in table["rows"]):
+                raise ValueError(f"a row of {table['title']!r} has another number of columns")
+            if table["log"] and len(table["columns"]) < 2:
+                raise ValueError(f"the table {table['title']!r} has no numbers to log")
+        return record
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): evaluate the run again"
+        ) from error
+    except KeyError as error:
+        raise UserError(f"{path} is damaged (it lacks {error}): evaluate the run again") from error
+    except (
+        *(ValueError, TypeError, AttributeError, ArithmeticError, IndexError),
+        *(RecursionError, UserError),
+    ) as error:
+        raise UserError(f"{path} is damaged ({error}): evaluate the run again") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _About:
+    title: str
+    unit: str
+    main: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    file: str
+    group: str
+    caption: str
+    parts: Sequence[str]
+
+
+# What a record must have, as annotations.
+_FORM: dict[str, Any] = {
+    "protocol": Mapping[str, Any],
+    "scores": Mapping[str, float | None],
+    "about_scores": Mapping[str, _About],
+    "tables": Sequence[Table],
+    "pictures": Sequence[_Shown],
+}
+
+
+def read_rows(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the rows of a folder's ``metrics.jsonl``; none if there is no such file.
+
+    Raises:
+      UserError: a row is none that a run writes.
+    """
+    path = folder / "metrics.jsonl"
+    advice = "remove the row; the curves then lack it"
+    try:
+        rows = list(read_metrics(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): restore it") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): restore it") from error
+    for i, row in enumerate(rows, 1):
+        try:
+            from_plain(_without_nan(row), Mapping[str, float | str | None], "row")
+            from_plain(row.get("step"), int, "step")
+            from_plain(row.get("kind"), str, "kind")
+        except ValueError as error:
+            raise UserError(f"{path}: line {i} is damaged ({error}): {advice}") from error
+    return rows
 
 
 def picture_path(folder: pathlib.Path, file: str) -> pathlib.Path:

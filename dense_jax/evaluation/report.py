@@ -6,7 +6,6 @@ scripts or downloads. It therefore opens offline, can be mailed, and prints.
 
 import base64
 import html
-import json
 import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +18,6 @@ from dense_jax import runs
 from dense_jax.data.classes import ClassTable
 from dense_jax.errors import UserError, printable
 from dense_jax.evaluation import record
-from dense_jax.train.log import read_metrics
 
 _NONE = "\N{EN DASH}"
 _TRAIN, _EVAL = "#94a3b8", "#1d4e89"
@@ -45,12 +43,13 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
       UserError: there is no readable ``config.json``, or a file in the folder is damaged.
     """
     run_dir = pathlib.Path(run_dir)
-    config = _read_json(run_dir / "config.json")
-    if config is None:
+    path = run_dir / "config.json"
+    if not path.exists():
         raise UserError(f"{run_dir} has no config.json: give the folder of a training run")
-    classes = ClassTable.from_json(config["classes"])
+    config = runs.read_json(path, {"script": str, "config": dict, "classes": dict}, "restore it")
+    classes = runs.classes_of(run_dir, config)
     evaluation = record.read(run_dir) or {}
-    rows = list(read_metrics(run_dir / "metrics.jsonl"))
+    rows = record.read_rows(run_dir)
     main, further = _scores(evaluation)
     tables = evaluation.get("tables", ())
     body = [
@@ -71,15 +70,6 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
 def page(title: str, body: Iterable[str]) -> str:
     """Returns an HTML page in the style of the reports, from a plain title and pieces of HTML."""
     return _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(filter(None, body)))
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): evaluate the run again") from error
 
 
 def _title(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
@@ -282,7 +272,7 @@ def _table(table: Mapping[str, Any], classes: ClassTable) -> str:
             else:
                 cells.append(number(cell, column["unit"]))
             if i == bar:
-                width = 100 * min(max(cell or 0, 0), 1)
+                width = 0 if isinstance(cell, str) else 100 * min(max(cell or 0, 0), 1)
                 cells.append(f'<div class="bar"><i style="width:{width:.1f}%"></i></div>')
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     note = f"<p>{html.escape(table['note'])}</p>" if table["note"] else ""

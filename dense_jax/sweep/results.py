@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 import statistics
@@ -11,7 +10,6 @@ from typing import Any
 
 from dense_jax import runs
 from dense_jax.analysis import cost
-from dense_jax.data.classes import ClassTable
 from dense_jax.errors import UserError
 from dense_jax.evaluation import record as record_lib
 from dense_jax.evaluation.record import Score
@@ -19,7 +17,6 @@ from dense_jax.scripts import Script
 from dense_jax.sweep import tables
 from dense_jax.sweep.plan import Run
 from dense_jax.train.config import from_json
-from dense_jax.train.log import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,25 +49,25 @@ class Scoring:
     def read(self, item: Run) -> dict[str, Any] | None:
         """Returns the evaluation of the run's last step, or None."""
         evaluation = _evaluation(self.folder(item))
-        done = evaluation and evaluation["protocol"]["step"] == item.stages[-1].num_steps
+        done = evaluation and evaluation["protocol"].get("step") == item.stages[-1].num_steps
         return evaluation if done else None
 
 
 def is_trained(script: str, item: Run) -> bool:
     """Whether the folder holds all steps of exactly this configuration, saved and evaluated."""
     config = item.stages[-1]
-    record = _read_json(item.final / "config.json")
     evaluation = _evaluation(item.final)
-    if record is None or evaluation is None:
+    if evaluation is None:
         return False
     try:
+        record = runs.read_config(item.final)
         before = from_json(type(config), record["config"])
-    except UserError:  # a run with other flags
+    except UserError:  # missing, damaged, or of a run with other flags
         return False
     same = dataclasses.replace(before, workdir=config.workdir) == config  # it may have moved
     # The last evaluation is written before the last checkpoint.
     saved = (item.final / "checkpoints" / str(config.num_steps)).is_dir()
-    done = evaluation["protocol"]["step"] == config.num_steps
+    done = evaluation["protocol"].get("step") == config.num_steps
     return record["script"] == script and same and saved and done
 
 
@@ -125,7 +122,7 @@ class Summary:
 
     def _facts(self, protocols: list[dict[str, Any]]) -> list[str]:
         def every(name: str) -> str:
-            return ", ".join(dict.fromkeys(str(protocol[name]) for protocol in protocols))
+            return ", ".join(dict.fromkeys(str(protocol.get(name)) for protocol in protocols))
 
         facts = [f"{len(protocols)} of {len(self._planned)} runs finished"]
         if protocols:
@@ -140,15 +137,16 @@ class Summary:
 def _result(item: Run, evaluation: dict[str, Any], folder: pathlib.Path) -> tables.Result:
     seconds, rates = 0.0, [math.nan]
     for stage in item.stages:
-        path, last = pathlib.Path(stage.workdir or "") / "metrics.jsonl", 0
-        rows = [row for row in read_metrics(path) if row["kind"] == "train"]
-        for row in rows:
-            seconds += (row["step"] - last) * stage.batch_size / row["images_per_second"]
-            last = row["step"]
-        rates = [row["images_per_second"] for row in rows] or [math.nan]
+        last = 0
+        found = record_lib.read_rows(pathlib.Path(stage.workdir or ""))
+        rows = [(row["step"], _rate(row)) for row in found if row["kind"] == "train"]
+        for step, rate in rows:
+            seconds += (step - last) * stage.batch_size / rate
+            last = step
+        rates = [rate for _, rate in rows] or [math.nan]
     about = evaluation["about_scores"]
     scores = [
-        Score(name, _number(value), **{k: about[name][k] for k in ("title", "unit", "main")})
+        Score(name, _number(value), **about.get(name, {}))
         for name, value in evaluation["scores"].items()
     ]
     table = next((table for table in evaluation["tables"] if table["log"]), None)
@@ -163,6 +161,12 @@ def _result(item: Run, evaluation: dict[str, Any], folder: pathlib.Path) -> tabl
     )
 
 
+def _rate(row: dict[str, Any]) -> float:
+    """Returns the images per second of a row; NaN if it has none."""
+    rate = row.get("images_per_second")
+    return rate if isinstance(rate, int | float) and rate > 0 else math.nan
+
+
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
@@ -173,7 +177,7 @@ def _cost(script: Script, item: Run) -> tuple[int, int] | None:
     shape = evaluation["protocol"].get("input_shape")
     if shape is None:
         return None
-    classes = ClassTable.from_json(runs.read_config(item.final)["classes"])
+    classes = runs.classes_of(item.final, runs.read_config(item.final))
     try:
         model = script.build(item.stages[-1], classes.num_classes).model
         rows = cost.summarise(model, (1, *shape))
@@ -188,11 +192,3 @@ def _evaluation(folder: pathlib.Path) -> dict[str, Any] | None:
     with contextlib.suppress(UserError):
         return record_lib.read(folder)
     return None
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    """Returns the value of a JSON file, or None if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
