@@ -1,5 +1,6 @@
 """Records of a run that somebody edited or a disk spoilt: a right load, or one line that tells."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -8,10 +9,13 @@ from types import NoneType
 import pytest
 
 from dense_jax import runs
+from dense_jax.commands import crf_search
+from dense_jax.data import crops, given_boxes
 from dense_jax.data.datasets import shapes
 from dense_jax.errors import UserError
 from dense_jax.tasks import trained
 from dense_jax.train.config import from_plain
+from tests.test_report import places, spoilt
 
 SCRIPTS = ["deconvnet", "deeplab", "dilated", "fcn", "hypercolumns", "segnet", "unet"]
 WRONG = [
@@ -141,3 +145,56 @@ def test_what_is_no_record_is_told(content, record):
 def test_a_message_names_field_value_and_kind(hint, value, words):
     with pytest.raises(ValueError, match=words):
         from_plain(value, hint, "x")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("search.json", b"{"),
+        ("search.json", b"[]"),
+        ("search.json", b"\xff"),
+        ("search.json", b'{"split": 3}'),
+        ("table.csv", b"w1,sxy\n1,2\n"),
+        ("table.csv", b"w1,sxy,srgb,w2,sg,mean_iou,pixel_accuracy,seconds\n1,2,3,4,x,6,7,8\n"),
+        ("table.csv", b"w1,sxy,srgb,w2,sg,mean_iou,pixel_accuracy,seconds\n1,2,3,4,5,nan,7,8\n"),
+        ("table.csv", b"\xff\n\xff\n"),
+    ],
+)
+def test_a_damaged_search_is_told(file, content, tmp_path):
+    crf_search.Table(tmp_path, {"split": "val"}).add((1, 2, 3, 4, 5), SCORES)
+    assert crf_search.Table(tmp_path, {"split": "val"}).rows == {(1, 2, 3, 4, 5): SCORES}
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{tmp_path}.*give another --output"):
+        crf_search.Table(tmp_path, {"split": "val"})
+
+
+SCORES = {"mean_iou": 0.5, "pixel_accuracy": 0.6, "seconds": 2.0}
+BOXES = {
+    "images": [{"id": 1, "file_name": "a.png"}],
+    "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}],
+}
+
+
+def test_each_value_of_given_boxes_is_read_or_told(tmp_path):
+    path = tmp_path / "boxes.json"
+    several = [BOXES, [{"file_name": "a.png", "category_id": 1, "bbox": [1, 2, 3, 4]}]]
+    for whole in several:
+        for place in places(whole):
+            for wrong in [..., *WRONG]:
+                path.write_text(json.dumps(spoilt(whole, place, wrong)))
+                with contextlib.suppress(UserError):
+                    for boxes, classes in given_boxes.read(path, 3).values():
+                        assert boxes.shape == (len(classes), 4)
+    for content in (b"[" * 100_000, b"\xff", b"null", b"3", b'"a"', b"{}", b"[[]]"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"boxes\.json"):
+            given_boxes.read(path, 3)
+
+
+def test_each_value_of_proposals_is_read_or_told(tmp_path):
+    path, whole = tmp_path / "proposals.json", {"a": [[1, 2, 3, 4]]}
+    for place in places(whole):
+        for wrong in [..., *WRONG, 1e999, "5"]:
+            path.write_text(json.dumps(spoilt(whole, place, wrong)))
+            with contextlib.suppress(UserError):
+                crops.read_proposals(path)

@@ -5,8 +5,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dense_jax.data.datasets import shapes
+from dense_jax.errors import UserError
 from dense_jax.evaluation import report, uncertainty
 from dense_jax.evaluation.record import Record
 from dense_jax.infer.monte_carlo import MonteCarlo
@@ -69,6 +71,12 @@ class Unsure:
         colours = (jnp.broadcast_to(jnp.float32(c), images.shape) for c in shapes.CLASSES.colours)
         logits = -jnp.stack([jnp.sum((images - c) ** 2, axis=-1) for c in colours], axis=-1)
         return {"logits": logits, "variance": jnp.cumsum(jnp.ones(images.shape[:3]), axis=1)}
+
+
+def test_a_split_without_images_is_told():
+    dataset = shapes.load(None, size=(24, 20), num_train=1, num_val=1, num_test=0)
+    with pytest.raises(UserError, match="no images"):
+        uncertainty.measure(Unsure(), {"unused": np.zeros(1)}, dataset, "test")
 
 
 def test_report_shows_the_bands_and_the_pictures(tmp_path):

@@ -12,7 +12,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import json
 import pathlib
 import shlex
 import shutil
@@ -183,13 +182,13 @@ class Table:
           facts: everything else that the scores depend on, as plain JSON values.
 
         Raises:
-          UserError: the folder holds a search with other facts.
+          UserError: the folder holds a search with other facts, or a damaged one.
         """
         self.rows: dict[Point, Scores] = {}
         self._path, record = folder / "table.csv", folder / "search.json"
         folder.mkdir(parents=True, exist_ok=True)
         if record.exists():
-            old = json.loads(record.read_text())
+            old = runs.read_json(record, {}, "remove it, or give another --output")
             if changed := [key for key, value in facts.items() if old.get(key) != value]:
                 key = changed[0]
                 raise UserError(
@@ -198,12 +197,24 @@ class Table:
                 )
         runs.write_json(record, dict(facts))
         if self._path.exists():
-            with self._path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    if None not in row.values():  # not a last line that was cut short
-                        point = tuple(float(row[name]) for name in AXES)
-                        self.rows[point] = {name: float(row[name]) for name in _SCORES}
+            try:
+                self._read()
+            except (ValueError, KeyError, TypeError, csv.Error) as error:
+                raise UserError(
+                    f"{self._path} is damaged ({error}): remove it, or give another --output"
+                ) from error
         self._write()
+
+    def _read(self) -> None:
+        with self._path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if None in row.values():  # a last line that was cut short
+                    continue
+                numbers = {name: float(row[name]) for name in (*AXES, *_SCORES)}
+                if not np.all(np.isfinite(list(numbers.values()))):
+                    raise ValueError(f"a row has {numbers}")
+                point = tuple(numbers[name] for name in AXES)
+                self.rows[point] = {name: numbers[name] for name in _SCORES}
 
     def add(self, point: Point, scores: Scores) -> None:
         """Adds a row and saves the table."""

@@ -239,7 +239,7 @@ def read_proposals(path: str | os.PathLike[str]) -> dict[str, list[Box]]:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): give --proposals=FILE"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): see dense_jax/data/crops.py") from error
     if not isinstance(entries, dict):
         raise UserError(f'{path} has no object {{"image name": boxes}}: write one')
@@ -260,9 +260,9 @@ def boxes_of(boxes: Mapping[str, Sequence[Box]], name: str) -> list[Box]:
 def _parse(name: str, boxes: Any, path: str | os.PathLike[str]) -> list[Box]:
     try:
         array = np.rint(np.array(boxes, float).reshape(-1, 4))
-        if not (array[:, :2] < array[:, 2:]).all():
+        if not (array[:, :2] < array[:, 2:]).all() or not np.isfinite(array).all():
             raise ValueError
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path}: a box of {name!r} is not [x0, y0, x1, y1] with x0 < x1, y0 < y1; correct it"
         ) from error

@@ -37,7 +37,7 @@ def read(path: pathlib.Path, num_classes: int) -> dict[str, tuple[np.ndarray, np
             f"{path} cannot be read ({error.strerror}): this run needs a box for each object; "
             f"write the boxes to this file, {_FORM}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}): write {_FORM}") from error
     try:
         names = None
@@ -47,10 +47,11 @@ def read(path: pathlib.Path, num_classes: int) -> dict[str, tuple[np.ndarray, np
         boxes_by_name: dict[str, list[tuple[list[float], int]]] = {
             name: [] for name in (names or {}).values()
         }
+        for name in boxes_by_name:
+            _check_name(name, path)
         for entry in entries:
             name = entry["file_name"] if names is None else names[entry["image_id"]]
-            if not isinstance(name, str):
-                raise UserError(f"{path}: file_name {name!r} is no text: write {_FORM}")
+            _check_name(name, path)
             boxes_by_name.setdefault(name, []).append(_box(entry, num_classes, path))
     except KeyError as error:
         raise UserError(f"{path}: an entry has no {error}: write {_FORM}") from error
@@ -98,6 +99,11 @@ def as_arrays(boxes: Any, classes: Any, num_classes: int) -> tuple[np.ndarray, n
     if (wrong := (ids < 0) | (ids >= num_classes)).any():
         raise UserError(f"class {ids[wrong][0]} is none of this run: give 1 to {num_classes - 1}")
     return sides.astype(np.float32), ids.astype(np.int32)
+
+
+def _check_name(name: object, path: pathlib.Path) -> None:
+    if not isinstance(name, str):
+        raise UserError(f"{path}: file_name {name!r} is no text: write {_FORM}")
 
 
 def _box(entry: Mapping[str, Any], num_classes: int, path: pathlib.Path) -> tuple[list[float], int]:

@@ -15,6 +15,7 @@ import numpy as np
 from dense_jax import viz
 from dense_jax.data.classes import IGNORE_LABEL, ClassTable
 from dense_jax.data.dataset import Dataset, Source
+from dense_jax.errors import UserError
 from dense_jax.evaluation.batches import Predicts, predict_split
 from dense_jax.evaluation.record import Column, Findings, Picture, Score, Table
 
@@ -29,8 +30,13 @@ def measure(task: Predicts, variables: Any, dataset: Dataset, split: str) -> Fin
     Metrics are "accuracy_confident_half" and "accuracy_doubtful_tenth" of the pixels, and
     "variance_right" and "variance_wrong", the mean variance of right and of wrong pixels. The
     table of bands is also written to ``uncertainty.md`` and ``uncertainty.json``.
+
+    Raises:
+      UserError: the split has no images.
     """
     source = dataset.split(split)
+    if not len(source):
+        raise UserError(f"the {split} split has no images: give another --split")
     indices = set(np.linspace(0, len(source) - 1, _NUM_PICTURES).round().astype(int).tolist())
     variances, rights, drawings = [], [], {}
     for index, outputs in predict_split(task, variables, source):
