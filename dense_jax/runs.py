@@ -10,6 +10,7 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
@@ -124,7 +125,7 @@ def read_json(path: pathlib.Path, kinds: Mapping[str, type], advice: str) -> dic
       UserError: the file cannot be read, or is damaged.
     """
     try:
-        record = parse_json(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {advice}") from error
     except (ValueError, RecursionError) as error:  # not text, or not JSON
@@ -141,16 +142,25 @@ def read_json(path: pathlib.Path, kinds: Mapping[str, type], advice: str) -> dic
     return record
 
 
-def parse_json(text: str) -> Any:
-    """Parses what `write_json` wrote; files of earlier versions have no digest.
+def parse_json(text: str, path: pathlib.Path | None = None) -> Any:
+    """Parses what `write_json` wrote. With a path, says where it has changed since.
+
+    Files of earlier versions have no digest.
 
     Raises:
-      ValueError: it is not JSON, or has been changed.
+      ValueError: it is not JSON, or, without a path, has changed.
     """
     value = json.loads(text)
     digest = value.pop(_DIGEST, None) if isinstance(value, dict) else None
     if digest not in (None, _digest(value)):
-        raise ValueError(f'it has changed since it was written; if you did it, remove "{_DIGEST}"')
+        words = "has changed since it was written"
+        if path is None:
+            raise ValueError(words)
+        print(
+            f"warning: {path} {words}: if you did not do it, restore it; if you did, remove its "
+            f'"{_DIGEST}"',
+            file=sys.stderr,
+        )
     return value
 
 
@@ -208,7 +218,8 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
     """
     partial = path.with_name(f"{path.name}.tmp")
     try:
-        if partial.is_symlink():
+        # In a folder of others, a link may lead to any file of the user.
+        if partial.is_symlink() and not partial.is_char_device():
             partial.unlink()
         with partial.open("wb") as stream:
             yield stream
@@ -232,8 +243,8 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
     An object gets a digest of its content, which `parse_json` compares.
     """
+    value = json.loads(json.dumps(value))  # such as a reader gets it: keys are text
     if isinstance(value, dict):
-        value = json.loads(json.dumps(value))  # such as a reader gets it: keys are strings
         value[_DIGEST] = _digest(value)
     write_text(path, f"{json.dumps(value, indent=2)}\n")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 import re
 import runpy
@@ -204,7 +205,7 @@ def test_what_lies_beside_a_wrapped_network_is_told(resnet_file, tmp_path):
 def configurations(monkeypatch):
     """Returns what the main function of a script would get from a command line."""
     monkeypatch.setattr(cli, "set_up_jax", lambda: None)
-    monkeypatch.setattr(cli, "_quieten_savers", lambda: None)
+    monkeypatch.setattr(logging.getLogger("absl"), "setLevel", lambda level: None)
     run, found = cli.run, []
     monkeypatch.setattr(cli, "run", lambda main, *rest, **more: run(found.append, *rest, **more))
 
@@ -250,12 +251,12 @@ def test_images_come_as_the_weights_expect_them(resnet_file, tmp_path, configura
     ],
 )
 def test_stages_go_on_as_the_first_began(script, flags, first, tmp_path, configurations):
-    (tmp_path / first / "checkpoints/1").mkdir(parents=True)
     start.save(tmp_path / "w", {"a": np.zeros(1)}, {"normalisation": "none"})
     flags = [f"--init=run:{tmp_path / 'w'}", f"--workdir={tmp_path}", *flags]
     config = configurations(script, *flags, "--normalisation=caffe")
     data = dataset.load("shapes", size=(8, 8), num_train=2, num_val=2, num_test=1)
     runs.prepare(dataclasses.replace(config, workdir=str(tmp_path / first)), data)
+    (tmp_path / first / "checkpoints/1").mkdir(parents=True)
     shutil.rmtree(tmp_path / "w")
     assert configurations(script, *flags).normalisation == "caffe"
 

@@ -192,10 +192,8 @@ def test_run_that_was_never_evaluated_still_has_a_page(run_dir):
 
 
 @pytest.mark.parametrize("content", [b'{"a": ', b"[]", b"3", b"null", b"[" * 100_000, b"\xff{}"])
-@pytest.mark.parametrize("name", ["config.json", "evaluation.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["config.json", "evaluation.json"])
 def test_damaged_file_is_named(run_dir, name, content):
-    if name == "metrics.jsonl" and content in (b'{"a": ', b"[" * 100_000):
-        pytest.skip("a last line that was cut short is passed over")
     (run_dir / name).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(name)):
         report.write_report(run_dir)
@@ -243,7 +241,7 @@ def test_each_value_of_a_record_is_shown_or_told(form, request):
     assert told > 100
 
 
-def test_each_value_of_a_row_is_shown_or_told(run_dir):
+def test_each_value_of_a_row_is_shown_or_told(run_dir, capsys):
     path = run_dir / "metrics.jsonl"
     whole = json.loads(path.read_text().splitlines()[0])
     for key in whole:
@@ -254,11 +252,11 @@ def test_each_value_of_a_row_is_shown_or_told(run_dir):
                 is_right = wrong == -1
             elif key == "kind":
                 is_right = isinstance(wrong, str)
-            if (is_right and wrong != 10**400) or (wrong is ... and key not in ("step", "kind")):
-                report.write_report(run_dir)
-                continue
-            with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 is damaged .*: remove"):
-                report.write_report(run_dir)
+            if wrong is ...:
+                is_right = key not in ("step", "kind")
+            report.write_report(run_dir)
+            told = "metrics.jsonl: line 1 is damaged" in "".join(capsys.readouterr())
+            assert told == (not is_right or wrong == 10**400), (key, wrong)
 
 
 def test_missing_files_are_named(run_dir, tmp_path_factory):
@@ -330,7 +328,7 @@ def test_links_out_of_the_folder_are_not_followed(run_dir, tmp_path_factory):
     (run_dir / "pictures").symlink_to(here)
     shutil.copy(secret, here / "new.png")
     for act in (record_again, report.write_report):
-        with pytest.raises(UserError, match="is a link out of the run folder: remove it"):
+        with pytest.raises(UserError, match=r"is a link .*: remove it"):
             act(run_dir)
     assert {path.name for path in here.iterdir()} == {"a.png", "new.png"}
 

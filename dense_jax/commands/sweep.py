@@ -4,14 +4,16 @@ Each run is a separate process, so a crash does not affect the others. Each run 
 the same sweep, started again, skips finished runs and resumes the others.
 """
 
+import contextlib
 import fcntl
 import pathlib
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import jax
 import tyro
@@ -133,11 +135,9 @@ class Children:
         """Runs ``python -m WORDS`` with its output in ``log``; returns the reason of a failure."""
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
-            try:
-                # The child shares the lock, so it holds as long as the child lives even if this
-                # process is killed: two sweeps never train in one folder.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            # The child shares the lock, so it holds as long as the child lives even if this
+            # process is killed: two sweeps never train in one folder.
+            if not _lock(file):
                 return "another process is at work in this folder"
             start = file.tell()
             # In its own session, Ctrl-C reaches the child only through _handle, and only once.
@@ -163,6 +163,16 @@ class Children:
         self.stopped_by = self.stopped_by or number
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Locks a file; waits a little, since a child's own helpers may outlive it for a moment."""
+    for _ in range(50):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _last_error(text: str) -> str:

@@ -59,7 +59,8 @@ class TrainBatches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            with _without_ctrl_c():  # Grain starts the workers with the first batch
+            # Grain starts the workers with the first batch.
+            with _without_ctrl_c() if self._num_workers else contextlib.nullcontext():
                 self._iterator = self._start()
                 batch = next(self._iterator)
         else:

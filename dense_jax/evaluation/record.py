@@ -6,7 +6,6 @@ record of a run is ``evaluation.json``; its pictures are in ``pictures/``.
 
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,6 @@ import tqdm
 from dense_jax import runs
 from dense_jax.errors import UserError, stays_inside
 from dense_jax.train.config import from_plain
-from dense_jax.train.log import read_metrics
 
 Cell = str | float | None
 
@@ -194,8 +192,7 @@ def read(folder: pathlib.Path) -> dict[str, Any] | None:
         return None
     try:
         # Records of early versions have NaN, which JSON lacks.
-        text = path.read_text(encoding="utf-8")
-        record = json.loads(text, parse_constant=lambda name: None)
+        record = _without_nan(runs.parse_json(path.read_text(encoding="utf-8"), path))
         if not isinstance(record, dict):
             raise ValueError("it is no object")
         if "about_scores" not in record:
@@ -245,30 +242,6 @@ _FORM: dict[str, Any] = {
     "tables": Sequence[Table],
     "pictures": Sequence[_Shown],
 }
-
-
-def read_rows(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the rows of a folder's ``metrics.jsonl``; none if there is no such file.
-
-    Raises:
-      UserError: a row is none that a run writes.
-    """
-    path = folder / "metrics.jsonl"
-    advice = "remove the row; the curves then lack it"
-    try:
-        rows = list(read_metrics(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): restore it") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it") from error
-    for i, row in enumerate(rows, 1):
-        try:
-            from_plain(_without_nan(row), Mapping[str, float | str | None], "row")
-            from_plain(row.get("step"), int, "step")
-            from_plain(row.get("kind"), str, "kind")
-        except ValueError as error:
-            raise UserError(f"{path}: line {i} is damaged ({error}): {advice}") from error
-    return rows
 
 
 def picture_path(folder: pathlib.Path, file: str) -> pathlib.Path:

@@ -18,6 +18,7 @@ from dense_jax import runs
 from dense_jax.data.classes import ClassTable
 from dense_jax.errors import UserError, printable
 from dense_jax.evaluation import record
+from dense_jax.train.log import read_metrics
 
 _NONE = "\N{EN DASH}"
 _TRAIN, _EVAL = "#94a3b8", "#1d4e89"
@@ -49,7 +50,7 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     config = runs.read_json(path, {"script": str, "config": dict, "classes": dict}, "restore it")
     classes = runs.classes_of(run_dir, config)
     evaluation = record.read(run_dir) or {}
-    rows = record.read_rows(run_dir)
+    rows = list(read_metrics(run_dir / "metrics.jsonl"))
     main, further = _scores(evaluation)
     tables = evaluation.get("tables", ())
     body = [

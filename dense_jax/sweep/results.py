@@ -17,6 +17,7 @@ from dense_jax.scripts import Script
 from dense_jax.sweep import tables
 from dense_jax.sweep.plan import Run
 from dense_jax.train.config import from_json
+from dense_jax.train.log import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _result(item: Run, evaluation: dict[str, Any], folder: pathlib.Path) -> tabl
     seconds, rates = 0.0, [math.nan]
     for stage in item.stages:
         last = 0
-        found = record_lib.read_rows(pathlib.Path(stage.workdir or ""))
+        found = read_metrics(pathlib.Path(stage.workdir or "") / "metrics.jsonl")
         rows = [(row["step"], _rate(row)) for row in found if row["kind"] == "train"]
         for step, rate in rows:
             seconds += (step - last) * stage.batch_size / rate

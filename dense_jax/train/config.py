@@ -260,8 +260,10 @@ def from_json(cls: type[ConfigT], values: dict[str, Any], where: object = "confi
 
 
 def _absent(whole: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yields the names of the fields that a record lacks."""
+    """Yields the names of the fields that a record lacks and that results depend on."""
     for name, value in whole.items():
+        if name in FREE_ON_RESUME:
+            continue
         if name not in values:
             yield prefix + name
         elif isinstance(value, dict):

@@ -13,6 +13,8 @@ import jax
 import tensorboardX
 import tqdm
 
+from dense_jax.train.config import from_plain
+
 _CHECKSUM = "crc32"  # of the other entries of a line of metrics.jsonl
 
 
@@ -102,7 +104,7 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if (row := _row_of(line)) is not None:
             yield row
-        elif line.endswith(b"\n"):
+        elif line.endswith(b"\n") or not line.startswith(b"{"):
             damaged.append(str(number))
     if damaged:
         shown = ", ".join(damaged[:5]) + (" and others" if len(damaged) > 5 else "")
@@ -117,11 +119,13 @@ def _line_of(row: Mapping[str, Any]) -> str:
 def _row_of(line: bytes) -> dict[str, Any] | None:
     """The row of a line; None if it is damaged. Lines of earlier versions have no checksum."""
     try:
-        row = json.loads(line)
+        # Early versions wrote NaN, which JSON lacks.
+        row = json.loads(line, parse_constant=lambda name: None)
+        row = from_plain(row, Mapping[str, float | str | None], "row")
         checksum = row.pop(_CHECKSUM, None)
-        sound = checksum is None or checksum == _checksum(row)
-        return row if sound and isinstance(row["step"], int) and row["kind"] else None
-    except (ValueError, TypeError, KeyError, AttributeError):  # not a row at all
+        from_plain((row.get("step"), row.get("kind")), tuple[int, str], "step and kind")
+        return row if checksum in (None, _checksum(row)) else None
+    except (ValueError, RecursionError):
         return None
 
 
