@@ -9,9 +9,11 @@ from dense_jax.commands.crf_flags import CrfFlag, CrfFlags, with_flags
 from dense_jax.data.padded import Shapes
 from dense_jax.errors import UserError
 from dense_jax.evaluation import labels, report
+from dense_jax.evaluation.record import Record
 from dense_jax.ops.crf import CrfParams
 from dense_jax.tasks import semantic, trained
 from dense_jax.tasks.semantic import Combine, labelling
+from dense_jax.train import processes
 
 
 def run(
@@ -28,6 +30,10 @@ def run(
     eval_shapes: Shapes | None = None,
     crf: CrfFlag = None,
     crf_params: CrfFlags = CrfParams(),  # noqa: B008  (frozen)
+    distributed: bool = False,
+    coordinator: str | None = None,
+    process_id: int | None = None,
+    num_processes: int | None = None,
 ) -> None:
     """Score a run, or an ensemble of runs, on a split of its dataset and write a report.
 
@@ -50,7 +56,12 @@ def run(
         images to at most four sizes, and measures what that changes. Default: as the run.
       crf: refine with a fully connected CRF, or not. Default: as the run's script does.
       crf_params: parameters of --crf; crf-search finds good ones.
+      distributed: score with many processes: start the same command in each (docs/scale.md).
+      coordinator: HOST:PORT of the first process; needed where no cluster says it.
+      process_id: number of this process, from 0.
+      num_processes: number of processes.
     """
+    processes.start(distributed, coordinator, process_id, num_processes)
     opened = trained.load(run, checkpoint)
     others = [trained.load(folder, checkpoint) for folder in ensemble]
     dataset = trained.dataset_of(opened, data_dir)
@@ -63,14 +74,20 @@ def run(
     suffix = {None: "", True: "-crf", False: "-no-crf"}[crf]
     output = output or run / f"{kind}-{split}-{checkpoint}{suffix}"
     record = task.evaluator(dataset, split)(variables, True)
+    record.tell(opened.step)
+    if path := processes.by_first(lambda: _write(record, opened, output)):
+        print(f"report: {path}")
+
+
+def _write(record: Record, opened: trained.Run, output: pathlib.Path) -> pathlib.Path:
+    """Writes an evaluation and its report; returns the path of the report."""
     output.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "metrics.jsonl"):  # the report reads them
-        if (run / name).exists():
+        if (opened.workdir / name).exists():
             with runs.replacing(output / name) as copy:
-                copy.write((run / name).read_bytes())
+                copy.write((opened.workdir / name).read_bytes())
     record.write(output, opened.step)
-    record.tell(opened.step)
-    print(f"report: {report.write_report(output)}")
+    return report.write_report(output)
 
 
 def _together(

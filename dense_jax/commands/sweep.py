@@ -21,6 +21,7 @@ import tyro
 from dense_jax import scripts
 from dense_jax.sweep.plan import Run, plan
 from dense_jax.sweep.results import Scoring, Summary, is_trained
+from dense_jax.train import processes
 
 
 def run(
@@ -35,6 +36,10 @@ def run(
     absent: Literal["skip", "zero"] = "skip",
     bf_match: Literal["none", "distance", "assignment"] = "distance",
     dry_run: bool = False,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    process_id: int | None = None,
+    num_processes: int | None = None,
 ) -> None:
     """Run a script with every combination of flag values, and tabulate the metrics.
 
@@ -57,11 +62,18 @@ def run(
         (SegNet).
       bf_match: how to match boundary pixels; assignment is one to one and slow.
       dry_run: only list the commands.
+      distributed: each run has many processes: start the same sweep in each (docs/scale.md). The
+        first one writes the tables.
+      coordinator: HOST:PORT of the first process; needed where no cluster says it.
+      process_id: number of this process, from 0.
+      num_processes: number of processes.
     """
+    joined = processes.as_flags(distributed, coordinator, process_id, num_processes)
+    number = processes.rank(process_id) if distributed else 0
     # This process only counts layers: it must not reserve the accelerator's memory.
     jax.config.update("jax_platforms", "cpu")
     module = scripts.load(script)
-    planned = plan(module, preset, flags, vary, seeds, out)
+    planned = plan(module, preset, flags, vary, seeds, out, joined)
     if dry_run:
         for item in planned:
             print(item.command)
@@ -70,12 +82,13 @@ def run(
     scoring = Scoring(split, absent, bf_match)
     summary = Summary(out, f"Sweep of {script} {preset}", module, planned, scoring)
     failures: dict[pathlib.Path, str] = {}
-    summary.write(failures)
-    with Children() as children:
-        for number, item in enumerate(planned, 1):
+    if number == 0:
+        summary.write(failures)
+    with Children(number) as children:
+        for place, item in enumerate(planned, 1):
             if children.stopped_by:
                 break
-            name = f"[{number}/{len(planned)}] {item.workdir.name}"
+            name = f"[{place}/{len(planned)}] {item.workdir.name}"
             if is_trained(script, item) and scoring.read(item) is not None:
                 print(f"{name}: finished before", flush=True)
                 continue
@@ -86,7 +99,8 @@ def run(
             if failure:
                 failures[item.workdir] = failure
             print(f"{name}: {f'failed: {failure}' if failure else 'finished'}", flush=True)
-            summary.write(failures)
+            if number == 0:
+                summary.write(failures)
     print(f"summary: {out / 'index.html'}")
     for workdir, failure in failures.items():
         print(f"failed: {workdir.name}: {failure}; see {workdir / 'log.txt'}", file=sys.stderr)
@@ -114,10 +128,13 @@ def _finish(script: str, item: Run, scoring: Scoring, children: "Children") -> s
 
 
 class Children:
-    """Runs commands one at a time; forwards Ctrl-C, SIGTERM and SIGHUP to the current one."""
+    """Runs commands one at a time; forwards Ctrl-C, SIGTERM and SIGHUP to the current one.
 
-    def __init__(self) -> None:
-        self.stopped_by = 0
+    Of several processes that run a sweep together, each has a log of its own.
+    """
+
+    def __init__(self, number: int = 0) -> None:
+        self._number, self.stopped_by = number, 0
         self._child: subprocess.Popen[bytes] | None = None
         self._old: dict[int, Any] = {}
 
@@ -134,6 +151,7 @@ class Children:
     def run(self, words: Sequence[str], log: pathlib.Path) -> str | None:
         """Runs ``python -m WORDS`` with its output in ``log``; returns the reason of a failure."""
         log.parent.mkdir(parents=True, exist_ok=True)
+        log = log.with_name(f"log-{self._number}.txt") if self._number else log
         with log.open("ab") as file:
             # The child shares the lock, so it holds as long as the child lives even if this
             # process is killed: two sweeps never train in one folder.

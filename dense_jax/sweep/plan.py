@@ -23,6 +23,7 @@ class Run:
       workdir: its folder.
       words: the arguments of "python -m".
       stages: the configurations that the script trains in turn; the last is scored.
+      processes: the flags that join many processes, which `words` has too.
     """
 
     settings: dict[str, str]
@@ -30,6 +31,7 @@ class Run:
     workdir: pathlib.Path
     words: tuple[str, ...]
     stages: tuple[RunConfig, ...]
+    processes: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
@@ -54,8 +56,18 @@ def plan(
     vary: Sequence[str],
     seeds: int,
     out: pathlib.Path,
+    processes: Sequence[str] = (),
 ) -> list[Run]:
     """Returns all runs, all combinations of seed 0 first. It checks each command.
+
+    Args:
+      script: the script.
+      preset: one of its presets.
+      flags: flags for every run.
+      vary: FLAG=VALUE,VALUE,... for each varied flag.
+      seeds: number of runs of each combination.
+      out: folder of the sweep.
+      processes: the flags that join many processes.
 
     Raises:
       UserError: the script does not take a flag, value or preset; the message names the first.
@@ -69,6 +81,8 @@ def plan(
     fixed = [_name(word) for word in flags if word.startswith("--")]
     names = [name for name, _ in varied]
     for name in names + fixed:
+        if name in ("distributed", "coordinator", "process-id", "num-processes"):
+            raise UserError(f"--{name} belongs to the sweep: give it before the --")
         if name in ("seed", "workdir"):
             raise UserError(f"--{name} belongs to the sweep: give --seeds, --out")
         if (names + fixed).count(name) > 1:
@@ -81,11 +95,12 @@ def plan(
             words = [preset, *flags]
             for name, value in zip(names, values, strict=True):
                 words += _flag(name, value, script.presets[preset])
-            words += [f"--seed={seed}", f"--workdir={workdir}"]
+            words += [f"--seed={seed}", f"--workdir={workdir}", *processes]
             stages = tuple(script.parse(words).each_stage())
             for stage in stages:
                 script.build(stage, 2)  # raises UserError if flags do not go together
-            planned.append(Run(settings, seed, workdir, (script.name, *words), stages))
+            every = (script.name, *words)
+            planned.append(Run(settings, seed, workdir, every, stages, tuple(processes)))
     return planned
 
 

@@ -45,6 +45,7 @@ class Scoring:
             *("dense_jax", "evaluate", f"--run={item.final}", f"--split={self.split}"),
             *(f"--absent={self.absent}", f"--bf-match={self.bf_match}"),
             f"--output={self.folder(item)}",
+            *item.processes,
         ]
 
     def read(self, item: Run) -> dict[str, Any] | None:
@@ -65,7 +66,9 @@ def is_trained(script: str, item: Run) -> bool:
         before = from_json(type(config), record["config"])
     except UserError:  # missing, damaged, or of a run with other flags
         return False
-    same = dataclasses.replace(before, workdir=config.workdir) == config  # it may have moved
+    # The folder may have moved, and other processes may have trained it.
+    own = ("workdir", "distributed", "coordinator", "process_id", "num_processes")
+    same = dataclasses.replace(before, **{name: vars(config)[name] for name in own}) == config
     # The last evaluation is written before the last checkpoint.
     saved = (item.final / "checkpoints" / str(config.num_steps)).is_dir()
     done = evaluation["protocol"].get("step") == config.num_steps

@@ -49,8 +49,9 @@ def run(
             preset = next(word for word in sys.argv[1:] if word in presets)
             workdir = pathlib.Path("runs") / f"{script_name().rpartition('.')[2]}-{preset}"
             config = dataclasses.replace(config, workdir=str(workdir))
-        if config.distributed:
-            processes.start(config.coordinator, config.process_id, config.num_processes)
+        processes.start(
+            config.distributed, config.coordinator, config.process_id, config.num_processes
+        )
         set_up_jax()
         # Orbax's threads print when a save fails; the user error is one line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -17,6 +17,7 @@ from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.data.normalise import NORMALISATIONS
 from dense_jax.data.padded import Shapes
 from dense_jax.errors import UserError
+from dense_jax.train import processes
 
 # The choices are those that the data rooms have; for a type checker, any string.
 if TYPE_CHECKING:
@@ -168,8 +169,7 @@ class RunConfig:
             for limit in _limits(hint) if value is not None else ():
                 if not limit.holds(value):
                     raise UserError(f"{_as_flag(name, value)}: give {limit.words}")
-        for name in ("coordinator", "process_id", "num_processes"):
-            self.needs(name, distributed=True)
+        processes.check(self.distributed, self.coordinator, self.process_id, self.num_processes)
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"--batch-size={self.batch_size} is not a multiple of "

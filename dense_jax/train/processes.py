@@ -24,10 +24,16 @@ T = TypeVar("T")
 _RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID")
 
 
-def start(coordinator: str | None, process_id: int | None, num_processes: int | None) -> None:
+def start(
+    distributed: bool,
+    coordinator: str | None,
+    process_id: int | None,
+    num_processes: int | None,
+) -> None:
     """Joins the other processes; must come before any use of a device.
 
     Args:
+      distributed: whether there are others.
       coordinator: HOST:PORT of the first process. None takes all three values from the cluster.
       process_id: the number of this process, from 0.
       num_processes: the number of processes.
@@ -35,7 +41,9 @@ def start(coordinator: str | None, process_id: int | None, num_processes: int | 
     Raises:
       UserError: the values are incomplete, no cluster says them, or the others do not come.
     """
-    check(coordinator, process_id, num_processes)
+    check(distributed, coordinator, process_id, num_processes)
+    if not distributed:
+        return
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (ValueError, RuntimeError) as error:
@@ -49,8 +57,13 @@ def start(coordinator: str | None, process_id: int | None, num_processes: int | 
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the end)
 
 
-def check(coordinator: str | None, process_id: int | None, num_processes: int | None) -> None:
-    """Checks that all three values are given, or none.
+def check(
+    distributed: bool,
+    coordinator: str | None,
+    process_id: int | None,
+    num_processes: int | None,
+) -> None:
+    """Checks that all three values are given with ``distributed``, or none.
 
     Raises:
       UserError: one is missing, or they do not go together.
@@ -60,6 +73,8 @@ def check(coordinator: str | None, process_id: int | None, num_processes: int | 
         "--process-id": process_id,
         "--num-processes": num_processes,
     }
+    if not distributed and any(value is not None for value in given.values()):
+        raise UserError(f"{', '.join(given)} go with --distributed: give it too")
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
         raise UserError(f"{missing[0]} is missing: give {', '.join(given)}, or none of them")
@@ -70,6 +85,21 @@ def check(coordinator: str | None, process_id: int | None, num_processes: int | 
             f"--process-id={process_id}: give 0 to {(num_processes or 0) - 1}, since "
             f"--num-processes={num_processes}"
         )
+
+
+def as_flags(
+    distributed: bool,
+    coordinator: str | None,
+    process_id: int | None,
+    num_processes: int | None,
+) -> list[str]:
+    """Returns the words that start another program likewise."""
+    check(distributed, coordinator, process_id, num_processes)
+    words = ["--distributed"] if distributed else []
+    if coordinator is not None:
+        words += [f"--coordinator={coordinator}", f"--process-id={process_id}"]
+        words += [f"--num-processes={num_processes}"]
+    return words
 
 
 def rank(process_id: int | None) -> int:

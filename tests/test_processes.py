@@ -1,0 +1,125 @@
+"""Several processes train as one: same parameters, scores and rows, and one end for all.
+
+``python -m tests.kill_and_resume --kills 6 --processes 2`` compares the bits of broken runs.
+"""
+
+import csv
+import dataclasses
+import json
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dense_jax.errors import UserError
+from dense_jax.tasks import training
+from dense_jax.train import processes
+from dense_jax.train.config import RunConfig
+from experiments import fcn
+from tests.kill_and_resume import final_state, finish, last_step, started
+
+STEPS = 24
+FLAGS: dict[str, Any] = {"num_steps": STEPS, "save_every": 2, "eval_every": 8, "eval_batch_size": 4}
+
+
+def script(workdir):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in FLAGS.items()]
+    return [sys.executable, "-m", "experiments.fcn", "smoke", f"--workdir={workdir}", *flags]
+
+
+def wait_for(workdir, step, children):
+    while last_step(workdir) < step:
+        assert all(child.poll() is None for child in children)
+        time.sleep(0.05)
+
+
+def evaluation_of(workdir):
+    record = json.loads((workdir / "evaluation.json").read_text())
+    for name in ("command", "time", "device"):
+        del record["protocol"][name]
+    del record["digest"]
+    return record
+
+
+def rows_of(workdir, name):
+    with (workdir / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_two_processes_are_one_run_of_four_devices(tmp_path):
+    """Stopped by a signal to one of them, killed, and resumed."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    config = dataclasses.replace(fcn.PRESETS["smoke"], workdir=str(one), **FLAGS)
+    with jax.numpy_dtype_promotion("standard"):  # AdamW raises a float to an integer power
+        training.run(fcn.build, config)
+
+    with started(script(two), 2) as children:
+        wait_for(two, 3, children)
+        children[1].send_signal(signal.SIGTERM)
+        output, silent = (child.communicate()[0] for child in children)
+        assert [child.returncode for child in children] == [0, 0]
+    assert f"stopped and saved at step {last_step(two)};" in output
+    assert "step" not in silent
+    begun = last_step(two)
+    assert begun < STEPS
+    with started(script(two), 2) as children:
+        wait_for(two, begun + 2, children)
+        children[1].kill()
+    finish(script(two), 2)
+
+    expected, actual = final_state(one, STEPS), final_state(two, STEPS)
+    assert expected.keys() == actual.keys()
+    for key, value in expected.items():
+        if key == ("position",):
+            assert actual[key] == value
+        else:
+            np.testing.assert_allclose(actual[key], value, atol=1e-6, err_msg="/".join(key))
+    first, second = evaluation_of(one), evaluation_of(two)
+    assert first["scores"].pop("loss") == pytest.approx(second["scores"].pop("loss"), rel=1e-5)
+    assert first == second  # confusion matrix, table of classes, names of pictures
+    for path in (one / "pictures").iterdir():
+        assert path.read_bytes() == (two / "pictures" / path.name).read_bytes()
+    for name in ("train.csv", "eval.csv"):
+        ours, theirs = rows_of(one, name), rows_of(two, name)
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+        for a, b in zip(ours, theirs, strict=True):
+            assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+    assert len(rows_of(two, "train.csv")) == STEPS
+
+
+def test_the_flags_go_together(monkeypatch):
+    assert RunConfig(distributed=True).distributed  # a cluster says the rest
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"coordinator": "a:1"}, "go with --distributed"),
+        ({"distributed": True, "coordinator": "a:1"}, "--process-id is missing"),
+        (
+            {"distributed": True, "coordinator": "a", "process_id": 0, "num_processes": 2},
+            "give HOST:PORT",
+        ),
+        (
+            {"distributed": True, "coordinator": "a:1", "process_id": 2, "num_processes": 2},
+            "--process-id=2: give 0 to 1",
+        ),
+    ]
+    for values, words in wrong:
+        with pytest.raises(UserError, match=words):
+            RunConfig(**values)
+    for name in processes._RANKS:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="no launcher says the number"):
+        processes.rank(None)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert (processes.rank(None), processes.rank(1)) == (3, 1)
+
+
+def test_one_process_does_everything_itself():
+    """The same functions, without others."""
+    assert processes.by_first(lambda: 3) == 3
+    assert processes.from_first({"a": [1]}) == {"a": [1]}
+    rows = {"a": np.arange(3)}
+    assert processes.gather(rows)["a"] is rows["a"]
+    assert processes.arrays_from_first(rows) is rows
