@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,3 +64,15 @@ def test_a_kill_leaves_no_worker_behind(training):
     training.kill()
     training.wait()
     wait_for_end(training.pid)
+
+
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep finds the workers")
+def test_the_kill_of_a_worker_ends_in_one_line(training):
+    found = subprocess.run(
+        ["pgrep", "-P", str(training.pid), "-f", "spawn_main"], capture_output=True, text=True
+    )
+    for worker in found.stdout.split():
+        os.kill(int(worker), signal.SIGKILL)
+    _, errors = training.communicate(timeout=120)
+    assert training.returncode == 2
+    assert re.split(r"[\r\n]+", errors.strip())[-1].startswith("error: a worker process was killed")

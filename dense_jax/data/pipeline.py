@@ -35,8 +35,6 @@ Batch = dict[str, np.ndarray]
 
 _ENDLESS = 2**32  # Epochs; Grain's own endless repetition overflows with batches of one.
 
-_GRACE_SECONDS = 30  # in which a training may save after SIGTERM
-
 _EXTRA = ("weights", "boxes", "categories", "targets", "box_weights", "box_valid")
 
 
@@ -58,15 +56,25 @@ class TrainBatches(Iterator[Batch]):
         self._iterator: grain.DatasetIterator | None = None
 
     def __next__(self) -> Batch:
+        try:
+            batch = self._read()
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise UserError(
+                "a worker process was killed, perhaps since memory was short: give fewer "
+                "--num-workers; the same command resumes from the last checkpoint"
+            ) from error
+        self._next += 1
+        return batch
+
+    def _read(self) -> Batch:
         if self._iterator is None:
             # Grain starts the workers with the first batch.
             with _without_ctrl_c() if self._num_workers else contextlib.nullcontext():
                 self._iterator = self._start()
-                batch = next(self._iterator)
-        else:
-            batch = next(self._iterator)
-        self._next += 1
-        return batch
+                return next(self._iterator)
+        return next(self._iterator)
 
     @functools.cached_property
     def example(self) -> Batch:
@@ -134,13 +142,8 @@ def _begin_worker(index: int, count: int) -> None:
         training.join()  # also after a kill
         os._exit(1)
 
-    def end_later(*_: object) -> None:
-        timer = threading.Timer(_GRACE_SECONDS, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
-
     threading.Thread(target=end_with_training, daemon=True).start()
-    signal.signal(signal.SIGTERM, end_later)  # a cluster sends it to all processes
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to all processes
 
 
 def train_batches(
@@ -324,13 +327,17 @@ def _collect(examples: Sequence[Example]) -> Batch:
         )
     index = np.array([example["index"] for example in examples], np.int32)
     extra = {
-        key: np.stack([example[key] for example in examples])
-        for key in _EXTRA
-        if key in examples[0]
+        key: _stack([example[key] for example in examples]) for key in _EXTRA if key in examples[0]
     }
     return extra | {
-        "images": np.stack([example["image"] for example in examples]),
+        "images": _stack([example["image"] for example in examples]),
         "labels": np.stack([example["label"] for example in examples]).astype(np.int32),
         "valid": index >= 0,
         "index": index,
     }
+
+
+def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Stacks arrays in C order, which Grain needs to hand them over in shared memory."""
+    first = arrays[0]
+    return np.stack(arrays, out=np.empty((len(arrays), *first.shape), first.dtype))

@@ -51,6 +51,10 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     classes = runs.classes_of(run_dir, config)
     evaluation = record.read(run_dir) or {}
     rows = list(read_metrics(run_dir / "metrics.jsonl"))
+    if not evaluation and any(row["kind"] == "eval" for row in rows):
+        print(f"{run_dir / 'evaluation.json'} is missing: the report is without scores")
+    if evaluation and not rows and (run_dir / "checkpoints").exists():
+        print(f"{run_dir / 'metrics.jsonl'} is missing: the report is without curves")
     main, further = _scores(evaluation)
     tables = evaluation.get("tables", ())
     body = [
@@ -293,6 +297,7 @@ def _galleries(
         try:
             with Image.open(path, formats=["PNG"]) as opened:
                 width = opened.width  # small pictures are enlarged: show their pixels
+                opened.verify()
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} is no picture ({error}): evaluate the run again") from error
         parts = picture["parts"]

@@ -25,9 +25,12 @@ class MetricsWriter:
     therefore appears once, however often the run was killed.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int = 0) -> None:
+    def __init__(self, workdir: pathlib.Path, step: int = 0, log_every: int = 1) -> None:
         path = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(path) if row["step"] <= step]
+        last = max((row["step"] for row in rows), default=0)
+        if last < step - step % log_every:
+            print(f"{path} is missing rows of steps {last + 1} to {step}: the curves lack them")
         # Write another file, then rename it: a kill in between must not lose the rows.
         rewritten = path.with_suffix(".tmp")
         rewritten.write_text("".join(map(_line_of, rows)))

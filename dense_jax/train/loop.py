@@ -100,7 +100,7 @@ def fit(
         state = replicate(state)
         writer = None
         if processes.is_first():
-            writer = stack.enter_context(MetricsWriter(workdir, start))
+            writer = stack.enter_context(MetricsWriter(workdir, start, config.log_every))
         bar = stack.enter_context(progress_bar(config.num_steps, start, processes.is_first()))
         stop = _Stop(stack.enter_context(_stop_signals()))
         losses = _LossWatch(batches)
