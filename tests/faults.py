@@ -308,11 +308,16 @@ def kill_processes(number: int, rng: random.Random, folder: pathlib.Path) -> dic
             time.sleep(5)
         tally = tallies[name]
         tally.tried += 1
-        kind = "traceback" if "Traceback" in errors else "lost" if status else ""
-        if not kind and target.result(out) != sound[name]:
+        try:  # a command that had ended before may refuse to overwrite its result
+            kind = "result" if target.result(out) == sound[name] else "silent"
+        except Exception:
             kind = "silent"
-        if kind:
-            setattr(tally, kind, getattr(tally, kind) + 1)
+        if "Traceback" in errors:
+            kind = "traceback"
+        elif status and kind == "silent":
+            kind = "lost"
+        setattr(tally, kind, getattr(tally, kind) + 1)
+        if kind != "result":
             tqdm.tqdm.write(f"{kind}: {name}: {errors[-600:]}")
     return tallies
 
