@@ -123,3 +123,13 @@ def test_one_process_does_everything_itself():
     rows = {"a": np.arange(3)}
     assert processes.gather(rows)["a"] is rows["a"]
     assert processes.arrays_from_first(rows) is rows
+
+
+def test_processes_with_other_flags_or_data_are_refused(monkeypatch):
+    config = fcn.PRESETS["smoke"]
+    data = training.load_dataset(config)
+    training._check_same_everywhere(config, data)
+    for other, words in ({"seed": 7}, "another seed .*0, not 7"), ({"data": "x"}, "another data"):
+        monkeypatch.setattr(processes, "from_first", lambda own, other=other: own | other)
+        with pytest.raises(UserError, match=words):
+            training._check_same_everywhere(config, data)

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from dense_jax import runs
+from dense_jax.data import dataset
 from dense_jax.errors import UserError
 from dense_jax.tasks import training
 from dense_jax.train.log import MetricsWriter, read_metrics
@@ -39,35 +40,32 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
         pass
 
 
+def train(workdir):
+    config = dataclasses.replace(fcn.PRESETS["smoke"], workdir=str(workdir))
+    with jax.numpy_dtype_promotion("standard"):  # AdamW raises a float to an integer power
+        training.run(fcn.build, config)
+
+
 def test_a_second_training_is_refused_before_it_changes_anything(tmp_path):
     workdir = tmp_path / "run"
-    script = [sys.executable, "-m", "experiments.fcn", "smoke", f"--workdir={workdir}"]
-    with runs.writing(workdir):
-        done = subprocess.run(script, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: another training writes to {workdir}")
+    with (
+        runs.writing(workdir),
+        pytest.raises(UserError, match=f"another training writes to {workdir}"),
+    ):
+        train(workdir)
     assert [path.name for path in workdir.iterdir()] == [".lock"]
 
 
-@pytest.fixture
-def run(tmp_path):
-    workdir = tmp_path / "run"
-    config = dataclasses.replace(fcn.PRESETS["smoke"], workdir=str(workdir), num_steps=1)
-    with jax.numpy_dtype_promotion("standard"):  # AdamW raises a float to an integer power
-        training.run(fcn.build, config)
-    return workdir
+def test_checkpoints_without_a_configuration_are_not_trained_on(tmp_path):
+    (tmp_path / "checkpoints/2").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        train(tmp_path)
 
 
-def test_checkpoints_without_a_configuration_are_not_trained_on(run):
-    (run / "config.json").unlink()
-    script = [sys.executable, "-m", "experiments.fcn", "smoke", f"--workdir={run}"]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "config.json cannot be read" in done.stderr.splitlines()[-1]
-
-
-def test_a_changed_configuration_is_told(run, capsys):
-    path = run / "config.json"
+def test_a_changed_configuration_is_told(tmp_path, capsys):
+    config = dataclasses.replace(fcn.PRESETS["smoke"], workdir=str(tmp_path))
+    runs.prepare(config, dataset.load("shapes", size=(8, 8), num_train=1, num_val=1, num_test=1))
+    run, path = tmp_path, tmp_path / "config.json"
     path.write_text(path.read_text().replace('"scale": 1.0', '"scale": 2.0'))
     assert runs.read_config(run)["config"]["scale"] == 2.0
     assert "config.json has changed since it was written" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import re
 import sys
@@ -86,6 +87,7 @@ def train(
     config = task.config
     dataset = task.training_data(dataset or load_dataset(config))
     tx = optimizer or build_optimizer(config, task.groups)
+    _check_same_everywhere(config, dataset)
     own = {"loss": loss, "optimizer": optimizer}
     notes = {
         f"own_{name}": getattr(x, "__qualname__", type(x).__name__) for name, x in own.items() if x
@@ -117,6 +119,19 @@ def train(
         if path := processes.by_first(lambda: report.write_report(workdir)):
             print(f"report: {path}")
         return state
+
+
+def _check_same_everywhere(config: RunConfig, dataset: Dataset) -> None:
+    """Refuses flags or data that differ between processes that train together."""
+    own = {**config.to_json(), "data": dataset.fingerprint, "process_id": None}
+    own = json.loads(json.dumps(own))  # as it comes from the first process
+    theirs = processes.from_first(own)
+    if changed := [name for name in own if own[name] != theirs[name]]:
+        name = changed[0]
+        raise UserError(
+            f"process {jax.process_index()} has another {name} than the first one ({own[name]!r}, "
+            f"not {theirs[name]!r}): start the same command in each, with the same files"
+        )
 
 
 def _is_as_built(task: Task, num_classes: int) -> bool:
