@@ -43,6 +43,7 @@ from dense_jax.evaluation import report
 from dense_jax.tasks import training
 from dense_jax.train.checkpoint import Checkpoints
 from dense_jax.train.log import read_metrics
+from dense_jax.weights import files
 from experiments import fcn
 
 STEPS = 6
@@ -274,7 +275,10 @@ def kill_processes(number: int, rng: random.Random, folder: pathlib.Path) -> dic
         "export": Target(
             ["dense_jax", "export", f"--run={run}", "--to=safetensors", f"--out={weights}"],
             [None, "weights*"],
-            lambda folder: (folder / "weights.safetensors").read_bytes(),
+            lambda folder: {
+                name: array.tobytes()
+                for name, array in files.read(folder / "weights.safetensors").tensors.items()
+            },
         ),
         "sweep": Target(
             ["dense_jax", "sweep", "experiments.fcn", "smoke", f"--out={out}", *vary],

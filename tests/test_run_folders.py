@@ -97,6 +97,15 @@ def test_a_damaged_line_of_the_log_costs_that_line_only(tmp_path, capsys, line):
     assert len((tmp_path / "train.csv").read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize(("kept", "words"), [(3, "rows of steps 4 to 5"), (5, "evaluation of st")])
+def test_rows_that_are_gone_are_told(tmp_path, capsys, kept, words):
+    path = write_rows(tmp_path, 5)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:kept]))
+    with MetricsWriter(tmp_path, 5, 1, is_evaluated=True):
+        pass
+    assert words in capsys.readouterr().out
+
+
 def test_a_line_that_a_kill_cut_short_is_no_damage(tmp_path, capsys):
     path = write_rows(tmp_path, 3)
     path.write_bytes(path.read_bytes()[:-9])

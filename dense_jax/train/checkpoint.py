@@ -83,6 +83,10 @@ class Checkpoints:
         """The evaluated step with the highest score (of equal ones the newest), or None."""
         return _best_of(self._scores)
 
+    def is_evaluated(self, step: int) -> bool:
+        """Whether a step was saved with a score."""
+        return self._scores.get(step, -math.inf) > -math.inf
+
     def save(
         self, step: int, state: Any, data: Any, metrics: dict[str, float] | None = None
     ) -> None:
@@ -239,7 +243,7 @@ def _folder_of(workdir: str | pathlib.Path) -> pathlib.Path:
 
 def _steps_in(folder: pathlib.Path) -> list[int]:
     """The complete steps: their folders get a number as the name at the end."""
-    return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    return [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
 
 
 def _read_sound(

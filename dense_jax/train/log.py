@@ -25,12 +25,28 @@ class MetricsWriter:
     therefore appears once, however often the run was killed.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int = 0, log_every: int = 1) -> None:
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        step: int = 0,
+        log_every: int = 1,
+        is_evaluated: bool = False,
+    ) -> None:
+        """Opens the files.
+
+        Args:
+          workdir: the run folder.
+          step: the step from which the run goes on.
+          log_every: steps between rows; a message tells if later ones are missing.
+          is_evaluated: whether there was an evaluation at this step, which is then missed too.
+        """
         path = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(path) if row["step"] <= step]
         last = max((row["step"] for row in rows), default=0)
         if last < step - step % log_every:
             print(f"{path} is missing rows of steps {last + 1} to {step}: the curves lack them")
+        elif is_evaluated and (step, "eval") not in [(row["step"], row["kind"]) for row in rows]:
+            print(f"{path} is missing the evaluation of step {step}: the curves lack it")
         # Write another file, then rename it: a kill in between must not lose the rows.
         rewritten = path.with_suffix(".tmp")
         rewritten.write_text("".join(map(_line_of, rows)))

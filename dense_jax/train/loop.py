@@ -99,8 +99,10 @@ def fit(
             )
         state = replicate(state)
         writer = None
-        if processes.is_first():
-            writer = stack.enter_context(MetricsWriter(workdir, start, config.log_every))
+        if checkpoints:
+            is_evaluated = start > 0 and checkpoints.is_evaluated(start)
+            writer = MetricsWriter(workdir, start, config.log_every, is_evaluated)
+            stack.enter_context(writer)
         bar = stack.enter_context(progress_bar(config.num_steps, start, processes.is_first()))
         stop = _Stop(stack.enter_context(_stop_signals()))
         losses = _LossWatch(batches)
