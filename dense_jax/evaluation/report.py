@@ -53,8 +53,10 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     rows = list(read_metrics(run_dir / "metrics.jsonl"))
     if not evaluation and any(row["kind"] == "eval" for row in rows):
         print(f"{run_dir / 'evaluation.json'} is missing: the report is without scores")
-    if evaluation and not rows and (run_dir / "checkpoints").exists():
-        print(f"{run_dir / 'metrics.jsonl'} is missing: the report is without curves")
+    step = evaluation.get("protocol", {}).get("step")
+    logged = [row["step"] for row in rows if row["kind"] == "eval"]
+    if step is not None and step not in logged and (run_dir / "checkpoints").exists():
+        print(f"{run_dir / 'metrics.jsonl'} is missing the evaluation of step {step}")
     main, further = _scores(evaluation)
     tables = evaluation.get("tables", ())
     body = [
