@@ -27,7 +27,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -233,6 +233,9 @@ def damage_files(number: int, rng: random.Random, folder: pathlib.Path) -> dict[
     return tallies
 
 
+KilledCommand = Literal["train, save, evaluate", "evaluate", "prepare", "export", "sweep"]
+
+
 @dataclasses.dataclass
 class Target:
     """A command to kill.
@@ -249,7 +252,9 @@ class Target:
     result: Callable[[pathlib.Path], Any]
 
 
-def kill_processes(number: int, rng: random.Random, folder: pathlib.Path) -> dict[str, Tally]:
+def kill_processes(
+    number: int, rng: random.Random, folder: pathlib.Path, only: str | None = None
+) -> dict[str, Tally]:
     """Kills a command once, starts it again and compares; returns the outcomes by command."""
     run, out = folder / "run", folder / "out"
     train = ["experiments.fcn", "smoke", "--num-steps=12", "--save-every=2", "--eval-every=4"]
@@ -295,6 +300,7 @@ def kill_processes(number: int, rng: random.Random, folder: pathlib.Path) -> dic
         pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"data/images/{i}.png")
         Image.fromarray(pixels[..., 0] // 128).save(folder / f"data/labels/{i}.png")
+    targets = {name: target for name, target in targets.items() if only in (None, name)}
     tallies, sound = {name: Tally() for name in targets}, {}
     for i in tqdm.trange(number, desc="kills"):
         name, target = list(targets.items())[i % len(targets)]
@@ -373,13 +379,16 @@ def state_of(workdir: pathlib.Path) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in arrays.items()}
 
 
-def main(damages: int = 500, kills: int = 60, seed: int = 0) -> None:
+def main(
+    damages: int = 500, kills: int = 60, seed: int = 0, only: KilledCommand | None = None
+) -> None:
     """Prints a table of the outcomes; status 1 if anything is lost, silent or a traceback.
 
     Args:
       damages: number of damaged files.
       kills: number of killed processes.
       seed: of the choice of files, damages and moments.
+      only: the command to kill. Default: all in turn.
     """
     rng, tallies = random.Random(seed), {}
     with tempfile.TemporaryDirectory() as folder, unchanged_environment():
@@ -389,7 +398,7 @@ def main(damages: int = 500, kills: int = 60, seed: int = 0) -> None:
         if damages:
             tallies |= damage_files(damages, rng, root / "damages")
         if kills:
-            tallies |= kill_processes(kills, rng, root / "kills")
+            tallies |= kill_processes(kills, rng, root / "kills", only)
     columns = [field.name for field in dataclasses.fields(Tally)]
     print(f"{'':24}" + "".join(f"{name:>11}" for name in columns))
     total = Tally()
