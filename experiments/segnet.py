@@ -29,7 +29,7 @@ from dense_jax.infer.whole_image import ONE_PASS
 from dense_jax.models.segnet import CAMVID_WEIGHTS, Decoder, SegNet, SegNetBasic
 from dense_jax.tasks import training
 from dense_jax.tasks.semantic import Semantic, SemanticConfig, median_frequency
-from dense_jax.train.config import Count, from_scratch, smoke
+from dense_jax.train.config import Count, from_plain, from_scratch, smoke
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.step import AXIS
 
@@ -70,12 +70,11 @@ class Config(SemanticConfig):
     @classmethod
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Converts --input-norm of earlier versions, which also set the normalisation."""
-        if "input_norm" not in values:
-            return values
-        norm = values.pop("input_norm")
-        if norm not in ("none", "lrn", "meanstd"):
-            raise ValueError(f"input_norm is {norm!r}, not one of none, lrn, meanstd")
-        return values | {"input_lrn": "on" if norm == "lrn" else "off"}
+        if "input_norm" in values:
+            forms, norm = Literal["none", "lrn", "meanstd"], values.pop("input_norm")
+            lrn = from_plain(norm, forms, "input_norm") == "lrn"
+            values["input_lrn"] = "on" if lrn else "off"
+        return values
 
 
 # Section 3.2 (Table 1): batches of 12, rate 0.1, tested every 1,000 steps, about 33 epochs.

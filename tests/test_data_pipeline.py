@@ -1,6 +1,7 @@
 """Batches are a function of (seed, number); evaluation shows every image once."""
 
 import json
+from typing import Any
 
 import chex
 import numpy as np
@@ -59,6 +60,13 @@ def test_threads_and_worker_processes_do_not_change_a_batch(source, workers):
     batches = pipeline.train_batches(source, TRANSFORMS, 3, seed=5, **workers)
     batches.set_state({"next_batch": 2})
     chex.assert_trees_all_equal(_take(batches, 6), expected[2:])
+
+
+def test_batches_are_in_c_order(source):
+    """Grain hands over only such arrays in shared memory; others go through a pipe."""
+    examples: Any = [source[0] | {"image": np.asfortranarray(source[0]["image"])}] * 4
+    batch = next(pipeline.train_batches(examples, [Normalise()], 2, seed=0))
+    assert all(array.flags.c_contiguous for array in batch.values())
 
 
 def test_state_is_json_and_goes_on_with_the_very_next_batch(source):

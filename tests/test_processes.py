@@ -114,6 +114,8 @@ def test_the_flags_go_together(monkeypatch):
         processes.rank(None)
     monkeypatch.setenv("SLURM_PROCID", "3")
     assert (processes.rank(None), processes.rank(1)) == (3, 1)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "2")  # mpirun inside of a SLURM task
+    assert processes.rank(None) == 2
 
 
 def test_one_process_does_everything_itself():

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
 
@@ -33,9 +31,11 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
         assert holder.stdout
         assert holder.stdout.readline() == "locked\n"
         words = rf"another training writes to .*run \(process {holder.pid} on .*another --workdir"
-        with pytest.raises(UserError, match=words), runs.writing(tmp_path / "run"):
-            pass
-        os.kill(holder.pid, signal.SIGKILL)
+        try:
+            with pytest.raises(UserError, match=words), runs.writing(tmp_path / "run"):
+                pass
+        finally:
+            holder.kill()
     with runs.writing(tmp_path / "run"):
         pass
 

@@ -204,7 +204,6 @@ def read_variables(
         raise UserError(f"{workdir} holds no checkpoints: give the folder of a training run")
     if not _steps_in(folder):
         raise UserError(f"{workdir} holds no complete checkpoint: train it first")
-
     saved, _, step = _read_sound(folder, headline if which == "best" else None)
     params = saved.get("ema_params") or saved["params"]
     variables = {"params": params, **saved.get("model_state", {})}

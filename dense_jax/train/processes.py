@@ -20,8 +20,9 @@ from dense_jax.errors import UserError
 
 T = TypeVar("T")
 
-# The number of a process, as the launchers say it that `jax.distributed` knows.
-_RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID")
+# The number of a process, as the launchers say it that `jax.distributed` knows, in its order: all
+# that one SLURM task starts with mpirun have the SLURM_PROCID of that task.
+_RANKS = ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID")
 
 
 def start(
@@ -54,7 +55,8 @@ def start(
             "--num-processes=N to each"
         ) from error
     if not is_first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the end)
+        # Until the end. Of UTF-8, since names of images and classes are printed in any locale.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def check(
