@@ -14,12 +14,12 @@ from dense_jax.data import pipeline
 from dense_jax.errors import UserError
 from dense_jax.train.log import read_metrics
 
-FLAGS = "--num-workers=2 --num-steps=100000 --eval-every=100000 --save-every=100000"
+FLAGS = "--num-workers=1 --num-steps=100000 --eval-every=100000 --save-every=100000"
 
 
 @pytest.fixture
 def training(tmp_path):
-    """A training with two workers that has made steps, in a process group of its own."""
+    """A training with a worker that has made steps, in a process group of its own."""
     script = [sys.executable, "-m", "experiments.fcn", "smoke", f"--workdir={tmp_path / 'run'}"]
     with subprocess.Popen(
         [*script, *FLAGS.split()],
