@@ -124,6 +124,8 @@ def read_json(path: pathlib.Path, kinds: Mapping[str, type], advice: str) -> dic
     Raises:
       UserError: the file cannot be read, or is damaged.
     """
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise UserError(f"{path} is not a file: {advice}")
     try:
         record = parse_json(path.read_text(encoding="utf-8"), path)
     except OSError as error:
@@ -272,6 +274,11 @@ def replacing_with_record(
         write_json(record_path, record)
 
 
+# What a training writes to in its folder, other than by replacing.
+_FILES = (".lock", "metrics.jsonl", "train.csv", "eval.csv")
+_FOLDERS = ("checkpoints", "tensorboard", "pictures")
+
+
 @contextlib.contextmanager
 def writing(workdir: pathlib.Path) -> Iterator[None]:
     """Holds the lock of a run folder: one process at a time trains in it.
@@ -279,9 +286,17 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
     The system frees the lock when the process ends, even if it is killed.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process holds it, or a file in the folder is a link or no file: in a folder
+        of others, a link may lead to any file of the user.
     """
     make_folder(workdir)
+    for name in (*_FILES, *_FOLDERS):
+        entry = workdir / name
+        is_kind = entry.is_dir() if name in _FOLDERS else entry.is_file()
+        if entry.is_symlink() or (entry.exists() and not is_kind):
+            wanted = "not a folder" if name in _FOLDERS else "not a file"
+            found = "a link" if entry.is_symlink() else wanted
+            raise UserError(f"{entry} is {found}: remove it, or give another --workdir")
     path = workdir / ".lock"
     with path.open("a+") as file:
         try:

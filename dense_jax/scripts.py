@@ -93,7 +93,12 @@ def of(module: types.ModuleType, name: str) -> Script:
             f"{name} trains no network (it has no {missing[0]}): give a module such as "
             "experiments.fcn"
         )
-    return Script(name, names["Config"], names["build"], names.get("PRESETS", {}))
+    config = names["Config"]
+    if not (isinstance(config, type) and issubclass(config, RunConfig)):
+        raise UserError(
+            f"{name} trains no network (its Config is no RunConfig): derive it from one"
+        )
+    return Script(name, config, names["build"], names.get("PRESETS", {}))
 
 
 def file_of(config: RunConfig) -> str | None:

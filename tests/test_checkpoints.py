@@ -108,6 +108,15 @@ def test_the_step_before_a_damaged_one_is_read_with_a_word(run, name, damage, ca
     assert steps(run) == ["2", "4", "5"]  # reading changes nothing
 
 
+def test_a_renamed_step_is_not_read_as_another(run, capsys):
+    folder = run / "checkpoints"
+    (folder / "5").rename(folder / "9")
+    variables, step = read_variables(run)
+    assert step == 4
+    assert "9 is damaged (it is of step 5, so somebody has renamed it)" in capsys.readouterr().out
+    del variables
+
+
 def test_a_data_position_that_moved_is_noticed(run, capsys):
     set_position(run / "checkpoints" / "5" / "data" / "metadata")
     with Checkpoints(run) as checkpoints:

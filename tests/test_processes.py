@@ -101,6 +101,10 @@ def test_the_flags_go_together(monkeypatch):
             "give HOST:PORT",
         ),
         (
+            {"distributed": True, "coordinator": "a:99999", "process_id": 0, "num_processes": 2},
+            "give HOST:PORT",
+        ),
+        (
             {"distributed": True, "coordinator": "a:1", "process_id": 2, "num_processes": 2},
             "--process-id=2: give 0 to 1",
         ),
@@ -116,6 +120,23 @@ def test_the_flags_go_together(monkeypatch):
     assert (processes.rank(None), processes.rank(1)) == (3, 1)
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "2")  # mpirun inside of a SLURM task
     assert processes.rank(None) == 2
+
+
+def test_the_end_of_another_process_is_one_line(monkeypatch):
+    def closed(*_):
+        raise ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer\nmore")
+
+    monkeypatch.setattr(processes, "are_many", lambda: True)
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", closed)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", closed)
+    monkeypatch.setattr(processes.multihost_utils, "sync_global_devices", closed)
+    for exchange in (
+        lambda: processes.from_first(1),
+        lambda: processes.gather({"a": np.arange(2)}),
+        processes.wait,
+    ):
+        with pytest.raises(UserError, match=r"another process has ended \(UNKNOWN.*by peer\)"):
+            exchange()
 
 
 def test_one_process_does_everything_itself():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -11,7 +13,9 @@ import pytest
 from dense_jax import runs
 from dense_jax.data import dataset
 from dense_jax.errors import UserError
+from dense_jax.evaluation import record
 from dense_jax.tasks import training
+from dense_jax.train import loop
 from dense_jax.train.log import MetricsWriter, read_metrics
 from experiments import fcn
 
@@ -113,3 +117,70 @@ def test_a_line_that_a_kill_cut_short_is_no_damage(tmp_path, capsys):
     assert "damaged" not in "".join(capsys.readouterr())
     path.write_text('{"step": 1, "kind": "train", "loss": 2.0}\n')  # of an earlier version
     assert list(read_metrics(path)) == [{"step": 1, "kind": "train", "loss": 2.0}]
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "metrics.jsonl", "train.csv", "eval.csv", "checkpoints", "tensorboard"]
+)
+def test_a_training_follows_no_link_out_of_its_folder(name, tmp_path):
+    run, target = tmp_path / "run", tmp_path / "target"
+    run.mkdir()
+    target.mkdir() if name in ("checkpoints", "tensorboard") else target.write_text("mine\n")
+    (run / name).symlink_to(target)
+    with pytest.raises(UserError, match=rf"{name} is a link: remove it"), runs.writing(run):
+        pass
+    assert target.is_dir() or target.read_text() == "mine\n"
+
+
+def test_rows_are_rewritten_beside_a_link_and_not_through_it(tmp_path):
+    (tmp_path / "target").write_text("mine\n")
+    (tmp_path / "metrics.tmp").symlink_to(tmp_path / "target")
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, "train", {"loss": 1.0})
+    assert (tmp_path / "target").read_text() == "mine\n"
+    assert not (tmp_path / "metrics.jsonl").is_symlink()
+
+
+def test_a_row_that_stands_twice_counts_once(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, "train", {"loss": 1.0})
+        writer.write(1, "eval", {"loss": 2.0})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() * 2)
+    with MetricsWriter(tmp_path, 1):
+        pass
+    assert len(list(read_metrics(path))) == 2
+    assert len((tmp_path / "eval.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "config.json", "evaluation.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_is_one_line_and_waits_for_nothing(name, kind, tmp_path):
+    path = tmp_path / name
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    read = {
+        ".lock": lambda: runs.writing(tmp_path).__enter__(),
+        "metrics.jsonl": lambda: list(read_metrics(path)),
+        "config.json": lambda: runs.read_config(tmp_path),
+        "evaluation.json": lambda: record.read(tmp_path),
+    }[name]
+    with pytest.raises(UserError, match="is not a file"):
+        read()
+
+
+def test_a_signal_before_the_loop_interrupts_and_is_kept():
+    """Python drops an exception that a callback raises, as some of JAX do."""
+    with loop.Signals() as signals:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signals.asked.is_set()
+    with loop.Signals() as signals, signals.saving():
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.asked.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with loop.Signals() as signals, signals.saving():
+        signal.raise_signal(signal.SIGINT)
+        assert signals.asked.is_set()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

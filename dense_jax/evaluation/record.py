@@ -190,6 +190,8 @@ def read(folder: pathlib.Path) -> dict[str, Any] | None:
     path = folder / "evaluation.json"
     if not path.exists():
         return None
+    if not path.is_file():  # a pipe would wait for ever
+        raise UserError(f"{path} is not a file: remove it and evaluate the run again")
     try:
         # Records of early versions have NaN, which JSON lacks.
         record = _without_nan(runs.parse_json(path.read_text(encoding="utf-8"), path))

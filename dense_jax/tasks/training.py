@@ -26,7 +26,7 @@ from dense_jax.tasks.task import Task
 from dense_jax.train import cli, processes
 from dense_jax.train.checkpoint import has_checkpoint
 from dense_jax.train.config import RunConfig
-from dense_jax.train.loop import fit
+from dense_jax.train.loop import Signals, fit
 from dense_jax.train.schedules import build_optimizer, build_schedule
 from dense_jax.train.state import TrainState, load_matching, num_parameters
 from dense_jax.train.step import Batch, Losses, LossFn, eval_step, replicate, shard, train_step
@@ -95,6 +95,7 @@ def train(
     if not _is_as_built(task, dataset.classes.num_classes):
         notes["own_model"] = type(task.model).__name__
     with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals())
         workdir, batches, state = _begin(task, dataset, tx, notes, stack)
         with processes.first_goes_first():  # it may count the classes
             own_loss = _checked(loss) if loss else task.loss(dataset)
@@ -115,7 +116,7 @@ def train(
             return record.row()
 
         rate = None if optimizer else build_schedule(config)
-        state = fit(state, step, batches, config, evaluate, task.headline, rate, refresh)
+        state = fit(state, step, batches, config, evaluate, task.headline, rate, refresh, signals)
         if path := processes.by_first(lambda: report.write_report(workdir)):
             print(f"report: {path}")
         return state

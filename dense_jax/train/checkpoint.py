@@ -310,6 +310,8 @@ def _read(folder: pathlib.Path, step: int) -> tuple[dict[str, Any], Any]:
             found = _digests(tree, position)
             if wrong := [name for name in saved | found if saved.get(name) != found.get(name)]:
                 raise ValueError(f"{wrong[0]} is not what was saved")
+        if "step" in tree and int(tree["step"]) != step:
+            raise ValueError(f"it is of step {int(tree['step'])}, so somebody has renamed it")
         return tree, position
     except Exception as error:  # a damaged file makes Orbax raise almost anything
         raise _DamagedError(_first_line(error)) from error

@@ -97,10 +97,7 @@ class exit_on_user_error:  # noqa: N801  (used like a function)
         if isinstance(error, MemoryError):
             error = UserError(f"not enough memory ({error})")
         if isinstance(error, jax.errors.JaxRuntimeError) and processes.are_many():
-            error = UserError(
-                f"another process has ended ({str(error).splitlines()[0][:200]}): start all of "
-                "them again with the same command"
-            )
+            error = processes.ended(error)
         if isinstance(error, UserError):
             line = str(error).splitlines()[0]  # Grain appends lines of its own
             print(f"error: {line}", file=sys.stderr)

@@ -62,7 +62,7 @@ class Limit(NamedTuple):
 Count = Annotated[int, Limit(lambda x: x >= 1, "at least 1")]
 Counts = Annotated[tuple[int, ...], Limit(lambda x: x and min(x) >= 1, "one or more, each >= 1")]
 CountOrZero = Annotated[int, Limit(lambda x: x >= 0, "0 or more")]
-Factor = Annotated[float, Limit(lambda x: x > 0, "a factor above 0")]
+Factor = Annotated[float, Limit(lambda x: 0 < x < 1000, "a factor above 0 and below 1000")]
 AtLeastOne = Annotated[float, Limit(lambda x: x >= 1, "a factor of 1 or more")]
 AtLeastZero = Annotated[float, Limit(lambda x: x >= 0, "0 or more")]
 Rate = Annotated[float, Limit(lambda x: 0 <= x < 1, "a value in [0, 1)")]

@@ -13,6 +13,7 @@ import jax
 import tensorboardX
 import tqdm
 
+from dense_jax.errors import UserError
 from dense_jax.train.config import from_plain
 
 _CHECKSUM = "crc32"  # of the other entries of a line of metrics.jsonl
@@ -41,7 +42,8 @@ class MetricsWriter:
           is_evaluated: whether there was an evaluation at this step, which is then missed too.
         """
         path = workdir / "metrics.jsonl"
-        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        once = {(row["step"], row["kind"]): row for row in read_metrics(path)}
+        rows = [row for row in once.values() if row["step"] <= step]
         last = max((row["step"] for row in rows), default=0)
         if last < step - step % log_every:
             print(f"{path} is missing rows of steps {last + 1} to {step}: the curves lack them")
@@ -49,6 +51,7 @@ class MetricsWriter:
             print(f"{path} is missing the evaluation of step {step}: the curves lack it")
         # Write another file, then rename it: a kill in between must not lose the rows.
         rewritten = path.with_suffix(".tmp")
+        rewritten.unlink(missing_ok=True)  # it may be a link
         rewritten.write_text("".join(map(_line_of, rows)))
         rewritten.replace(path)
         self._workdir = workdir
@@ -119,6 +122,8 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
+    if not path.is_file():  # a pipe would wait for ever
+        raise UserError(f"{path} is not a file: remove it")
     damaged = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if (row := _row_of(line)) is not None:

@@ -58,6 +58,7 @@ def fit(
     headline: str = "",
     rate: optax.Schedule | None = None,
     refresh: Callable[[TrainState], TrainState] | None = None,
+    signals: "Signals | None" = None,
 ) -> TrainState:
     """Trains up to ``config.num_steps`` and returns the final state. Resumes a stopped run.
 
@@ -76,6 +77,7 @@ def fit(
       rate: learning rate by step, for the log; None if it is unknown.
       refresh: (state) -> state, called before each evaluation. It recomputes batch statistics that
         evaluation needs and training does not; its result is saved.
+      signals: those that arrived before; default: none.
 
     Raises:
       UserError: the loss is not finite, or a checkpoint cannot be written or does not fit.
@@ -104,7 +106,9 @@ def fit(
             writer = MetricsWriter(workdir, start, config.log_every, is_evaluated)
             stack.enter_context(writer)
         bar = stack.enter_context(progress_bar(config.num_steps, start, processes.is_first()))
-        stop = _Stop(stack.enter_context(_stop_signals()))
+        signals = signals or stack.enter_context(Signals())
+        stack.enter_context(signals.saving())
+        stop = _Stop(signals.asked)
         losses = _LossWatch(batches)
         throughput, rate = Throughput(), jax.jit(rate) if rate else None
         scores: dict[str, float] | None = None
@@ -228,25 +232,48 @@ def _ahead(batches: Batches, config: RunConfig) -> Iterator[tuple[Batch, np.ndar
         yield queue.popleft()
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM or the first Ctrl-C sets; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
+class Signals:
+    """SIGTERM and Ctrl-C during a training, as a context.
 
-    def handler(number: int, _frame: object) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
+    Inside of `saving`, the first signal sets `asked`, and a second Ctrl-C interrupts at once.
+    Before that, Ctrl-C interrupts and sets `asked` too: an interruption inside a callback of JAX is
+    lost, and the loop then stops at its first step. In a thread other than the main one, the
+    context does nothing.
+    """
 
-    old = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, previous in old.items():
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self._is_saving = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        self._handle(signal.SIGINT)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._before.items():
             signal.signal(number, previous)
+        self._before.clear()
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Context in which a signal ends the loop after a save."""
+        self._is_saving = True
+        self._handle(signal.SIGTERM)
+        try:
+            yield
+        finally:
+            self._is_saving = False
+
+    def _handle(self, number: signal.Signals) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        interrupts = self.asked.is_set() or not self._is_saving
+        self.asked.set()
+        if interrupts and number == signal.SIGINT:
+            raise KeyboardInterrupt
 
 
 def _require_workdir(config: RunConfig) -> str:

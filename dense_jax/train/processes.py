@@ -20,6 +20,7 @@ from dense_jax.errors import UserError
 
 T = TypeVar("T")
 
+_PATIENCE = 300  # seconds
 # The number of a process, as the launchers say it that `jax.distributed` knows, in its order: all
 # that one SLURM task starts with mpirun have the SLURM_PROCID of that task.
 _RANKS = ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "TPU_WORKER_ID", "CLOUD_TPU_TASK_ID")
@@ -45,8 +46,12 @@ def start(
     check(distributed, coordinator, process_id, num_processes)
     if not distributed:
         return
+    where = f" at {coordinator}" if coordinator else ""
+    print(f"waiting up to {_PATIENCE} s for the other processes{where}", file=sys.stderr)
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=_PATIENCE
+        )
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
@@ -80,7 +85,8 @@ def check(
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
         raise UserError(f"{missing[0]} is missing: give {', '.join(given)}, or none of them")
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+    port = (coordinator or ":1").rpartition(":")[2]
+    if not (port.isdigit() and 0 < int(port) < 2**16):
         raise UserError(f"--coordinator={coordinator}: give HOST:PORT of the first process")
     if process_id is not None and not 0 <= process_id < (num_processes or 0):
         raise UserError(
@@ -145,7 +151,8 @@ def leave(status: int) -> NoReturn:
 def wait() -> None:
     """Waits for all processes."""
     if are_many():
-        multihost_utils.sync_global_devices("dense_jax")
+        with _together():
+            multihost_utils.sync_global_devices("dense_jax")
 
 
 @contextlib.contextmanager
@@ -204,7 +211,8 @@ def gather(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(rows)
     joined = {}
     for name, array in rows.items():
-        parts = multihost_utils.process_allgather(_as_bytes(array))
+        with _together():
+            parts = multihost_utils.process_allgather(_as_bytes(array))
         shape = len(parts) * array.shape[0], *array.shape[1:]
         joined[name] = np.ascontiguousarray(parts).reshape(-1).view(array.dtype).reshape(shape)
     return joined
@@ -215,4 +223,26 @@ def _as_bytes(array: np.ndarray) -> np.ndarray:
 
 
 def _broadcast(array: np.ndarray) -> np.ndarray:
-    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+    with _together():
+        return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Context for an exchange with the other processes.
+
+    Raises:
+      UserError: one of them has ended.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:  # JAX raises either
+        raise ended(error) from error
+
+
+def ended(error: Exception) -> UserError:
+    """Returns what to say if an exchange with other processes fails."""
+    return UserError(
+        f"another process has ended ({str(error).splitlines()[0][:200]}): see what it said, and "
+        "start all of them again with the same command"
+    )
