@@ -17,6 +17,7 @@ from PIL import Image
 from dense_jax.__main__ import expanded, main
 from dense_jax.commands import check_data
 from dense_jax.data import check, dataset, prepared
+from dense_jax.data.classes import ClassTable
 from dense_jax.data.datasets import folder as folders
 from dense_jax.data.files import pictures, read_image, read_instances, read_label, read_mask
 from dense_jax.data.pictures import decode_image
@@ -286,6 +287,99 @@ def test_other_palettes_are_read(root, colours):
     assert not report(root).errors
 
 
+VOC = "ground,0,0,0\nred,128,0,0\nblue,0,128,0\n"
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "classes.json"])
+def test_chosen_colours_may_be_those_of_voc(root, name):
+    colours = np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0)], np.uint8)
+    table = {"names": ["ground", "red", "blue"], "colours": colours.tolist()}
+    (root / "classes.txt").unlink()
+    (root / name).write_text(VOC if name == "classes.txt" else json.dumps(table))
+    with_palette(root, colours)
+    assert not report(root).errors
+    with_palette(root, colours[[2, 0, 1]])
+    assert "value 0 has the colour (0, 128, 0), which is blue" in report(root).errors[0]
+    for i in range(6):
+        Image.fromarray(colours[scene(i)[1]]).save(root / f"labels/s{i}.png")
+    np.testing.assert_array_equal(
+        read_label(root / "labels/s0.png", folders.read_classes(root)), scene(0)[1]
+    )
+    assert not report(root).errors
+
+
+def test_chosen_colours_change_no_earlier_table_or_run(root):
+    plain = ClassTable(["a", "b"])
+    chosen = ClassTable(["a", "b"], plain.colours)
+    assert (plain.has_own_colours, chosen.has_own_colours) == (False, True)
+    assert plain == chosen
+    assert repr(plain) == repr(chosen)
+    assert plain.to_json().keys() == {"names", "colours", "values", "void_values"}
+    for table in (plain, chosen, dataclasses.replace(chosen, values=(3, 4))):
+        again = ClassTable.from_json(json.loads(json.dumps(table.to_json())))
+        assert again.has_own_colours == table.has_own_colours
+    before, key = report(root).fingerprint, prepared._key(folders.find(root))
+    (root / "classes.txt").write_text(VOC)
+    assert report(root).fingerprint == before
+    assert prepared._key(folders.find(root)) != key  # the labels must be checked against them
+
+
+def test_labels_in_colours_need_one_for_each_class(root):
+    (root / "classes.txt").write_text("ground,0,0,0\nred,9,9,9\nblue,9,9,9\n")
+    Image.fromarray(scene(0)[0]).save(root / "labels/s0.png")
+    (error,) = report(root).errors
+    assert "red and blue both are (9, 9, 9) in the class table; give each" in error
+
+
+@pytest.mark.parametrize("first", [(0, 0, 0), (1, 1, 1)])
+def test_a_palette_of_nearly_the_colours_in_another_order_is_refused(root, first):
+    (root / "classes.txt").write_text(COLOURS)
+    with_palette(root, [first, (254, 0, 0), (0, 3, 250)])
+    assert not report(root).errors
+    with_palette(root, [first, (0, 3, 250), (254, 0, 0)])
+    assert "value 1 has the colour (0, 3, 250), which is blue" in report(root).errors[0]
+
+
+def test_a_palette_without_the_chosen_colours_is_refused(root):
+    (root / "classes.txt").write_text(COLOURS)
+    with_palette(root, [(90, 90, 0), (0, 90, 90), (90, 0, 90)])
+    words = "value 0 has (90, 90, 0), but ground is (0, 0, 0); correct one"
+    assert words in report(root).errors[0]
+    (root / "classes.txt").write_text(NAMES)
+    assert not report(root).errors
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_grey_palette_of_the_values_is_read(root, number):
+    (root / "classes.txt").write_text(COLOURS)
+    with_palette(root, [(0, 0, 0), (1, 1, 1), (2, 2, 2)])
+    Image.fromarray(scene(0)[1] % number).save(root / "labels/s0.png")
+    assert not report(root).errors
+
+
+@pytest.mark.parametrize("table", [NAMES, COLOURS])
+def test_values_that_a_program_numbered_anew_are_refused(root, table):
+    (root / "classes.txt").write_text(table)
+    label = Image.fromarray(scene(0, 2)[1]).convert("P")
+    label.putpalette([0, 0, 0, 2, 2, 2])
+    label.save(root / "labels/s0.png")
+    (error,) = report(root).errors
+    assert "s0.png: value 1 has the grey 2 in the palette" in error
+    assert "save class ids as an 8-bit grey PNG" in error
+    label.putpalette([0, 0, 0, 255, 255, 255])  # to be seen
+    label.save(root / "labels/s0.png")
+    assert not report(root).errors
+
+
+def test_a_gif_that_a_program_numbered_anew_is_refused(root):
+    (root / "labels/s0.png").unlink()
+    Image.fromarray(scene(0, 2)[1] * 2).save(root / "labels/s0.gif")
+    (error,) = report(root).errors
+    assert "s0.gif: programs number the values of a GIF anew; save class ids as" in error
+    Image.fromarray(scene(0)[1]).save(root / "labels/s0.gif")
+    assert not report(root).errors
+
+
 # Names, lists and class tables.
 
 
@@ -487,7 +581,7 @@ def test_labels_in_the_colours_of_the_class_table_are_read(root, mode):
     [
         ("ground\nred\nblue\n", INKS, "colour_0_0_0,colour_40_60_220,colour_220_40_40"),
         ("ground\nred\nblue\n", INKS[[0, 0, 0]] + [[0, 0, 0], [128, 0, 0], [0, 0, 0]],
-         "colour_128_0_0,colour_0_0_0"),  # as in VOC, whose colours nobody has to choose
+         "colour_0_0_0,colour_128_0_0"),  # as in VOC
         ("ground,0,0,0\nred,220,40,40\n", INKS, "ground,red,colour_40_60_220"),
         ('{"names": ["a", "b"], "colours": [[0, 0, 0], [220, 40, 40]], "values": [7, 255],'
          ' "void_values": [0]}', INKS, "a,b,colour_40_60_220"),

@@ -106,6 +106,7 @@ class Report:
         """A hash of the class table, the names, and the pixels of images and labels."""
         content = self.to_json()
         del content["values"], content["colours"]  # of wrong files, which no run has
+        content["classes"].pop("has_chosen_colours", None)  # the labels are the same
         for found in content["splits"].values():
             del found["orientations"]  # not applied; runs of before this was noted go on
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
@@ -219,7 +220,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the findings as plain lists; `from_json` reads them."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "classes": self.classes.to_json()}
 
     @classmethod
     def from_json(cls, report: dict[str, Any]) -> "Report":

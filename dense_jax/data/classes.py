@@ -51,6 +51,8 @@ class ClassTable:
       colours: (R, G, B) in 0..255 of each class; empty for the PASCAL VOC colours.
       values: the value of each class in the label *files*; empty for 0, 1, 2, ...
       void_values: file values that mean "do not count this pixel"; they become `IGNORE_LABEL`.
+      has_chosen_colours: whether somebody chose the colours, which may be those of PASCAL VOC;
+        None for whether they are given.
 
     Raises:
       ValueError: the lists differ in length, a name or a value occurs twice, or there are no
@@ -61,6 +63,8 @@ class ClassTable:
     colours: Sequence[tuple[int, int, int]] = ()
     values: Sequence[int] = ()
     void_values: Sequence[int] = (IGNORE_LABEL,)
+    # Not part of what a table is: hashes and comparisons of earlier tables stay.
+    has_chosen_colours: bool | None = dataclasses.field(default=None, repr=False, compare=False)
 
     ignore_label: ClassVar[int] = IGNORE_LABEL
 
@@ -71,7 +75,9 @@ class ClassTable:
         set_field = functools.partial(object.__setattr__, self)  # the instance is frozen
         set_field("names", tuple(self.names))
         colours = (tuple(map(_whole, colour)) for colour in self.colours)
+        is_chosen = bool(self.colours) if (own := self.has_chosen_colours) is None else bool(own)
         set_field("colours", tuple(colours) or voc_colours(num))
+        set_field("has_chosen_colours", is_chosen or not self._has_voc_colours)
         set_field("values", tuple(map(_whole, self.values)) or tuple(range(num)))
         set_field("void_values", tuple(map(_whole, self.void_values)))
         if wrong := [name for name in self.names if not isinstance(name, str)]:
@@ -112,10 +118,13 @@ class ClassTable:
         return lookup
 
     @property
+    def _has_voc_colours(self) -> bool:
+        return self.colours == voc_colours(self.num_classes)
+
+    @property
     def has_own_colours(self) -> bool:
-        """Whether each class has a colour that somebody chose."""
-        is_usual = self.colours == voc_colours(self.num_classes)
-        return not is_usual and len(set(self.colours)) == self.num_classes
+        """Whether each class has a colour of its own that somebody chose."""
+        return bool(self.has_chosen_colours) and len(set(self.colours)) == self.num_classes
 
     def value_of_colour(self) -> dict[tuple[int, int, int], int]:
         """Returns the file value of each colour, also of the void colour if there is void."""
@@ -137,7 +146,7 @@ class ClassTable:
         names = [*own.names] if own else []
         colours = [*own.colours] if own else []
         new = sorted(set(seen) - {*colours, _VOID_COLOUR})
-        colours += new if len(new) < 2 or tuple(new) != voc_colours(len(new)) else new[::-1]
+        colours += new
         names += ["colour_{}_{}_{}".format(*colour) for colour in colours[len(names) :]]
         if not new or len(new) > _MOST_NEW or len(names) < 2:
             return None
@@ -180,21 +189,24 @@ class ClassTable:
             void_values += new & {IGNORE_LABEL}
         free = (colour for colour in voc_colours(256) if colour not in self.colours)
         colours = [*self.colours, *itertools.islice(free, len(names) - self.num_classes)]
-        is_usual = self.colours == voc_colours(self.num_classes)
-        return ClassTable(names, () if is_usual else colours, values, void_values)
+        return ClassTable(names, colours if self.has_chosen_colours else (), values, void_values)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the table as plain lists; `from_json` reads them."""
-        return dataclasses.asdict(self)
+        table = dataclasses.asdict(self)
+        if not (self.has_chosen_colours and self._has_voc_colours):
+            del table["has_chosen_colours"]  # the colours tell it
+        return table
 
     def as_file(self) -> str:
-        """Returns the text of a ``classes.json``, in one line; usual colours are left out."""
+        """Returns the text of a ``classes.json``, in one line; colours are those somebody chose."""
         table = self.to_json()
-        if self.colours == voc_colours(self.num_classes):
+        table.pop("has_chosen_colours", None)  # who writes colours into a file chose them
+        if not self.has_chosen_colours:
             del table["colours"]
         return json.dumps(table, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> "ClassTable":
         """Builds a table from the result of `to_json`, or from some of its keys."""
-        return cls(**table)
+        return cls(**{"has_chosen_colours": False, **table})

@@ -7,6 +7,7 @@ instance file has the number of an object for each pixel, 0 for none, and may ne
 """
 
 import codecs
+import collections
 import dataclasses
 import glob
 import hashlib
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from dense_jax.data.classes import ClassTable, voc_colours
+from dense_jax.data.classes import ClassTable
 from dense_jax.data.pictures import SUFFIXES, Picture, decode_image, open_picture
 from dense_jax.data.sbd import read_class_map
 from dense_jax.errors import UserError
@@ -28,6 +29,7 @@ _LOSSLESS = {None, "raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "pac
 
 _MOST_COLOURS = 256  # of a label: one for each class, and void
 _MOST_OBJECTS = 2**16 - 1  # the largest number in 16 bits
+_NEAR = 8  # between a channel of two colours that are meant to be one
 _VAL_SHARE = 0.2
 
 
@@ -132,6 +134,8 @@ def read_label(path: pathlib.Path, classes: ClassTable) -> np.ndarray:
         table.
     """
     values, palette = _read_label_values(path, classes)
+    if palette is not None:
+        _check_greys(values, palette, classes, path)
     labels = _to_ids(values, classes, path)
     if palette is not None:
         _check_palette(values, palette, classes, path)
@@ -352,24 +356,79 @@ def _read(path: pathlib.Path) -> bytes:
     return data
 
 
+def _check_greys(
+    values: np.ndarray, palette: np.ndarray, classes: ClassTable, path: pathlib.Path
+) -> None:
+    """Refuses a palette that has the values of the class table as greys, at other numbers.
+
+    Programs that save fewer colours number them anew. Black and white alone tell nothing: a mask of
+    0 and 1 may have them to be seen.
+    """
+    numbers = [int(number) for number in np.unique(values) if number < len(palette)]
+    greys = {number: int(palette[number][0]) for number in numbers}
+    is_grey = all(palette[number].max() == palette[number].min() for number in numbers)
+    if not is_grey or not {*greys.values()} <= {*classes.values, *classes.void_values}:
+        return
+    moved = [(i, grey) for i, grey in greys.items() if i != grey and grey not in (0, 255)]
+    if classes.has_chosen_colours:
+        drawn = dict(zip(classes.values, classes.colours, strict=True))
+        moved = [(i, grey) for i, grey in moved if drawn.get(i) != (grey, grey, grey)]
+    if moved:
+        raise UserError(
+            f"{path}: value {moved[0][0]} has the grey {moved[0][1]} in the palette, so the program"
+            " that saved the file may have numbered the classes anew; save class ids as an 8-bit"
+            " grey PNG"
+        )
+
+
 def _check_palette(
     values: np.ndarray, palette: np.ndarray, classes: ClassTable, path: pathlib.Path
 ) -> None:
-    """Refuses a palette that gives a class the colour that the class table gives another one."""
-    if classes.colours == voc_colours(classes.num_classes):
-        return  # nobody chose these
+    """Refuses a palette that gives classes other colours than those chosen in the class table.
+
+    The colours of a class may differ a little from the table. A palette of greys may mean nothing.
+    """
+    if not classes.has_chosen_colours:
+        return
+    known = [i for i, value in enumerate(classes.values) if value < len(palette)]
+    used = [i for i in known if np.any(values == classes.values[i])]
+    shown = {i: tuple(map(int, palette[classes.values[i]])) for i in known}
     class_of = {colour: i for i, colour in enumerate(classes.colours)}
-    for class_id, value in enumerate(classes.values):
-        if value >= len(palette) or not np.any(values == value):
-            continue
-        red, green, blue = map(int, palette[value])
-        other = class_of.get((red, green, blue), class_id)
-        if classes.colours[other] != classes.colours[class_id]:
+    near = _nearest(shown, classes.colours)
+    for i in used:
+        other = class_of.get(shown[i], near[i])
+        if classes.colours[other] != classes.colours[i]:
             raise UserError(
-                f"{path}: value {value} has the colour {classes.colours[other]}, which is "
-                f"{classes.names[other]} in the class table, where {value} is "
-                f"{classes.names[class_id]} with {classes.colours[class_id]}; correct one"
+                f"{path}: value {classes.values[i]} has the colour {shown[i]}, which is"
+                f" {classes.names[other]} in the class table, where {classes.values[i]} is"
+                f" {classes.names[i]} with {classes.colours[i]}; correct one"
             )
+    coloured = [i for i in used if len(set(shown[i])) > 1]
+    if coloured and not any(_is_near(shown[i], classes.colours[i]) for i in known):
+        i = coloured[0]
+        raise UserError(
+            f"{path}: no class has its colour of the class table: value {classes.values[i]} has"
+            f" {shown[i]}, but {classes.names[i]} is {classes.colours[i]}; correct one, or save"
+            " class ids as an 8-bit grey PNG"
+        )
+
+
+def _nearest(
+    shown: Mapping[int, tuple[int, ...]], colours: Sequence[tuple[int, int, int]]
+) -> dict[int, int]:
+    """Returns the class that the colour of each is near to; its own where that is not sure."""
+    near = {
+        i: [j for j, other in enumerate(colours) if _is_near(colour, other)]
+        for i, colour in shown.items()
+    }
+    claims = collections.Counter(j for found in near.values() for j in found)
+    return {
+        i: found[0] if len(found) == 1 and claims[found[0]] == 1 else i for i, found in near.items()
+    }
+
+
+def _is_near(colour: Sequence[int], other: Sequence[int]) -> bool:
+    return all(abs(a - b) <= _NEAR for a, b in zip(colour, other, strict=True))
 
 
 def _read_label_values(
@@ -399,10 +458,13 @@ def _read_label_values(
         raise UserError(f"{path}: the label has colours ({image.mode}), not class ids; {remedy}")
     if image.format == "PNG" and image.mode == "L" and data[24] < 8:  # the depth in its header
         raise UserError(f"{path}: readers stretch the {data[24]}-bit greys to 0..255; {remedy}")
-    palette = None
+    values, palette = np.asarray(image, np.uint8), None
     if image.mode == "P" and (colours := image.getpalette("RGB")):
         palette = np.array(colours, np.uint8).reshape(-1, 3)
-    return np.asarray(image, np.uint8), palette
+        used = np.unique(values[values < len(palette)])
+        if image.format == "GIF" and np.any(palette[used] != used[:, None]):
+            raise UserError(f"{path}: programs number the values of a GIF anew; {remedy}")
+    return values, palette
 
 
 def _values_of_colours(image: Image.Image, classes: ClassTable, path: pathlib.Path) -> np.ndarray:
@@ -413,6 +475,15 @@ def _values_of_colours(image: Image.Image, classes: ClassTable, path: pathlib.Pa
     found, places = np.unique(codes, return_inverse=True)
     colours = [(c >> 16, c >> 8 & 255, c & 255) for c in found[: _MOST_COLOURS + 1].tolist()]
     seen = colours if len(colours) <= _MOST_COLOURS else ()
+    if classes.has_chosen_colours and not classes.has_own_colours:
+        colour = collections.Counter(classes.colours).most_common(1)[0][0]
+        first, second, *_ = (
+            name for name, c in zip(classes.names, classes.colours, strict=True) if c == colour
+        )
+        raise UserError(
+            f"{path}: the label has colours, and {first} and {second} both are {colour} in the"
+            " class table; give each class a colour of its own"
+        )
     if not classes.has_own_colours:
         raise NoClassError(
             f"{path}: the label has colours ({image.mode}), not class ids; save class ids as an"

@@ -257,6 +257,8 @@ def _key(files: Files) -> str:
     """Returns a hash that changes when the files change, without reading them."""
     kept = [field.name for field in dataclasses.fields(SplitReport)]
     variant = (_VERSION, kept, files.classes, files.options)
+    if "has_chosen_colours" in files.classes.to_json():  # not in repr, but labels must fit them
+        variant += ("chosen colours",)
     state = hashlib.blake2b(repr(variant).encode(), digest_size=8)
     for pair in files.pairs:
         paths = [str(path.resolve()) for path in (pair.image, pair.label)]

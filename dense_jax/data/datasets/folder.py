@@ -57,9 +57,9 @@ def read_classes(folder: pathlib.Path) -> ClassTable:
         if path.is_file():
             try:
                 if path.suffix == ".json":
-                    return ClassTable.from_json(json.loads(read_text(path)))
+                    return ClassTable(**json.loads(read_text(path)))
                 return _parse_classes(read_text(path))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 remedy = (
                     'write {"names": ["sky", ...]}, see docs/data.md'
                     if path.suffix == ".json"
