@@ -1,5 +1,6 @@
 """Files as users have them: each odd one is read right, or named in one line with the remedy."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -80,6 +81,24 @@ def test_smaller_views_of_a_picture_are_no_pages(tmp_path):
     image = Image.fromarray(scene(0)[0])
     image.save(tmp_path / "a.tif", save_all=True, append_images=[image.resize((8, 6))])
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[1].pixels, scene(0)[0])
+
+
+@pytest.mark.parametrize("size", [(24, 18), (16, 14), (8, 12), (12, 16)])
+def test_pages_of_other_sizes_are_not_dropped(tmp_path, size):
+    image = Image.fromarray(scene(0)[0])
+    image.save(tmp_path / "a.tif", save_all=True, append_images=[image.resize(size)])
+    with pytest.raises(UserError, match="the file holds 2 pages"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(("size", "pages"), [((8, 8), 1), ((24, 24), 2)])
+def test_marked_views_of_a_picture_may_have_other_sides(tmp_path, size, pages):
+    image = Image.fromarray(scene(0)[0])
+    view = image.resize(size)
+    view.encoderinfo = {"tiffinfo": {254: 1}}
+    image.save(tmp_path / "a.tif", save_all=True, append_images=[view])
+    with pytest.raises(UserError) if pages > 1 else contextlib.nullcontext():
+        read_image(tmp_path / "a.tif")
 
 
 def png(values, depth, colour):

@@ -18,6 +18,7 @@ SUFFIXES = (
 )  # fmt: skip
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _BITS_PER_SAMPLE = 258  # tag of TIFF
+_SUBFILE_TYPE = 254  # tag of TIFF; bit 0 marks a smaller view of another page
 _ORIENTATION = 274  # tag of TIFF and EXIF; 1 is upright
 
 
@@ -127,11 +128,22 @@ def _pages(image: Image.Image) -> int:
 
     Phones add such views to a JPEG, and programs for maps to a TIFF.
     """
-    if image.format == "MPO" or getattr(image, "n_frames", 1) == 1:
+    if image.format == "MPO":
         return 1
+    frames = getattr(image, "n_frames", 1)
+    if frames == 1 or not isinstance(image, TiffImageFile):
+        return frames
     size, pages = image.size, 1
-    for number in range(1, getattr(image, "n_frames", 1)):
+    for number in range(1, frames):
         image.seek(number)
-        pages += image.size == size
+        is_marked = bool(image.tag_v2.get(_SUBFILE_TYPE, 0) & 1)
+        pages += not _is_view(image.size, size, is_marked)
     image.seek(0)
     return pages
+
+
+def _is_view(size: tuple[int, int], whole: tuple[int, int], is_marked: bool) -> bool:
+    """Whether a page is smaller, and has the same sides but for rounding or is marked as a view."""
+    if size == whole or size[0] > whole[0] or size[1] > whole[1]:
+        return False
+    return is_marked or abs(size[0] * whole[1] - size[1] * whole[0]) <= max(whole)
