@@ -500,11 +500,70 @@ def test_folders_and_lists_have_the_usual_names(root, train, val, is_list):
             folders.find(root)
 
 
-@pytest.mark.parametrize("first", ["name", "Class", "# my classes", "label,r,g,b"])
+@pytest.mark.parametrize(
+    "first",
+    ["name", "Class", "label,r,g,b", "Klasse", "Class Name", "className", '"name"', "names:",
+     "name;r;g;b", "label_name,red,green,blue", "class\tr"],
+)  # fmt: skip
 def test_a_heading_is_no_class(root, first):
     (root / "classes.txt").write_text(f"{first}\n{NAMES}")
-    with pytest.raises(UserError, match=r"classes\.txt.* would be the name of class 0: remove it"):
+    with pytest.raises(UserError, match=r"classes\.txt.*line 1, .* name of class 0: remove it"):
         folders.find(root)
+
+
+@pytest.mark.parametrize("comment", ["# my classes", "#", "// classes", "% classes"])
+def test_a_comment_is_no_class(root, comment):
+    for text, number in ((f"{comment}\n{NAMES}", 1), (f"ground\n\n{comment}\nred\nblue\n", 3)):
+        (root / "classes.txt").write_text(text)
+        with pytest.raises(UserError, match=rf"line {number}, '{comment}', is a comment.*remove"):
+            folders.find(root)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0 ground\n1 red\n2 blue\n", "line 1, '0 ground', begins with a number, as all lines do"),
+        ("2 blue\n1 red\n0 ground\n", "line 1, '2 blue', begins with a number"),
+        ("0: ground\n1: red\n2: blue\n", "begins with a number.*as values in classes.json"),
+        ("0,ground\n1,red\n2,blue\n", "begins with a number"),
+        ("ground;0;0;0\nred;9;9;9\n", "line 1, 'ground;0;0;0', has a colour without commas"),
+        ("ground\nred 9 9 9\n", "line 2, 'red 9 9 9', has a colour without commas: write name,r"),
+        ("0 0 0 ground\n9 9 9 red\n", "line 1, '0 0 0 ground', has a colour without commas"),
+        (",name\n0,ground\n", "line 1, ',name', has no name"),
+        ("ground,red,blue\n", "line 1, 'ground,red,blue', has 3 parts between commas"),
+        (f"{'a' * 200_000}\nb\n", "not a class table"),
+    ],
+)
+def test_lines_that_are_no_names_are_named(root, text, words):
+    (root / "classes.txt").write_text(text)
+    with pytest.raises(UserError, match=words):
+        folders.read_classes(root)
+
+
+@pytest.mark.parametrize(
+    "plausible",
+    [
+        ["background", "2 wheeler", "4 wheeler"],
+        ["0", "1", "2"],
+        ["building;edifice", "C#", "50% grey", "5.5 mm pipe", "stop // go"],
+        ["1st floor", "2nd floor"],
+        ["other", "names", "class 7", "boeing 747", "id"],
+    ],
+)
+def test_plausible_names_are_read(root, plausible):
+    (root / "classes.txt").write_text("\n".join(plausible))
+    assert folders.read_classes(root).names == tuple(plausible)
+
+
+def test_quotes_of_a_spreadsheet_are_no_part_of_a_name(root):
+    (root / "classes.txt").write_text('"ground","0","0","0"\n"red, dark",9,0,0\n')
+    assert folders.read_classes(root).names == ("ground", "red, dark")
+
+
+def test_a_class_table_of_many_brackets_is_one_line(root):
+    (root / "classes.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"classes\.json: not a class table"):
+        folders.read_classes(root)
 
 
 def test_whole_numbers_of_a_spreadsheet_are_values(root):

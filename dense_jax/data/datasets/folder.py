@@ -12,9 +12,11 @@ The class table is one of
                              [...]}; only names is needed. "values" are the numbers in the files.
 """
 
+import csv
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 
 from dense_jax.data import prepared
@@ -29,7 +31,15 @@ _SPLITS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-_HEADINGS = ("category", "class", "class_name", "classes", "id", "label", "labels", "name", "names")
+_HEADINGS = {
+    *("category", "categories", "class", "classes", "id", "index", "label", "labels", "name"),
+    *("names", "classname", "classnames", "labelname", "labelnames", "categoryname"),
+    *("klasse", "klassen", "klassenname", "bezeichnung", "kategorie", "classe", "nom", "nome"),
+    *("clase", "clases", "nombre", "categoria", "categoría", "catégorie", "klasa", "класс", "类别"),
+}
+_COLOUR = r"\d{1,3}[;\s]+\d{1,3}[;\s]+\d{1,3}"  # without commas
+_BESIDE_COLOUR = re.compile(rf"{_COLOUR}[;,\s].*|.*[;,\s]{_COLOUR}")
+_NUMBERED = re.compile(r"(\d+)(?:\s*[:;.)]|\s)\s*\S.*")
 
 
 def find(data_dir: pathlib.Path | None = None) -> Files:
@@ -59,7 +69,7 @@ def read_classes(folder: pathlib.Path) -> ClassTable:
                 if path.suffix == ".json":
                     return ClassTable(**json.loads(read_text(path)))
                 return _parse_classes(read_text(path))
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, TypeError, RecursionError, csv.Error) as error:
                 remedy = (
                     'write {"names": ["sky", ...]}, see docs/data.md'
                     if path.suffix == ".json"
@@ -70,12 +80,48 @@ def read_classes(folder: pathlib.Path) -> ClassTable:
 
 
 def _parse_classes(text: str) -> ClassTable:
-    rows = [line.split(",") for line in text.splitlines() if line.strip()]
-    first = rows[0][0].strip() if rows else ""
-    if first.lower() in _HEADINGS or first.startswith("#"):
-        raise ValueError(f"its first line, {first!r}, would be the name of class 0: remove it")
+    """Reads a class from each line, and refuses lines that would be read as other classes.
+
+    Raises:
+      ValueError: with the line and what to do.
+    """
+    lines = {i: line.strip() for i, line in enumerate(text.splitlines(), 1) if line.strip()}
+    rows = [[cell.strip() for cell in next(csv.reader([line]))] for line in lines.values()]
+    is_numbered = _is_numbered(list(lines.values()), rows)
+    first = min(lines, default=0)
+    for (i, line), row in zip(lines.items(), rows, strict=True):
+        if wrong := _what_is_wrong(line, row, i == first, is_numbered):
+            raise ValueError(f"line {i}, {line!r}, {wrong}")
     colours = [(int(r), int(g), int(b)) for _, r, g, b in (row for row in rows if len(row) > 1)]
-    return ClassTable([row[0].strip() for row in rows], colours)
+    return ClassTable([row[0] for row in rows], colours)
+
+
+def _what_is_wrong(line: str, row: Sequence[str], is_first: bool, is_numbered: bool) -> str | None:
+    """Says why a line is no class, and what to do; None if it may be one."""
+    if line.startswith(("#", "//", "%")):
+        return "is a comment and would be the name of a class: remove it"
+    heading = re.split("[,;\t]", line)[0].strip("\"' :").lower()
+    if is_first and re.sub("[ _-]", "", heading) in _HEADINGS:
+        return "is a heading and would be the name of class 0: remove it"
+    if _BESIDE_COLOUR.fullmatch(line):
+        return "has a colour without commas: write name,r,g,b"
+    if not row[0]:
+        return "has no name: write name or name,r,g,b"
+    if is_numbered:
+        return (
+            "begins with a number, as all lines do: remove the numbers where they are 0, 1, 2, ...,"
+            " otherwise write them as values in classes.json"
+        )
+    return None if len(row) in (1, 4) else f"has {len(row)} parts between commas"
+
+
+def _is_numbered(lines: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether all lines begin with another number; a name such as "2 wheeler" may do so too."""
+    found = [
+        row[0] if len(row) == 2 and row[0].isdecimal() else match and match[1]
+        for row, match in zip(rows, map(_NUMBERED.fullmatch, lines), strict=True)
+    ]
+    return len(lines) > 1 and None not in found and len(set(found)) == len(lines)
 
 
 def _find_pairs(root: pathlib.Path) -> list[Pair]:
