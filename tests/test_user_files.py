@@ -485,19 +485,112 @@ def test_names_with_dots_are_whole_names(root):
 @pytest.mark.parametrize(("train", "val"), [("train", "valid"), ("training", "validation")])
 @pytest.mark.parametrize("is_list", [False, True])
 def test_folders_and_lists_have_the_usual_names(root, train, val, is_list):
-    for split, numbers in ((train, range(4)), (val, range(4, 6))):
-        if is_list:
-            (root / f"{split}.txt").write_text("".join(f"s{i}\n" for i in numbers))
-            continue
-        for part in ("images", "labels"):
-            (root / part / split).mkdir()
-            for i in numbers:
-                (root / part / f"s{i}.png").rename(root / part / split / f"s{i}.png")
+    if is_list:
+        to_lists(root, f"{train}.txt", f"{val}.txt")
+    else:
+        to_folders(root, train, val)
     assert names(root) == {"train": ["s0", "s1", "s2", "s3"], "val": ["s4", "s5"]}
     if is_list:
         (root / "dev.txt").write_text("s0\n")
         with pytest.raises(UserError, match="both list val; remove one"):
             folders.find(root)
+
+
+def to_folders(root, train="train", val="val"):
+    for part in ("images", "labels"):
+        for split, numbers in ((train, range(4)), (val, range(4, 6))):
+            (root / part / split).mkdir()
+            for i in numbers:
+                (root / part / f"s{i}.png").rename(root / part / split / f"s{i}.png")
+
+
+def to_lists(folder, train="train.txt", val="val.txt"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / train).write_text("s0\ns1\ns2\ns3\n")
+    (folder / val).write_text("s4\ns5\n")
+
+
+@pytest.mark.parametrize("layout", ["inner", "outer", "lists", "ImageSets"])
+def test_splits_are_found_in_capitals_too(root, layout):
+    if layout == "inner":
+        to_folders(root, "Train", "VAL")
+        (root / "labels/Train").rename(root / "labels/train")
+    elif layout == "outer":
+        to_folders(root, "Train", "VAL")
+        for split in ("Train", "VAL"):
+            (root / split).mkdir()
+            for part in ("images", "labels"):
+                (root / part / split).rename(root / split / part)
+    elif layout == "lists":
+        to_lists(root, "Train.txt", "VAL.TXT")
+    else:
+        to_lists(root / "ImageSets/Segmentation")
+    assert names(root) == {"train": ["s0", "s1", "s2", "s3"], "val": ["s4", "s5"]}
+    assert not report(root).errors
+
+
+def test_splits_of_two_kinds_are_refused(root):
+    to_lists(root)
+    to_lists(root / "ImageSets/Segmentation")
+    with pytest.raises(UserError, match=r"lists in two places, train\.txt and .*remove those of"):
+        folders.find(root)
+    (root / "val.txt").unlink()
+    (root / "train.txt").unlink()
+    to_folders(root)
+    with pytest.raises(
+        UserError, match=r"train\.txt: a list beside images/train, which .*; remove"
+    ):
+        folders.find(root)
+
+
+@pytest.mark.parametrize("make", [to_folders, to_lists])
+def test_splits_whose_names_differ_in_capitals_are_refused(root, make):
+    make(root)
+    suffix = ".txt" if make is to_lists else ""
+    one, other = (root / ("" if suffix else "images") / f"{x}{suffix}" for x in ("train", "Train"))
+    other.mkdir() if one.is_dir() else other.write_text("s4\n")
+    if one.stat().st_ino == other.stat().st_ino:
+        pytest.skip("capitals are one here")
+    with pytest.raises(UserError, match=f"Train{suffix} and train{suffix} are one split; remove"):
+        folders.find(root)
+
+
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_pictures_in_no_split_are_told(root, part):
+    to_folders(root)
+    Image.fromarray(scene(9)[0]).save(root / part / "s9.png")
+    words = rf"{part}/s9\.png: beside images/train, and in no split \(1 such files\); move it"
+    with pytest.raises(UserError, match=words):
+        folders.find(root)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("images/s0.png labels/s0.png", "s0"),
+        ("images/s0.jpg,labels/s0.png", "s0"),
+        ("images/s0.png labels/s3.png", "names files of different names"),
+        ("images/s0 labels/s3", "names files of different names"),
+        ("images/gone.png labels/s3.png", "names files of different names"),
+        ("images/s0.png labels/s3.png edges/s3.png", "names files of different names"),
+        ("s0.png 1", "names files of different names"),
+        ("my folder/s3.png", "s3"),
+        ("images/s2 and s3.png", "s2 and s3"),
+        ("s5.tif", r"'s5\.tif' may be s5\.png and s5\.tif\.png; write the whole name of the file"),
+        ("s5.png", "s5"),
+        ("s5.tif.png", "s5.tif"),
+    ],
+)
+def test_a_line_of_a_list_is_one_image(root, line, found):
+    for part in ("images", "labels"):
+        for name in ("s2 and s3", "s5.tif"):
+            (root / part / f"{name}.png").write_bytes((root / part / "s2.png").read_bytes())
+    (root / "train.txt").write_text(f"{line}\n")
+    if " of " in found or "may be" in found:
+        with pytest.raises(UserError, match=found):
+            folders.find(root)
+    else:
+        assert names(root) == {"train": [found]}
 
 
 @pytest.mark.parametrize(
