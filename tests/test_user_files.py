@@ -435,6 +435,12 @@ def test_names_that_are_not_utf_8_are_named(root):
     os.rename(base + b"/s0.png", base + b"/caf\xe9.png")
     with pytest.raises(UserError, match=r"the file name b'caf\\xe9\.png' is not UTF-8"):
         folders.find(root)
+    for given in (root / "images", root / "images" / os.fsdecode(b"caf\xe9.png")):
+        summary = predict_folder(PREDICTOR, CLASSES, given, root.parent / "out")
+        (failure,) = summary.failures
+        assert r"the file name b'caf\xe9.png' is not UTF-8; rename it" in failure
+        assert str(summary).isascii()
+        assert len(summary.predicted) == (5 if given.is_dir() else 0)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

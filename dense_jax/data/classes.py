@@ -209,4 +209,5 @@ class ClassTable:
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> "ClassTable":
         """Builds a table from the result of `to_json`, or from some of its keys."""
-        return cls(**{"has_chosen_colours": False, **table})
+        fields: dict[str, Any] = {"has_chosen_colours": False, **table}  # records of before lack it
+        return cls(**fields)

@@ -285,22 +285,36 @@ def pictures(folder: pathlib.Path) -> list[pathlib.Path]:
     Names that begin with a dot are passed over, such as those that a Mac leaves beside files.
 
     Raises:
-      UserError: a name is not UTF-8, so that no other program would write it the same.
+      UserError: a name is not UTF-8.
     """
+    found = pictures_of_any_name(folder)
+    for path in found:
+        check_name(path)
+    return found
+
+
+def pictures_of_any_name(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the same as `pictures`, also those whose names `check_name` refuses."""
     if not folder.is_dir():
         return []
-    found = sorted(
+    return sorted(
         path
         for path in folder.iterdir()
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     )
-    for path in found:
-        try:
-            path.name.encode()
-        except UnicodeEncodeError:
-            name = os.fsencode(path.name)
-            raise UserError(f"{folder}: the file name {name!r} is not UTF-8; rename it") from None
-    return found
+
+
+def check_name(path: pathlib.Path) -> None:
+    """Refuses a file whose name is not UTF-8: no other program would write it the same.
+
+    Raises:
+      UserError: with the name.
+    """
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(path.name)
+        raise UserError(f"{path.parent}: the file name {name!r} is not UTF-8; rename it") from None
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -392,7 +406,8 @@ def _check_palette(
         return
     known = [i for i, value in enumerate(classes.values) if value < len(palette)]
     used = [i for i in known if np.any(values == classes.values[i])]
-    shown = {i: tuple(map(int, palette[classes.values[i]])) for i in known}
+    drawn = {i: palette[classes.values[i]].tolist() for i in known}
+    shown = {i: (red, green, blue) for i, (red, green, blue) in drawn.items()}
     class_of = {colour: i for i, colour in enumerate(classes.colours)}
     near = _nearest(shown, classes.colours)
     for i in used:
@@ -414,7 +429,7 @@ def _check_palette(
 
 
 def _nearest(
-    shown: Mapping[int, tuple[int, ...]], colours: Sequence[tuple[int, int, int]]
+    shown: Mapping[int, tuple[int, int, int]], colours: Sequence[tuple[int, int, int]]
 ) -> dict[int, int]:
     """Returns the class that the colour of each is near to; its own where that is not sure."""
     near = {

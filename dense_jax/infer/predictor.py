@@ -13,7 +13,7 @@ from PIL import Image
 
 from dense_jax import runs, viz
 from dense_jax.data.classes import ClassTable
-from dense_jax.data.files import pictures
+from dense_jax.data.files import check_name, pictures_of_any_name
 from dense_jax.data.padded import (
     Shapes,
     Size,
@@ -228,7 +228,7 @@ def _find_images(path: pathlib.Path) -> list[pathlib.Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give an image or a folder of images")
-    images = pictures(path)
+    images = pictures_of_any_name(path)
     if not images:
         raise UserError(f"{path} has no images: give a folder with {', '.join(SUFFIXES)}")
     return images
@@ -242,6 +242,11 @@ def _read_sizes(
     failures = []
     owners: dict[str, pathlib.Path] = {}
     for path in paths:
+        try:
+            check_name(path)
+        except UserError as error:
+            failures.append(str(error))
+            continue
         owner = owners.setdefault(path.stem, path)
         if owner != path:
             failures.append(f"{path}: its output would replace that of {owner.name}; rename it")
