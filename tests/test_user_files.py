@@ -390,6 +390,14 @@ def test_values_that_a_program_numbered_anew_are_refused(root, table):
     assert not report(root).errors
 
 
+def test_a_grey_class_of_the_usual_colours_is_no_value(root):
+    table = ClassTable([f"c{i}" for i in range(150)])
+    label = Image.fromarray(scene(0, 2)[1] * 7).convert("P")  # class 7 of VOC is (128, 128, 128)
+    label.putpalette(table.palette().tobytes())
+    label.save(root / "labels/s0.png")
+    np.testing.assert_array_equal(read_label(root / "labels/s0.png", table), scene(0, 2)[1] * 7)
+
+
 def test_a_gif_that_a_program_numbered_anew_is_refused(root):
     (root / "labels/s0.png").unlink()
     Image.fromarray(scene(0, 2)[1] * 2).save(root / "labels/s0.gif")

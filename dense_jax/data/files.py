@@ -378,15 +378,17 @@ def _check_greys(
     Programs that save fewer colours number them anew. Black and white alone tell nothing: a mask of
     0 and 1 may have them to be seen.
     """
-    numbers = [int(number) for number in np.unique(values) if number < len(palette)]
+    numbers = np.flatnonzero(np.bincount(values.ravel())[: len(palette)]).tolist()
     greys = {number: int(palette[number][0]) for number in numbers}
     is_grey = all(palette[number].max() == palette[number].min() for number in numbers)
     if not is_grey or not {*greys.values()} <= {*classes.values, *classes.void_values}:
         return
-    moved = [(i, grey) for i, grey in greys.items() if i != grey and grey not in (0, 255)]
-    if classes.has_chosen_colours:
-        drawn = dict(zip(classes.values, classes.colours, strict=True))
-        moved = [(i, grey) for i, grey in moved if drawn.get(i) != (grey, grey, grey)]
+    drawn = dict(zip(classes.values, classes.colours, strict=True))
+    moved = [
+        (i, grey)
+        for i, grey in greys.items()
+        if grey not in (i, 0, 255) and drawn.get(i) != (grey, grey, grey)
+    ]
     if moved:
         raise UserError(
             f"{path}: value {moved[0][0]} has the grey {moved[0][1]} in the palette, so the program"
@@ -476,7 +478,7 @@ def _read_label_values(
     values, palette = np.asarray(image, np.uint8), None
     if image.mode == "P" and (colours := image.getpalette("RGB")):
         palette = np.array(colours, np.uint8).reshape(-1, 3)
-        used = np.unique(values[values < len(palette)])
+        used = np.flatnonzero(np.bincount(values.ravel())[: len(palette)])
         if image.format == "GIF" and np.any(palette[used] != used[:, None]):
             raise UserError(f"{path}: programs number the values of a GIF anew; {remedy}")
     return values, palette
