@@ -245,6 +245,16 @@ def test_a_cache_that_cannot_be_written_is_named(own, monkeypatch):
         dataset.load("folder", own)
 
 
+def test_a_file_in_the_place_of_a_prepared_dataset_is_named(own, tmp_path, monkeypatch):
+    monkeypatch.setenv("DENSE_JAX_CACHE", str(tmp_path / "cache"))
+    dataset.load("folder", own)
+    (folder,) = (tmp_path / "cache" / "datasets").iterdir()
+    shutil.rmtree(folder)
+    folder.touch()
+    with pytest.raises(UserError, match=rf"{folder.name} is in the way of a folder: remove it"):
+        dataset.load("folder", own)
+
+
 def test_the_doctor_lists_all_and_warns(own):
     DAMAGE["colours"][0](own)
     (own / "images/tile5.jpg").unlink()

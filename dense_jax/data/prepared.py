@@ -174,8 +174,9 @@ def _prepare(files: Files, folder: pathlib.Path, records: pathlib.Path) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError: of the record writer
         if _damage(records) is None:  # another process was faster, where there are no locks
             return
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            raise UserError(f"{error.filename} is in the way of a folder: remove it") from error
+        for path in (records, *records.parents):
+            if path.is_file() and path.is_relative_to(cache_dir()):
+                raise UserError(f"{path} is in the way of a folder: remove it") from error
         raise UserError(
             f"{folder}: cannot write the prepared dataset ({_reason(error)});"
             " set DENSE_JAX_CACHE to a writable folder with enough space"
