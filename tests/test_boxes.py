@@ -1,5 +1,7 @@
 """Boxes: values by hand, and slow twins that count pixels; NumPy and JAX give the same."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,3 +105,91 @@ def test_boxes_of_an_image_are_scaled_in_double_precision():
     some, factors = drawn(12), np.divide((31, 47), (97, 101))
     scaled = boxes.scale(some, (factors[0], factors[1]))
     np.testing.assert_array_equal(scaled, (some * factors[[1, 0, 1, 0]]).astype(np.float32))
+
+
+def encode_one(box, anchor, weights, one):
+    """What a network predicts for a box, from its centre and size and those of the anchor."""
+    (w, h), (a, b) = ((c[2] - c[0] + one, c[3] - c[1] + one) for c in (box, anchor))
+    x, y, xa, ya = box[0] + w / 2, box[1] + h / 2, anchor[0] + a / 2, anchor[1] + b / 2
+    deltas = ((x - xa) / a, (y - ya) / b, math.log(w / a), math.log(h / b))
+    return [weight * delta for weight, delta in zip(weights, deltas, strict=True)]
+
+
+HEAD = (10.0, 10.0, 5.0, 5.0)
+
+
+def test_boxes_are_encoded_as_by_hand(call):
+    anchor, box = np.float32([[10, 20, 50, 100]]), np.float32([[14, 30, 44, 120]])
+    got = call(lambda b, a: boxes.encode(b, a, weights=HEAD), box, anchor)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, [[-0.25, 1.875, -1.438410, 0.588915]], atol=1e-6)
+    some, others = drawn(12), drawn(12, seed=1)
+    for one in (0, 1):
+        expected = [encode_one(*pair, HEAD, one) for pair in zip(some, others, strict=True)]
+        got = call(
+            lambda b, a, one=one: boxes.encode(b, a, weights=HEAD, plus_one=bool(one)), some, others
+        )
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_decoded_boxes_are_those_that_were_encoded(call):
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 1000, (2, 200, 2))
+    some, anchors = np.concatenate([corners, corners + rng.uniform(1, 400, (2, 200, 2))], 2).astype(
+        np.float32
+    )
+
+    def both(b, a, **options):
+        one = {"plus_one": options.get("plus_one", False)}
+        deltas = boxes.encode(b, a, weights=HEAD, **one)
+        return boxes.decode(deltas, a, weights=HEAD, max_log_scale=None, **options)
+
+    np.testing.assert_allclose(call(both, some, anchors), some, atol=3e-4)
+    detectron = call(lambda b, a: both(b, a, plus_one=True), some, anchors)
+    np.testing.assert_allclose(detectron, some, atol=3e-4)
+    caffe = call(lambda b, a: both(b, a, plus_one=True, subtract_one=False), some, anchors)
+    np.testing.assert_allclose(caffe - some, np.tile([0, 0, 1, 1], (200, 1)), atol=3e-4)
+
+
+def test_growth_of_decoded_boxes_is_limited_from_above(call):
+    anchors = np.float32([[0, 0, 16, 16]] * 3)
+    deltas = np.float32([[0, 0, 30, -30], [0, 0, 5 * math.log(62), 5 * math.log(63)], [0, 0, 0, 0]])
+    got = call(lambda d, a: boxes.decode(d, a, weights=HEAD), deltas, anchors)
+    np.testing.assert_allclose(
+        boxes.sides(got), [[1000, 16 * math.exp(-6)], [992, 1000], [16, 16]], rtol=1e-4
+    )
+    assert math.isclose(boxes.MAX_LOG_SCALE, 4.135167, abs_tol=1e-6)
+
+
+def test_deltas_of_several_classes_and_rows_of_padding():
+    some, anchors = jnp.asarray(drawn(6)), drawn(6, seed=1)
+    deltas = jnp.stack([boxes.encode(some, anchors), jnp.zeros((6, 4))], axis=1)
+    got = jax.jit(lambda d: boxes.decode(d, anchors[:, None]))(deltas)  # NumPy and JAX together
+    np.testing.assert_allclose(got[:, 0], some, atol=1e-4)
+    np.testing.assert_allclose(got[:, 1], anchors, atol=1e-5)
+    zeros = np.zeros((6, 4), np.float32)
+    for one, other in ((zeros, anchors), (anchors, zeros), (zeros, zeros)):
+        assert np.isfinite(boxes.encode(one, other)).all()
+    with pytest.raises(AssertionError, match="dimension equal to .4."):
+        boxes.sides(anchors[:, :3])
+
+
+def test_boxes_whose_last_pixel_is_inside(call):
+    np.testing.assert_array_equal(
+        call(lambda b: boxes.sides(b, plus_one=True), BY_HAND),
+        [[5, 3], [3, 3], [3, 5], [2, 3], [1, 1]],
+    )
+    some, others = drawn(12), drawn(5, seed=1)
+    edges = np.float32([0, 0, 1, 1])
+    np.testing.assert_allclose(
+        call(lambda a, b: boxes.iou(a, b, plus_one=True), some, others),
+        boxes.iou(some + edges, others + edges),
+        rtol=1e-6,
+    )
+    image = {(y, x) for y in range(SIDE) for x in range(SIDE)}
+    expected = [pixels(box) <= image for box in some]
+    assert 0 < sum(expected) < 12
+    np.testing.assert_array_equal(call(lambda b: boxes.inside(b, (SIDE, SIDE)), some), expected)
+    last = some - edges
+    got = call(lambda b: boxes.inside(b, (SIDE, SIDE), plus_one=True), last)
+    np.testing.assert_array_equal(got, expected)
