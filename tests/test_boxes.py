@@ -107,6 +107,10 @@ def test_boxes_of_an_image_are_scaled_in_double_precision():
     np.testing.assert_array_equal(scaled, (some * factors[[1, 0, 1, 0]]).astype(np.float32))
 
 
+def floats(rows):
+    return np.array(rows, np.float32)
+
+
 def encode_one(box, anchor, weights, one):
     """What a network predicts for a box, from its centre and size and those of the anchor."""
     (w, h), (a, b) = ((c[2] - c[0] + one, c[3] - c[1] + one) for c in (box, anchor))
@@ -119,7 +123,7 @@ HEAD = (10.0, 10.0, 5.0, 5.0)
 
 
 def test_boxes_are_encoded_as_by_hand(call):
-    anchor, box = np.float32([[10, 20, 50, 100]]), np.float32([[14, 30, 44, 120]])
+    anchor, box = floats([[10, 20, 50, 100]]), floats([[14, 30, 44, 120]])
     got = call(lambda b, a: boxes.encode(b, a, weights=HEAD), box, anchor)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, [[-0.25, 1.875, -1.438410, 0.588915]], atol=1e-6)
@@ -152,8 +156,8 @@ def test_decoded_boxes_are_those_that_were_encoded(call):
 
 
 def test_growth_of_decoded_boxes_is_limited_from_above(call):
-    anchors = np.float32([[0, 0, 16, 16]] * 3)
-    deltas = np.float32([[0, 0, 30, -30], [0, 0, 5 * math.log(62), 5 * math.log(63)], [0, 0, 0, 0]])
+    anchors = floats([[0, 0, 16, 16]] * 3)
+    deltas = floats([[0, 0, 30, -30], [0, 0, 5 * math.log(62), 5 * math.log(63)], [0, 0, 0, 0]])
     got = call(lambda d, a: boxes.decode(d, a, weights=HEAD), deltas, anchors)
     np.testing.assert_allclose(
         boxes.sides(got), [[1000, 16 * math.exp(-6)], [992, 1000], [16, 16]], rtol=1e-4
@@ -170,7 +174,7 @@ def test_deltas_of_several_classes_and_rows_of_padding():
     zeros = np.zeros((6, 4), np.float32)
     for one, other in ((zeros, anchors), (anchors, zeros), (zeros, zeros)):
         assert np.isfinite(boxes.encode(one, other)).all()
-    with pytest.raises(AssertionError, match="dimension equal to .4."):
+    with pytest.raises(AssertionError, match="to have dimension equal"):
         boxes.sides(anchors[:, :3])
 
 
@@ -180,7 +184,7 @@ def test_boxes_whose_last_pixel_is_inside(call):
         [[5, 3], [3, 3], [3, 5], [2, 3], [1, 1]],
     )
     some, others = drawn(12), drawn(5, seed=1)
-    edges = np.float32([0, 0, 1, 1])
+    edges = floats([0, 0, 1, 1])
     np.testing.assert_allclose(
         call(lambda a, b: boxes.iou(a, b, plus_one=True), some, others),
         boxes.iou(some + edges, others + edges),

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ArrayT = TypeVar("ArrayT", np.ndarray, jax.Array)
+Array = np.ndarray | jax.Array
+ArrayT = TypeVar("ArrayT", bound=Array)
 Weights = tuple[float, float, float, float]
 
 # Decoded boxes are at most 62.5 times as wide or high as their anchors (facebookresearch/Detectron:
@@ -40,10 +41,11 @@ def area(boxes: ArrayT, *, plus_one: bool = False) -> ArrayT:
 
 def min_side(boxes: ArrayT) -> ArrayT:
     """Returns the shorter side, [...]."""
-    return sides(boxes).min(axis=-1)
+    lengths: Any = sides(boxes)
+    return lengths.min(axis=-1)
 
 
-def iou(boxes: ArrayT, others: ArrayT, *, plus_one: bool = False) -> ArrayT:
+def iou(boxes: ArrayT, others: Array, *, plus_one: bool = False) -> ArrayT:
     """Returns the intersection over union of each pair: [..., N, 4], [..., M, 4] to [..., N, M].
 
     Two empty boxes have IoU 0.
@@ -59,7 +61,7 @@ def iou(boxes: ArrayT, others: ArrayT, *, plus_one: bool = False) -> ArrayT:
 
 
 def encode(
-    boxes: ArrayT, anchors: ArrayT, *, weights: Weights = (1, 1, 1, 1), plus_one: bool = False
+    boxes: ArrayT, anchors: Array, *, weights: Weights = (1, 1, 1, 1), plus_one: bool = False
 ) -> ArrayT:
     """Returns what a network predicts to move anchors onto boxes, [..., 4].
 
@@ -86,7 +88,7 @@ def encode(
 
 def decode(
     deltas: ArrayT,
-    anchors: ArrayT,
+    anchors: Array,
     *,
     weights: Weights = (1, 1, 1, 1),
     max_log_scale: float | None = MAX_LOG_SCALE,
