@@ -35,6 +35,7 @@ ALLOWED = {
 HOMES = {
     "tensorflow_datasets": {"data"},
     "grain": {"data"},
+    "hotcoco": {"data", "metrics"},
     "orbax": {"train"},
     "optax": {"train", "tasks", "analysis"},  # analysis trains the decoders that it compares
 }
