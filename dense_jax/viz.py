@@ -67,6 +67,51 @@ def overlay(
     return np.rint((1 - weight) * image + weight * colourise(labels, palette)).astype(np.uint8)
 
 
+def objects(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    class_ids: np.ndarray,
+    names: Sequence[str],
+    colours: np.ndarray,
+    *,
+    scores: np.ndarray | None = None,
+    masks: np.ndarray | None = None,
+    alpha: float = 0.55,
+) -> np.ndarray:
+    """Returns the image with a mask, box, name and score for each object, the first one on top.
+
+    Args:
+      image: uint8 [H, W, 3].
+      boxes: [N, 4], x0 y0 x1 y1 in pixels, from outer edge to outer edge.
+      class_ids: [N], indices of `names`.
+      names: the name of each class.
+      colours: uint8 [N, 3], the colour of each object.
+      scores: [N]; None writes none.
+      masks: bool [N, H, W]; None draws none.
+      alpha: share of the colour in a mask, 0..1.
+    """
+    picture = image.astype(np.float32)
+    if masks is not None:
+        for mask, colour in zip(masks[::-1], colours[::-1].astype(np.float32), strict=True):
+            picture[mask] = (1 - alpha) * picture[mask] + alpha * colour
+    drawn = Image.fromarray(np.rint(picture).astype(np.uint8))
+    draw = ImageDraw.Draw(drawn)
+    for i in reversed(range(len(boxes))):
+        x0, y0, x1, y1 = (int(edge) for edge in np.rint(boxes[i]))
+        colour = tuple(int(channel) for channel in colours[i])
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour)
+        class_id = int(class_ids[i])
+        text, font = lettering(names[class_id], class_id, 11)
+        text = text if scores is None else f"{text} {scores[i]:.2f}"
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        # Above the box where there is room, and inside the picture.
+        x = max(2, min(x0 + 2, drawn.width - right - 2))
+        y = y0 - bottom - 2 if y0 > bottom + 2 else max(1, min(y0, drawn.height - bottom - 2))
+        draw.rectangle((x + left - 2, y + top - 1, x + right + 2, y + bottom + 1), fill=colour)
+        draw.text((x, y), text, fill="white", font=font)
+    return np.asarray(drawn)
+
+
 def errors(
     image: np.ndarray, labels: np.ndarray, predictions: np.ndarray, *, ignore_label: int = 255
 ) -> np.ndarray:

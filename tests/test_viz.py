@@ -30,6 +30,27 @@ def test_colours_are_rgb_and_by_id():
     assert coloured.tolist() == [[[200, 0, 0], PALETTE[255].tolist()]]
 
 
+def test_objects_have_a_mask_a_box_and_a_name_in_their_colour():
+    image = np.full((60, 80, 3), 100, np.uint8)
+    boxes, ids = np.array([[10, 20.4, 30, 40], [20, 30, 50, 50]]), np.array([1, 2])
+    colours = np.array([[200, 0, 0], [0, 100, 0]], np.uint8)
+    masks = np.zeros((2, 60, 80), bool)
+    masks[0, 25:35, 15:28] = masks[1, 32:45, 22:45] = True
+    bare = viz.objects(image, boxes, ids, NAMES, colours)
+    for (x0, y0, x1, y1), colour in zip([(10, 20, 30, 40), (20, 30, 50, 50)], colours, strict=True):
+        assert (bare[y1 - 1, x0:x1][:3] == colour).all()
+        assert (bare[y0:y1, x1 - 1][-3:] == colour).all()
+    assert (bare[25:29, 12:19] == 100).all()  # nothing is filled
+    tinted = viz.objects(image, boxes, ids, NAMES, colours, masks=masks, alpha=0.5)
+    assert (tinted[31, 24] == [150, 50, 50]).all()
+    assert (tinted[34, 25] == [125, 50, 25]).all()  # the first object on top of the second
+    assert (tinted[44, 40] == [50, 100, 50]).all()
+    written = viz.objects(image, boxes, ids, NAMES, colours, scores=np.array([0.5, 0.25]))
+    assert (written != bare).any()
+    nothing = viz.objects(image, boxes[:0], ids[:0], NAMES, colours[:0], masks=masks[:0])
+    np.testing.assert_array_equal(nothing, image)
+
+
 @pytest.mark.parametrize("wrong", [-1, 256])
 def test_ids_that_would_wrap_around_raise(tmp_path, wrong):
     labels = np.array([[0, wrong]])

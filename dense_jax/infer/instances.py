@@ -6,7 +6,6 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from dense_jax import runs, viz
 from dense_jax.data import rle
@@ -14,7 +13,6 @@ from dense_jax.data.box_masks import paste
 from dense_jax.data.classes import ClassTable, voc_colours
 
 _COLOURS = 20
-_ALPHA = 0.55
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,27 +52,16 @@ class Instances:
 
     def overlay(self) -> np.ndarray:
         """Returns the image with a mask, box, name and score in one colour for each object."""
-        picture = self.image.astype(np.float32)
-        palette = np.array(voc_colours(1 + _COLOURS)[1:], np.float32)
-        for i in reversed(range(len(self))):  # the highest score on top
-            mask = self.masks[i]
-            picture[mask] = (1 - _ALPHA) * picture[mask] + _ALPHA * palette[i % _COLOURS]
-        drawn = Image.fromarray(np.rint(picture).astype(np.uint8))
-        draw = ImageDraw.Draw(drawn)
-        for i in reversed(range(len(self))):
-            x0, y0, x1, y1 = (int(edge) for edge in np.rint(self.boxes[i]))
-            colour = tuple(int(channel) for channel in palette[i % _COLOURS])
-            draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour)
-            class_id = int(self.class_ids[i])
-            text, font = viz.lettering(self.classes.names[class_id], class_id, 11)
-            text = f"{text} {self.scores[i]:.2f}"
-            left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-            # Above the box where there is room, and inside the picture.
-            x = max(2, min(x0 + 2, drawn.width - right - 2))
-            y = y0 - bottom - 2 if y0 > bottom + 2 else max(1, min(y0, drawn.height - bottom - 2))
-            draw.rectangle((x + left - 2, y + top - 1, x + right + 2, y + bottom + 1), fill=colour)
-            draw.text((x, y), text, fill="white", font=font)
-        return np.asarray(drawn)
+        palette = np.array(voc_colours(1 + _COLOURS)[1:], np.uint8)
+        return viz.objects(
+            self.image,
+            self.boxes,
+            self.class_ids,
+            self.classes.names,
+            palette[np.arange(len(self)) % _COLOURS],
+            scores=self.scores,
+            masks=self.masks,
+        )
 
     def results(self) -> list[dict[str, Any]]:
         """Returns the objects in COCO's results format (box, class, mask, score), without image."""
