@@ -22,7 +22,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from dense_jax.errors import refuse
+from dense_jax.errors import UserError, refuse
 
 Convention = Literal["torchvision", "detectron2", "caffe"]
 Pair = tuple[int, int]
@@ -52,8 +52,8 @@ def base_anchors(
     refuse(convention not in known, f"Anchors {convention!r} are unknown: use one of {known}.")
     if convention == "caffe":
         if stride is None:
-            refuse(True, "Anchors 'caffe' are rounded for a cell: pass its stride.")
-        return _caffe(sizes, ratios, stride or 1)
+            raise UserError("Anchors 'caffe' are rounded for a cell: pass its stride.")
+        return _caffe(sizes, ratios, stride)
     root = np.sqrt(np.array(ratios, np.float64))[:, None]
     sides = np.stack([np.array(sizes) / root, np.array(sizes) * root], axis=-1)  # [ratio, size, 2]
     # NumPy rounds halves to even numbers, as torch does.
