@@ -115,22 +115,19 @@ def roi_align(
     y, x = np.s_[:, :, None, :, None, :, None], np.s_[:, None, :, None, :, None, :]
     first, width = (a.reshape(-1, *[1] * 6) for a in (table.first, table.width))
     num = rows.shape[2] ** 2
-    index = (first + rows[y] * width + columns[x]).reshape(-1, num, 4)
-    weights = (row_weights[y] * column_weights[x]).reshape(-1, num, 4)
-    has_point = (has_row[y[:-2]] & has_column[x[:-2]]).reshape(-1, num, 1)
-    # Without the barrier, XLA computes all this again for each channel.
-    index, weights, has_point = lax.optimization_barrier((index, weights, has_point))
-    if reduce == "mean":
-        index, weights = index.reshape(-1, num * 4), weights.reshape(-1, num * 4)
-        pooled = _weighted_sum(table.cells, index, weights)
-        pooled = pooled / jnp.maximum(has_point.sum(axis=1), 1).astype(pooled.dtype)
-    else:
-        pooled = jnp.full((len(index), table.cells.shape[1]), -jnp.inf, table.cells.dtype)
-        for point in range(num):
-            value = _weighted_sum(table.cells, index[:, point], weights[:, point])
-            pooled = jnp.where(has_point[:, point] & (value > pooled), value, pooled)
-        pooled = jnp.where(has_point.any(axis=1), pooled, 0)
+    index = (first + rows[y] * width + columns[x]).reshape(-1, bins, bins, num, 4)
+    weights = (row_weights[y] * column_weights[x]).reshape(-1, bins, bins, num, 4)
+    exists = (has_row[y[:-2]] & has_column[x[:-2]]).reshape(-1, bins, bins, num)
+    pooled = _pool_points(reduce, table.cells, _Points(index, weights, exists))
     return pooled.reshape(*boxes.shape[:2], bins, bins, -1)
+
+
+class _Points(NamedTuple):
+    """Points of bins; each lies between four cells."""
+
+    index: jax.Array  # int32 [..., points, 4], of cells in a table.
+    weights: jax.Array  # float32 [..., points, 4].
+    exists: jax.Array  # bool [..., points]; the others are left out.
 
 
 def _points(
@@ -165,57 +162,79 @@ def _points(
     return jnp.stack([low, jnp.minimum(low + 1, size - 1)], axis=-1), weights, exists
 
 
-@jax.custom_vjp
-def _weighted_sum(cells: jax.Array, index: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns the sum over k of weights[n, k] cells[index[n, k]], [N, C].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pool_points(reduce: Reduce, cells: jax.Array, points: _Points) -> jax.Array:
+    """Returns the mean or maximum of the points of each bin, [boxes, bins, bins, C]."""
+    return _pool_points_fwd(reduce, cells, points)[0]
 
-    The gradient with respect to the weights is left out.
-    """
-    # XLA fuses these reads and sums into one loop, so that the cells are not copied first.
-    y = jnp.zeros((), jnp.float32)
-    for k in range(index.shape[1]):
-        y = y + weights[:, k, None] * _read(cells, index[:, k]).astype(jnp.float32)
-    return y.astype(cells.dtype)
+
+def _pool_points_fwd(reduce, cells, points):
+    of_boxes = functools.partial(_combine, reduce, cells)
+
+    # In a loop over boxes XLA keeps the sums together. Outside one, it may move them into each
+    # operation that uses them, and then makes copies of all cells that are read.
+    def by_box(points):
+        return lax.map(of_boxes, points)
+
+    pooled, which = lax.platform_dependent(points, cpu=by_box, default=of_boxes)
+    return pooled, (cells, points, which)
+
+
+def _combine(
+    reduce: Reduce, cells: jax.Array, points: _Points
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the mean, or the maximum and the number of the first point that has it, [..., C]."""
+    total, best, which = jnp.zeros((), jnp.float32), jnp.full((), -jnp.inf), jnp.int8(-1)
+    for i in range(points.index.shape[-2]):
+        # Written out, so that XLA fuses reads and sums into one loop.
+        value = jnp.zeros((), jnp.float32)
+        for k in range(4):
+            tap = _read(cells, points.index[..., i, k]).astype(jnp.float32)
+            value = value + points.weights[..., i, k, None] * tap
+        total = total + value  # a point that does not exist has no weights
+        is_best = points.exists[..., i, None] & (value > best)
+        best, which = jnp.where(is_best, value, best), jnp.where(is_best, jnp.int8(i), which)
+    if reduce == "mean":
+        return (total / _num(points)[..., None]).astype(cells.dtype), None
+    best = jnp.where(points.exists.any(-1, keepdims=True), best, 0)
+    return best.astype(cells.dtype), which
+
+
+def _num(points: _Points) -> jax.Array:
+    """Returns the number of points of each bin, at least 1, float32 [...]."""
+    return jnp.maximum(points.exists.sum(-1), 1).astype(jnp.float32)
 
 
 def _read(cells: jax.Array, index: jax.Array) -> jax.Array:
     return cells.at[index].get(mode="promise_in_bounds")
 
 
-def _weighted_sum_fwd(cells, index, weights):
-    return _weighted_sum(cells, index, weights), (cells, index, weights)
-
-
-_GROUP = 2**17  # Products that are added to the cells at a time; larger groups leave the cache.
-
-
-def _weighted_sum_bwd(residuals, grad):
-    cells, index, weights = residuals
+def _pool_points_bwd(reduce, residuals, grad):
+    cells, points, which = residuals
     zeros = jnp.zeros(cells.shape, jnp.float32)
+    if which is None:
+        weights = points.weights / _num(points)[..., None, None]
+        points = points._replace(weights=weights)
 
-    def add(total, index, weights, grad):
-        products = weights[..., None] * grad[:, None]
-        return total.at[index].add(products, mode="promise_in_bounds")
+    def add(total, points, which, grad):
+        grad = grad.astype(jnp.float32)[..., None, :]  # [..., points, C]
+        if which is not None:
+            shape = (*[1] * (grad.ndim - 2), -1, 1)
+            number = jnp.arange(points.index.shape[-2], dtype=which.dtype).reshape(shape)
+            grad = jnp.where(which[..., None, :] == number, grad, 0)
+        parts = points.weights[..., None] * grad[..., None, :]  # [..., points, 4, C]
+        return total.at[points.index].add(parts, mode="promise_in_bounds")
 
-    def in_groups(index, weights, grad):
-        num, taps = index.shape
-        group = min(num, max(1, _GROUP // (taps * cells.shape[1])))
-
-        def grouped(x):
-            return jnp.pad(x, ((0, -num % group), (0, 0))).reshape(-1, group, x.shape[1])
-
-        def step(total, group):
-            return add(total, *group), None
-
-        return lax.scan(step, zeros, (grouped(index), grouped(weights), grouped(grad)))[0]
+    def by_row(*args):  # what is added for a row of bins stays in the cache
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), args)
+        return lax.scan(lambda total, row: (add(total, *row), None), zeros, rows)[0]
 
     at_once = functools.partial(add, zeros)
-    args = index, weights, grad.astype(jnp.float32)
-    total = lax.platform_dependent(*args, cpu=in_groups, default=at_once)
-    return total.astype(cells.dtype), None, None
+    total = lax.platform_dependent(points, which, grad, cpu=by_row, default=at_once)
+    return total.astype(cells.dtype), None
 
 
-_weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
+_pool_points.defvjp(_pool_points_fwd, _pool_points_bwd)
 
 
 def roi_warp(
@@ -296,25 +315,27 @@ def _find_max(cells, bins, with_places):
         size = bins.high - bins.low
         columns, rows = size[:, None, :, 0], size[:, :, None, 1]
         most_columns = columns.max()
-        corner = bins.first[:, None, None] + bins.low[:, None, :, 0]
-        corner = corner + bins.low[:, :, None, 1] * bins.width[:, None, None]
 
         def step(number, state):
             best, place = state
-            row, column = number // most_columns, number % most_columns
-            is_inside = (row < rows) & (column < columns)
-            index = jnp.where(is_inside, corner + row * bins.width[:, None, None] + column, 0)
+            # A bin with fewer rows or columns reads its last ones again.
+            row = bins.low[:, :, None, 1] + jnp.minimum(number // most_columns, rows - 1)
+            column = bins.low[:, None, :, 0] + jnp.minimum(number % most_columns, columns - 1)
+            index = bins.first[:, None, None] + row * bins.width[:, None, None] + column
+            index = lax.optimization_barrier(jnp.maximum(index, 0))  # -1 only in empty bins
             value = _read(cells, index)
-            is_better = is_inside[..., None] & (value > best)
             if with_places:
-                place = jnp.where(is_better, index[..., None], place)
-            return jnp.where(is_better, value, best), place
+                place = jnp.where(value > best, index[..., None], place)
+            return jnp.maximum(best, value), place
 
-        shape = (*corner.shape, cells.shape[1])
+        shape = (len(size), columns.shape[2], columns.shape[2], cells.shape[1])
         best = jnp.full(shape, -jnp.inf, cells.dtype)
         place = jnp.full(shape, -1, jnp.int32) if with_places else None
         best, place = lax.fori_loop(0, rows.max() * most_columns, step, (best, place))
-        return jnp.where(((rows > 0) & (columns > 0))[..., None], best, 0), place
+        has_cells = ((rows > 0) & (columns > 0))[..., None]
+        if with_places:
+            place = jnp.where(has_cells, place, -1)
+        return jnp.where(has_cells, best, 0), place
 
     def one_by_one(bins):  # reads no more cells of each box than its own largest bin has
         best = lax.map(lambda box: of_boxes(jax.tree.map(lambda x: x[None], box)), bins)
