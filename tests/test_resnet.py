@@ -280,6 +280,47 @@ def test_frozen_normalisation_trains_kernels_alone():
         assert np.any(grad) == (path[-1] == "kernel"), path
 
 
+def gradient_of(model, variables, images) -> tuple[dict[str, Any], str]:
+    """The gradient of a network's last stage by path, and its program."""
+
+    def loss(params):
+        all_variables = {**variables, "params": params}
+        outputs, _ = contract.apply(model, all_variables, images, True, mutable=["batch_stats"])
+        return jnp.sum(list(outputs.values())[-1] ** 2)
+
+    program = jax.make_jaxpr(jax.grad(loss))(variables["params"])
+    grads: Any = traverse_util.flatten_dict(jax.jit(jax.grad(loss))(variables["params"]), sep="/")
+    return grads, str(program)
+
+
+def test_a_network_may_end_early_and_its_first_parts_may_be_frozen():
+    images = random_images(2, 33, 46, 3)
+    model = thin(depths=(1, 1, 1), num_frozen=2)
+    variables = contract.random_variables(model, images.shape)
+    assert not any(name.startswith("layer4") for name in variables["params"])
+    grads, program = gradient_of(model, variables, images)
+    for path, grad in grads.items():
+        assert np.any(grad) == path.startswith(("layer2_", "layer3_")), path
+    whole = gradient_of(model.clone(num_frozen=0), variables, images)
+    assert program.count("conv_general_dilated") < whole[1].count("conv_general_dilated")
+    for path, grad in whole[0].items():
+        assert np.any(grad), path
+        if path.startswith(("layer2_", "layer3_")):
+            np.testing.assert_allclose(grads[path], grad, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_computed_again_give_the_same_gradients():
+    model, images = thin(depths=(1, 1), bn="frozen"), random_images(2, 33, 46, 3)
+    variables = contract.random_variables(model, images.shape)
+    stored, program = gradient_of(model, variables, images)
+    again, other_program = gradient_of(model.clone(remat=True), variables, images)
+    assert "remat" not in program
+    assert other_program.count("remat") == 2
+    assert stored.keys() == again.keys()
+    for path, grad in stored.items():
+        np.testing.assert_allclose(again[path], grad, rtol=1e-4, atol=1e-6)
+
+
 def test_training_does_not_depend_on_the_number_of_devices():
     images = random_images(4, 33, 46, 3)
     variables = contract.random_variables(thin(), images.shape)

@@ -45,6 +45,21 @@ def test_a_network_may_stop_early():
     assert "conv5_1" not in variables["params"]
 
 
+def test_no_gradient_reaches_frozen_layers():
+    model = vgg.vgg16(width=1 / 16, last="conv4_1", frozen="pool2")
+    variables = contract.random_variables(model, (1, 16, 16, 3))
+    images = np.random.default_rng(0).standard_normal((1, 16, 16, 3), np.float32)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return jnp.sum(contract.apply(model, {"params": params}, images)["conv4_1"])
+
+    for name, grads in gradient(variables["params"]).items():
+        is_trained = name >= "conv3"
+        assert all(np.any(grad) == is_trained for grad in grads.values()), name
+
+
 def test_dropout_follows_both_connected_layers_and_only_in_training():
     stack = vgg.Stack((Layer("fc6", features=64), Layer("fc7", features=64)), dropout_rate=0.5)
     variables = contract.random_variables(stack, (1, 4, 4, 3))

@@ -10,7 +10,10 @@ Initializer = Callable[..., jax.Array]
 
 zero = jax.nn.initializers.zeros
 he = jax.nn.initializers.he_normal()  # Variance 2 / fan-in (He et al., arXiv:1502.01852, Eq. 10).
+# Variance 2 / fan-out: torchvision's initialisation of residual networks.
+he_fan_out = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 xavier = jax.nn.initializers.xavier_uniform()  # Variance 2 / (fan-in + fan-out) (Glorot, Bengio).
+xavier_fan_in = jax.nn.initializers.lecun_uniform()  # Variance 1 / fan-in: Caffe's filler "xavier".
 normal = jax.nn.initializers.normal  # normal(standard_deviation)
 
 

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from dense_jax.layers import init
 from dense_jax.layers.conv import Conv
@@ -34,8 +35,6 @@ from dense_jax.ops.precision import at_least_float32
 StrideIn = Literal["3x3", "1x1"]
 FirstBlockDilation = Literal["previous", "new"]
 
-# Variance 2 / fan-out: torchvision's initialisation of residual networks.
-_HE_FAN_OUT = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _PLANES = (64, 128, 256, 512)  # Channels inside the blocks of each stage; outputs have four times.
 _EXPANSION = 4
 
@@ -96,11 +95,55 @@ class Bottleneck(nn.Module):
         return nn.relu(y + shortcut)
 
 
+class Geometry(NamedTuple):
+    """Stride of the first block of a stage, and dilations of its 3x3 convolutions."""
+
+    stride: int
+    first_dilation: int = 1
+    dilation: int = 1
+
+
+def widths(number: int, groups: int, group_width: int, width: float) -> tuple[int, int]:
+    """Returns the channels inside the blocks of a stage, and of its result; see `ResNet`.
+
+    Args:
+      number: 1 to 4.
+      groups: groups of the 3x3 convolutions.
+      group_width: channels of each group in the first stage.
+      width: channel multiplier.
+    """
+    planes = _PLANES[number - 1]
+    inner = planes * group_width * groups // 64
+    return scaled(inner, width, groups), scaled(_EXPANSION * planes, width)
+
+
+def stage(
+    block: Callable[..., nn.Module], x: jax.Array, number: int, depth: int, geometry: Geometry
+) -> jax.Array:
+    """Maps [B, H, W, C] to the output of the blocks "layer<number>_0", ... of the caller.
+
+    Args:
+      block: function that builds a `Bottleneck`: (*, stride, dilation, has_downsample, name).
+      x: [B, H, W, C].
+      number: 1 to 4.
+      depth: number of blocks.
+      geometry: stride and dilations.
+    """
+    for i in range(depth):
+        x = block(
+            stride=geometry.stride if i == 0 else 1,
+            dilation=geometry.first_dilation if i == 0 else geometry.dilation,
+            has_downsample=i == 0,
+            name=f"layer{number}_{i}",
+        )(x)
+    return x
+
+
 class ResNet(nn.Module):
     """A residual network; maps images [B, H, W, C], any H, W >= 1, to its stages by name.
 
     Attributes:
-      depths: blocks of the four stages.
+      depths: blocks of the four stages, or of the first ones for a network that ends earlier.
       groups: groups of the 3x3 convolutions.
       group_width: channels of each group in the first stage; each later stage doubles them.
       output_stride: stride of layer4 in pixels; 16 dilates layer4, 8 dilates layer3 and layer4.
@@ -117,12 +160,14 @@ class ResNet(nn.Module):
       zero_init_residual: whether bn3 of each block has an initial scale of zero, so that the block
         starts as its shortcut.
       num_classes: number of classes of the classifier "fc" on top; None for no classifier.
+      num_frozen: number of parts that no gradient reaches, of conv1 with bn1, layer1, ..., layer4.
+      remat: whether to compute the inside of blocks again for gradients instead of storing it.
       width: channel multiplier.
       axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
       dtype: computation dtype of convolutions; normalisation uses float32 or wider.
     """
 
-    depths: tuple[int, int, int, int]
+    depths: tuple[int, ...]
     groups: int = 1
     group_width: int = 64
     output_stride: Literal[32, 16, 8] = 32
@@ -135,6 +180,8 @@ class ResNet(nn.Module):
     bn_epsilon: float = 1e-5
     zero_init_residual: bool = False
     num_classes: int | None = None
+    num_frozen: int = 0
+    remat: bool = False
     width: float = 1.0
     axis_name: str | None = None
     dtype: jax.typing.DTypeLike | None = None
@@ -150,7 +197,9 @@ class ResNet(nn.Module):
             or 8.
         """
         image_size(images)
-        conv = functools.partial(Conv, use_bias=False, dtype=self.dtype, kernel_init=_HE_FAN_OUT)
+        conv = functools.partial(
+            Conv, use_bias=False, dtype=self.dtype, kernel_init=init.he_fan_out
+        )
         norm = functools.partial(
             BatchNorm,
             use_running_average=not train,
@@ -162,39 +211,40 @@ class ResNet(nn.Module):
         x = conv(scaled(64, self.width), 7, strides=2, name="conv1")(images)
         outputs = {"conv1": nn.relu(norm(name="bn1")(x))}
         x = max_pool(outputs["conv1"], 3, 2, self.pool_padding, ceil=self.pool_ceil)
+        if self.num_frozen > 0:
+            x = lax.stop_gradient(x)
         outputs["pool1"] = x
         last_scale_init = init.zero if self.zero_init_residual else jax.nn.initializers.ones
-        for stage, (planes, depth, geometry) in enumerate(
-            zip(_PLANES, self.depths, self._geometry(), strict=True), start=1
+        for number, (depth, geometry) in enumerate(
+            zip(self.depths, self._geometry(), strict=False), start=1
         ):
-            inner = planes * self.group_width * self.groups // 64
-            for i in range(depth):
-                x = Bottleneck(
-                    conv,
-                    norm,
-                    inner=scaled(inner, self.width, self.groups),
-                    features=scaled(_EXPANSION * planes, self.width),
-                    stride=geometry.stride if i == 0 else 1,
-                    dilation=geometry.first_dilation if i == 0 else geometry.dilation,
-                    groups=self.groups,
-                    stride_in=self.stride_in,
-                    has_downsample=i == 0,
-                    last_scale_init=last_scale_init,
-                    name=f"layer{stage}_{i}",
-                )(x)
-            outputs[f"layer{stage}"] = x
+            inner, features = widths(number, self.groups, self.group_width, self.width)
+            block = functools.partial(
+                nn.remat(Bottleneck) if self.remat else Bottleneck,
+                conv,
+                norm,
+                inner=inner,
+                features=features,
+                groups=self.groups,
+                stride_in=self.stride_in,
+                last_scale_init=last_scale_init,
+            )
+            x = stage(block, x, number, depth, geometry)
+            if self.num_frozen > number:
+                x = lax.stop_gradient(x)
+            outputs[f"layer{number}"] = x
         if self.num_classes is not None:
             pooled = jnp.mean(at_least_float32(x), (1, 2))
             outputs["fc"] = nn.Dense(self.num_classes, name="fc")(pooled)
         return outputs
 
-    def _geometry(self) -> list["_Geometry"]:
+    def _geometry(self) -> list[Geometry]:
         """Returns the geometry of the four stages."""
         if self.output_stride not in (32, 16, 8):
             raise ValueError(
                 f"The output stride must be 32, 16 or 8; received {self.output_stride}."
             )
-        stages, stride, dilation = [_Geometry(1, 1, 1)], 4, 1
+        stages, stride, dilation = [Geometry(1, 1, 1)], 4, 1
         for _ in range(3):
             previous, is_dilated = dilation, stride == self.output_stride
             if is_dilated:
@@ -202,16 +252,8 @@ class ResNet(nn.Module):
             else:
                 stride *= 2
             first = previous if self.first_block_dilation == "previous" else dilation
-            stages.append(_Geometry(1 if is_dilated else 2, first, dilation))
+            stages.append(Geometry(1 if is_dilated else 2, first, dilation))
         return stages
-
-
-class _Geometry(NamedTuple):
-    """Stride of the first block of a stage, and dilations of its 3x3 convolutions."""
-
-    stride: int
-    first_dilation: int
-    dilation: int
 
 
 resnet50 = functools.partial(ResNet, depths=(3, 4, 6, 3))

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
+from jax import lax
 
 from dense_jax.layers.conv import Conv
 from dense_jax.layers.dropout import Dropout
@@ -103,6 +104,7 @@ class Stack(nn.Module):
       width: channel multiplier, see `scaled`.
       ceil: whether pooling rounds sizes up, as in Caffe, or down, as in torch.
       dropout_rate: dropout rate behind fc6 and fc7.
+      frozen: name of the last layer that no gradient reaches; None if gradients reach all layers.
       axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
       dtype: computation dtype; None computes in the dtype of the parameters, float32.
     """
@@ -111,6 +113,7 @@ class Stack(nn.Module):
     width: float = 1.0
     ceil: bool = True
     dropout_rate: float = 0.5
+    frozen: str | None = None
     axis_name: str | None = None
     dtype: jax.typing.DTypeLike | None = None
 
@@ -138,6 +141,8 @@ class Stack(nn.Module):
                 x = nn.relu(conv(x))
             if name.startswith("fc"):
                 x = Dropout(self.dropout_rate, self.axis_name)(x, train=train)
+            if name == self.frozen:
+                x = lax.stop_gradient(x)
             outputs[name] = x
         return outputs
 
@@ -170,7 +175,7 @@ def vgg16(
         pads fc6 by 3; then an image of 32 h x 32 w pixels gives h x w units in fc7.
       first_padding: padding of conv1_1 (100 in FCN).
       last: name of the last layer, for networks that end earlier.
-      **options: width, dropout_rate, axis_name, dtype of `Stack`.
+      **options: width, dropout_rate, frozen, axis_name, dtype of `Stack`.
     """
     caffe = padding == "caffe"
     layers = vgg16_layers(first_padding, 0 if caffe else 3)
