@@ -107,9 +107,8 @@ OPTIONS = [
     {},
     {"aligned": True},
     {"reduce": "max"},
-    {"samples": None},
-    {"samples": None, "aligned": True, "max_samples": 3},
-    {"samples": None, "aligned": True, "reduce": "max"},
+    {"samples": None, "max_samples": 2},
+    {"samples": None, "aligned": True, "reduce": "max", "max_samples": 3},
     {"samples": 1, "aligned": True},
 ]
 
@@ -139,11 +138,12 @@ def test_an_empty_box_takes_one_point_or_none():
     box = floats([[40, 40, 40, 40]])
     at = functools.partial(one_map, align, RAMP, box, bins=2, stride=16)
     np.testing.assert_allclose(at(aligned=True), np.full((1, 2, 2, 1), 2.0))
-    np.testing.assert_array_equal(at(aligned=True, samples=None), np.zeros((1, 2, 2, 1)))
+    none = at(aligned=True, samples=None, max_samples=1)
+    np.testing.assert_array_equal(none, np.zeros((1, 2, 2, 1)))
     np.testing.assert_allclose(at()[0, 0, :, 0], [2.75, 3.25])  # widened to one cell
 
 
-@pytest.mark.parametrize("samples", [1, 2, 3])
+@pytest.mark.parametrize("samples", [1, 3])
 def test_align_is_exact_on_linear_features(samples):
     rng = np.random.default_rng(0)
     corners = rng.uniform(1, 5, (50, 2))
@@ -195,39 +195,32 @@ def test_bins_of_pool_by_hand():
 def test_warp_is_align_of_the_rounded_box():
     features = noise(7, 11, 3)
     boxes = some_boxes(8, 60)
-    for reduce in ("max", "mean"):
-        rounded = np.trunc(boxes / 8 + np.copysign(0.5, boxes))
-        expected = [align_one(features, box, bins=3, stride=1, reduce=reduce) for box in rounded]
-        got = one_map(roi.roi_warp, features, boxes, bins=3, stride=8, reduce=reduce)
-        np.testing.assert_allclose(got, expected, atol=1e-5)
+    rounded = np.trunc(boxes / 8 + np.copysign(0.5, boxes))
+    expected = [align_one(features, box, bins=3, stride=1, reduce="max") for box in rounded]
+    got = one_map(roi.roi_warp, features, boxes, bins=3, stride=8)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
     cells = floats([[8, 8, 56, 48]])  # whole cells: both operators agree
     warped = one_map(roi.roi_warp, features, cells, bins=3, stride=8, reduce="mean")
     np.testing.assert_allclose(warped, one_map(align, features, cells, bins=3, stride=8), atol=1e-6)
 
 
 def test_only_align_follows_a_shift_of_less_than_a_cell():
-    pool, warp = (
-        functools.partial(one_map, f, RAMP, bins=2, stride=16) for f in (roi.roi_pool, roi.roi_warp)
-    )
-    box, shift = floats([[36, 36, 100, 100]]), floats([[3, 0, 3, 0]])
-    for operator in (pool, warp):
-        np.testing.assert_array_equal(operator(box + shift), operator(box))
-        assert (operator(box + 4 * shift) > operator(box)).all()
-    moved = one_map(align, RAMP, box + shift, bins=2, stride=16)
-    np.testing.assert_allclose(
-        moved - one_map(align, RAMP, box, bins=2, stride=16),
-        np.full((1, 2, 2, 1), 3 / 16),
-        atol=1e-6,
-    )
+    boxes = floats([[36 + x, 36, 100 + x, 100] for x in (0, 3, 12)])
+    for operator in (roi.roi_pool, roi.roi_warp):
+        still, near, far = one_map(operator, RAMP, boxes, bins=2, stride=16)
+        np.testing.assert_array_equal(near, still)
+        assert (far > still).all()
+    still, near, _ = one_map(align, RAMP, boxes, bins=2, stride=16)
+    np.testing.assert_allclose(near - still, np.full((2, 2, 1), 3 / 16), atol=1e-6)
 
 
-def test_a_shift_by_whole_cells_shifts_every_operator():
+@pytest.mark.parametrize("operator", [align, roi.roi_pool])
+def test_a_shift_by_whole_cells_shifts_the_result(operator):
     features, boxes = noise(12, 12, 2), floats([[20, 12, 50, 44], [8, 17, 31, 41]])
-    moved = np.roll(features, (2, 3), (0, 1))
-    for operator in (align, roi.roi_pool, roi.roi_warp):
-        one = one_map(operator, features, boxes, bins=2, stride=8)
-        other = one_map(operator, moved, boxes + floats([[24, 16, 24, 16]]), bins=2, stride=8)
-        np.testing.assert_allclose(other, one, atol=1e-5)
+    pair = np.stack([features, np.roll(features, (2, 3), (0, 1))])
+    boxes = np.stack([boxes, boxes + floats([24, 16, 24, 16])])
+    one, other = jax.jit(functools.partial(operator, bins=2, stride=8))(pair, boxes)
+    np.testing.assert_allclose(other, one, atol=1e-5)
 
 
 def test_levels_of_boxes():
@@ -272,14 +265,13 @@ def gradient_by_differences(f, features, cotangent):
     return grad
 
 
-@pytest.mark.parametrize("operator", ["align", "align max", "adaptive", "pool", "warp"])
+@pytest.mark.parametrize("operator", ["align", "align max", "adaptive", "pool"])
 def test_gradients_are_differences(operator):
     f = {
         "align": functools.partial(align, aligned=True),
         "align max": functools.partial(align, reduce="max"),
         "adaptive": functools.partial(align, samples=None, max_samples=2),
         "pool": roi.roi_pool,
-        "warp": roi.roi_warp,
     }[operator]
     features, boxes = noise(2, 4, 5, 2), np.stack([some_boxes(5, 30), some_boxes(5, 30, seed=1)])
     f = jax.jit(functools.partial(f, boxes=jnp.asarray(boxes), bins=2, stride=8))
@@ -293,38 +285,40 @@ def test_gradient_of_a_sum_is_an_outer_product():
     """Of the column sums of the two interpolation matrices, which pooling unit vectors gives."""
     features, box = noise(6, 8, 1), floats([[3, 5, 50, 41]])
     f = functools.partial(align, bins=3, stride=8)
-    grad = jax.grad(lambda x: f(x[None], box[None]).sum())(jnp.asarray(features))[..., 0]
+    sum_of = jax.jit(jax.grad(lambda x: f(x[None], box[None]).sum()))
+    grad = sum_of(features)[..., 0]
+    # A column of ones in each channel, a row of ones in each channel.
     rows, columns = np.eye(6)[:, None].repeat(8, 1), np.eye(8)[None].repeat(6, 0)
-    by_row = one_map(f, floats(rows), box)[0].sum(0)[0]
-    by_column = one_map(f, floats(columns), box)[0].sum(1)[0]
+    both = one_map(f, floats(np.concatenate([rows, columns], -1)), box)[0]
+    by_row, by_column = both[:, 0, :6].sum(0), both[0, :, 6:].sum(0)
     np.testing.assert_allclose(grad, np.outer(by_row, by_column), atol=1e-5)
 
 
 def test_gradient_of_pool_reaches_the_first_of_equal_maxima():
     features = floats([[0, 0, 7], [7, 0, 7], [0, 0, 0]])[None, ..., None]
     box = jnp.asarray(floats([[[0, 0, 2, 2]]]))
-    grad = jax.grad(lambda x: roi.roi_pool(x, box, bins=1, stride=1).sum())(jnp.asarray(features))
+    f = lambda x, b: roi.roi_pool(x, b, bins=1, stride=1).sum()  # noqa: E731
+    f = jax.jit(jax.grad(f, argnums=(0, 1)))
+    grad, of_boxes = f(features, box)
     np.testing.assert_array_equal(grad[0, ..., 0], [[0, 0, 1], [0, 0, 0], [0, 0, 0]])
-    # Empty bins have none, and boxes get none.
-    f = lambda x, b: roi.roi_pool(x, b, bins=2, stride=1).sum()  # noqa: E731
-    grads = jax.grad(f, argnums=(0, 1))(jnp.asarray(features), box + 90)
-    assert not any(np.any(g) for g in grads)
+    np.testing.assert_array_equal(of_boxes, 0 * box)
+    np.testing.assert_array_equal(f(features, box + 90)[0], 0 * features)  # an empty bin
 
 
 def test_padding_of_any_value_gives_finite_features():
     features = noise(1, 5, 6, 2)
     boxes = floats([[[math.nan] * 4, [math.inf] * 4, [-1e30, 0, 1e30, 4], [0, 0, 0, 0]]])
-    for operator in (align, roi.roi_pool, roi.roi_warp):
+    for operator in (align, roi.roi_pool):
         f = functools.partial(operator, boxes=jnp.asarray(boxes), bins=2, stride=8)
         y, pull = jax.vjp(jax.jit(f), features)
         assert np.isfinite(y).all()
-        (grad,) = pull(jnp.zeros_like(y))
+        (grad,) = jax.jit(pull)(jnp.zeros_like(y))
         np.testing.assert_array_equal(grad, 0 * features)
 
 
 def test_half_precision_features_and_vmap():
     features, boxes = noise(2, 5, 6, 2), np.stack([some_boxes(4, 40), some_boxes(4, 40, seed=1)])
-    for operator in (align, roi.roi_pool, roi.roi_warp):
+    for operator in (align, roi.roi_pool):
         f = functools.partial(operator, bins=2, stride=8)
         whole = jax.jit(f)(features, boxes)
         one_by_one = jax.jit(jax.vmap(lambda x, b, f=f: f(x[None], b[None])[0]))(features, boxes)
