@@ -108,7 +108,8 @@ def objects(
         x = max(2, min(x0 + 2, drawn.width - right - 2))
         y = y0 - bottom - 2 if y0 > bottom + 2 else max(1, min(y0, drawn.height - bottom - 2))
         draw.rectangle((x + left - 2, y + top - 1, x + right + 2, y + bottom + 1), fill=colour)
-        draw.text((x, y), text, fill="white", font=font)
+        is_bright = colours[i] @ np.array([0.299, 0.587, 0.114]) > 150
+        draw.text((x, y), text, fill=_INK if is_bright else "white", font=font)
     return np.asarray(drawn)
 
 

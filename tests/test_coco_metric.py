@@ -14,7 +14,7 @@ from dense_jax.metrics import coco
 from dense_jax.metrics.detections import Detections, Truth
 
 SCORES = (
-    *("ap", "ap_50", "ap_75", "ap_small", "ap_medium", "ap_large"),
+    *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
     *("ar_1", "ar_10", "ar_100", "ar_small", "ar_medium", "ar_large"),
 )
 
@@ -59,11 +59,11 @@ def flags_of(flags, number):
 def test_precision_is_averaged_over_101_recalls(flags, number, expected):
     scores = score(flags_of(flags, number))
     assert scores.ap == pytest.approx(expected, abs=1e-6)
-    assert scores.ap_50 == pytest.approx(scores.ap)
+    assert scores.ap50 == pytest.approx(scores.ap)
     assert scores.ar_100 == pytest.approx(sum(flags) / number)
     assert scores.class_ap[1] == pytest.approx(scores.ap)
     assert np.isnan(scores.class_ap[[0, 2]]).all()
-    assert scores.precision[:, 1].mean(1) == pytest.approx([scores.ap_50, scores.ap_75])
+    assert scores.precision[:, 1].mean(1) == pytest.approx([scores.ap50, scores.ap75])
     np.testing.assert_array_equal(scores.mean_precision, scores.precision[:, 1])
 
 
@@ -77,7 +77,7 @@ def test_recalls_are_those_of_the_reference(number):
 
 def test_the_iou_of_a_match_may_equal_the_threshold():
     half = score((truth(box(0)), found(box(0, height=5))))
-    assert (half.ap_50, half.ap_75) == pytest.approx((1, 0))
+    assert (half.ap50, half.ap75) == pytest.approx((1, 0))
     assert half.ap == pytest.approx(0.1)
     # The threshold 0.9 is 0.8999999999999999.
     assert score((truth(box(0)), found(box(0, height=9)))).ap == pytest.approx(0.9)
@@ -88,8 +88,8 @@ def test_the_iou_of_a_match_may_equal_the_threshold():
 
 def test_the_second_detection_of_an_object_is_false_even_if_it_fits_better():
     both = score((truth(box(0), box(50)), found(box(0, height=8), box(0))))
-    assert both.ap_50 == pytest.approx(51 / 101)
-    assert both.ap_75 == pytest.approx(51 / 101)
+    assert both.ap50 == pytest.approx(51 / 101)
+    assert both.ap75 == pytest.approx(51 / 101)
     # At IoU 0.85 and above, the first is no match, and the second is: precision 1/2.
     assert both.ap == pytest.approx((7 + 3 / 2) / 10 * 51 / 101)
 
@@ -97,11 +97,11 @@ def test_the_second_detection_of_an_object_is_false_even_if_it_fits_better():
 def test_of_two_equal_ious_the_later_object_is_matched():
     # The detection between both takes the later one; the exact one then finds the first one.
     image = truth(box(0), box(10)), found(box(5, width=10), box(0), scores=[0.9, 0.8])
-    assert score(image).ap_50 == pytest.approx(51 / 101 / 2)  # 1/3 is no match: (0, 1)
+    assert score(image).ap50 == pytest.approx(51 / 101 / 2)  # 1/3 is no match: (0, 1)
     wide = truth(box(0), box(4)), found(box(2), box(0), scores=[0.9, 0.8])
-    assert score(wide).ap_50 == pytest.approx(1)  # 2/3 with both, the later is taken
+    assert score(wide).ap50 == pytest.approx(1)  # 2/3 with both, the later is taken
     wide = truth(box(4), box(0)), found(box(2), box(0), scores=[0.9, 0.8])
-    assert score(wide).ap_50 == pytest.approx(51 / 101)
+    assert score(wide).ap50 == pytest.approx(51 / 101)
 
 
 def test_equal_scores_rank_in_order_of_images():
@@ -117,7 +117,7 @@ def test_a_crowd_takes_any_number_of_detections():
     assert score((image, found(*inside, box(300), scores=scores))).ap == pytest.approx(1)
     # Half of the detection lies inside: 0.5 of its own area, not of the union.
     border = score((image, found(box(95), box(300))))
-    assert (border.ap_50, border.ap_75) == pytest.approx((1, 0.5))
+    assert (border.ap50, border.ap75) == pytest.approx((1, 0.5))
     # A crowd alone is nothing to find.
     alone = score((truth(box(0), crowd=[True]), found(box(50))))
     assert np.isnan(alone.ap)
@@ -205,7 +205,7 @@ def test_masks_are_compared_by_their_pixels():
     exact = with_masks([one], [one])
     assert score(exact, kind="mask").ap == pytest.approx(1)
     empty = with_masks([mask(), one], [mask(), one])  # two empty masks do not match
-    assert score(empty, kind="mask").ap_50 == pytest.approx(51 / 101 / 2)
+    assert score(empty, kind="mask").ap50 == pytest.approx(51 / 101 / 2)
     other_size = with_masks([one], [mask((0, 0, 5, 5), size=(50, 50))])
     assert score(other_size, kind="mask").ap == 0
 

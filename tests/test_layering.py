@@ -24,7 +24,8 @@ ALLOWED = {
     "runs": {"data", "train", "scripts"},
     "infer": {"data", "infer", "ops", "runs", "viz"},
     "evaluation": {
-        *("data", "evaluation", "infer", "metrics", "objectives", "runs", "train", "viz"),
+        *("analysis", "data", "evaluation", "infer", "metrics", "objectives", "runs", "train"),
+        "viz",
     },
     "tasks": {
         *("data", "evaluation", "infer", "objectives", "ops", "runs", "scripts", "start"),

@@ -6,8 +6,10 @@
 import csv
 import dataclasses
 import json
+import math
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -146,6 +148,37 @@ def test_one_process_does_everything_itself():
     rows = {"a": np.arange(3)}
     assert processes.gather(rows)["a"] is rows["a"]
     assert processes.arrays_from_first(rows) is rows
+    assert processes.from_all({"a": [1]}) == [{"a": [1]}]
+
+
+def test_values_of_all_processes_come_in_their_order(monkeypatch):
+    """Threads in place of processes."""
+    values = [{"a": [0.1, math.pi]}, None, ["a longer \N{EURO SIGN}"] * 9]
+    barrier, arrays = threading.Barrier(len(values)), [np.zeros(0)] * len(values)
+
+    def allgather(array):
+        arrays[int(threading.current_thread().name)] = array
+        barrier.wait(10)
+        joined = np.stack(arrays)
+        barrier.wait(10)
+        return joined
+
+    monkeypatch.setattr(processes, "are_many", lambda: True)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", allgather)
+    results = [None] * len(values)
+
+    def run(i):
+        results[i] = processes.from_all(values[i])
+
+    threads = [
+        threading.Thread(target=run, args=(i,), name=str(i), daemon=True)
+        for i in range(len(values))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert results == [values] * len(values)
 
 
 def test_processes_with_other_flags_or_data_are_refused(monkeypatch):

@@ -47,6 +47,9 @@ def test_objects_have_a_mask_a_box_and_a_name_in_their_colour():
     assert (tinted[44, 40] == [50, 100, 50]).all()
     written = viz.objects(image, boxes, ids, NAMES, colours, scores=np.array([0.5, 0.25]))
     assert (written != bare).any()
+    for level, ink in ((60, [255, 255, 255]), (220, [31, 41, 55])):
+        painted = viz.objects(image, boxes, ids, NAMES, np.full((2, 3), level, np.uint8))
+        assert (painted == ink).all(axis=-1).any()
     nothing = viz.objects(image, boxes[:0], ids[:0], NAMES, colours[:0], masks=masks[:0])
     np.testing.assert_array_equal(nothing, image)
 

@@ -35,8 +35,8 @@ class CocoScores:
 
     Attributes:
       ap: average precision, the mean over classes.
-      ap_50: at IoU 0.5.
-      ap_75: at IoU 0.75.
+      ap50: at IoU 0.5.
+      ap75: at IoU 0.75.
       ap_small: of small objects.
       ap_medium: of medium objects.
       ap_large: of large objects.
@@ -52,8 +52,8 @@ class CocoScores:
     """
 
     ap: float
-    ap_50: float
-    ap_75: float
+    ap50: float
+    ap75: float
     ap_small: float
     ap_medium: float
     ap_large: float
