@@ -225,6 +225,9 @@ def test_files_give_the_same_scores_in_other_tools():
     )
     for kind, name in (("box", "bbox"), ("mask", "segm")):
         rows = json.loads(result.files[f"results_{kind}.json"])
+        assert set(rows[0]) & {"bbox", "segmentation"} == {
+            "bbox" if kind == "box" else "segmentation"
+        }
         assert {row["image_id"] for row in rows} <= set(image_ids)
         evaluation = hotcoco.COCOeval(truth, truth.load_res(rows), name)
         evaluation.run()
@@ -263,6 +266,15 @@ def test_pictures_lack_detections_that_are_not_likely():
     picture = compute(collect({0: image}), 1).pictures[0].draw()
     assert (picture[:, -SIZE[1] :] == 100).all()
     assert (picture[:, : SIZE[1]] != 100).any()
+
+
+def test_pictures_show_small_objects_on_top_of_large_ones():
+    truth = Truth.build([[30, 20, 60, 50], [30, 20, 70, 55]], [1, 2])
+    for rows in ([0, 1], [1, 0]):
+        image = Truth.build(truth.boxes[rows], truth.classes[rows])
+        picture = compute(collect({0: (image, same_boxes(image))}), 1).pictures[0].draw()
+        assert (picture[49, 30:60] == CLASSES.palette()[1]).all()
+        assert (picture[20:50, 30] == CLASSES.palette()[1]).all()
 
 
 def test_the_ap_of_an_image_is_that_of_a_set_of_one():
