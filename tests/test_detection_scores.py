@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+from typing import Any
 
 import hotcoco
 import numpy as np
@@ -79,8 +80,8 @@ def collect(images, order=None):
     return evaluator
 
 
-def compute(evaluator, number, **options):
-    return instances.findings(evaluator, dataset(number), "val", **options)
+def compute(evaluator, number, kinds: Any = ("mask", "box"), **options):
+    return instances.findings(evaluator, dataset(number), "val", kinds, **options)
 
 
 def numbers(findings):
@@ -143,6 +144,17 @@ def test_masks_take_no_room_of_their_pixels():
     assert len(pickle.dumps(evaluator)) < pixels.size / 200
 
 
+def test_images_may_lack_everything():
+    images = random_images(2) | {
+        2: (Truth.build([], []), Detections.build([], [], [])),
+        3: (random_images(1)[0][0], Detections.build([], [], [])),
+    }
+    result = compute(collect(images), 4, voc_boxes="python", voc_masks="mnc")
+    assert (
+        0 < numbers(result)["mask_ap"] < numbers(compute(collect(random_images(2)), 2))["mask_ap"]
+    )
+
+
 def test_scores_have_the_names_that_runs_ask_for():
     images = random_images(8)
     truths, found = zip(*images.values(), strict=True)
@@ -156,7 +168,7 @@ def test_scores_have_the_names_that_runs_ask_for():
     main = [score.name for score in both.scores if score.main]
     assert main == ["mask_ap", "mask_ap50", "mask_ap75", "box_ap", "box_ap50", "box_ap75"]
     assert both.scores[0].title == "Mask AP"
-    boxes = compute(collect(random_images(8, of_masks=False)), 8, voc_masks="mnc")
+    boxes = compute(collect(random_images(8, of_masks=False)), 8, ["box"])
     assert {name.split("_")[0] for name in numbers(boxes)} == {"box"}
     assert boxes.files.keys() == {"results_box.json"}
 
@@ -187,7 +199,7 @@ def test_the_table_has_a_row_for_each_class():
     boxes = [[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]]
     truth = Truth.build(boxes, [1, 2, 2], crowd=[False, False, True])
     found = Detections.build(boxes[:2], [1, 3], [0.9, 0.8])
-    (table,) = compute(collect({0: (truth, found)}), 1).tables
+    (table,) = compute(collect({0: (truth, found)}), 1, ["box"]).tables
     titles = ["Class", "Box AP", "Box AP50", "Box AP75", "Objects", "Detections"]
     assert [column.title for column in table.columns] == titles
     values = [row[1:] for row in table.rows]
@@ -248,7 +260,7 @@ def test_pictures_show_the_best_and_the_worst_images():
             Truth.build(boxes, [1] * len(boxes)),
             Detections.build(found, [1] * len(found), scores),
         )
-    result = compute(collect(images), 10)
+    result = compute(collect(images), 10, ["box"])
     shown = {group: [p for p in result.pictures if p.group == group] for group in ("Worst", "Best")}
     assert [p.caption.split(",")[0] for p in shown["Worst"]] == [f"image {i}" for i in (1, 2, 3, 4)]
     assert [p.caption.split(",")[0] for p in shown["Best"]] == [f"image {i}" for i in (9, 8, 7, 6)]
@@ -263,7 +275,7 @@ def test_pictures_show_the_best_and_the_worst_images():
 
 def test_pictures_lack_detections_that_are_not_likely():
     image = Truth.build([[0, 20, 10, 30]], [1]), Detections.build([[0, 20, 10, 30]], [1], [0.49])
-    picture = compute(collect({0: image}), 1).pictures[0].draw()
+    picture = compute(collect({0: image}), 1, ["box"]).pictures[0].draw()
     assert (picture[:, -SIZE[1] :] == 100).all()
     assert (picture[:, : SIZE[1]] != 100).any()
 
@@ -272,7 +284,8 @@ def test_pictures_show_small_objects_on_top_of_large_ones():
     truth = Truth.build([[30, 20, 60, 50], [30, 20, 70, 55]], [1, 2])
     for rows in ([0, 1], [1, 0]):
         image = Truth.build(truth.boxes[rows], truth.classes[rows])
-        picture = compute(collect({0: (image, same_boxes(image))}), 1).pictures[0].draw()
+        evaluator = collect({0: (image, same_boxes(image))})
+        picture = compute(evaluator, 1, ["box"]).pictures[0].draw()
         assert (picture[49, 30:60] == CLASSES.palette()[1]).all()
         assert (picture[20:50, 30] == CLASSES.palette()[1]).all()
 
@@ -286,9 +299,8 @@ def test_the_ap_of_an_image_is_that_of_a_set_of_one():
 def test_the_curves_are_drawn():
     drawn = [p for p in compute(collect(random_images(6)), 6).pictures if "precision" in p.file]
     assert [p.file for p in drawn] == ["precision_mask_val.png", "precision_box_val.png"]
-    perfect = compute(
-        collect({0: (truth := Truth.build([[0, 0, 9, 9]], [2]), same_boxes(truth))}), 1
-    )
+    truth = Truth.build([[0, 0, 9, 9]], [2])
+    perfect = compute(collect({0: (truth, same_boxes(truth))}), 1, ["box"])
     picture = perfect.pictures[-1].draw()
     assert picture.dtype == np.uint8
     # The mean of precision 1 is a line along the top of both panels.
@@ -310,7 +322,7 @@ def test_a_split_without_objects_is_refused():
 
 def test_a_record_becomes_a_report(tmp_path):
     evaluator, data = collect(random_images(5)), dataset(5)
-    found = [instances.findings(evaluator, data, "val", voc_boxes="devkit")]
+    found = [instances.findings(evaluator, data, "val", ["mask", "box"], voc_boxes="devkit")]
     result = instances.record(evaluator, found, data, "val", "mask_ap", {"detections": "100"})
     assert result.scores["mask_ap"].value == result.row()["mask_ap"]
     assert math.isnan(result.row()["mask_ap/bird"])

@@ -1,7 +1,4 @@
-"""Average precision of predicted objects on a split, with curves, pictures and files of results.
-
-Boxes are scored always, masks where both truth and predictions have them.
-"""
+"""Average precision of predicted objects on a split, with curves, pictures and files of results."""
 
 import dataclasses
 import functools
@@ -102,6 +99,7 @@ def findings(
     evaluator: DetectionEvaluator,
     dataset: Dataset,
     split: str,
+    kinds: Sequence[coco.Kind],
     *,
     voc_boxes: voc.BoxProtocol | None = None,
     voc_masks: voc.MaskProtocol | None = None,
@@ -119,6 +117,7 @@ def findings(
       evaluator: the objects of all images.
       dataset: the scored dataset.
       split: name of the scored split.
+      kinds: what is scored, the main one first: ("mask", "box"), or ("box",) without masks.
       voc_boxes: protocol of VOC's metrics of boxes; None leaves them out.
       voc_masks: protocol of VOC's metrics of masks; None leaves them out.
       image_ids: the id in files of each image of the split; by default its index.
@@ -134,17 +133,15 @@ def findings(
     detections = [found for _, found in images.values()]
     if all(truth.crowd.all() for truth in truths):
         raise UserError(f"no {split} image of {dataset.name} shows an object: give other data")
-    kinds: list[coco.Kind] = ["box"]
-    if all(objects.masks is not None for objects in (*truths, *detections)):
-        kinds.insert(0, "mask")
     compute = functools.partial(coco.average_precision, truths, detections, classes.num_classes)
     summaries = {kind: compute(kind) for kind in kinds}
-    of_voc: dict[str, voc.VocScores] = {}
-    for protocol in (voc_boxes, voc_masks if "mask" in kinds else None):
-        if protocol is not None:
-            of_voc[protocol] = voc.average_precision(
-                truths, detections, classes.num_classes, protocol, voc.VOLUME
-            )
+    of_voc: dict[str, voc.VocScores] = {
+        protocol: voc.average_precision(
+            truths, detections, classes.num_classes, protocol, voc.VOLUME
+        )
+        for protocol in (voc_boxes, voc_masks)
+        if protocol is not None
+    }
     scores = [score for kind in kinds for score in _coco_scores(kind, summaries[kind])]
     scores += [score for item in of_voc.items() for score in _voc_scores(*item)]
     pictures = _extremes(images, dataset.split(split), split, classes, kinds[0])

@@ -138,7 +138,7 @@ def _join(parts: Sequence[np.ndarray], dtype: type = float) -> np.ndarray:
 
 
 def _masks(images: Sequence[Truth | Detections]) -> list[Any]:
-    if any(i.masks is None for i in images):
+    if any(i.masks is None and len(i) for i in images):
         raise ValueError("an image has no masks to compare")
     return [dict(mask) for i in images for mask in i.masks or ()]
 

@@ -24,7 +24,6 @@ daijifeng001/MNC: lib/utils/voc_eval.py (mnc, also of msracver/FCIS).
 
 import dataclasses
 import operator
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -103,26 +102,25 @@ def average_precision(
       protocol: the rules; see above.
       thresholds: T IoUs that a match needs; AP^r is reported at 0.5 and 0.7, and over `VOLUME`.
     """
-    rule = _RULES[protocol]
-    scores: dict[int, list[np.ndarray]] = defaultdict(list)
-    verdicts: dict[int, list[np.ndarray]] = defaultdict(list)
-    counts = np.zeros(num_classes, int)
+    rule, counts = _RULES[protocol], np.zeros(num_classes, int)
+    classes, scores = [np.zeros(0, int)], [np.zeros(0)]
+    verdicts = [np.zeros((len(thresholds), 0), np.int8)]
     for truth, found in zip(truths, detections, strict=True):
         order = np.argsort(-found.scores, kind="stable")
-        for class_id in np.union1d(truth.classes, found.classes).tolist():
-            objects = np.flatnonzero(truth.classes == class_id)
-            ranked = order[found.classes[order] == class_id]
-            difficult, ious = truth.difficult[objects], _ious(truth, objects, found, ranked, rule)
-            counts[class_id] += np.count_nonzero(~difficult)
-            scores[class_id].append(found.scores[ranked])
-            verdicts[class_id].append(
-                np.stack([_judge(ious, difficult, t, rule) for t in thresholds])
-            )
+        classes.append(found.classes[order])
+        scores.append(found.scores[order])
+        # Objects of other classes are out of reach.
+        ious = np.where(classes[-1][:, None] == truth.classes, _ious(truth, found, rule)[order], -1)
+        judged = [_judge(ious, truth.difficult, threshold, rule) for threshold in thresholds]
+        verdicts.append(np.stack(judged))
+        counts += np.bincount(truth.classes[~truth.difficult], minlength=num_classes)
+    ranking = np.argsort(-np.concatenate(scores), kind="stable")
+    ranked_classes = np.concatenate(classes)[ranking]
+    ranked_verdicts = np.concatenate(verdicts, axis=1)[:, ranking]
     area = np.full((len(thresholds), num_classes), np.nan)
     points = area.copy()
-    for class_id in np.flatnonzero(counts).tolist():
-        order = np.argsort(-np.concatenate(scores[class_id]), kind="stable")
-        for i, row in enumerate(np.concatenate(verdicts[class_id], axis=1)[:, order]):
+    for class_id in np.flatnonzero(counts):
+        for i, row in enumerate(ranked_verdicts[:, ranked_classes == class_id]):
             hits = row[row != _LEFT_OUT] == _TRUE
             area[i, class_id] = area_under(hits, counts[class_id])
             points[i, class_id] = eleven_points(hits, counts[class_id])
@@ -158,19 +156,16 @@ def _curve(hits: np.ndarray, num_objects: int) -> tuple[np.ndarray, np.ndarray]:
     return found / num_objects, found / np.arange(1, 1 + len(hits))
 
 
-def _ious(
-    truth: Truth, objects: np.ndarray, found: Detections, ranked: np.ndarray, rule: _Rule
-) -> np.ndarray:
-    """Returns the IoU of some detections with some objects, [D, G]."""
+def _ious(truth: Truth, found: Detections, rule: _Rule) -> np.ndarray:
+    """Returns the IoU of each detection with each object, [D, G]."""
     if not rule.of_masks:
-        return box_ops.iou(found.boxes[ranked], truth.boxes[objects])
-    if not len(objects) or not len(ranked):
-        return np.zeros((len(ranked), len(objects)))
+        return box_ops.iou(found.boxes, truth.boxes)
+    if not len(truth) or not len(found):
+        return np.zeros((len(found), len(truth)))
     if truth.masks is None or found.masks is None:
         raise ValueError("an image has no masks to compare")
-    predicted = [dict(found.masks[i]) for i in ranked]
-    true = [dict(truth.masks[i]) for i in objects]
-    return coco_mask.iou(predicted, true, [False] * len(objects))
+    predicted, true = ([dict(mask) for mask in masks] for masks in (found.masks, truth.masks))
+    return coco_mask.iou(predicted, true, [False] * len(true))
 
 
 _FALSE, _LEFT_OUT, _TRUE = -1, 0, 1
