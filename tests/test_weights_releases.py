@@ -83,7 +83,8 @@ NAMES = [
     *("segnet_basic", "deconvnet", "dilated_front_end", "dilation7", "dilation8", "dilation8_voc"),
     *("dilation10", "deeplab_largefov", "deeplab_vgg16", "deeplab_resnet101", "resnet50"),
     *("resnet101", "resnext101_32x8d", "resnext101_64x4d", "fcn_resnet50", "fcn_resnet101"),
-    *("deeplabv3_resnet50", "deeplabv3_resnet101"),
+    *("deeplabv3_resnet50", "deeplabv3_resnet101", "fasterrcnn_resnet50_fpn"),
+    "fasterrcnn_resnet50_fpn_v2",
 ]
 
 
@@ -98,6 +99,7 @@ def test_every_name_is_found():
         *(name for _, name, *_ in RELEASES.values()),
         *(f"torchvision's {kind}" for kind in ("vgg16", "vgg16, features alone", "vgg16_bn")),
         *(f"torchvision's {kind}" for kind in ("ResNet", "FCN on ResNet", "DeepLabv3")),
+        *(f"torchvision's Faster R-CNN{kind}" for kind in ("", " of 2019", " v2")),
     }
     with pytest.raises(UserError, match=r"unknown network 'vgg'; .* fcn32s, fcn16s, .* vgg16"):
         catalogue.build("vgg")
@@ -392,13 +394,15 @@ HEADS = [
          f"backbone.fpn.layer_blocks.{i}", (3, 3, 256, 256), (256, 256, 3, 3))
         for i in range(4)
     ),
-    ("rpn/conv", "rpn.head.conv.0.0", "rpn.head.conv", (3, 3, 256, 256), (256, 256, 3, 3)),
+    ("rpn/conv1", "rpn.head.conv.0.0", "rpn.head.conv", (3, 3, 256, 256), (256, 256, 3, 3)),
     ("rpn/cls_logits", *["rpn.head.cls_logits"] * 2, (1, 1, 256, 3), (3, 256, 1, 1)),
     ("rpn/bbox_pred", *["rpn.head.bbox_pred"] * 2, (1, 1, 256, 12), (12, 256, 1, 1)),
     ("box_head/fc6", *["roi_heads.box_head.fc6"] * 2, (7, 7, 256, 1024), (1024, 12544)),
     ("box_head/fc7", *["roi_heads.box_head.fc7"] * 2, (1024, 1024), (1024, 1024)),
-    ("box_head/cls_score", *["roi_heads.box_predictor.cls_score"] * 2, (1024, 91), (91, 1024)),
-    ("box_head/bbox_pred", *["roi_heads.box_predictor.bbox_pred"] * 2, (1024, 364), (364, 1024)),
+    ("box_predictor/cls_score", *["roi_heads.box_predictor.cls_score"] * 2,
+     (1024, 91), (91, 1024)),
+    ("box_predictor/bbox_pred", *["roi_heads.box_predictor.bbox_pred"] * 2,
+     (1024, 364), (364, 1024)),
     *(
         (f"mask_head/mask_fcn{i + 1}", f"roi_heads.mask_head.{i}.0",
          f"roi_heads.mask_head.mask_fcn{i + 1}", (3, 3, 256, 256), (256, 256, 3, 3))
