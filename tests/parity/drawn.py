@@ -15,7 +15,8 @@ Shape = tuple[int, ...]
 # Deviation of what goes into batch normalisation. Small as in trained networks, so that an epsilon
 # of 1e-5 is seen: it is about a thousandth of the variance.
 _BEFORE_NORM = 0.1
-_SCORES = re.compile(r"(fc|(aux_)?classifier\.4)\.")  # what no normalisation follows
+# What no normalisation follows.
+_PLAIN = re.compile(r"(fc|(aux_)?classifier\.4|rpn|roi_heads\.box_(predictor|head\.(fc.|5)))\.")
 
 
 def uniform(name: str, shape: Shape) -> np.ndarray:
@@ -41,7 +42,7 @@ def parameter(name: str, shape: Shape, is_normalised: bool) -> np.ndarray:
       shape: of the parameter.
       is_normalised: whether batch normalisation follows the network's convolutions.
     """
-    before = _BEFORE_NORM if is_normalised and not _SCORES.match(name) else 1.0
+    before = _BEFORE_NORM if is_normalised and not _PLAIN.match(name) else 1.0
     values = uniform(name, shape)
     if name.endswith("num_batches_tracked"):
         return np.array(1)
@@ -58,8 +59,12 @@ def parameter(name: str, shape: Shape, is_normalised: bool) -> np.ndarray:
 
 def parameters(shapes: Mapping[str, Shape]) -> dict[str, np.ndarray]:
     """Returns a whole state dict from its shapes."""
-    is_normalised = any(name.endswith("running_var") for name in shapes)
-    return {name: parameter(name, shape, is_normalised) for name, shape in shapes.items()}
+    parts = {name.split(".")[1] for name in shapes if name.endswith("running_var")}
+
+    def is_normalised(name: str) -> bool:  # a pyramid may not be, on a trunk that is
+        return "fpn" in parts if name.startswith("backbone.fpn.") else bool(parts)
+
+    return {name: parameter(name, shape, is_normalised(name)) for name, shape in shapes.items()}
 
 
 def image(height: int, width: int) -> np.ndarray:

@@ -54,6 +54,7 @@ TRAPS = {
     "pooling rounded up": ("resnet50", {"pool_ceil": True}, "pool1"),
     "epsilon": ("resnet50", {"bn_epsilon": 1e-6}, "conv1"),
     "dilation of first blocks": ("fcn_resnet50", {"first_block_dilation": "new"}, "layer3"),
+    "features in centres": ("fasterrcnn_resnet50_fpn", {"roi_aligned": True}, "class_logits"),
     "SegNet's epsilon": ("vgg16_bn", {"bn_epsilon": 1e-9}, "pool1"),
 }
 

@@ -1,6 +1,7 @@
 """torchvision's networks, run by torch."""
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,9 @@ def build(name: str) -> torch.nn.Module:
     """Returns a network of torchvision, its tensors without memory yet."""
     models = import_torchvision().models
     with torch.device("meta"):
+        if name.startswith("fasterrcnn"):
+            build = getattr(models.detection, name)
+            return build(weights=None, weights_backbone=None)
         if "_resnet" in name:
             build = getattr(models.segmentation, name)
             return build(weights=None, weights_backbone=None, aux_loss=True)
@@ -44,6 +48,10 @@ def stages(name: str, network: torch.nn.Module, tensors: Mapping[str, np.ndarray
     state_dict = {key: torch.from_numpy(values) for key, values in tensors.items()}
     network.load_state_dict(state_dict, strict=True, assign=True)
     network.eval()
+    images = torch.from_numpy(drawn.image(*zoo.NETWORKS[name].size)).permute(0, 3, 1, 2)
+    if name.startswith("fasterrcnn"):
+        with torch.inference_mode():
+            return _detected(network, images)
     seen: dict[str, Any] = {}
 
     def keep(ours: str):
@@ -52,7 +60,6 @@ def stages(name: str, network: torch.nn.Module, tensors: Mapping[str, np.ndarray
     for ours, module in zoo.NETWORKS[name].stages.items():
         if module and module not in ("out", "aux"):
             network.get_submodule(module).register_forward_hook(keep(ours))
-    images = torch.from_numpy(drawn.image(*zoo.NETWORKS[name].size)).permute(0, 3, 1, 2)
     with torch.inference_mode():
         result = network(images)
     for ours, module in zoo.NETWORKS[name].stages.items():
@@ -62,3 +69,19 @@ def stages(name: str, network: torch.nn.Module, tensors: Mapping[str, np.ndarray
         ours: np.moveaxis(output.numpy(), 1, -1) if output.ndim == 4 else output.numpy()
         for ours, output in seen.items()
     }
+
+
+def _detected(network: Any, images: torch.Tensor) -> dict[str, np.ndarray]:
+    """Returns what the parts of a detector give, without choosing proposals or detections."""
+    rpn = importlib.import_module("torchvision.models.detection.rpn")
+    # Without compiled operators, torchvision would compile its form in Python, which warns.
+    roi_align: Any = importlib.import_module("torchvision.ops.roi_align")
+    roi_align._roi_align = inspect.unwrap(roi_align._roi_align)
+    levels, boxes = network.backbone(images), torch.from_numpy(zoo.BOXES)
+    proposals = rpn.concat_box_prediction_layers(*network.rpn.head(list(levels.values())))
+    rois = network.roi_heads.box_roi_pool(levels, [boxes], [tuple(images.shape[2:])])
+    logits, deltas = network.roi_heads.box_predictor(network.roi_heads.box_head(rois))
+    outputs = [np.moveaxis(level.numpy(), 1, -1) for level in levels.values()]
+    outputs += [proposals[0].reshape(1, -1).numpy(), proposals[1].reshape(1, -1, 4).numpy()]
+    outputs += [logits[None].numpy(), deltas.reshape(1, len(boxes), -1, 4).numpy()]
+    return dict(zip(zoo.NETWORKS["fasterrcnn_resnet50_fpn"].stages, outputs, strict=True))

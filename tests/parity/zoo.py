@@ -4,14 +4,16 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from dense_jax.models import deeplabv3, resnet, segnet, vgg
+from dense_jax.models.rcnn import faster_rcnn
 from dense_jax.releases import catalogue
 from dense_jax.weights import rules
 from tests.parity import drawn
@@ -20,18 +22,25 @@ REFERENCE = pathlib.Path(__file__).parent / "reference"
 _NUM_VALUES = 400  # kept of each stage
 
 
+def _forward(model: nn.Module, variables: Any, images: jax.Array) -> Any:
+    return model.apply(variables, images, train=False)
+
+
 class Network(NamedTuple):
     """One of torchvision's networks.
 
     Attributes:
       build: ours.
       size: height and width of the image; odd ones tell poolings and paddings apart.
-      stages: our output -> name of torchvision's module, "" for the network itself.
+      stages: our output -> name of torchvision's module, "" for the network itself; None for
+        detectors, whose parts `theirs` calls one by one.
+      run: function from ours, its variables and images to its outputs.
     """
 
     build: Callable[[], nn.Module]
     size: tuple[int, int]
-    stages: Mapping[str, str]
+    stages: Mapping[str, str | None]
+    run: Callable[[nn.Module, Any, jax.Array], Any] = _forward
 
 
 _TRUNK = {
@@ -50,6 +59,32 @@ _SEGMENTER = {
 # Behind each stage's pooling; fc6 and fc7 behind their ReLUs.
 _VGG = {f"pool{i}": f"features.{n}" for i, n in enumerate((4, 9, 16, 23, 30), 1)}
 _VGG_BN = {f"pool{i}": f"features.{n}" for i, n in enumerate((6, 13, 23, 33, 43), 1)}
+
+
+# Boxes in an image of 128x160, from both of the levels that its boxes may have, P2 and P3.
+BOXES = np.array(
+    [[3.5, 10, 40, 31.25], [0, 0, 160, 128], [64, 32, 112, 96], [13, 2, 150.5, 120]], np.float32
+)
+_LEVELS = tuple(f"p{i}" for i in range(2, 7))
+_PROPOSALS = ("anchor_logits", "anchor_deltas")
+_DETECTIONS = ("class_logits", "box_deltas")
+
+
+def _detect(model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+    def steps(detector: Any) -> dict[str, jax.Array]:
+        levels = detector.features(images, train=False)
+        proposals = [jnp.concatenate(parts, axis=1) for parts in detector.propose(levels)]
+        detections = detector.classify(levels, jnp.asarray(BOXES[None]), train=False)
+        names = (*_LEVELS, *_PROPOSALS, *_DETECTIONS)
+        return dict(zip(names, (*levels, *proposals, *detections), strict=True))
+
+    return nn.apply(steps, model)(variables)
+
+
+def _detector(heads: Literal["v1", "v2"]) -> Network:
+    build = functools.partial(faster_rcnn.FasterRCNN, 91, heads=heads)
+    stages = dict.fromkeys((*_LEVELS, *_PROPOSALS, *_DETECTIONS))
+    return Network(build, (128, 160), stages, _detect)
 
 
 def _resnet(name: str) -> Network:
@@ -73,6 +108,8 @@ NETWORKS = {
         name: _segmenter(name)
         for name in ("fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101")
     },
+    "fasterrcnn_resnet50_fpn": _detector("v1"),
+    "fasterrcnn_resnet50_fpn_v2": _detector("v2"),
 }
 
 
@@ -127,7 +164,7 @@ def ours(
     # Without optimisation, which takes longer than it saves.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-        outputs: Any = model.apply(variables, images, train=False)
+        outputs = network.run(model, variables, images)
         return {stage: outputs[stage] for stage in network.stages}
 
     return jax.device_get(run(variables, drawn.image(*network.size)))
