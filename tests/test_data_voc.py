@@ -255,3 +255,53 @@ def test_real_voc(data_root):
     assert len(found.pairs) == 400
     for pair in found.pairs[:3]:
         assert IGNORE_LABEL in files.read_pair(pair, found.classes).label
+
+
+def _with_objects(both):
+    """Object numbers of a, of VOC, and d, of SBD; b and c have none."""
+    voc, own = both / "VOCdevkit/VOC2012", both / SBD
+    (voc / "SegmentationObject").mkdir()
+    (own / "inst").mkdir()
+    numbers = np.zeros(SIZE, np.uint8)
+    numbers[1:3, 1:3], numbers[3:, 4:], numbers[0] = 1, 2, 255
+    Image.fromarray(numbers).save(voc / "SegmentationObject/a.png")
+    Image.fromarray(np.where(numbers == 255, 255, 1).astype(np.uint8)).save(
+        voc / "SegmentationObject/c.png"
+    )
+    path = own / "inst/d.mat"
+    objects = {"Segmentation": numbers % 255, "Categories": np.array([[3], [3]], np.uint8)}
+    scipy.io.savemat(path, {"GTinst": objects}, do_compression=True)
+    return numbers % 255
+
+
+def test_objects_of_voc_and_sbd(both):
+    numbers = _with_objects(both)
+    data = dataset.load("voc2012_objects", both)
+    assert {split: len(source) for split, source in data.splits.items()} == {"train": 1, "val": 1}
+    assert data.warnings[0].startswith("1 images without object numbers")
+    example = data.split("train")[0]
+    assert example["name"] == "a"
+    np.testing.assert_array_equal(example["instances"], numbers)  # void belongs to no object
+    # An object that fills its image up to the void is no mask of 0 and 255.
+    assert set(np.unique(data.split("val")[0]["instances"])) == {0, 1}
+    together = dataset.load("voc2012_sbd_objects", both)
+    names = [together.split("train")[i]["name"] for i in range(2)]
+    assert names == ["a", "d"]
+    np.testing.assert_array_equal(together.split("train")[1]["instances"], numbers)
+
+
+def test_changed_object_numbers_are_read_again(both):
+    _with_objects(both)
+    before = dataset.load("voc2012_objects", both).fingerprint
+    path = both / "VOCdevkit/VOC2012/SegmentationObject/a.png"
+    Image.fromarray(np.ones(SIZE, np.uint8)).save(path)
+    assert dataset.load("voc2012_objects", both).fingerprint != before
+
+
+def test_voc_without_object_numbers_is_refused(both):
+    with pytest.raises(UserError, match="no object has a mask of its own here"):
+        voc2012.find(both, objects=True)
+    _with_objects(both)
+    (both / SBD / "inst/d.mat").write_bytes(b"x" * 200)
+    with pytest.raises(UserError, match=r"inst/d\.mat: not an object file of SBD"):
+        dataset.load("voc2012_sbd_objects", both)

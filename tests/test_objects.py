@@ -116,14 +116,16 @@ def check_against_slow_twins(example, min_side=8):
     for background, votes in itertools.product((0, None), (True, False)):
         found = objects.find(example, background, min_side=min_side, background_votes=votes)
         assert found.boxes.dtype == np.float32
-        assert found.classes.dtype == found.numbers.dtype == np.int32
-        np.testing.assert_array_equal(found.map, objects.number(example, background))
-        expected = slow_find(found.map, label, background, min_side, votes)
-        assert found.numbers.tolist() == list(expected)
+        assert found.classes.dtype == np.int32
+        numbers = objects.number(example, background)
+        expected = slow_find(numbers, label, background, min_side, votes)
+        assert found.ids.tolist() == list(expected)
         for i, (box, value) in enumerate(expected.values()):
             assert tuple(found.boxes[i]) == box
             assert found.classes[i] == value
             np.testing.assert_array_equal(found.boxes[i], boxes.of_mask(found.mask(i)))
+            np.testing.assert_array_equal(found.mask(i), numbers == found.ids[i])
+            assert found.areas[i] == np.count_nonzero(found.mask(i))
 
 
 def test_slow_twins(examples):
@@ -158,12 +160,12 @@ def test_votes_by_hand():
         "label": np.array([[0, 0, 5, 0, 255, 255, 0, 7, 4]], np.uint8),
     }
     found = objects.find(example, 0, min_side=1)
-    assert (found.numbers.tolist(), found.classes.tolist()) == ([1, 3], [5, 4])
+    assert (found.ids.tolist(), found.classes.tolist()) == ([1, 3], [5, 4])
     assert found.mask(1).tolist() == [[False] * 7 + [True] * 2]
     found = objects.find(example, 0, min_side=1, background_votes=True)
-    assert (found.numbers.tolist(), found.classes.tolist()) == ([3], [4])
+    assert (found.ids.tolist(), found.classes.tolist()) == ([3], [4])
     found = objects.find(example, None, min_side=1)
-    assert (found.numbers.tolist(), found.classes.tolist()) == ([1, 3], [0, 4])
+    assert (found.ids.tolist(), found.classes.tolist()) == ([1, 3], [0, 4])
 
 
 def drawn(height, width, num, seed, has_instances):

@@ -567,3 +567,16 @@ def test_optimizer_adamw_matches_optax():
     with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
         updates = [tx.update(grads, tx.init(params), params)[0] for tx in (ours, theirs)]
     chex.assert_trees_all_close(*updates, rtol=1e-6)
+
+
+def test_long_gradients_are_shortened_to_their_limit():
+    """The norm is that of all trained parameters; frozen ones do not count."""
+    params = {"conv": {"kernel": jnp.zeros((2, 2))}, "fixed": {"kernel": jnp.zeros(3)}}
+    grads = {"conv": {"kernel": jnp.full((2, 2), 3.0)}, "fixed": {"kernel": jnp.full(3, 100.0)}}
+    groups = [schedules.ParamGroup("^fixed/", lr=0.0)]
+    for limit, expected in ((0.0, 3.0), (7.0, 3.0), (2.0, 1.0)):  # a norm of 6
+        config = RunConfig(learning_rate=1.0, weight_decay=0.0, clip_norm=limit)
+        tx = schedules.build_optimizer(config, groups)
+        updates: Any = tx.update(grads, tx.init(params), params)[0]
+        np.testing.assert_allclose(updates["conv"]["kernel"], -expected, rtol=1e-6)
+        assert not updates["fixed"]["kernel"].any()

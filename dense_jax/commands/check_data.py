@@ -1,15 +1,15 @@
 """``python -m dense_jax check-data``: lists errors and oddities of a dataset."""
 
-import dataclasses
 import pathlib
 import sys
+from typing import Any
 
 from dense_jax import runs
 from dense_jax.data import check
 from dense_jax.data import dataset as datasets
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.errors import UserError
-from dense_jax.train.config import DatasetName
+from dense_jax.train.config import DatasetName, RunConfig
 
 
 def run(
@@ -17,6 +17,8 @@ def run(
     dataset: DatasetName,
     data_dir: str | None = None,
     shapes: ShapesSpec | None = None,
+    train_json: str | None = None,
+    val_json: str | None = None,
     sheet: pathlib.Path | None = None,
 ) -> None:
     """Check a dataset: wrong values, damaged files, sizes, frequencies, duplicates.
@@ -28,11 +30,15 @@ def run(
       dataset: name of the dataset.
       data_dir: folder of the dataset.
       shapes: difficulty of the generated images, with --dataset=shapes.
+      train_json: annotations of the training images, with --dataset=coco.
+      val_json: annotations of the validation images, likewise.
       sheet: write training images with their labels on top to this PNG.
     """
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise UserError(f"--sheet={sheet}: give a name that ends in .png")
-    options = dataclasses.asdict(shapes or ShapesSpec()) if dataset == "shapes" else {}
+    given: dict[str, Any] = {"train_json": train_json, "val_json": val_json}
+    config = RunConfig(dataset=dataset, data_dir=data_dir, shapes=shapes or ShapesSpec(), **given)
+    data_dir, options = config.data_dir, config.data_options
     summary = check.check_dataset(dataset, data_dir, **options)
     print(summary)
     if summary.errors:

@@ -64,6 +64,7 @@ class Report:
       splits: the findings of each split.
       errors: one line for each wrong file.
       values, colours: by error, all of a label that has some that are no class.
+      notes: warnings of the dataset's own reader.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Report:
     errors: list[str] = dataclasses.field(default_factory=list)
     values: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     colours: dict[str, list[list[int]]] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, split: str, name: str, sample: Sample) -> None:
         """Adds one image and its label."""
@@ -89,6 +91,10 @@ class Report:
         found.label_digests.append(digest(label))
         if sample.orientation != 1:
             found.orientations[name] = sample.orientation
+        if sample.annotations is not None:
+            annotations = sample.annotations.to_json().encode()
+            found.label_digests[-1] += digest(np.frombuffer(annotations, np.uint8))
+            found.num_objects.append(len(sample.annotations))
         if sample.instances is not None:
             found.label_digests[-1] += digest(sample.instances)
             found.num_objects.append(int(np.count_nonzero(np.unique(sample.instances))))
@@ -105,7 +111,8 @@ class Report:
     def fingerprint(self) -> str:
         """A hash of the class table, the names, and the pixels of images and labels."""
         content = self.to_json()
-        del content["values"], content["colours"]  # of wrong files, which no run has
+        # Of wrong files, which no run has, and of what is left out.
+        del content["values"], content["colours"], content["notes"]
         content["classes"].pop("has_chosen_colours", None)  # the labels are the same
         for found in content["splits"].values():
             del found["orientations"]  # not applied; runs of before this was noted go on
@@ -120,6 +127,7 @@ class Report:
                 for name, number in found.orientations.items()
             }
         )
+        lines += self.notes
         if self.classes.num_classes == 1:
             lines.append("one class: nothing can be learned; add a class for the rest")
         for split, found in self.splits.items():
@@ -229,7 +237,7 @@ class Report:
         for found in splits.values():
             found.sizes = [(height, width) for height, width in found.sizes]
         classes = ClassTable.from_json(report["classes"])
-        foreign = {key: report[key] for key in ("values", "colours") if key in report}
+        foreign = {key: report[key] for key in ("values", "colours", "notes") if key in report}
         return cls(report["name"], classes, splits, report["errors"], **foreign)
 
     def __str__(self) -> str:
@@ -298,7 +306,7 @@ def check_dataset(name: str, data_dir: str | pathlib.Path | None = None, **optio
     module = dataset_lib.module(name)
     if hasattr(module, "find"):
         files = module.find(dataset_lib.folder(data_dir), **options)
-        report = Report(name, files.classes)
+        report = Report(name, files.classes, notes=list(files.notes))
         for split in files.splits:
             collections.deque(scan(files, report, split), maxlen=0)
         return report

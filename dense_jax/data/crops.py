@@ -119,8 +119,10 @@ def find_objects(source: Source, background: int | None, min_side: int = 8) -> l
     windows = []
     for index in tqdm.trange(len(source), desc="looking for objects", unit="image", disable=None):
         example = source[index]
-        found = object_lib.find(example, background, min_side=min_side, background_votes=True)
-        for box, label, number in zip(found.boxes, found.classes, found.numbers, strict=True):
+        found = object_lib.find(
+            example, background, min_side=min_side, background_votes=True, masks=False
+        )
+        for box, label, number in zip(found.boxes, found.classes, found.ids, strict=True):
             windows.append(Window(index, example["name"], _box(box), int(label), int(number)))
     if not windows:
         raise UserError(

@@ -18,7 +18,8 @@ from dense_jax.errors import UserError
 
 Example = dict[str, Any]
 """``image`` uint8 [H, W, 3] RGB, ``label`` uint8 [H, W], ``name`` str, and in some datasets
-``instances`` int32 [H, W] (0 = no object). Transforms map an example to another."""
+``instances`` int32 [H, W] (0 = no object), or ``annotations``, the `Objects` of the image with
+masks as run-length codes, and ``image_id`` int. Transforms map an example to another."""
 
 
 class Source(Protocol):
@@ -66,6 +67,9 @@ class Dataset:
       fingerprint: a hash of everything that the examples depend on, for the record of a run.
       description: one line for reports.
       warnings: what `dense_jax.data.check` found unusual, one line each.
+      category_ids: the id of each class in the files of a dataset whose objects have annotations,
+        for results in its form; empty: class ids.
+      num_objects: the number of objects of each image of a split, where it is known.
       absent: for each missing split that a user may ask for, why it is missing and what to do.
     """
 
@@ -76,6 +80,8 @@ class Dataset:
     description: str
     warnings: tuple[str, ...] = ()
     absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    category_ids: Sequence[int] = ()
+    num_objects: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
 
     def split(self, name: str) -> Source:
         """Returns one split.

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from dense_jax.data.classes import ClassTable
+from dense_jax.data.objects import Objects
 from dense_jax.data.pictures import SUFFIXES, Picture, decode_image, open_picture
 from dense_jax.data.sbd import read_class_map
 from dense_jax.errors import UserError
@@ -35,12 +36,13 @@ _VAL_SHARE = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The paths of an image and its label; either file may be missing."""
+    """The paths of an image, its label and perhaps its object numbers; files may be missing."""
 
     split: str
     name: str
     image: pathlib.Path
     label: pathlib.Path
+    objects: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Sample:
       label: class ids, uint8 [H, W].
       digest: a hash of the image's pixels.
       instances: object numbers in 0..65535, [H, W], 0 = no object; None for a dataset without them.
+      annotations: the objects, where they may overlap; None for a dataset without such.
+      image_id: number of the image in the file of the annotations.
       orientation: how viewers turn the image, as EXIF numbers it; 1 is not at all.
     """
 
@@ -60,6 +64,8 @@ class Sample:
     digest: str
     instances: np.ndarray | None = None
     orientation: int = 1
+    annotations: Objects | None = None
+    image_id: int = 0
 
 
 class NoClassError(UserError):
@@ -97,6 +103,9 @@ class Files:
       pairs: the files of all splits.
       read: reads a pair; raises UserError for a wrong file.
       has_instances: whether the samples have instances.
+      has_annotations: whether the samples have annotations.
+      category_ids: see `dense_jax.data.dataset.Dataset`.
+      notes: warnings about files that no pair shows.
       options: what the samples depend on besides files and classes.
       absent: see `dense_jax.data.dataset.Dataset`.
     """
@@ -107,6 +116,9 @@ class Files:
     description: str
     read: Callable[[Pair, ClassTable], Sample] = read_pair
     has_instances: bool = False
+    has_annotations: bool = False
+    category_ids: Sequence[int] = ()
+    notes: Sequence[str] = ()
     options: tuple[int, ...] = ()
     absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -164,8 +176,12 @@ def check_size(
         )
 
 
-def read_instances(path: pathlib.Path) -> np.ndarray:
+def read_instances(path: pathlib.Path, void: int | None = None) -> np.ndarray:
     """Reads object numbers from an 8-bit or 16-bit grey PNG, 0 = no object.
+
+    Args:
+      path: of the PNG.
+      void: a number that stands for pixels of no object.
 
     Returns:
       uint16 [H, W].
@@ -184,6 +200,8 @@ def read_instances(path: pathlib.Path) -> np.ndarray:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > _MOST_OBJECTS:
         raise UserError(f"{path}: object number {values.max()} needs more than 16 bits; {remedy}")
+    if void is not None:
+        return np.where(values == void, 0, values).astype(np.uint16)
     if values.max() in (255, _MOST_OBJECTS) and len(np.unique(values)) <= 2:
         raise UserError(
             f"{path}: one mask of value {values.max()} for all objects, not one number for each;"

@@ -1,37 +1,147 @@
-"""The objects of an example: which pixels they have, their tight boxes and their classes.
+"""The objects of an image: their boxes, classes and masks.
 
-Objects are those of "instances" where the example has this map; else they are the connected parts
-of its label. Pixels connect over edges, not over corners.
+Datasets give them in one of three forms: as ``annotations`` (COCO, where objects overlap), as
+``instances``, a map with the number of an object for each pixel, or as a label alone, whose
+connected parts are then the objects. Pixels connect over edges, not over corners.
 """
 
-from typing import NamedTuple
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
+from dense_jax.data import rle
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example
+from dense_jax.ops import boxes as box_ops
+
+_LEAST_SIDE = 1.0  # Pixels; what a crop leaves of an object is dropped if a side is shorter.
 
 
-class Objects(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Objects:
     """The N objects of one image.
 
     Attributes:
-      boxes: float32 [N, 4], tight; see `dense_jax.ops.boxes`.
+      boxes: float32 [N, 4]; see `dense_jax.ops.boxes`.
       classes: int32 [N], class ids as in the label.
-      numbers: int32 [N], the number of each object in `map`.
-      map: [H, W] integers, the number of the object of each pixel, 0 = no object. Objects that are
-        left out of the lists above keep their numbers here.
+      ids: int64 [N], the number of each object in its map, or the id of its annotation.
+      crowd: bool [N], whether the "object" is a region of many objects that nobody separated.
+      areas: float32 [N], pixels of each object, as annotated.
+      masks: bool [N, H, W], or N run-length codes (see `dense_jax.data.rle`), or None.
     """
 
     boxes: np.ndarray
     classes: np.ndarray
-    numbers: np.ndarray
-    map: np.ndarray
+    ids: np.ndarray
+    crowd: np.ndarray
+    areas: np.ndarray
+    masks: np.ndarray | Sequence[Mapping[str, Any]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def select(self, index: np.ndarray) -> Self:
+        """Returns the objects at some indices, or where a bool [N] is True."""
+        places = np.flatnonzero(index) if index.dtype == bool else index
+        masks: Any = self.masks
+        if masks is not None:
+            is_array = isinstance(masks, np.ndarray)
+            masks = masks[places] if is_array else [masks[i] for i in places]
+        fields: dict[str, Any] = {name: getattr(self, name)[places] for name in _DTYPES}
+        return type(self)(**fields, masks=masks)
 
     def mask(self, index: int) -> np.ndarray:
         """Returns the pixels of an object, labelled or not, bool [H, W]."""
-        return self.map == self.numbers[index]
+        assert self.masks is not None
+        mask = self.masks[index]
+        return mask if isinstance(mask, np.ndarray) else rle.decode(mask)
+
+    def decoded(self, size: tuple[int, int]) -> Self:
+        """Returns the objects with masks as bool [N, H, W], for an image of `size`."""
+        if isinstance(self.masks, np.ndarray):
+            return self
+        masks = [self.mask(i) for i in range(len(self))]
+        return dataclasses.replace(
+            self, masks=np.stack(masks) if masks else np.zeros((0, *size), bool)
+        )
+
+    def flip(self, width: int) -> Self:
+        """Returns the objects of an image of `width` that was flipped left and right."""
+        boxes = np.stack([width - self.boxes[:, 2], self.boxes[:, 1],
+                          width - self.boxes[:, 0], self.boxes[:, 3]], axis=1)  # fmt: skip
+        masks = self._bitmaps()
+        return dataclasses.replace(
+            self, boxes=boxes, masks=None if masks is None else masks[:, :, ::-1]
+        )
+
+    def resize(self, old: tuple[int, int], new: tuple[int, int]) -> Self:
+        """Returns the objects of an image that was resized from one (height, width) to another.
+
+        Masks take the nearest pixel. Areas scale with the image.
+        """
+        factors = new[0] / old[0], new[1] / old[1]
+        masks = self._bitmaps()
+        if masks is not None:
+            resized = [
+                Image.fromarray(m).resize(new[::-1], Image.Resampling.NEAREST) for m in masks
+            ]
+            masks = np.array([np.asarray(m) for m in resized], bool).reshape(-1, *new)
+        areas = (self.areas * (factors[0] * factors[1])).astype(np.float32)
+        return dataclasses.replace(
+            self, boxes=box_ops.scale(self.boxes, factors), areas=areas, masks=masks
+        )
+
+    def window(self, top: int, left: int, size: tuple[int, int]) -> Self:
+        """Returns the objects in a window of an image, cut at its edges.
+
+        Objects of which less than a pixel is left are dropped. Areas shrink as the masks do, or
+        else as the boxes.
+        """
+        shift = np.array([left, top, left, top], np.float32)
+        boxes = box_ops.clip(self.boxes - shift, size)
+        before, after = box_ops.area(self.boxes), box_ops.area(boxes)
+        areas, masks = self.areas * after / np.maximum(before, 1e-9), self._bitmaps()
+        inside = box_ops.min_side(boxes) >= _LEAST_SIDE
+        if masks is not None:
+            cut = np.zeros((len(masks), *size), bool)
+            y, x = max(top, 0), max(left, 0)
+            part = masks[:, y : max(top + size[0], 0), x : max(left + size[1], 0)]
+            cut[:, y - top : y - top + part.shape[1], x - left : x - left + part.shape[2]] = part
+            masks, areas = cut, np.count_nonzero(cut, axis=(1, 2))
+            inside &= areas > 0
+        moved = dataclasses.replace(self, boxes=boxes, areas=areas.astype(np.float32), masks=masks)
+        return moved.select(inside)
+
+    def _bitmaps(self) -> np.ndarray | None:
+        if self.masks is not None and not isinstance(self.masks, np.ndarray):
+            raise ValueError("masks are run-length codes: read objects with ReadObjects first")
+        return self.masks
+
+    def to_json(self) -> str:
+        """Returns text that `from_json` reads; masks as run-length codes."""
+        masks = self.masks
+        if isinstance(masks, np.ndarray):
+            masks = [rle.encode(mask) for mask in masks]
+        fields = {name: getattr(self, name).tolist() for name in _DTYPES}
+        return json.dumps({**fields, "masks": masks}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Reads the result of `to_json`."""
+        fields = json.loads(text)
+        arrays = {name: np.array(fields[name], dtype) for name, dtype in _DTYPES.items()}
+        arrays["boxes"] = arrays["boxes"].reshape(-1, 4)
+        return cls(**arrays, masks=fields["masks"])
+
+
+_DTYPES = {
+    "boxes": np.float32, "classes": np.int32, "ids": np.int64, "crowd": bool, "areas": np.float32,
+}  # fmt: skip
 
 
 def number(example: Example, background: int | None, *, by_class: bool = True) -> np.ndarray:
@@ -58,25 +168,36 @@ def number(example: Example, background: int | None, *, by_class: bool = True) -
 
 
 def find(
-    example: Example, background: int | None, *, min_side: int, background_votes: bool = False
+    example: Example,
+    background: int | None,
+    *,
+    min_side: int = 1,
+    background_votes: bool = False,
+    masks: bool = True,
 ) -> Objects:
     """Returns the objects of an example, in the order of their numbers.
 
     The class of an object is that of most of its pixels. An object without a vote is left out.
 
     Args:
-      example: with "label" and perhaps "instances".
+      example: with "label", and perhaps "annotations" or "instances".
       background: class that is not an object; None: every class has objects.
       min_side: objects with a shorter side than this, in pixels, are left out.
       background_votes: whether background pixels of an object vote too. An object whose majority is
         background is left out.
+      masks: whether to return masks, bool [N, H, W].
     """
-    numbered, label = number(example, background), example["label"]
-    boxes, classes, numbers = [], [], []
+    label = example["label"]
+    if (given := example.get("annotations")) is not None:
+        objects = given.decoded(label.shape) if masks else dataclasses.replace(given, masks=None)
+        return objects.select(box_ops.min_side(objects.boxes) >= min_side)
+    numbered = number(example, background)
+    boxes, classes, numbers, areas = [], [], [], []
     for index, slices in enumerate(ndimage.find_objects(numbered), 1):
         if slices is None or min(s.stop - s.start for s in slices) < min_side:
             continue
-        votes = np.bincount(label[slices][numbered[slices] == index], minlength=IGNORE_LABEL + 1)
+        own = numbered[slices] == index
+        votes = np.bincount(label[slices][own], minlength=IGNORE_LABEL + 1)
         votes[IGNORE_LABEL] = 0
         if background is not None and not background_votes:
             votes[background] = 0
@@ -86,9 +207,13 @@ def find(
         boxes.append((columns.start, rows.start, columns.stop, rows.stop))
         classes.append(votes.argmax())
         numbers.append(index)
+        areas.append(np.count_nonzero(own))
+    ids = np.array(numbers, np.int64)
     return Objects(
         np.array(boxes, np.float32).reshape(-1, 4),
         np.array(classes, np.int32),
-        np.array(numbers, np.int32),
-        numbered,
+        ids,
+        np.zeros(len(ids), bool),
+        np.array(areas, np.float32),
+        numbered == ids[:, None, None] if masks else None,
     )

@@ -103,13 +103,8 @@ def _grouped(sizes: Iterable[Size], multiple: int) -> dict[Size, list[Size]]:
     return groups
 
 
-def scaled(size: Size, scale: float) -> Size:
-    """Returns the size of an image of `size` that is resized by `scale`, at least 1 x 1."""
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
 def prepare(
-    image: np.ndarray, normalisation: str, shape: Size, scale: float = 1.0
+    image: np.ndarray, normalisation: str, shape: Size, size: Size | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Resizes, normalises and pads one image.
 
@@ -117,19 +112,29 @@ def prepare(
       image: uint8 RGB [H, W, 3].
       normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
       shape: height and width after padding, not less than those of the resized image.
-      scale: factor of the image's height and width.
+      size: height and width to which the image is resized; None keeps its own.
 
     Returns:
       A batch of one: float32 [1, *shape, C], and int32 [1, 2], height and width before padding.
     """
-    height, width = scaled(image.shape[:2], scale)
+    height, width = size or image.shape[:2]
     inputs = normalise(resize_image(image, (height, width)), normalisation)
     return pad({"image": inputs}, shape)["image"][None], np.array([[height, width]], np.int32)
 
 
 def pad(example: Example, shape: Size) -> Example:
-    """Pads a normalised example: zeros for the image, ignored pixels for the label."""
-    return window(example, 0, 0, shape)
+    """Pads a normalised example: zeros for the image and masks, ignored pixels for the label."""
+    objects = example.get("objects")
+    if isinstance(objects, dict):  # in slots already
+        example = {key: value for key, value in example.items() if key != "objects"}
+    padded = window(example, 0, 0, shape)
+    if isinstance(objects, dict):
+        padded["objects"] = dict(objects)
+        if "masks" in objects:
+            height, width = objects["masks"].shape[1:]
+            edges = (0, 0), (0, shape[0] - height), (0, shape[1] - width)
+            padded["objects"]["masks"] = np.pad(objects["masks"], edges)
+    return padded
 
 
 def cut(values: np.ndarray | jax.Array, size: Size) -> np.ndarray:

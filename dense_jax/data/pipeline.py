@@ -3,9 +3,10 @@
 A batch is a dict of NumPy arrays: ``images`` float32 [B, H, W, C], ``labels`` int32 [B, H, W],
 ``valid`` bool [B] (False for padding) and ``index`` int32 [B] (the index in the split, -1 for
 padding). Examples with ``weights`` add float32 [B, H, W]; those with boxes add what
-`dense_jax.data.box_masks.SampleBoxes` gives them. Evaluation adds ``size`` int32 [B, 2], the height
-and width before padding. Images are larger than their labels if a transform adds context on all
-sides.
+`dense_jax.data.box_masks.SampleBoxes` gives them; those with ``objects`` add the arrays of
+`dense_jax.data.detection.PadObjects`, each with a leading axis B. Evaluation, and training in
+several shapes, add ``size`` int32 [B, 2], the height and width before padding. Images are larger
+than their labels if a transform adds context on all sides.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
+from typing import Any
 
 import grain
 import jax
@@ -25,17 +27,18 @@ import numpy as np
 from absl import flags
 
 from dense_jax.data.classes import IGNORE_LABEL
-from dense_jax.data.dataset import Example, Source
+from dense_jax.data.dataset import Example, Part, Source
 from dense_jax.data.normalise import Normalise, num_channels
 from dense_jax.data.padded import Shapes, Size, pad, padded_shapes
-from dense_jax.data.transforms import Resize, Transform
+from dense_jax.data.transforms import Resize, ResizeBy, Transform
 from dense_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 
 _ENDLESS = 2**32  # Epochs; Grain's own endless repetition overflows with batches of one.
 
-_EXTRA = ("weights", "boxes", "categories", "targets", "box_weights", "box_valid")
+# Keys of an example that do not become an array of a batch, or become one of another name.
+_OWN = ("image", "label", "name", "index", "instances", "annotations", "image_id")
 
 
 class TrainBatches(Iterator[Batch]):
@@ -46,8 +49,14 @@ class TrainBatches(Iterator[Batch]):
     """
 
     def __init__(
-        self, batches: grain.MapDataset, source: Source, num_threads: int, num_workers: int
+        self,
+        batches: grain.MapDataset,
+        source: Source,
+        num_threads: int,
+        num_workers: int,
+        num_shapes: int = 1,
     ):
+        self.num_shapes = num_shapes  # of the images; a step is compiled for each
         self._batches = batches
         self._source = source
         self._num_threads = num_threads
@@ -154,6 +163,7 @@ def train_batches(
     *,
     num_threads: int = 2,
     num_workers: int = 0,
+    shape_of: Callable[[Size], Size] | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> TrainBatches:
@@ -170,6 +180,9 @@ def train_batches(
       num_threads: number of threads that read and transform.
       num_workers: number of worker processes, each with `num_threads` threads; 0 works in this
         process. Scripts that use workers need the usual ``if __name__ == "__main__"``.
+      shape_of: the largest size (height, width) that the transforms give an image of a size. Images
+        are then padded to at most four shapes; each batch, in all processes, has one of them, and
+        shapes take turns by the number of their images. None: the transforms give one size.
       process_index: the share of the order that this process takes; default: `jax.process_index`.
       process_count: number of shares; default: `jax.process_count`.
 
@@ -179,15 +192,35 @@ def train_batches(
     """
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
-    batches = (
-        grain.MapDataset.source(_Indexed(source))
-        .seed(seed)
-        .shuffle()
-        .repeat(_ENDLESS)
-        .random_map(_Chain(tuple(transforms)))
-        .batch(batch_size, batch_fn=_collect)
-    )
-    return TrainBatches(batches[index::count], source, num_threads, num_workers)
+
+    def batches_of(part: Any, *last: Transform) -> grain.MapDataset:
+        batches = (
+            grain.MapDataset.source(part)
+            .seed(seed)
+            .shuffle()
+            .repeat(_ENDLESS)
+            .random_map(_Chain((*transforms, *last)))
+            .batch(batch_size, batch_fn=_collect)
+        )
+        return batches[index::count]
+
+    if shape_of is None:
+        batches, num_shapes = batches_of(_Indexed(source)), 1
+    else:
+        groups = _by_shape([shape_of(source.size(i)) for i in range(len(source))])
+        parts = [batches_of(Part(_Indexed(source), own), _PadTo(s)) for s, own in groups.items()]
+        batches = grain.MapDataset.mix(parts, [len(own) for own in groups.values()])
+        num_shapes = len(groups)
+    return TrainBatches(batches, source, num_threads, num_workers, num_shapes)
+
+
+def _by_shape(sizes: Sequence[Size]) -> dict[Size, list[int]]:
+    """Returns the indices of the images of each of at most four shapes, the most frequent first."""
+    shapes = padded_shapes(sizes, "buckets")
+    groups: dict[Size, list[int]] = {}
+    for i, size in enumerate(sizes):
+        groups.setdefault(shapes[size], []).append(i)
+    return dict(sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
 def eval_batches(
@@ -222,8 +255,10 @@ def eval_batches(
     """
     process = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
-    resized = [t.size for t in transforms if isinstance(t, Resize)][-1:]
-    sizes = [resized[0] if resized else source.size(i) for i in range(len(source))]
+    sizes = [source.size(i) for i in range(len(source))]
+    for transform in transforms:
+        if isinstance(transform, Resize | ResizeBy):
+            sizes = [transform.size_of(size) for size in sizes]
     shape_of = padded_shapes(sizes, shapes, padded_side)
     groups: dict[Size, list[int]] = {}
     for i, size in enumerate(sizes):
@@ -275,6 +310,9 @@ class _Indexed:
     def __getitem__(self, index: int) -> Example:
         return {**self.source[index], "index": index}
 
+    def size(self, index: int) -> Size:
+        return self.source.size(index)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Chain:
@@ -288,6 +326,17 @@ class _Chain:
         if example["image"].dtype != np.float32:
             raise ValueError("a batch needs float32 images: put Normalise among the transforms")
         return example
+
+
+@dataclasses.dataclass(frozen=True)
+class _PadTo:
+    """Pads an example to a shape and adds its "size" before that."""
+
+    shape: Size
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        size = np.array(example["image"].shape[:2], np.int32)
+        return {**pad(example, self.shape), "size": size}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +357,7 @@ class _LoadPadded:
         for row, index in enumerate(indices):
             example = self.chain(self.source[index], np.random.default_rng(index))
             sizes[row] = example["label"].shape
-            rows.append(pad(example, shape))
+            rows.append(pad({key: example[key] for key in blank}, shape))
         return {**_collect(rows + [blank] * (num_rows - len(rows))), "size": sizes}
 
 
@@ -326,10 +375,8 @@ def _collect(examples: Sequence[Example]) -> Batch:
             "crop them to one with --crop HEIGHT WIDTH"
         )
     index = np.array([example["index"] for example in examples], np.int32)
-    extra = {
-        key: _stack([example[key] for example in examples]) for key in _EXTRA if key in examples[0]
-    }
-    return extra | {
+    extra = [{k: x for k, x in example.items() if k not in _OWN} for example in examples]
+    return jax.tree.map(lambda *arrays: _stack(arrays), *extra) | {
         "images": _stack([example["image"] for example in examples]),
         "labels": np.stack([example["label"] for example in examples]).astype(np.int32),
         "valid": index >= 0,

@@ -32,6 +32,7 @@ from dense_jax.data.files import (
     encode_instances,
     encode_label,
 )
+from dense_jax.data.objects import Objects
 from dense_jax.data.pictures import decode_image
 from dense_jax.errors import UserError
 
@@ -48,15 +49,18 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
 
     def __init__(self, files: Files, data_dir: pathlib.Path):
         self.name, self._files = files.name, files
-        self._report = Report(files.name, files.classes)
+        self._report = Report(files.name, files.classes, notes=list(files.notes))
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {
+        features: dict[str, Any] = {
             "image": tfds.features.Image(shape=(None, None, 3)),
             "label": tfds.features.Image(shape=(None, None, 1)),  # class ids, as PNG
             "name": tfds.features.Text(),
         }
+        if self._files.has_annotations:
+            features["annotations"] = tfds.features.Text()  # see `Objects.to_json`
+            features["image_id"] = np.int64
         if self._files.has_instances:
             features["instances"] = tfds.features.Image(shape=(None, None, 1), dtype=np.uint16)
         return tfds.core.DatasetInfo(
@@ -74,9 +78,12 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str) -> Iterator[tuple[int, Example]]:
         for i, (pair, sample) in enumerate(scan(self._files, self._report, split)):
             label = encode_label(sample.label)
-            record = {"image": sample.image, "label": label, "name": pair.name}
+            record: Example = {"image": sample.image, "label": label, "name": pair.name}
             if sample.instances is not None:
                 record["instances"] = encode_instances(sample.instances)
+            if sample.annotations is not None:
+                record["annotations"] = sample.annotations.to_json()
+                record["image_id"] = sample.image_id
             yield i, record
         self._report.raise_if_broken()
         self.info.metadata.update(self._report.to_json())  # saved with the records
@@ -111,6 +118,9 @@ class Records:
             }
             if "instances" in record:
                 example["instances"] = decode_instances(record["instances"])
+            if "annotations" in record:
+                example["annotations"] = Objects.from_json(record["annotations"])
+                example["image_id"] = int(record["image_id"])
             return example
         except Exception as error:  # a damaged file makes the record reader raise almost anything
             with contextlib.suppress(OSError):
@@ -154,6 +164,8 @@ def open_files(files: Files) -> Dataset:
         files.description,
         tuple(report.warnings()),
         files.absent,
+        files.category_ids,
+        {split: found.num_objects for split, found in report.splits.items() if found.num_objects},
     )
 
 
@@ -262,8 +274,8 @@ def _key(files: Files) -> str:
         variant += ("chosen colours",)
     state = hashlib.blake2b(repr(variant).encode(), digest_size=8)
     for pair in files.pairs:
-        paths = [str(path.resolve()) for path in (pair.image, pair.label)]
-        stamps = _stamp(pair.image), _stamp(pair.label)
+        own = [path for path in (pair.image, pair.label, pair.objects) if path]
+        paths, stamps = [str(path.resolve()) for path in own], tuple(map(_stamp, own))
         state.update(repr((pair.split, pair.name, paths, stamps)).encode())
     return state.hexdigest()
 

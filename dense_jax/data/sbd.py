@@ -1,8 +1,9 @@
-"""Reads the class files of the Semantic Boundaries Dataset, MATLAB files of version 5.
+"""Reads the files of the Semantic Boundaries Dataset, MATLAB files of version 5.
 
-A file holds the 1x1 struct ``GTcls``, whose field ``Segmentation`` is a uint8 matrix of class ids.
-Only this is read, and every length in the file is checked against the bytes that are there: SciPy's
-reader trusts them, and a damaged file can end the process by a segmentation fault.
+A file in ``cls`` holds the 1x1 struct ``GTcls``, whose field ``Segmentation`` is a uint8 matrix of
+class ids; a file in ``inst`` holds ``GTinst``, whose field of this name has object numbers. Only
+this field is read, and every length in the file is checked against the bytes that are there:
+SciPy's reader trusts them, and a damaged file can end the process by a segmentation fault.
 """
 
 import math
@@ -24,28 +25,31 @@ _VERSION = 0x0100
 _LARGEST = 2**26  # bytes of an unpacked variable; those of SBD have below 2**20
 
 
-def read_class_map(data: bytes, path: pathlib.Path) -> np.ndarray:
+def read_class_map(data: bytes, path: pathlib.Path, name: bytes = b"GTcls") -> np.ndarray:
     """Returns the class ids of a file of SBD, uint8 [H, W]; ``path`` is for messages.
+
+    ``name`` is that of the struct; b"GTinst" returns object numbers.
 
     Raises:
       UserError: the bytes are no such file, or damaged.
     """
     try:
-        return _segmentation(data)
+        return _segmentation(data, name)
     except (ValueError, struct.error, zlib.error):
-        raise UserError(f"{path}: not a class file of SBD, or damaged; restore it") from None
+        kind = "a class" if name == b"GTcls" else "an object"
+        raise UserError(f"{path}: not {kind} file of SBD, or damaged; restore it") from None
 
 
-def _segmentation(data: bytes) -> np.ndarray:
+def _segmentation(data: bytes, wanted: bytes) -> np.ndarray:
     order = {b"IM": "<", b"MI": ">"}.get(data[126:128], "")
     if not order or struct.unpack_from(f"{order}H", data, 124) != (_VERSION,):
         raise ValueError("another format or version")
     # All variables are unpacked first, so that a file that was cut off is damaged, wherever.
     for body in list(_variables(data[_HEADER:], order)):
         matrix_class, _, name, parts = _matrix(body, order)
-        if (matrix_class, name) == (_STRUCT, b"GTcls"):
+        if (matrix_class, name) == (_STRUCT, wanted):
             return _field(parts, b"Segmentation", order)
-    raise ValueError("no GTcls")
+    raise ValueError(f"no {wanted!r}")
 
 
 def _variables(data: bytes, order: str) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Paired transforms: image, labels and object masks move together.
+"""Paired transforms: image, labels and objects move together.
 
 A transform is called with an example and a NumPy random generator and returns a new example. The
 generator belongs to one position of the training order, so (seed, position) fixes the result. A
@@ -18,6 +18,7 @@ from PIL import Image
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example
 from dense_jax.data.normalise import Normalise, luma
+from dense_jax.data.objects import Objects
 
 Transform = Callable[[Example, np.random.Generator], Example]
 
@@ -36,7 +37,9 @@ class RandomFlip:
         """Returns the example, flipped or unchanged."""
         if rng.random() >= self.probability:
             return example
-        return {**example, **{key: example[key][:, ::-1] for key in _maps(example)}}
+        flipped = {key: example[key][:, ::-1] for key in _maps(example)}
+        width = example["image"].shape[1]
+        return {**example, **flipped, **_objects(example, lambda own: own.flip(width))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,7 @@ class RandomRotate90:
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Returns the rotated example."""
+        _refuse_objects(example, self)
         height, width = example["label"].shape
         turns = int(rng.integers(4)) if height == width else 2 * int(rng.integers(2))
         return {**example, **{key: np.rot90(example[key], turns) for key in _maps(example)}}
@@ -61,7 +65,26 @@ class Resize:
 
     def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
         """Returns the resized example."""
-        return _resize(example, self.size)
+        return resize_example(example, self.size)
+
+    def size_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Returns the size of the result for an image of a size."""
+        return self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeBy:
+    """Resizes to a size that depends on that of the image; as `Resize`.
+
+    Attributes:
+      size_of: (height, width) to (height, width).
+    """
+
+    size_of: Callable[[tuple[int, int]], tuple[int, int]]
+
+    def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
+        """Returns the resized example."""
+        return resize_example(example, self.size_of(example["image"].shape[:2]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +98,9 @@ class RandomScale:
         """Returns the rescaled example."""
         factor = rng.uniform(self.low, self.high)
         height, width = example["label"].shape
-        return _resize(example, (max(1, round(height * factor)), max(1, round(width * factor))))
+        return resize_example(
+            example, (max(1, round(height * factor)), max(1, round(width * factor)))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +236,7 @@ class ElasticDeformation:
         Raises:
           ValueError: the image is not normalised or larger than its label: deform before cropping.
         """
+        _refuse_objects(example, self)
         height, width = example["label"].shape
         image = example["image"]
         if image.dtype == np.uint8 or image.shape[:2] != (height, width):
@@ -321,10 +347,8 @@ def window(example: Example, top: int, left: int, size: tuple[int, int]) -> Exam
     """
     if example["image"].dtype == np.uint8:
         raise ValueError("crops and shifts pad with zero, the mean colour: put Normalise first")
-    return {
-        **example,
-        **{key: _cut(example[key], top, left, size, _FILL[key]) for key in _maps(example)},
-    }
+    cut = {key: _cut(example[key], top, left, size, _FILL[key]) for key in _maps(example)}
+    return {**example, **cut, **_objects(example, lambda own: own.window(top, left, size))}
 
 
 def _cut(array: np.ndarray, top: int, left: int, size: tuple[int, int], fill: float) -> np.ndarray:
@@ -343,6 +367,16 @@ def _maps(example: Example) -> list[str]:
     return [key for key in _FILL if key in example]
 
 
+def _objects(example: Example, move: Callable[[Objects], Objects]) -> dict[str, Objects]:
+    """Returns "objects", moved, if the example has them."""
+    return {"objects": move(example["objects"])} if "objects" in example else {}
+
+
+def _refuse_objects(example: Example, transform: Transform) -> None:
+    if "objects" in example:
+        raise ValueError(f"{type(transform).__name__} moves no boxes: put it before ReadObjects")
+
+
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes a uint8 image [H, W, 3] to `size` (height, width): bilinear, antialiased.
 
@@ -356,8 +390,11 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
-def _resize(example: Example, size: tuple[int, int]) -> Example:
+def resize_example(example: Example, size: tuple[int, int]) -> Example:
+    """Resizes the uint8 image, bilinear and antialiased, its maps to the nearest, and objects."""
+    old = example["image"].shape[:2]
     resized = {"image": resize_image(example["image"], size)}
+    resized |= _objects(example, lambda own: own.resize(old, size))
     if example["label"].shape == size:
         return example
     for key in set(_maps(example)) - {"image"}:

@@ -173,9 +173,8 @@ def load_dataset(config: RunConfig) -> Dataset:
     Raises:
       UserError: files or labels are wrong; the message names the first and the remedy.
     """
-    options = dataclasses.asdict(config.shapes) if config.dataset == "shapes" else {}
     with processes.first_goes_first():
-        dataset = datasets.load(config.dataset, config.data_dir, **options)
+        dataset = datasets.load(config.dataset, config.data_dir, **config.data_options)
     for line in dataset.warnings[:_NUM_WARNINGS]:
         print(f"check-data: {line}")
     if (more := len(dataset.warnings) - _NUM_WARNINGS) > 0:
@@ -213,6 +212,7 @@ def _begin(
         config.seed,
         num_threads=config.num_threads,
         num_workers=config.num_workers,
+        shape_of=task.train_size,
     )
     shape = batches.example["images"].shape[1:]
     state = TrainState.init(task.model, tx, shape, seed=config.seed, ema=config.ema_decay > 0)

@@ -43,6 +43,8 @@ FREE_ON_RESUME = {
     "num_workers",
     "process_id",
     "save_every",
+    "train_json",
+    "val_json",
     "workdir",
 }
 
@@ -79,6 +81,11 @@ class RunConfig:
     """Dataset to train on. shapes is generated and needs no files."""
     data_dir: str | None = None
     """Folder of a local copy (see docs/data.md for the layouts)."""
+    train_json: str | None = None
+    """Annotations of the training images, in --data-dir or anywhere; only with --dataset=coco.
+    Default: a file of a usual name, such as annotations/instances_train2017.json."""
+    val_json: str | None = None
+    """Annotations of the validation images, likewise."""
     shapes: ShapesSpec = dataclasses.field(default_factory=ShapesSpec)
     """Difficulty of the generated images; used only with --dataset=shapes."""
     scale: Factor = 1.0
@@ -108,6 +115,9 @@ class RunConfig:
     """Momentum of sgd."""
     weight_decay: float = 5e-4
     """L2 decay of the kernels; biases and normalisation parameters are not decayed."""
+    clip_norm: AtLeastZero = 0.0
+    """Largest norm of the gradient of all trained parameters together; a longer one is shortened to
+    it. 0 turns it off."""
     bias_lr: float = 1.0
     """Learning-rate multiplier of the biases (Caffe nets use 2)."""
     schedule: Literal["constant", "poly", "step", "cosine"] = "constant"
@@ -159,7 +169,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Expands "~" and checks the values. Raises UserError for one that no run can use."""
-        for name in ("data_dir", "init", "workdir"):
+        for name in ("data_dir", "init", "train_json", "val_json", "workdir"):
             path = getattr(self, name)
             if isinstance(path, str):  # a shell expands it at the start of a word alone
                 kind, colon, rest = path.rpartition(":")
@@ -169,6 +179,8 @@ class RunConfig:
             for limit in _limits(hint) if value is not None else ():
                 if not limit.holds(value):
                     raise UserError(f"{_as_flag(name, value)}: give {limit.words}")
+        for name in ("train_json", "val_json"):
+            self.needs(name, dataset="coco")
         processes.check(self.distributed, self.coordinator, self.process_id, self.num_processes)
         if self.batch_size % self.accumulate:
             raise UserError(
@@ -201,6 +213,15 @@ class RunConfig:
                 raise UserError(
                     f"{_as_flag(name, own)} does not go with {_as_flag(other, value)}: {remedy}"
                 )
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The arguments of `dense_jax.data.dataset.load` besides the name and the folder."""
+        if self.dataset == "shapes":
+            return dataclasses.asdict(self.shapes)
+        if self.dataset == "coco":
+            return {"train_json": self.train_json, "val_json": self.val_json}
+        return {}
 
     def each_stage(self) -> Iterator[Self]:
         """Yields the configurations to train in turn, each in its own folder; the last is self."""

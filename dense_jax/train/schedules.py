@@ -101,7 +101,8 @@ def build_optimizer(
         "adamw": (optax.scale_by_adam(), scaled_by("decay")),
     }[config.optimizer]
     rate = optax.scale_by_learning_rate(build_schedule(config))
-    trained = optax.chain(*inner, scaled_by("lr"), rate)
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    trained = optax.chain(*clip, *inner, scaled_by("lr"), rate)
 
     def labels(params: Any) -> Any:
         _check_groups(params, required)

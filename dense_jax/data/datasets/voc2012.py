@@ -6,12 +6,17 @@ Boundaries Dataset (SBD): B. Hariharan et al., "Semantic Contours from Inverse D
 ICCV 2011.
 """
 
+import dataclasses
 import pathlib
 
+import numpy as np
+
+from dense_jax.data import files as files_lib
 from dense_jax.data import prepared
-from dense_jax.data.classes import ClassTable
+from dense_jax.data.classes import IGNORE_LABEL, ClassTable
 from dense_jax.data.dataset import Dataset
-from dense_jax.data.files import Files, Pair, find_folder
+from dense_jax.data.files import Files, Pair, Sample, find_folder
+from dense_jax.data.sbd import read_class_map
 from dense_jax.errors import UserError
 
 SBD_URL = (
@@ -47,7 +52,9 @@ CLASSES = ClassTable(
 )
 
 
-def find(data_dir: pathlib.Path | None = None, *, sbd: bool = False) -> Files:
+def find(
+    data_dir: pathlib.Path | None = None, *, sbd: bool = False, objects: bool = False
+) -> Files:
     """Finds the pairs of the train and val lists.
 
     Args:
@@ -56,6 +63,8 @@ def find(data_dir: pathlib.Path | None = None, *, sbd: bool = False) -> Files:
         ``benchmark_RELEASE/dataset`` (``img``, ``cls``, ``train.txt``, ``val.txt``) in the same
         folder. With the full data, train has the 10,582 images of many papers: SBD has 11,355, of
         which 1,103 are in VOC's val; 330 images of VOC's train are not in SBD.
+      objects: reads the number of the object of each pixel too, from ``SegmentationObject`` of VOC
+        and ``inst`` of SBD. Images without such a file are left out, which a warning counts.
 
     Raises:
       UserError: the folder is not given or has no such dataset, or a list is missing or empty. A
@@ -76,13 +85,51 @@ def find(data_dir: pathlib.Path | None = None, *, sbd: bool = False) -> Files:
         for name in _read_list(voc / "ImageSets/Segmentation" / f"{split}.txt"):
             image = voc / "JPEGImages" / f"{name}.jpg"
             pairs.append(Pair(split, name, image, voc / "SegmentationClass" / f"{name}.png"))
-    if not sbd:
-        description = "PASCAL VOC 2012 segmentation, train and val"
-        return Files("voc2012", CLASSES, pairs, description, absent=_ABSENT)
-    pairs += _pairs_of_sbd(data_dir, {pair.name for pair in pairs})
-    number = sum(pair.split == "train" for pair in pairs)
-    description = f"PASCAL VOC 2012 with SBD, {number:,} of 10,582 training images"
-    return Files("voc2012_sbd", CLASSES, pairs, description, absent=_ABSENT)
+    name, description = "voc2012", "PASCAL VOC 2012 segmentation, train and val"
+    if sbd:
+        pairs += _pairs_of_sbd(data_dir, {pair.name for pair in pairs})
+        number = sum(pair.split == "train" for pair in pairs)
+        name = "voc2012_sbd"
+        description = f"PASCAL VOC 2012 with SBD, {number:,} of 10,582 training images"
+    if not objects:
+        return Files(name, CLASSES, pairs, description, absent=_ABSENT)
+    everything = [dataclasses.replace(p, objects=_objects_file(p.label)) for p in pairs]
+    numbered = [pair for pair in everything if pair.objects and pair.objects.is_file()]
+    if not numbered:
+        raise UserError(
+            f"{voc}: no object has a mask of its own here (looked for "
+            f"{_objects_file(pairs[0].label)}); unpack the dataset again"
+        )
+    missing = len(pairs) - len(numbered)
+    note = f"{missing} images without object numbers (SegmentationObject or inst) are left out"
+    return Files(
+        f"{name}_objects",
+        CLASSES,
+        numbered,
+        f"{description}, objects",
+        _read_with_objects,
+        has_instances=True,
+        notes=[note] if missing else [],
+        absent=_ABSENT,
+    )
+
+
+def _objects_file(label: pathlib.Path) -> pathlib.Path:
+    """Returns the file of the object numbers that belongs to a label."""
+    folder = "inst" if label.suffix == ".mat" else "SegmentationObject"
+    return label.parent.with_name(folder) / label.name
+
+
+def _read_with_objects(pair: Pair, classes: ClassTable) -> Sample:
+    sample, path = files_lib.read_pair(pair, classes), pair.objects
+    assert path
+    if path.suffix == ".mat":
+        numbers = read_class_map(path.read_bytes(), path, b"GTinst")
+    else:
+        numbers = files_lib.read_instances(path, void=IGNORE_LABEL)
+    if numbers.shape != sample.label.shape:
+        raise UserError(f"{path}: another size than {pair.label}; restore both")
+    return dataclasses.replace(sample, instances=numbers.astype(np.uint16))
 
 
 def _pairs_of_sbd(data_dir: pathlib.Path, taken: set[str]) -> list[Pair]:
@@ -109,6 +156,8 @@ def _read_list(path: pathlib.Path) -> list[str]:
     return names
 
 
-def load(data_dir: pathlib.Path | None = None, *, sbd: bool = False) -> Dataset:
+def load(
+    data_dir: pathlib.Path | None = None, *, sbd: bool = False, objects: bool = False
+) -> Dataset:
     """Opens PASCAL VOC 2012; see `find`."""
-    return prepared.open_files(find(data_dir, sbd=sbd))
+    return prepared.open_files(find(data_dir, sbd=sbd, objects=objects))

@@ -1,0 +1,147 @@
+"""Images and objects as detectors are trained on them: read, resized, in a fixed number of slots.
+
+    [ReadObjects(), ResizeShortSide((800,), 1333), Normalise(...), RandomFlip(), PadObjects(100)]
+
+Pipelines pad images of a batch to one shape afterwards.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from dense_jax.data import objects as object_lib
+from dense_jax.data.dataset import Example
+from dense_jax.data.padded import Size
+from dense_jax.data.transforms import resize_example
+
+Rounding = Literal["nearest", "down"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadObjects:
+    """Finds the objects of an example; the first transform.
+
+    Attributes:
+      background: class that is not an object.
+      masks: whether objects have masks.
+      min_side: objects with a shorter side than this, in pixels, are left out.
+    """
+
+    background: int | None = 0
+    masks: bool = False
+    min_side: int = 1
+
+    def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
+        """Returns the example with "objects", and without the form in which they came."""
+        objects = object_lib.find(
+            example, self.background, min_side=self.min_side, masks=self.masks
+        )
+        rest = {k: x for k, x in example.items() if k not in ("instances", "annotations")}
+        return {**rest, "objects": objects}
+
+
+def short_side_size(size: Size, short: int, longest: int, rounding: Rounding = "nearest") -> Size:
+    """Returns the size of an image whose shorter side becomes ``short``, the longer <= ``longest``.
+
+    Args:
+      size: height and width.
+      short: pixels of the shorter side.
+      longest: limit of the longer side, in pixels.
+      rounding: of both sides. "nearest" as in detectron2 (half up); "down" as in torchvision, in
+        double precision, which makes 799 of some sides that should become 800.
+    """
+    scale = min(short / min(size), longest / max(size))
+    add = 0.5 if rounding == "nearest" else 0.0
+    height, width = (max(1, int(side * scale + add)) for side in size)
+    return height, width
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeShortSide:
+    """Resizes a uint8 image so that its shorter side has one of some lengths, drawn at random.
+
+    Attributes:
+      short: possible lengths of the shorter side, in pixels.
+      longest: limit of the longer side, in pixels.
+      rounding: see `short_side_size`.
+    """
+
+    short: Sequence[int]
+    longest: int
+    rounding: Rounding = "nearest"
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Returns the resized example."""
+        short = (
+            self.short[int(rng.integers(len(self.short)))] if len(self.short) > 1 else self.short[0]
+        )
+        size = example["image"].shape[:2]
+        return resize_example(example, short_side_size(size, short, self.longest, self.rounding))
+
+    def largest(self, size: Size) -> Size:
+        """Returns the largest size that an image of ``size`` can get."""
+        return short_side_size(size, max(self.short), self.longest, self.rounding)
+
+
+@dataclasses.dataclass(frozen=True)
+class LargeScaleJitter:
+    """Resizes a uint8 image by a random factor, relative to the largest that fits a size.
+
+    `RandomCrop` to the same size comes after `Normalise`.
+
+    Attributes:
+      size: height and width of training images.
+      low: least factor.
+      high: largest factor.
+
+    Reference: Ghiasi et al., "Simple copy-paste is a strong data augmentation method for instance
+    segmentation", CVPR 2021, arXiv:2012.07177, Section 3 (0.1 to 2).
+    """
+
+    size: Size
+    low: float = 0.1
+    high: float = 2.0
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Returns the resized example."""
+        height, width = example["image"].shape[:2]
+        factor = rng.uniform(self.low, self.high)
+        factor *= min(self.size[0] / height, self.size[1] / width)
+        return resize_example(
+            example, (max(1, round(height * factor)), max(1, round(width * factor)))
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PadObjects:
+    """Turns objects into arrays of a fixed number of slots; the last transform.
+
+    "objects" becomes a dict of "boxes" float32 [G, 4], "classes" int32 [G] and "valid" bool [G], if
+    there are masks also "masks" bool [G, H, W]. Crowds are left out, since nobody knows where
+    their objects end. Of more objects than slots, the largest are kept.
+
+    Attributes:
+      slots: G.
+    """
+
+    slots: int
+
+    def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
+        """Returns the example with arrays in place of objects."""
+        objects = example["objects"]
+        objects = objects.select(~objects.crowd)
+        if len(objects) > self.slots:
+            largest = np.argsort(-objects.areas, kind="stable")[: self.slots]
+            objects = objects.select(np.sort(largest))
+        free = self.slots - len(objects)
+        arrays = {"boxes": objects.boxes, "classes": objects.classes}
+        if objects.masks is not None:
+            arrays["masks"] = objects.masks
+        padded = {
+            key: np.pad(array, [(0, free)] + [(0, 0)] * (array.ndim - 1))
+            for key, array in arrays.items()
+        }
+        padded["valid"] = np.arange(self.slots) < len(objects)
+        return {**example, "objects": padded}
