@@ -12,6 +12,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 _FILES = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
 SCRIPTS = [name for name in _FILES if name != "conv_arithmetic"]  # those that train
 
+LABELLING = [name for name in SCRIPTS if name != "faster_rcnn"]  # those that label pixels
+
 
 def script(name: str) -> types.ModuleType:
     """Returns a training script, such as "fcn"."""

@@ -55,6 +55,9 @@ class FromRed:
 
     config = dataclasses.replace(SAME, normalisation="none", eval_batch_size=4)
 
+    def input_size(self, size):
+        return size
+
     def padded_side(self, side):
         return side
 

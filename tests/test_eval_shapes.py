@@ -14,7 +14,7 @@ from dense_jax.evaluation import labels
 from dense_jax.evaluation.batches import predict_split
 from dense_jax.infer.whole_image import padded_side, whole_image
 from dense_jax.models import deeplabv3, segnet, unet
-from tests import SCRIPTS, contract, script
+from tests import LABELLING, contract, script
 
 CLASSES = ClassTable(["a", "b", "c"])
 
@@ -71,7 +71,7 @@ def test_logits_are_the_same_bits_in_any_company(name, flags):
             assert np.std(logits) > 0
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", LABELLING)
 def test_networks_pad_as_they_say(name):
     """Zeros in front of the network, up to the side it names, are those that it adds itself."""
     task = task_of(name)

@@ -61,7 +61,8 @@ def test_smoke_run_leaves_scores_pictures_and_report(name, smoke_runs):
     protocol = evaluation["protocol"]
     assert protocol["images_scored"] == protocol["images_in_split"] == 6
     assert all(key in protocol for key in ("command", "versions", "device", "fingerprint"))
-    assert np.sum(evaluation["confusion"]) > 0
+    if evaluation["headline"] != "box_ap":
+        assert np.sum(evaluation["confusion"]) > 0
     kinds = {row["kind"] for row in read_metrics(workdir / "metrics.jsonl")}
     assert kinds == {"train", "eval"}
     page = (workdir / "report.html").read_text()

@@ -19,6 +19,7 @@ from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.errors import UserError
 from dense_jax.ops.crf import CrfParams
 from dense_jax.tasks import training
+from dense_jax.tasks.detection import DetectionConfig
 from dense_jax.train import config as configs
 from dense_jax.train.schedules import build_optimizer
 from dense_jax.train.state import TrainState
@@ -27,6 +28,7 @@ from tests import ROOT, SCRIPTS, script
 
 # Flags that each script's `build` reads; the other shared ones are tried with one script.
 READ_BY_BUILD = {"width", "augment", "crop", "dtype", "normalisation", "scale"}
+READ_BY_BUILD |= set(DetectionConfig.__annotations__)
 ONE_SCRIPT = "segnet"
 
 _SHAPES = ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2)
@@ -91,6 +93,10 @@ NEEDED = {
 
 # What one value of a flag needs, and no other value goes with.
 ALSO = {
+    ("faster_rcnn", "neck", "c4"): {"anchor_sizes": (16, 32)},
+    ("faster_rcnn", "neck", "c5"): {"anchor_sizes": (16, 32)},
+    ("faster_rcnn", "neck", "dc5"): {"anchor_sizes": (16, 32)},
+    ("faster_rcnn", "recipe", "paper"): {"neck": "dc5", "anchor_sizes": (16, 32)},
     ("dilated", "front_pad", "valid_reflect"): {"crop": (404, 404)},
     ("unet", "padding", "valid"): _VALID_UNET,
 }
@@ -109,6 +115,8 @@ SIDES = {
 ELSEWHERE = configs.FREE_ON_RESUME - {"num_steps"} | {"dataset", "init", "proposals"}
 ELSEWHERE |= {("deconvnet", "proposal_source", "file")}
 ELSEWHERE |= {("segnet", "class_balance", "published")}  # of CamVid
+ELSEWHERE |= {("faster_rcnn", "empty_images", "keep")}  # shapes counts no objects
+ELSEWHERE |= {("faster_rcnn", "test_side", 24)}  # images are resized before the program
 
 
 def changed(name, flags):
@@ -151,6 +159,7 @@ def flags_of(name):
     own = set(type(config).__annotations__)
     if name != ONE_SCRIPT:
         fields &= own | READ_BY_BUILD
+    fields -= of_its_own_test(name, "REFUSED").keys()
     for field in sorted(fields):
         if typing.get_origin(hints[field]) is typing.Literal:
             values = typing.get_args(hints[field])
@@ -180,7 +189,9 @@ class StageOfRun:
     def batch(self):
         task, config = self.task, self.config
         source = task.training_data(self.dataset).split("train")
-        batches = pipeline.train_batches(source, task.transforms, config.batch_size, config.seed)
+        batches = pipeline.train_batches(
+            source, task.transforms, config.batch_size, config.seed, shape_of=task.train_size
+        )
         with contextlib.closing(batches):
             return next(batches)
 
@@ -200,7 +211,7 @@ class StageOfRun:
 
     @functools.cached_property
     def batches(self):
-        return {name: (x.shape, sha256(x)) for name, x in self.batch.items()}
+        return jax.tree.map(lambda x: (x.shape, sha256(x)), self.batch)
 
     @functools.cached_property
     def network(self):

@@ -50,6 +50,9 @@ class Brightness:
     num_classes: int
     config: RunConfig = dataclasses.field(default_factory=lambda: RunConfig(normalisation="none"))
 
+    def input_size(self, size):
+        return size
+
     def padded_side(self, side):
         return side
 

@@ -28,8 +28,8 @@ ALLOWED = {
         "viz",
     },
     "tasks": {
-        *("data", "evaluation", "infer", "objectives", "ops", "runs", "scripts", "start"),
-        *("tasks", "train"),
+        *("data", "evaluation", "infer", "metrics", "objectives", "ops", "runs", "scripts"),
+        *("start", "tasks", "train"),
     },
     "sweep": {"analysis", "data", "evaluation", "runs", "scripts", "sweep", "train"},
 }

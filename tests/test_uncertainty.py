@@ -63,6 +63,9 @@ class Unsure:
 
     config = RunConfig(normalisation="none", eval_batch_size=4)
 
+    def input_size(self, size):
+        return size
+
     def padded_side(self, side):
         return side
 

@@ -14,7 +14,8 @@ from jax import lax
 from dense_jax.data import pipeline
 from dense_jax.data.dataset import Source
 from dense_jax.data.normalise import Normalise
-from dense_jax.data.padded import Shapes
+from dense_jax.data.padded import Shapes, Size
+from dense_jax.data.transforms import ResizeBy
 from dense_jax.train import processes
 from dense_jax.train.config import RunConfig
 from dense_jax.train.step import Batch, eval_step, replicate, shard
@@ -26,6 +27,10 @@ class Predicts(Protocol):
     @property
     def config(self) -> RunConfig:
         """How images are normalised and batched."""
+        ...
+
+    def input_size(self, size: Size) -> Size:
+        """Returns the size to which an image is resized."""
         ...
 
     def padded_side(self, side: int) -> int:
@@ -46,7 +51,7 @@ def eval_batches(
     size = -(-config.eval_batch_size // jax.device_count()) * devices
     return pipeline.eval_batches(
         source,
-        [Normalise(config.normalisation)],
+        [ResizeBy(task.input_size), Normalise(config.normalisation)],
         size,
         shapes=shapes or config.eval_shapes,
         padded_side=task.padded_side,

@@ -24,25 +24,28 @@ class Instances:
       boxes: float32 [N, 4], x0 y0 x1 y1 in pixels, from outer edge to outer edge.
       class_ids: int32 [N], ids in `classes`.
       scores: float32 [N] in [0, 1].
-      heatmaps: float32 [N, S, S], the probability that a cell of the box lies in the object.
-      threshold: a pixel belongs to a mask if its probability is at least this.
       classes: names and colours.
+      heatmaps: float32 [N, S, S], the probability that a cell of the box lies in the object; None
+        if only boxes are predicted.
+      threshold: a pixel belongs to a mask if its probability is at least this.
     """
 
     image: np.ndarray
     boxes: np.ndarray
     class_ids: np.ndarray
     scores: np.ndarray
-    heatmaps: np.ndarray
-    threshold: float
     classes: ClassTable
+    heatmaps: np.ndarray | None = None
+    threshold: float = 0.5
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     @functools.cached_property
-    def masks(self) -> np.ndarray:
-        """The pixels of each object, bool [N, H, W]."""
+    def masks(self) -> np.ndarray | None:
+        """The pixels of each object, bool [N, H, W]; None if only boxes are predicted."""
+        if self.heatmaps is None:
+            return None
         size = self.image.shape[:2]
         pasted = [
             paste(heatmap, box, size) >= self.threshold
@@ -51,7 +54,7 @@ class Instances:
         return np.stack(pasted) if pasted else np.zeros((0, *size), bool)
 
     def overlay(self) -> np.ndarray:
-        """Returns the image with a mask, box, name and score in one colour for each object."""
+        """Returns the image with box, name, score and mask in one colour for each object."""
         palette = np.array(voc_colours(1 + _COLOURS)[1:], np.uint8)
         return viz.objects(
             self.image,
@@ -65,26 +68,31 @@ class Instances:
 
     def results(self) -> list[dict[str, Any]]:
         """Returns the objects in COCO's results format (box, class, mask, score), without image."""
-        return [
-            {
+        rows, masks = [], self.masks
+        for i, (x0, y0, x1, y1) in enumerate(self.boxes):
+            row: dict[str, Any] = {
                 "category_id": int(self.class_ids[i]),
                 "bbox": [round(float(x), 2) for x in (x0, y0, x1 - x0, y1 - y0)],
-                "segmentation": rle.encode(self.masks[i]),
                 "score": round(float(self.scores[i]), 6),
             }
-            for i, (x0, y0, x1, y1) in enumerate(self.boxes)
-        ]
+            if masks is not None:
+                row["segmentation"] = rle.encode(masks[i])
+            rows.append(row)
+        return rows
 
     def save(self, folder: pathlib.Path, stem: str, *, probabilities: bool) -> list[dict[str, Any]]:
-        """Writes ``masks/STEM.png`` and returns the results.
+        """Writes ``masks/STEM.png``, if there are masks, and returns the results.
 
         Its pixels are object numbers from 1; the highest score is on top. With ``probabilities``,
         it also writes the heat maps (float16) to ``probabilities/STEM.npz``.
         """
+        masks = self.masks
+        if masks is None or self.heatmaps is None:
+            return self.results()
         runs.make_inner_folder(folder / "masks")
         numbers = np.zeros(self.image.shape[:2], np.uint16)
         for i in reversed(range(len(self))):
-            numbers[self.masks[i]] = i + 1
+            numbers[masks[i]] = i + 1
         runs.write_png(folder / "masks" / f"{stem}.png", numbers)
         if probabilities:
             runs.make_inner_folder(folder / "probabilities")

@@ -41,8 +41,10 @@ class Prediction(Protocol):
         """Returns the image with the prediction on top, uint8 [H, W, 3]."""
         ...
 
-    def save(self, folder: pathlib.Path, stem: str, *, probabilities: bool) -> list[dict[str, Any]]:
-        """Writes its files with this stem; returns its entries for COCO's results, if any."""
+    def save(
+        self, folder: pathlib.Path, stem: str, *, probabilities: bool
+    ) -> list[dict[str, Any]] | None:
+        """Writes its files with this stem; returns its entries for COCO's results, or None."""
         ...
 
 
@@ -73,7 +75,7 @@ class Labels:
         """Returns the image tinted by its labels, uint8 [H, W, 3]."""
         return viz.overlay(self.image, self.labels, self.classes.palette())
 
-    def save(self, folder: pathlib.Path, stem: str, *, probabilities: bool) -> list[dict[str, Any]]:
+    def save(self, folder: pathlib.Path, stem: str, *, probabilities: bool) -> None:
         """Writes ``labels/STEM.png``; with ``probabilities`` also ``probabilities/STEM.npz``."""
         runs.make_inner_folder(folder / "labels")
         with runs.replacing(folder / "labels" / f"{stem}.png") as stream:
@@ -83,7 +85,6 @@ class Labels:
             with runs.replacing(folder / "probabilities" / f"{stem}.npz") as stream:
                 soft = self.probabilities.astype(np.float16)
                 np.savez_compressed(stream, probabilities=soft)
-        return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Predictor:
       normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
       shapes: of the network's inputs, each compiled once; see `dense_jax.data.padded`.
       padded_side: the side to which the network pads a side of an image.
+      input_size: the size to which an image of a size is resized.
     """
 
     answer: Answer
@@ -104,10 +106,14 @@ class Predictor:
     normalisation: str
     shapes: Shapes = "exact"
     padded_side: Callable[[int], int] = lambda side: side
+    input_size: Callable[[Size], Size] = lambda size: size
 
     def shapes_of(self, sizes: Iterable[Size]) -> dict[Size, Size]:
         """Returns the shape of the network's input for each size of an image."""
-        return padded_shapes(sizes, self.shapes, self.padded_side)
+        sizes = list(sizes)
+        resized = [self.input_size(size) for size in sizes]
+        shapes = padded_shapes(resized, self.shapes, self.padded_side)
+        return {size: shapes[inputs] for size, inputs in zip(sizes, resized, strict=True)}
 
     def __call__(self, image: np.ndarray, shape: Size | None = None, **inputs: Any) -> Prediction:
         """Predicts one image.
@@ -119,7 +125,8 @@ class Predictor:
         """
         size = image.shape[:2]
         shape = shape or self.shapes_of([size])[size]
-        answers = self.answer(*prepare(image, self.normalisation, shape), **inputs)
+        arrays = prepare(image, self.normalisation, shape, self.input_size(size))
+        answers = self.answer(*arrays, **inputs)
         return self.read({name: x[0] for name, x in jax.device_get(answers).items()}, image)
 
 
@@ -192,6 +199,7 @@ def predict_folder(
     tell_if_many(shape_of, predict.shapes)
     output, palette = pathlib.Path(output_dir), classes.palette()
     predicted, shapes, results, orientations = [], set(), [], {}
+    has_results = inputs_of is not None
     try:
         output.mkdir(parents=True, exist_ok=True)
         runs.write_json(output / "classes.json", classes.to_json())
@@ -206,13 +214,15 @@ def predict_folder(
             orientations[path.name] = image.orientation
             prediction = predict(image.pixels, shape_of[size], **inputs)
             entries = prediction.save(output, path.stem, probabilities=probabilities)
-            results += [{"file_name": path.name, **entry} for entry in entries]
+            if entries is not None:
+                has_results = True
+                results += [{"file_name": path.name, **entry} for entry in entries]
             if overlays:
                 runs.make_inner_folder(output / "overlays")
                 runs.write_png(output / "overlays" / f"{path.stem}.png", prediction.overlay())
             predicted.append(path)
             shapes.add(shape_of[size])
-        if inputs_of:
+        if has_results:
             runs.write_json(output / "results.json", results)
     except OSError as error:
         raise UserError(

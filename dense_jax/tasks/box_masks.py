@@ -96,7 +96,7 @@ class BoxMasks(Task):
         boxes, class_ids, masks, scores = (
             answers[name][order] for name in ("boxes", "classes", "masks", "scores")
         )
-        return Instances(image, boxes, class_ids, scores, masks, self.threshold, classes)
+        return Instances(image, boxes, class_ids, scores, classes, masks, self.threshold)
 
     def as_inputs(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Checks "boxes" and "classes"; see `dense_jax.data.given_boxes.as_arrays`."""

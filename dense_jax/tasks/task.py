@@ -68,6 +68,18 @@ class Task(abc.ABC):
         train = self.training_split(dataset.split("train"))
         return dataclasses.replace(dataset, splits={**dataset.splits, "train": train})
 
+    def input_size(self, size: Size) -> Size:
+        """Returns the size to which an image of a size is resized before it is normalised."""
+        return size
+
+    @property
+    def train_size(self) -> Callable[[Size], Size] | None:
+        """The largest size of a training image, by its size in the dataset.
+
+        None if the transforms give all images one size.
+        """
+        return None
+
     def padded_side(self, side: int) -> int:
         """Returns the side to which zeros may pad images without an effect on predictions.
 

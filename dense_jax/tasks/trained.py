@@ -97,7 +97,14 @@ class Run:
             return self.task.read(answers, image, self.classes)
 
         config = self.config
-        return Predictor(run, read, config.normalisation, config.eval_shapes, self.task.padded_side)
+        return Predictor(
+            run,
+            read,
+            config.normalisation,
+            config.eval_shapes,
+            self.task.padded_side,
+            self.task.input_size,
+        )
 
     def predict(self, images: Picture | Sequence[Picture], **inputs: Any) -> Any:
         """Predicts images with the normalisation, scale, tiles and CRF of the run's script.

@@ -112,15 +112,19 @@ def fit(
         losses = _LossWatch(batches)
         throughput, rate = Throughput(), jax.jit(rate) if rate else None
         scores: dict[str, float] | None = None
-        stream = _ahead(batches, config)
+        stream, shapes = _ahead(batches, config), set()
+        num_shapes = getattr(batches, "num_shapes", 1)
         done, stopping = start, False
         for done, (batch, index, position) in zip(
             range(start + 1, config.num_steps + 1), stream, strict=False
         ):
             programs = CompileCounter.programs
             state, scalars = step(state, batch)
-            if done > start + 2 and CompileCounter.programs > programs:
+            shape = batch["images"].shape
+            is_expected = shape not in shapes and len(shapes) < num_shapes
+            if done > start + 2 and CompileCounter.programs > programs and not is_expected:
                 bar.write(f"step {done}: the training step was compiled again (a new shape?)")
+            shapes.add(shape)
             losses.add(done, scalars["loss"], index)
             throughput.add(config.batch_size)
             bar.update()

@@ -29,11 +29,14 @@ from dense_jax.models.rcnn.rpn import Objectness, ProposalHead
 from dense_jax.models.vgg import scaled
 from dense_jax.ops import roi
 
-Backbone = Literal["resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "vgg16"]
+Backbone = Literal[
+    "resnet14", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "vgg16"
+]
 Neck = Literal["fpn", "c4", "dc5", "c5"]
 RoiOp = Literal["pool", "warp", "align"]
 
 _RESNETS = {
+    "resnet14": resnet.resnet14,
     "resnet50": resnet.resnet50,
     "resnet101": resnet.resnet101,
     "resnext101_32x8d": resnet.resnext101_32x8d,
@@ -236,13 +239,14 @@ class FasterRCNN(nn.Module):
         return (stages["conv5_3" if self.backbone == "vgg16" else last],)
 
     def propose(
-        self, features: Sequence[jax.Array]
+        self, features: Sequence[jax.Array], *, train: bool = False
     ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         """Maps the maps to logits [B, H W A] and deltas [B, H W A, 4] of the anchors of each.
 
         Raises:
           ValueError: there are no anchors.
         """
+        del train  # the head is the same; a training step calls every method with it
         if not self.anchor_sizes:
             raise ValueError("This network has no anchors, and takes boxes that are given.")
         return self.rpn(features)

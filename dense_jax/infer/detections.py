@@ -1,0 +1,131 @@
+"""From the outputs of a detector to its detections, in arrays of fixed sizes.
+
+Everything here works on one image; use `jax.vmap` for a batch. Boxes are those of
+`dense_jax.ops.boxes`, in pixels of the padded image; the true image is at its upper left.
+
+Reference: Ren, He, Girshick, Sun, "Faster R-CNN", NIPS 2015, arXiv:1506.01497; pytorch/vision:
+torchvision/models/detection/roi_heads.py.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from dense_jax.ops import boxes as box_ops
+from dense_jax.ops.nms import nms
+from dense_jax.ops.proposals import HEAD_WEIGHTS, ProposalRule, propose
+
+_LEAST_DETECTION = 1e-2  # pixels, of both sides
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionRule:
+    """How detections are chosen.
+
+    Attributes:
+      count: D, the largest number of detections of an image.
+      min_score: detections have a probability above this.
+      max_iou: of two detections of a class with a larger IoU the lower score is dropped.
+      candidates: number of pairs of a box and a class, of the highest scores, that take part.
+      min_side: detections with a shorter side than this, in pixels, are dropped.
+      plus_one: whether widths are x1 - x0 + 1, as in Caffe.
+    """
+
+    count: int = 100
+    min_score: float = 0.05
+    max_iou: float = 0.5
+    candidates: int = 1000
+    min_side: float = _LEAST_DETECTION
+    plus_one: bool = False
+
+
+def detect(
+    logits: jax.Array,
+    deltas: jax.Array,
+    boxes: jax.Array,
+    valid: jax.Array,
+    size: jax.Array,
+    rule: DetectionRule,
+) -> dict[str, jax.Array]:
+    """Returns "boxes" [D, 4], "classes" int32 [D], "scores" [D] and "valid" bool [D].
+
+    The detections have the highest scores first. Also returns "overflow", bool: whether more pairs
+    had a score above the limit than take part, and fewer than D of those survived; only then could
+    a larger `DetectionRule.candidates` give other detections.
+
+    Args:
+      logits: [R, K], class 0 is the background.
+      deltas: [R, K, 4], of each class.
+      boxes: [R, 4], the proposals.
+      valid: bool [R].
+      size: int32 [2], height and width of the true image.
+      rule: how to choose.
+    """
+    num_classes = logits.shape[1]
+    scores = jax.nn.softmax(logits, axis=-1)[:, 1:]
+    moved = box_ops.decode(
+        deltas[:, 1:], boxes[:, None], weights=HEAD_WEIGHTS, plus_one=rule.plus_one
+    )
+    moved = box_ops.clip(moved, tuple(size.astype(moved.dtype)))
+    good = valid[:, None] & (scores > rule.min_score)
+    good &= box_ops.min_side(moved) >= rule.min_side
+    good &= jnp.all(jnp.isfinite(moved), axis=-1)
+    ranked = jnp.where(good, scores, -jnp.inf).ravel()
+    top, index = lax.top_k(ranked, min(rule.candidates, ranked.shape[0]))
+    places, classes = moved.reshape(-1, 4)[index], index % (num_classes - 1) + 1
+    takes_part = top > -jnp.inf
+    kept = nms(places, takes_part, rule.max_iou, groups=classes, plus_one=rule.plus_one)
+    best, order = lax.top_k(jnp.where(kept, top, -jnp.inf), min(rule.count, top.shape[0]))
+    is_kept = best > -jnp.inf
+    free = rule.count - best.shape[0]
+
+    def slots(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, free)] + [(0, 0)] * (x.ndim - 1))
+
+    left_out = jnp.sum(good) > top.shape[0]
+    return {
+        "boxes": slots(jnp.where(is_kept[:, None], places[order], 0.0)),
+        "classes": slots(jnp.where(is_kept, classes[order], 0).astype(jnp.int32)),
+        "scores": slots(jnp.where(is_kept, best, 0.0)),
+        "valid": slots(is_kept),
+        "overflow": left_out & (jnp.sum(kept) < rule.count),
+    }
+
+
+def two_stages(
+    model: nn.Module,
+    anchors_of: Callable[[Any, Sequence[Any]], Sequence[jax.Array]],
+    proposal_rule: ProposalRule,
+    detection_rule: DetectionRule,
+) -> Callable[[Any, jax.Array, jax.Array], dict[str, jax.Array]]:
+    """Returns (variables, images [B, H, W, C], sizes [B, 2]) -> the arrays of `detect`, [B, ...].
+
+    Args:
+      model: a `dense_jax.models.rcnn.faster_rcnn.FasterRCNN`.
+      anchors_of: (size of the padded images, sizes of the maps) -> anchors of each map, [N_l, 4].
+      proposal_rule: how proposals are chosen.
+      detection_rule: how detections are chosen.
+    """
+
+    def predict(variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+        apply = functools.partial(model.apply, variables)
+        levels: Any = apply(images, train=False, method="features")
+        proposed: Any = apply(levels, method="propose")
+        logits, deltas = proposed
+        grids = [(level.shape[1], level.shape[2]) for level in levels]
+        anchors = anchors_of((images.shape[1], images.shape[2]), grids)
+        proposals = jax.vmap(functools.partial(propose, rule=proposal_rule), (0, 0, None, 0))(
+            logits, deltas, anchors, sizes
+        )
+        scored: Any = apply(levels, proposals.boxes, train=False, method="classify")
+        scores, moves = scored
+        choose = functools.partial(detect, rule=detection_rule)
+        return jax.vmap(choose)(scores, moves, proposals.boxes, proposals.valid, sizes)
+
+    return predict

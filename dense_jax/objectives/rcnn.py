@@ -1,0 +1,300 @@
+"""The losses of Faster R-CNN: of its proposals and of its boxes.
+
+Reference: Ren, He, Girshick, Sun, "Faster R-CNN", NIPS 2015, arXiv:1506.01497, Equation 1;
+Girshick, "Fast R-CNN", ICCV 2015, arXiv:1504.08083, Equations 1 to 3. Attributes of `AnchorRule`
+and `RoiRule` are what torchvision, detectron2 and the releases in Caffe do differently.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dense_jax.objectives import targets
+from dense_jax.ops import boxes as box_ops
+from dense_jax.ops.proposals import HEAD_WEIGHTS, RPN_WEIGHTS, ProposalRule, Proposals, propose
+
+Size = tuple[int, int]
+Batch = dict[str, Any]
+Losses = dict[str, tuple[jax.Array, jax.Array]]
+LossFn = Callable[[Callable[..., Any], Batch, jax.Array], Losses]
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorRule:
+    """Which anchors train, and how their losses are divided.
+
+    Attributes:
+      foreground, background: IoU from which an anchor stands for an object, and below which it
+        stands for none.
+      sample: number of anchors drawn from an image.
+      max_foreground: largest number of them that stand for an object.
+      beta: width of the quadratic part of the smooth L1 loss; 0 is the L1 loss.
+      inside: anchors that cross the edge of the image do not train (py-faster-rcnn, Detectron).
+      fixed_count: divides by `sample` times the number of images (detectron2), not by the number
+        of anchors drawn.
+      plus_one: whether widths are x1 - x0 + 1, as in Caffe.
+      box_weight: factor of the box loss.
+    """
+
+    foreground: float = 0.7
+    background: float = 0.3
+    sample: int = 256
+    max_foreground: int = 128
+    beta: float = 1 / 9
+    inside: bool = False
+    fixed_count: bool = False
+    plus_one: bool = False
+    box_weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RoiRule:
+    """Which proposals train the box head.
+
+    Attributes:
+      foreground: IoU from which a proposal has the class of an object.
+      background: proposals with an IoU in [low, high) are background.
+      sample: number of proposals drawn from an image.
+      max_foreground: largest number of them with a class.
+      beta: width of the quadratic part of the smooth L1 loss; 0 is the L1 loss.
+      plus_one: whether widths are x1 - x0 + 1, as in Caffe.
+    """
+
+    foreground: float = 0.5
+    background: tuple[float, float] = (0.0, 0.5)
+    sample: int = 512
+    max_foreground: int = 128
+    beta: float = 1 / 9
+    plus_one: bool = False
+
+
+def smooth_l1(errors: jax.Array, beta: float) -> jax.Array:
+    """Returns 0.5 x^2 / beta where |x| < beta, else |x| - beta / 2, of each error."""
+    size = jnp.abs(errors)
+    if beta == 0:
+        return size
+    return jnp.where(size < beta, 0.5 * size * size / beta, size - 0.5 * beta)
+
+
+def anchor_losses(
+    logits: jax.Array,
+    deltas: jax.Array,
+    anchors: jax.Array,
+    objects: dict[str, jax.Array],
+    sizes: jax.Array,
+    uniform: jax.Array,
+    rule: AnchorRule,
+) -> Losses:
+    """Returns {"rpn_class": (sum, count), "rpn_box": (sum, count)} of a batch.
+
+    Args:
+      logits: [B, N], of all levels in turn.
+      deltas: [B, N, 4].
+      anchors: [N, 4].
+      objects: "boxes" [B, G, 4] and "valid" [B, G].
+      sizes: int32 [B, 2], height and width of the images before padding.
+      uniform: [B, N], random numbers in [0, 1).
+      rule: which anchors train.
+    """
+    chex.assert_rank([logits, deltas, anchors, uniform], [2, 3, 2, 2])
+    chex.assert_equal_shape([logits, uniform])
+    anchors = jnp.asarray(anchors)
+
+    def one(
+        logits: jax.Array,
+        deltas: jax.Array,
+        boxes: jax.Array,
+        valid: jax.Array,
+        size: jax.Array,
+        uniform: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        candidates = None
+        if rule.inside:
+            height, width = size.astype(anchors.dtype)
+            candidates = box_ops.inside(anchors, (height, width), plus_one=rule.plus_one)
+        matches = targets.match(
+            box_ops.iou(anchors, boxes, plus_one=rule.plus_one),
+            valid,
+            foreground=rule.foreground,
+            background=rule.background,
+            force=True,
+            candidates=candidates,
+        )
+        drawn = targets.sample(matches.label, uniform, rule.sample, rule.max_foreground)
+        own = logits[drawn.index]
+        entropy = jax.nn.softplus(jnp.where(drawn.foreground, -own, own))
+        wanted = box_ops.encode(
+            boxes[matches.index[drawn.index]],
+            anchors[drawn.index],
+            weights=RPN_WEIGHTS,
+            plus_one=rule.plus_one,
+        )
+        wanted = jnp.where(drawn.foreground[:, None], wanted, 0.0)
+        errors = smooth_l1(deltas[drawn.index] - wanted, rule.beta)
+        return (
+            jnp.sum(jnp.where(drawn.filled, entropy, 0.0)),
+            jnp.sum(jnp.where(drawn.foreground[:, None], errors, 0.0)) * rule.box_weight,
+            jnp.sum(drawn.filled),
+        )
+
+    classes, boxes, counts = jax.vmap(one)(
+        logits, deltas, objects["boxes"], objects["valid"], sizes, uniform
+    )
+    count = jnp.sum(counts)
+    if rule.fixed_count:
+        count = jnp.asarray(rule.sample * logits.shape[0])
+    return {"rpn_class": (jnp.sum(classes), count), "rpn_box": (jnp.sum(boxes), count)}
+
+
+class RoiTargets(NamedTuple):
+    """The sampled proposals of a batch and what the box head should say of them.
+
+    Attributes:
+      boxes: float32 [B, S, 4].
+      classes: int32 [B, S], 0 is the background.
+      deltas: float32 [B, S, 4], from the box to its object; 0 for the background.
+      object_index: int32 [B, S], the object of each box.
+      filled: bool [B, S], False for empty slots.
+    """
+
+    boxes: jax.Array
+    classes: jax.Array
+    deltas: jax.Array
+    object_index: jax.Array
+    filled: jax.Array
+
+
+def sample_rois(
+    proposals: Proposals, objects: dict[str, jax.Array], uniform: jax.Array, rule: RoiRule
+) -> RoiTargets:
+    """Draws the proposals that train the box head; boxes of objects take part as proposals.
+
+    The proposals are constants: no gradient flows into them.
+
+    Args:
+      proposals: boxes [B, R, 4] and valid [B, R].
+      objects: "boxes" [B, G, 4], "classes" [B, G] and "valid" [B, G].
+      uniform: [B, R + G], random numbers in [0, 1).
+      rule: which proposals train.
+    """
+
+    def one(
+        boxes: jax.Array,
+        ok: jax.Array,
+        truth: jax.Array,
+        classes: jax.Array,
+        valid: jax.Array,
+        uniform: jax.Array,
+    ) -> RoiTargets:
+        boxes = jnp.concatenate([boxes, truth])
+        matches = targets.match(
+            box_ops.iou(boxes, truth, plus_one=rule.plus_one),
+            valid,
+            foreground=rule.foreground,
+            background=rule.background,
+            candidates=jnp.concatenate([ok, valid]),
+        )
+        drawn = targets.sample(matches.label, uniform, rule.sample, rule.max_foreground)
+        index = matches.index[drawn.index]
+        deltas = box_ops.encode(
+            truth[index], boxes[drawn.index], weights=HEAD_WEIGHTS, plus_one=rule.plus_one
+        )
+        return RoiTargets(
+            jnp.where(drawn.filled[:, None], boxes[drawn.index], 0.0),
+            jnp.where(drawn.foreground, classes[index], 0),
+            jnp.where(drawn.foreground[:, None], deltas, 0.0),
+            index,
+            drawn.filled,
+        )
+
+    fixed = lax.stop_gradient(proposals)
+    return jax.vmap(one)(
+        fixed.boxes, fixed.valid, objects["boxes"], objects["classes"], objects["valid"], uniform
+    )
+
+
+def roi_losses(logits: jax.Array, deltas: jax.Array, wanted: RoiTargets, rule: RoiRule) -> Losses:
+    """Returns {"class": (sum, count), "box": (sum, count)}; both counts are the sampled boxes.
+
+    Args:
+      logits: [B, S, K], class 0 is the background.
+      deltas: [B, S, K, 4].
+      wanted: of `sample_rois`.
+      rule: the one of `sample_rois`.
+    """
+    chex.assert_rank([logits, deltas], [3, 4])
+    log_p = jax.nn.log_softmax(logits)
+    entropy = -jnp.take_along_axis(log_p, wanted.classes[..., None], axis=-1)[..., 0]
+    own = jnp.take_along_axis(deltas, wanted.classes[..., None, None], axis=2)[..., 0, :]
+    errors = smooth_l1(own - wanted.deltas, rule.beta)
+    count = jnp.sum(wanted.filled)
+    is_object = (wanted.classes > 0)[..., None]
+    return {
+        "class": (jnp.sum(jnp.where(wanted.filled, entropy, 0.0)), count),
+        "box": (jnp.sum(jnp.where(is_object, errors, 0.0)), count),
+    }
+
+
+def uniforms(rng: jax.Array, index: jax.Array, count: int) -> jax.Array:
+    """Returns random numbers in [0, 1), [B, count], of each image: a function of (rng, index).
+
+    Args:
+      rng: key of the step.
+      index: int32 [B], the images' numbers in their split.
+      count: numbers for each image.
+    """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, index)
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+
+
+def objective(
+    anchors_of: Callable[[Size, Sequence[Size]], Sequence[jax.Array]],
+    anchor_rule: AnchorRule,
+    proposal_rule: ProposalRule,
+    roi_rule: RoiRule,
+) -> LossFn:
+    """Returns the losses of end-to-end training: "rpn_class", "rpn_box", "class" and "box".
+
+    The network is a `dense_jax.models.rcnn.faster_rcnn.FasterRCNN`. Batches have "images", "index",
+    "objects" (see `dense_jax.data.detection.PadObjects`) and, where images are padded, "size".
+
+    Args:
+      anchors_of: (size of the padded images, sizes of the maps) -> anchors of each map, [N_l, 4].
+      anchor_rule: which anchors train.
+      proposal_rule: which of them become proposals.
+      roi_rule: which proposals train the box head.
+    """
+
+    def losses(apply: Callable[..., Any], batch: Batch, rng: jax.Array) -> Losses:
+        images, objects = batch["images"], batch["objects"]
+        height, width = images.shape[1:3]
+        sizes = batch.get("size")
+        if sizes is None:
+            sizes = jnp.broadcast_to(jnp.array([height, width], jnp.int32), (len(images), 2))
+        levels = apply(images, method="features")
+        logits, deltas = apply(levels, method="propose")
+        grids = [(level.shape[1], level.shape[2]) for level in levels]
+        anchors = anchors_of((height, width), grids)
+        for_anchors, for_rois = jax.random.split(rng)
+        all_anchors = jnp.concatenate(anchors)
+        uniform = uniforms(for_anchors, batch["index"], len(all_anchors))
+        all_logits, all_deltas = (jnp.concatenate(x, axis=1) for x in (logits, deltas))
+        result = anchor_losses(
+            all_logits, all_deltas, all_anchors, objects, sizes, uniform, anchor_rule
+        )
+        proposals = jax.vmap(functools.partial(propose, rule=proposal_rule), (0, 0, None, 0))(
+            *lax.stop_gradient((logits, deltas)), anchors, sizes
+        )
+        count = proposals.boxes.shape[1] + objects["boxes"].shape[1]
+        uniform = uniforms(for_rois, batch["index"], count)
+        wanted = sample_rois(proposals, objects, uniform, roi_rule)
+        scores, moves = apply(levels, wanted.boxes, method="classify")
+        return result | roi_losses(scores, moves, wanted, roi_rule)
+
+    return losses

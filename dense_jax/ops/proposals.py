@@ -1,0 +1,101 @@
+"""Proposals of a region proposal network, in arrays of fixed sizes.
+
+Everything here works on one image; use `jax.vmap` for a batch. Boxes are those of
+`dense_jax.ops.boxes`, in pixels of the padded image; the true image is at its upper left.
+
+Reference: Ren, He, Girshick, Sun, "Faster R-CNN", NIPS 2015, arXiv:1506.01497; per level: Lin et
+al., "Feature pyramid networks", CVPR 2017, arXiv:1612.03144; pytorch/vision:
+torchvision/models/detection/rpn.py.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dense_jax.ops import boxes as box_ops
+from dense_jax.ops.nms import nms
+
+RPN_WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the deltas of anchors; see `dense_jax.ops.boxes.encode`
+HEAD_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the deltas of the box head
+_LEAST_PROPOSAL = 1e-3  # pixels, of both sides
+
+
+class Proposals(NamedTuple):
+    """The R proposals of an image, the highest score first.
+
+    Attributes:
+      boxes: float32 [R, 4], inside of the true image.
+      scores: float32 [R], logits.
+      valid: bool [R], False for empty slots.
+    """
+
+    boxes: jax.Array
+    scores: jax.Array
+    valid: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ProposalRule:
+    """How proposals are chosen.
+
+    Attributes:
+      candidates: number of anchors of the highest scores that each level keeps.
+      count: R.
+      max_iou: of two proposals of a level with a larger IoU the lower score is dropped.
+      min_side: proposals with a shorter side than this, in pixels, are dropped.
+      plus_one: whether widths are x1 - x0 + 1, as in Caffe.
+    """
+
+    candidates: int
+    count: int
+    max_iou: float = 0.7
+    min_side: float = _LEAST_PROPOSAL
+    plus_one: bool = False
+
+
+def propose(
+    logits: Sequence[jax.Array],
+    deltas: Sequence[jax.Array],
+    anchors: Sequence[jax.Array],
+    size: jax.Array,
+    rule: ProposalRule,
+) -> Proposals:
+    """Returns the proposals of an image.
+
+    Each level keeps its best anchors, moves them, cuts them at the edges of the true image, drops
+    tiny ones and suppresses; then the best of all levels are taken. Logits decide the order: their
+    sigmoid is 1 in float32 from about 17 on.
+
+    Args:
+      logits: of each level, [N_l].
+      deltas: of each level, [N_l, 4].
+      anchors: of each level, [N_l, 4].
+      size: int32 [2], height and width of the true image.
+      rule: how to choose.
+    """
+    boxes, scores, valid, levels = [], [], [], []
+    for level, (own, moves, places) in enumerate(zip(logits, deltas, anchors, strict=True)):
+        best, index = lax.top_k(own, min(rule.candidates, own.shape[0]))
+        moved = box_ops.decode(
+            moves[index], jnp.asarray(places)[index], weights=RPN_WEIGHTS, plus_one=rule.plus_one
+        )
+        moved = box_ops.clip(moved, tuple(size.astype(moved.dtype)))
+        boxes.append(moved)
+        scores.append(best)
+        finite = jnp.isfinite(best) & jnp.all(jnp.isfinite(moved), axis=-1)
+        valid.append(finite & (box_ops.min_side(moved) >= rule.min_side))
+        levels.append(jnp.full(best.shape, level, jnp.int32))
+    kept = [
+        nms(own, ok, rule.max_iou, plus_one=rule.plus_one)
+        for own, ok in zip(boxes, valid, strict=True)
+    ]
+    every = jnp.concatenate(scores)
+    ranked = jnp.where(jnp.concatenate(kept), every, -jnp.inf)
+    top, index = lax.top_k(ranked, min(rule.count, ranked.shape[0]))
+    chosen = Proposals(jnp.concatenate(boxes)[index], every[index], top > -jnp.inf)
+    free = rule.count - top.shape[0]
+    return Proposals(*(jnp.pad(x, [(0, free)] + [(0, 0)] * (x.ndim - 1)) for x in chosen))

@@ -1,0 +1,235 @@
+"""The task that finds objects: their boxes, classes and scores, scored by average precision."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import jax
+import numpy as np
+
+from dense_jax.data import objects as object_lib
+from dense_jax.data.classes import ClassTable
+from dense_jax.data.dataset import Dataset, Example, Part
+from dense_jax.data.detection import (
+    LargeScaleJitter,
+    PadObjects,
+    ReadObjects,
+    ResizeShortSide,
+    short_side_size,
+)
+from dense_jax.data.normalise import Normalise
+from dense_jax.data.padded import BUCKET, Size, in_words, tell_if_many
+from dense_jax.data.transforms import RandomCrop, RandomFlip, Transform, chosen
+from dense_jax.errors import refuse
+from dense_jax.evaluation import instances
+from dense_jax.evaluation.batches import eval_batches, predict_each
+from dense_jax.evaluation.record import Record
+from dense_jax.infer.instances import Instances
+from dense_jax.metrics.detections import Detections, Truth
+from dense_jax.ops import boxes as box_ops
+from dense_jax.tasks.task import Evaluate, Task
+from dense_jax.train import processes
+from dense_jax.train.config import Count, Counts, RunConfig
+from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectionConfig(RunConfig):
+    """The flags of all scripts that find objects, besides those of `RunConfig`."""
+
+    short_side: Counts = (800,)
+    """Pixels of the shorter side of training images; of several, one is drawn for each image.
+    Evaluation and prediction take the last one, or --test-side."""
+    max_side: Count = 1333
+    """Limit of the longer side, in pixels."""
+    test_side: Count | None = None
+    """Pixels of the shorter side in evaluation and prediction. Default: the last --short-side."""
+    flip: Literal["on", "off"] = "on"
+    """Flip training images left and right at random."""
+    jitter: Literal["none", "large_scale"] = "none"
+    """large_scale resizes training images by 0.1 to 2, relative to --max-side, and crops squares of
+    this side (arXiv:2012.07177, Section 3), in place of --short-side."""
+    max_objects: Count = 100
+    """Largest number of objects of a training image; of more, the largest are kept."""
+    empty_images: Literal["skip", "keep"] = "skip"
+    """Whether images without objects are left out of training."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for flags that do not go together."""
+        super().__post_init__()
+        refuse(self.scale != 1, f"--scale={self.scale}: detectors resize by --short-side")
+        refuse(
+            self.loss_norm != "valid",
+            f"--loss-norm={self.loss_norm}: the losses of detectors have divisors of their own",
+        )
+
+    def transforms(self, masks: bool = False) -> list[Transform]:
+        """Returns the training transforms."""
+        has_jitter, square = self.jitter == "large_scale", (self.max_side, self.max_side)
+        return chosen(
+            ReadObjects(masks=masks),
+            has_jitter and LargeScaleJitter(square),
+            not has_jitter and ResizeShortSide(self.short_side, self.max_side),
+            Normalise(self.normalisation),
+            has_jitter and RandomCrop(square),
+            self.flip == "on" and RandomFlip(),
+            PadObjects(self.max_objects),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Detection(Task):
+    """A run whose network finds objects.
+
+    Attributes:
+      objective: the loss: (apply, batch, rng) -> {name: (sum, count)}.
+      forward: (variables, images [B, H, W, C], sizes [B, 2]) -> detections, in pixels of these
+        images: "boxes" [B, D, 4], "classes" [B, D], "scores" [B, D], "valid" [B, D].
+      stride: heights and widths of padded images are multiples of this, in pixels.
+      notes: further lines of the protocol card.
+    """
+
+    config: DetectionConfig
+    _: dataclasses.KW_ONLY
+    objective: LossFn
+    forward: Callable[[Any, jax.Array, jax.Array], dict[str, jax.Array]]
+    stride: int = BUCKET
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    headline: ClassVar[str] = "box_ap"
+    reads: ClassVar[Sequence[str]] = ("boxes", "classes", "scores", "valid")
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """How images are resized and what was chosen."""
+        side = self.config.test_side or self.config.short_side[-1]
+        words = f"shorter side {side}, longer at most {self.config.max_side} pixels; no flips"
+        return {"test_time_options": words, **self.notes}
+
+    def input_size(self, size: Size) -> Size:
+        """Returns the size to which an image is resized."""
+        side = self.config.test_side or self.config.short_side[-1]
+        return short_side_size(size, side, self.config.max_side)
+
+    def padded_side(self, side: int) -> int:
+        """Returns the next multiple of the stride.
+
+        Padding is not without an effect: biases make it non-zero behind the first layers, so that
+        detections near the lower and right edges depend on it. Each image is padded by its own
+        size alone, so its detections do not depend on other images.
+        """
+        return -(-side // self.stride) * self.stride
+
+    @property
+    def train_size(self) -> Callable[[Size], Size] | None:
+        """The largest size of a training image, by its size in the dataset; None for squares."""
+        config = self.config
+        if config.jitter == "large_scale":
+            return None
+        return lambda size: short_side_size(size, max(config.short_side), config.max_side)
+
+    def training_data(self, dataset: Dataset) -> Dataset:
+        """Returns the dataset without training images that show no object, and tells of them."""
+        counts = dataset.num_objects.get("train")
+        if counts:
+            many = [count for count in counts if count > self.config.max_objects]
+            if many:
+                print(
+                    f"{len(many)} training images have more than --max-objects="
+                    f"{self.config.max_objects} objects, up to {max(many)}: the largest are kept"
+                )
+        if counts and self.config.empty_images == "skip" and not all(counts):
+            own = [i for i, count in enumerate(counts) if count]
+            refuse(not own, f"no training image of {dataset.name} shows an object: give other data")
+            print(f"{len(counts) - len(own)} training images without objects are left out")
+            train = Part(dataset.split("train"), own)
+            dataset = dataclasses.replace(dataset, splits={**dataset.splits, "train": train})
+        return super().training_data(dataset)
+
+    def loss(self, dataset: Dataset) -> LossFn:
+        """Returns the objective."""
+        refuse(
+            dataset.classes.num_classes < 2,
+            f"dataset {dataset.name!r} has no class besides the background: add one",
+        )
+        return self.objective
+
+    def predict(
+        self, variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns the detections of a batch; see `Detection.forward`."""
+        return self.forward(variables, images, sizes)
+
+    def answers(self, outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns the detections."""
+        return dict(outputs)
+
+    def read(
+        self, answers: Mapping[str, np.ndarray], image: np.ndarray, classes: ClassTable
+    ) -> Instances:
+        """Returns the objects of an image, in its own pixels, the highest score first."""
+        found = self.in_image(answers, image.shape[:2])
+        return Instances(image, found["boxes"], found["class_ids"], found["scores"], classes)
+
+    def in_image(self, answers: Mapping[str, np.ndarray], size: Size) -> dict[str, np.ndarray]:
+        """Returns "boxes", "class_ids" and "scores" of an image of a size before resizing."""
+        inputs = self.input_size(size)
+        valid = answers["valid"]
+        boxes = box_ops.scale(answers["boxes"][valid], (size[0] / inputs[0], size[1] / inputs[1]))
+        return {
+            "boxes": box_ops.clip(boxes, size),
+            "class_ids": answers["classes"][valid],
+            "scores": answers["scores"][valid],
+        }
+
+    def evaluator(self, dataset: Dataset, split: str) -> Evaluate:
+        """Returns a function that scores the detections of a split."""
+        source = dataset.split(split)
+        batches = eval_batches(source, self)
+        tell_if_many(batches.shapes, self.config.eval_shapes)
+
+        def outputs(variables: Any, batch: Batch) -> tuple[Any, Any]:
+            return {}, predict_each(self, variables, batch["images"], batch["size"])
+
+        step = eval_step(outputs)
+
+        def evaluate(variables: Any, is_last: bool) -> Record:
+            del is_last
+            variables = replicate(variables)
+            collected, image_ids = instances.DetectionEvaluator(), {}
+            for batch in batches:
+                arrays = {name: batch[name] for name in ("images", "size")}
+                found = jax.device_get(step(variables, shard(arrays))[1])
+                found = {name: x.reshape(-1, *x.shape[2:]) for name, x in found.items()}
+                for row, index in enumerate(batch["index"].tolist()):
+                    if index >= 0:
+                        example = source[index]
+                        image_ids[index] = example.get("image_id", index)
+                        own = {name: x[row] for name, x in found.items()}
+                        size = example["image"].shape[:2]
+                        collected.add(index, truth_of(example), self._detections(own, size))
+            collected.gather()
+            ids = dict(pair for some in processes.from_all([*image_ids.items()]) for pair in some)
+            shown = instances.findings(
+                collected,
+                dataset,
+                split,
+                kinds=("box",),
+                voc_boxes="devkit" if dataset.name.startswith("voc") else None,
+                image_ids=[ids[index] for index in sorted(ids)],
+                category_ids=dataset.category_ids or None,
+            )
+            card = {"padding": in_words(set(batches.shapes.values())), **self.card}
+            return instances.record(collected, [shown], dataset, split, self.headline, card)
+
+        return evaluate
+
+    def _detections(self, answers: Mapping[str, np.ndarray], size: Size) -> Detections:
+        found = self.in_image(answers, size)
+        return Detections.build(found["boxes"], found["class_ids"], found["scores"])
+
+
+def truth_of(example: Example) -> Truth:
+    """Returns the true objects of an example, as metrics take them; class 0 is the background."""
+    objects = object_lib.find(example, 0, masks=False)
+    return Truth.build(objects.boxes, objects.classes, crowd=objects.crowd, area=objects.areas)

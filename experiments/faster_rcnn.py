@@ -1,0 +1,184 @@
+"""Faster R-CNN (Ren, He, Girshick, Sun, NIPS 2015, arXiv:1506.01497) and Fast R-CNN.
+
+    python -m experiments.faster_rcnn demo
+    python -m experiments.faster_rcnn coco --data-dir=/data/coco --init=file:resnet50.pth
+    python -m experiments.faster_rcnn paper --data-dir=/data/VOCdevkit --workdir=/runs/faster
+
+--recipe chooses as a whole what codes do differently: torchvision, detectron2, or paper (the
+release in Caffe). Results: docs/results.md.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+from dense_jax.infer.detections import DetectionRule, two_stages
+from dense_jax.models.rcnn.faster_rcnn import Backbone, FasterRCNN, Neck, RoiOp
+from dense_jax.objectives.rcnn import AnchorRule, RoiRule, objective
+from dense_jax.ops import anchors as anchor_ops
+from dense_jax.ops.proposals import ProposalRule
+from dense_jax.ops.roi import Reduce
+from dense_jax.tasks import training
+from dense_jax.tasks.detection import Detection, DetectionConfig
+from dense_jax.train.config import AtLeastZero, Count, Factor, from_scratch, smoke
+from dense_jax.train.schedules import ParamGroup
+from dense_jax.train.step import AXIS
+
+
+class _Recipe(NamedTuple):
+    """What the codes do differently.
+
+    Attributes:
+      anchors: convention of the anchors.
+      anchor_rule: which anchors train.
+      roi_rule: which proposals train the head.
+      train: proposals in training.
+      test: proposals in evaluation.
+      detections: the final choice.
+      roi_op, roi_aligned, roi_samples: how boxes are cropped; see `FasterRCNN`.
+    """
+
+    anchors: anchor_ops.Convention
+    anchor_rule: AnchorRule
+    roi_rule: RoiRule
+    train: ProposalRule
+    test: ProposalRule
+    detections: DetectionRule
+    roi_op: RoiOp = "align"
+    roi_aligned: bool = False
+    roi_samples: int | None = 2
+
+
+_RECIPES = {
+    "torchvision": _Recipe(
+        "torchvision", AnchorRule(), RoiRule(),
+        ProposalRule(2000, 2000), ProposalRule(1000, 1000), DetectionRule(),
+    ),
+    "detectron2": _Recipe(
+        "detectron2", AnchorRule(beta=0.0, fixed_count=True), RoiRule(beta=0.0),
+        ProposalRule(2000, 1000, min_side=0.0), ProposalRule(1000, 1000, min_side=0.0),
+        DetectionRule(min_side=0.0), roi_aligned=True, roi_samples=None,
+    ),
+    # py-faster-rcnn, end to end: models/pascal_voc/VGG16/faster_rcnn_end2end.
+    "paper": _Recipe(
+        "caffe", AnchorRule(inside=True, plus_one=True),
+        RoiRule(sample=128, max_foreground=32, beta=1.0, plus_one=True),
+        ProposalRule(12_000, 2000, min_side=16.0, plus_one=True),
+        ProposalRule(6000, 300, min_side=16.0, plus_one=True),
+        DetectionRule(max_iou=0.3, plus_one=True), roi_op="pool",
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(DetectionConfig):
+    """The paper's ablations; then the flags of every detector."""
+
+    recipe: Literal["torchvision", "detectron2", "paper"] = "torchvision"
+    """Anchors, matching, sampling, losses and suppression as in one of these codes."""
+    backbone: Backbone = "resnet50"
+    """Trunk."""
+    neck: Neck = "fpn"
+    """Maps of proposals and boxes: a feature pyramid, layer3 (c4), or the last map (c5, dc5)."""
+    heads: Literal["v1", "v2"] = "v1"
+    """v2: torchvision's second version: more convolutions in the heads, normalised (needs fpn)."""
+    width: Factor = 1.0
+    """Factor for the number of channels; use less than 1 for trials."""
+    anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
+    """Square roots of the areas of anchors, in pixels: one for each level of a pyramid."""
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Heights of anchors over their widths (Table 8)."""
+    rpn_lambda: AtLeastZero = 1.0
+    """Factor of the proposals' box loss (Table 9)."""
+    rois_per_image: Count | None = None
+    """Boxes that train the head, of each image. Default: as the recipe (512; paper: 128)."""
+    roi_op: RoiOp | None = None
+    """How to crop boxes from the maps (Mask R-CNN, Table 2c). warp and pool need a single map.
+    Default: as the recipe (align; paper: pool)."""
+    roi_reduce: Reduce = "mean"
+    """Mean or maximum of the samples in a bin, with align and warp."""
+    test_proposals: Count | None = None
+    """Number of proposals in evaluation (Table 2). Default: as the recipe."""
+    trained_stages: Literal[0, 1, 2, 3, 4, 5] = 3
+    """Parts of the trunk that train, counted from the last one (Fast R-CNN, Section 4.5)."""
+    bn: Literal["frozen", "train"] = "frozen"
+    """Batch normalisation of the trunk; train uses the statistics over all devices."""
+    bn_epsilon: float = 1e-5
+    """Added to variances; 0 for torchvision's own COCO weights."""
+    remat: Literal["off", "on"] = "off"
+    """on: compute the trunk's blocks again for gradients, which takes less memory and more time."""
+    max_detections: Count = 100
+    """Largest number of detections of an image."""
+
+
+_COCO = Config(
+    dataset="coco", batch_size=16, learning_rate=0.02, weight_decay=1e-4, num_steps=90_000,
+    schedule="step", step_at=(2 / 3, 8 / 9), warmup_steps=1000, eval_every=10_000,
+)  # fmt: skip
+_SCRATCH = from_scratch(
+    Config(backbone="resnet14", bn="train", trained_stages=5, width=0.25, short_side=(96,),
+           max_side=96, anchor_sizes=(12, 20, 32, 48, 64), max_objects=8, rois_per_image=64,
+           learning_rate=2e-3)
+)  # fmt: skip
+
+PRESETS = {
+    "coco": _COCO,
+    "paper": replace(
+        _COCO, recipe="paper", dataset="voc2012_objects", backbone="vgg16", neck="c5",
+        normalisation="fast_rcnn", anchor_sizes=(128, 256, 512), short_side=(600,), max_side=1000,
+        batch_size=2, learning_rate=1e-3, weight_decay=5e-4, bias_lr=2.0, num_steps=70_000,
+        step_at=(5 / 7,), warmup_steps=0,
+    ),
+    "demo": replace(_SCRATCH, num_steps=1200, eval_every=400, batch_size=8),
+    "smoke": smoke(replace(_SCRATCH, width=1 / 32, short_side=(32,))),
+}  # fmt: skip
+
+
+def build(config: Config, num_classes: int) -> Detection:
+    """Returns the task: the network, its losses and its use."""
+    recipe = _RECIPES[config.recipe]
+    model = FasterRCNN(
+        num_classes, backbone=config.backbone, neck=config.neck, heads=config.heads,
+        anchor_sizes=config.anchor_sizes, anchor_ratios=config.anchor_ratios,
+        objectness="softmax" if config.recipe == "paper" else "sigmoid",
+        bn=config.bn, bn_epsilon=config.bn_epsilon, trained_stages=config.trained_stages,
+        roi_op=config.roi_op or recipe.roi_op, roi_reduce=config.roi_reduce,
+        roi_aligned=recipe.roi_aligned, roi_samples=recipe.roi_samples,
+        remat=config.remat == "on", width=config.width, axis_name=AXIS, dtype=config.dtype,
+    )  # fmt: skip
+    anchors_of = functools.partial(_anchors, model, recipe.anchors)
+    test = replace(recipe.test, count=config.test_proposals or recipe.test.count)
+    detections = replace(recipe.detections, count=config.max_detections)
+    num_rois = config.rois_per_image or recipe.roi_rule.sample
+    roi_rule = replace(recipe.roi_rule, sample=num_rois, max_foreground=num_rois // 4)
+    return Detection(
+        config,
+        model,
+        config.transforms(),
+        groups=[ParamGroup(pattern, lr=0.0) for pattern in model.frozen],
+        objective=objective(
+            anchors_of,
+            replace(recipe.anchor_rule, box_weight=config.rpn_lambda),
+            recipe.train,
+            roi_rule,
+        ),
+        forward=two_stages(model, anchors_of, test, detections),
+    )
+
+
+def _anchors(
+    model: FasterRCNN, convention: anchor_ops.Convention, size: Any, grids: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Returns the anchors of each map."""
+    strides = model.strides
+    if convention == "torchvision":
+        strides = anchor_ops.torchvision_strides(size, grids)
+    return anchor_ops.pyramid(
+        grids, strides, sizes=model.level_sizes, ratios=model.anchor_ratios, convention=convention
+    )
+
+
+if __name__ == "__main__":
+    training.main(build, PRESETS, __doc__)

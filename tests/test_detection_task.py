@@ -1,0 +1,225 @@
+"""The task that finds objects, on a network with a small trunk: training, scores, predictions."""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dense_jax.data import dataset, pipeline
+from dense_jax.data.datasets.shapes import ShapesSpec
+from dense_jax.errors import UserError
+from dense_jax.infer import predictor
+from dense_jax.layers.conv import Conv
+from dense_jax.models.rcnn import faster_rcnn as models
+from dense_jax.tasks import trained, training
+from dense_jax.train import step
+from dense_jax.train.schedules import build_optimizer
+from dense_jax.train.state import TrainState
+from experiments import faster_rcnn as script
+
+NUM_CLASSES = 6
+SHAPES = ShapesSpec(size=(48, 40), num_train=12, num_val=5, num_test=1)
+
+
+class Trunk(nn.Module):
+    """Four strided convolutions in place of a ResNet, which takes a minute to compile."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        x, stages = images, {}
+        for i, stride in enumerate((4, 2, 2, 2), 1):
+            x = nn.relu(Conv(8, 3, strides=stride, name=f"layer{i}_0")(x))
+            stages[f"layer{i}"] = x
+        return stages
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(models.FasterRCNN, "_trunk", lambda self: Trunk(name="backbone"))
+    with jax.numpy_dtype_promotion("standard"):  # AdamW raises a float to an integer power
+        yield
+
+
+def config(**changes: Any) -> script.Config:
+    base = dataclasses.replace(
+        script.PRESETS["smoke"], shapes=SHAPES, short_side=(48,), max_side=64, trained_stages=5
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def task(**changes: Any):
+    built = script.build(config(**changes), NUM_CLASSES)
+    return dataclasses.replace(built, groups=())  # the small trunk has no parts to freeze
+
+
+@functools.cache
+def data():
+    return dataset.load("shapes", **dataclasses.asdict(SHAPES))
+
+
+def batch_of(own, size=4):
+    batches = pipeline.train_batches(
+        data().split("train"), own.transforms, size, seed=0, shape_of=own.train_size
+    )
+    batch = next(batches)
+    batches.close()
+    return batch
+
+
+def variables_of(own, shape=(64, 64, 3)):
+    model = own.model.clone(axis_name=None)
+    return jax.jit(functools.partial(model.init, train=False))(
+        jax.random.key(0), jnp.zeros((1, *shape))
+    )
+
+
+def one_step(own, batch, devices, accumulate=1):
+    chosen = jax.devices()[:devices]
+    tx = build_optimizer(own.config, own.groups)
+    state = TrainState.init(own.model.clone(axis_name=None), tx, batch["images"].shape[1:])
+    state = state.replace(apply_fn=own.model.apply)
+    run = step.train_step(own.loss(data()), devices=chosen)
+    new, scalars = run(step.replicate(state, chosen), step.shard(batch, accumulate, chosen))
+    return jax.device_get((new.params, scalars))
+
+
+def test_one_device_equals_four():
+    own = task(optimizer="sgd", momentum=0.0)
+    batch = batch_of(own)
+    one, four = one_step(own, batch, 1), one_step(own, batch, 4)
+    assert set(one[1]) == {"loss", "rpn_class", "rpn_box", "class", "box"}
+    chex.assert_trees_all_close(one, four, rtol=1e-4, atol=1e-6)
+
+
+def test_padded_objects_and_images_have_no_effect():
+    """More slots for objects, and zeros below and beside images, up to the same cells."""
+    own = task(optimizer="sgd", momentum=0.0)
+    batch = batch_of(own)
+    expected = one_step(own, batch, 1)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected[0]))
+    more = dict(batch, objects={
+        key: np.pad(value, [(0, 0), (0, 5)] + [(0, 0)] * (value.ndim - 2), constant_values=bad)
+        for (key, value), bad in zip(batch["objects"].items(), (9.0, 3, False), strict=True)
+    })  # fmt: skip
+    assert more["objects"]["valid"].shape[1] == batch["objects"]["valid"].shape[1] + 5
+    # The random numbers of proposals are as many as proposals and objects together.
+    found = one_step(own, more, 1)
+    chex.assert_trees_all_close(found[1]["rpn_class"], expected[1]["rpn_class"], rtol=1e-5)
+    chex.assert_trees_all_close(found[1]["rpn_box"], expected[1]["rpn_box"], rtol=1e-5)
+
+
+def test_batches_have_few_shapes_and_sizes_before_padding():
+    own = task()
+    batch = batch_of(own)
+    assert batch["images"].shape == (4, 64, 64, 3)
+    assert batch["size"].tolist() == [[58, 48]] * 4
+    assert batch["objects"]["boxes"].shape == (4, own.config.max_objects, 4)
+    assert batch["objects"]["boxes"].max() <= 58
+
+
+def test_images_are_resized_for_predictions_too():
+    assert task(short_side=(20, 48)).input_size((48, 40)) == (58, 48)  # the last of them
+    assert task(test_side=24).input_size((48, 40)) == (29, 24)
+    assert task().input_size((10, 500)) == (1, 64)
+
+
+def test_every_parameter_learns():
+    own = task()
+    batch = batch_of(own)
+    variables, loss = variables_of(own), own.loss(data())
+
+    def total(params):
+        def apply(*inputs, **given):
+            options: Any = {"train": True} | given
+            return own.model.clone(axis_name=None).apply({"params": params}, *inputs, **options)
+
+        losses = loss(apply, batch, jax.random.key(0))
+        return sum(value / count for value, count in losses.values())
+
+    gradients = jax.jit(jax.grad(total))(variables["params"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished smoke run on the small trunk."""
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(models.FasterRCNN, "_trunk", lambda self: Trunk(name="backbone"))
+        workdir = tmp_path_factory.mktemp("detector") / "run"
+        training.train(task(workdir=str(workdir)))
+    return workdir
+
+
+def test_a_run_leaves_scores_curves_and_pictures(run):
+    record = json.loads((run / "evaluation.json").read_text())
+    assert record["headline"] == "box_ap"
+    assert 0 <= record["scores"]["box_ap"] <= record["scores"]["box_ap50"] <= 1
+    assert record["protocol"]["images_scored"] == record["protocol"]["images_in_split"] == 5
+    assert any("precision" in picture["file"] for picture in record["pictures"])
+    results = json.loads((run / "results_box.json").read_text())
+    assert {"image_id", "category_id", "bbox", "score"} <= set(results[0])
+    assert "box AP" in (run / "report.html").read_text().replace("Box", "box")
+
+
+def test_a_folder_of_any_sizes_is_predicted(run, tmp_path):
+    """One program for each padded shape; boxes are in pixels of each image."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    sizes = {"a": (48, 40), "b": (1, 1), "c": (500, 20), "d": (20, 500), "e": (96, 80)}
+    for name, size in sizes.items():
+        pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(images / f"{name}.png")
+    opened = trained.load(run, task=task())
+    summary = predictor.predict_folder(opened.predictor, opened.classes, images, out)
+    assert not summary.failures
+    assert summary.shapes == {(64, 64), (64, 32), (32, 64)}  # a, b and e have one
+    results = json.loads((out / "results.json").read_text())
+    assert {row["file_name"] for row in results} <= {f"{name}.png" for name in sizes}
+    for row in results:
+        height, width = sizes[row["file_name"][0]]
+        x, y, w, h = row["bbox"]
+        assert min(x, y) >= 0
+        assert x + w <= width + 0.01
+        assert y + h <= height + 0.01
+    assert (out / "overlays" / "c.png").exists()
+
+
+def test_evaluation_does_not_depend_on_batches_or_order(run):
+    opened = trained.load(run, task=task())
+    scores = []
+    for size in (1, 8):
+        own = dataclasses.replace(opened.task, config=config(eval_batch_size=size))
+        record = own.evaluator(data(), "val")(opened.variables, True)
+        scores.append({name: score.value for name, score in record.scores.items()})
+    np.testing.assert_equal(scores[0], scores[1])
+
+
+def test_flags_that_detectors_do_not_have_are_refused():
+    with pytest.raises(UserError, match=r"--scale=0\.5: detectors resize by --short-side"):
+        config(scale=0.5)
+    with pytest.raises(UserError, match="--loss-norm=sum: the losses of detectors"):
+        config(loss_norm="sum")
+
+
+def test_images_without_objects_are_left_out_and_too_many_are_told(capsys):
+    own = task(max_objects=3)
+    counted = dataclasses.replace(data(), num_objects={"train": [2, 0, 5] + [1] * 9})
+    left = own.training_data(counted)
+    assert len(left.split("train")) == 11
+    said = capsys.readouterr().out
+    assert "1 training images have more than --max-objects=3 objects, up to 5" in said
+    assert "1 training images without objects are left out" in said
+    kept = task(empty_images="keep").training_data(counted)
+    assert len(kept.split("train")) == 12
+    nothing = dataclasses.replace(data(), num_objects={"train": [0] * 12})
+    with pytest.raises(UserError, match="no training image of shapes shows an object"):
+        own.training_data(nothing)

@@ -1,0 +1,91 @@
+"""The script of Faster R-CNN: recipes, presets and refusals; what test_flags tries of it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dense_jax.errors import UserError
+from experiments import faster_rcnn as script
+
+OTHER = {
+    "anchor_ratios": (0.5, 1.0),
+    "anchor_sizes": (8, 16, 24, 32, 40),
+    "max_side": 20,
+    "short_side": (24,),
+    "test_side": 24,
+    "max_objects": 3,
+    "rois_per_image": 8,
+    "roi_op": "pool",
+    "test_proposals": 5,
+    "weight_decay": 0.5,
+}
+REFUSED = {"scale": "detectors resize by --short-side"}
+_SINGLE_MAP = {"neck": "dc5", "anchor_sizes": (16, 32)}
+NEEDED = {
+    "backbone": {"neck": "c5", "anchor_sizes": (16, 32)},
+    "roi_op": _SINGLE_MAP,
+}
+
+
+@functools.cache
+def built(preset, **changes):
+    return script.build(dataclasses.replace(script.PRESETS[preset], **changes), 21)
+
+
+@pytest.mark.parametrize("preset", list(script.PRESETS))
+def test_presets_build_networks_of_their_size(preset):
+    task = built(preset)
+    model = task.model.clone(axis_name=None)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), images)["params"]
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+    if preset == "paper":
+        assert count == 137_078_239  # Faster R-CNN on VGG-16, 20 classes
+    assert count > 0
+
+
+def test_recipes_are_those_of_the_codes():
+    """The differences that the codes are known for."""
+    tables = script._RECIPES
+    assert tables["torchvision"].anchor_rule.beta == tables["torchvision"].roi_rule.beta == 1 / 9
+    assert tables["detectron2"].anchor_rule.beta == tables["detectron2"].roi_rule.beta == 0
+    assert tables["detectron2"].anchor_rule.fixed_count
+    assert tables["detectron2"].train.count == 1000
+    paper = tables["paper"]
+    assert paper.anchor_rule.inside
+    assert paper.anchor_rule.plus_one
+    assert (paper.roi_rule.sample, paper.roi_rule.max_foreground) == (128, 32)
+    assert (paper.train.candidates, paper.test.candidates) == (12_000, 6000)
+    assert (paper.train.count, paper.test.count) == (2000, 300)
+    assert (paper.detections.max_iou, paper.roi_op) == (0.3, "pool")
+    model: Any = built("smoke").model
+    strides = [script._anchors(model, name, (96, 96), grids) for name, grids in (
+        ("torchvision", [(24, 24), (12, 12), (6, 6), (3, 3), (2, 2)]),
+        ("detectron2", [(24, 24), (12, 12), (6, 6), (3, 3), (2, 2)]),
+    )]  # fmt: skip
+    last = [np.unique((levels[-1][:, 0] + levels[-1][:, 2]) / 2) for levels in strides]
+    np.testing.assert_array_equal(last, [[0, 48], [0, 64]])  # 96 // 2, and the level's own
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"roi_op": "pool"}, "roi_op"),
+        ({"anchor_sizes": (16, 32)}, "anchor_sizes"),
+        ({"heads": "v2", "neck": "c4", "anchor_sizes": (16, 32)}, "heads=v2"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_training(flags, words):
+    task = built("smoke", **flags)
+    with pytest.raises(UserError, match=words):
+        jax.eval_shape(
+            functools.partial(task.model.clone(axis_name=None).init, train=False),
+            jax.random.key(0),
+            jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),
+        )
