@@ -42,52 +42,37 @@ COUNTS = {
     "R50-C4": (FasterRCNN(81, neck="c4"), 35_909_612 - C4_MASKS),
     "R101-C4": (FasterRCNN(81, "resnet101", "c4"), 54_849_516 - C4_MASKS),
 }
+PARTS = {
+    "torchvision v1": {
+        "fpn": 3_344_384,
+        "rpn": 593_935,
+        "box_head": 13_895_680,
+        "box_predictor": 466_375,
+    },
+    "VGG-16 for VOC": {"backbone": 14_714_688, "rpn": 2_387_510, "box_head": 119_545_856},
+}
 NORM = re.compile(r"/(bn[123]|downsample_1)/")
 
 
-@functools.cache
 def traced(model) -> tuple[dict[str, Any], Any]:
     """Outputs and variables for one image, as shapes."""
     return contract.shapes_of(model, (1, 64, 64, 3))
 
 
-def paths(model) -> dict[str, Any]:
-    return traverse_util.flatten_dict(traced(model)[1]["params"], sep="/")
-
-
-@pytest.mark.parametrize(("model", "expected"), COUNTS.values(), ids=COUNTS)
-def test_published_counts(model, expected):
-    leaves = paths(model)
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_counts(name):
+    model, expected = COUNTS[name]
+    params = traced(model)[1]["params"]
+    for part, count in PARTS.get(name, {}).items():
+        assert sum(leaf.size for leaf in jax.tree.leaves(params[part])) == count
+    leaves: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     if model.bn == "frozen":
         leaves = {path: leaf for path, leaf in leaves.items() if not NORM.search(path)}
     assert sum(leaf.size for leaf in leaves.values()) == expected
-
-
-@pytest.mark.parametrize(
-    ("model", "counts"),
-    [
-        (
-            FasterRCNN(91),
-            {"fpn": 3_344_384, "rpn": 593_935, "box_head": 13_895_680, "box_predictor": 466_375},
-        ),
-        (vgg16(21), {"backbone": 14_714_688, "rpn": 2_387_510, "box_head": 119_545_856}),
-    ],
-)
-def test_counts_of_parts(model, counts):
-    params = traced(model)[1]["params"]
-    found = {name: sum(leaf.size for leaf in jax.tree.leaves(params[name])) for name in counts}
-    assert found == counts
-
-
-def test_count_of_what_trains():
-    """Torchvision's default: layer2 and up; 44,178,993 of its Mask R-CNN."""
-    model = FasterRCNN(91)
-    trained = [
-        leaf.size
-        for path, leaf in paths(model).items()
-        if not any(re.search(pattern, path) for pattern in model.frozen)
-    ]
-    assert sum(trained) == 44_178_993 - 2_360_320 - 285_787
+    if name == "torchvision v1":  # 44,178,993 parameters of its Mask R-CNN train, from layer2 on
+        is_frozen = re.compile("|".join(model.frozen)).search
+        trained = sum(leaf.size for path, leaf in leaves.items() if not is_frozen(path))
+        assert trained == 44_178_993 - 2_360_320 - 285_787
 
 
 # Shapes.
