@@ -1,12 +1,15 @@
-"""Times pooling, unpooling and convolutions, forward and backward, against torch.
+"""Times pooling, convolutions and the operators of detectors, forward and backward, against torch.
 
     python -m benchmarks.ops [--repeats=15] [--only=pool]
 
 Both sides get the same float32 values; torch's tensors are channels_last. The benchmark compares
-their results before it times them. A ratio below 1 means that ours is faster.
+their results before it times them. A ratio below 1 means that ours is faster. Suppression of boxes
+and RoIAlign are compared with torchvision's compiled operators, if they are installed.
 """
 
 import dataclasses
+import functools
+import importlib
 from collections.abc import Callable
 
 import jax
@@ -15,6 +18,8 @@ import tyro
 
 from benchmarks.timing import alternate, import_torch
 from dense_jax.layers.conv import conv, up_conv
+from dense_jax.ops import roi
+from dense_jax.ops.nms import nms
 from dense_jax.ops.pool import max_pool, max_pool_with_switches, max_unpool
 
 
@@ -94,12 +99,83 @@ def cases(torch):
     return rows
 
 
+def compiled_torchvision():
+    """Returns torchvision.ops, or None with a message if its compiled operators are missing."""
+    try:
+        return importlib.import_module("torchvision.ops")
+    except (ImportError, RuntimeError):
+        print("torchvision with compiled operators is not installed: no rows of boxes and regions")
+        return None
+
+
+def region_cases(torch, torchvision):
+    """Returns one row like those of `cases`: 1000 boxes on a pyramid of a 320 x 320 image."""
+    rng = np.random.default_rng(0)
+    strides = (4, 8, 16, 32)
+    maps = [rng.normal(size=(1, 320 // s, 320 // s, 256)).astype(np.float32) for s in strides]
+    centres = rng.uniform(0, 320, (1000, 2))
+    sides = np.exp(rng.normal(np.log(60), 0.7, (1000, 2)))
+    boxes = np.concatenate([centres - sides / 2, centres + sides / 2], 1).clip(0, 320)
+    boxes = jax.device_put(boxes.astype(np.float32))
+    levels = np.asarray(roi.assign_levels(boxes)) - 2
+    where = [torch.tensor(np.flatnonzero(levels == i)) for i in range(4)]
+    each = [torch.tensor(np.asarray(boxes))[some] for some in where]
+
+    def ours(*maps):
+        return roi.roi_align(maps, boxes[None], bins=7)[0]
+
+    def theirs(*maps):
+        y = torch.empty((1000, 256, 7, 7))
+        for x, stride, some, own in zip(maps, strides, where, each, strict=True):
+            y[some] = torchvision.roi_align(x, [own], 7, 1 / stride, sampling_ratio=2)
+        return y
+
+    # The compiled kernels work on contiguous NCHW.
+    tensors = [torch.tensor(x).permute(0, 3, 1, 2).contiguous() for x in maps]
+    return [("RoIAlign 7x7, 1000 boxes, 256", 0.5, ours, maps, theirs, tensors)]
+
+
+def time_suppression(config: Config, torch, torchvision) -> None:
+    """Prints a row for boxes in clusters of 20 and for a chain, which has no gradient."""
+    rng = np.random.default_rng(0)
+    for num in (1000, 2000):
+        objects = rng.uniform(0, 1000, (num // 20, 2)).repeat(20, 0)
+        sides = rng.uniform(30, 200, (num // 20, 2)).repeat(20, 0)
+        corners = objects + 0.1 * sides * rng.normal(size=sides.shape)
+        clusters = np.concatenate(
+            [corners, corners + sides * rng.uniform(0.8, 1.2, sides.shape)], 1
+        )
+        left, zeros = np.arange(num) * 2.0, np.zeros(num)
+        chain = np.stack([left, zeros, left + 16, zeros + 1], 1)  # IoU 7/9 with the next box
+        for kind, boxes in (("clusters", rng.permutation(clusters)), ("a chain", chain)):
+            name = f"NMS of {num} boxes, {kind}"
+            if config.only not in name:
+                continue
+            boxes = boxes.astype(np.float32)
+            arrays = [jax.device_put(x) for x in (boxes, np.ones(num, bool))]
+            scores = torch.linspace(1, 0, num)
+            mine = jax.jit(functools.partial(nms, threshold=0.7))
+            other = functools.partial(torchvision.nms, torch.tensor(boxes), scores, 0.7)
+            kept = np.flatnonzero(mine(*arrays))
+            np.testing.assert_array_equal(kept, other().numpy())
+            result = alternate(
+                lambda f=mine, a=arrays: jax.block_until_ready(f(*a)), other, config.repeats
+            )
+            ms = f"{result.ours * 1e3:9.2f}{result.theirs * 1e3:9.2f}{result.ratio:8.2f}"
+            print(f"{name:32}{ms}{'':26}   0.5")
+
+
 def main(config: Config) -> None:
     """Prints one row per case."""
     torch = import_torch(config.threads)
+    torchvision = compiled_torchvision()
     print(f"{'median ms':32}{'forward':>26}{'forward + backward':>26}   target")
     print(" " * 32 + f"{'ours':>9}{'torch':>9}{'ratio':>8}" * 2)
-    for name, target, ours, arrays, theirs, tensors in cases(torch):
+    rows = cases(torch)
+    if torchvision:
+        time_suppression(config, torch, torchvision)
+        rows += region_cases(torch, torchvision)
+    for name, target, ours, arrays, theirs, tensors in rows:
         if config.only not in name:
             continue
         arrays = [jax.device_put(a) for a in arrays]
