@@ -183,6 +183,14 @@ def test_wrong_images_and_masks_are_named(tmp_path, content):
         dataset.load("coco", tmp_path)
 
 
+def test_runs_that_do_not_fill_the_image_are_refused(tmp_path, content):
+    content["annotations"][2]["segmentation"]["counts"] = [64, 8]
+    write(tmp_path, content)
+    write(tmp_path, CONTENT, name="val.json")
+    with pytest.raises(UserError, match="runs of 72 pixels on an image of 80"):
+        dataset.load("coco", tmp_path)
+
+
 def test_other_categories_in_val_and_missing_files(tmp_path, content):
     with pytest.raises(UserError, match="no annotations of train here"):
         coco.find(tmp_path)

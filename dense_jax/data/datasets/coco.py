@@ -276,6 +276,9 @@ def _mask(annotation: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any
     if isinstance(segmentation, Mapping):
         if tuple(segmentation["size"]) != size:
             raise ValueError(f"a mask of {segmentation['size']} on an image of {list(size)}")
+        counts = segmentation["counts"]
+        if isinstance(counts, list) and sum(counts) != math.prod(size):
+            raise ValueError(f"runs of {sum(counts)} pixels on an image of {math.prod(size)}")
         return rle.encode(rle.decode(segmentation))
     polygons = [polygon for polygon in segmentation if len(polygon) >= 2 * _POINTS]
     return rle.from_polygons(polygons, *size)
