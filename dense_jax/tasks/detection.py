@@ -84,7 +84,8 @@ class Detection(Task):
     Attributes:
       objective: the loss: (apply, batch, rng) -> {name: (sum, count)}.
       forward: (variables, images [B, H, W, C], sizes [B, 2]) -> detections, in pixels of these
-        images: "boxes" [B, D, 4], "classes" [B, D], "scores" [B, D], "valid" [B, D].
+        images: "boxes" [B, D, 4], "classes" [B, D], "scores" [B, D], "valid" [B, D]; and
+        "overflow" [B], see `dense_jax.infer.detections.detect`.
       stride: heights and widths of padded images are multiples of this, in pixels.
       notes: further lines of the protocol card.
     """
@@ -196,7 +197,7 @@ class Detection(Task):
         def evaluate(variables: Any, is_last: bool) -> Record:
             del is_last
             variables = replicate(variables)
-            collected, image_ids = instances.DetectionEvaluator(), {}
+            collected, image_ids, num_cut = instances.DetectionEvaluator(), {}, 0
             for batch in batches:
                 arrays = {name: batch[name] for name in ("images", "size")}
                 found = jax.device_get(step(variables, shard(arrays))[1])
@@ -206,6 +207,7 @@ class Detection(Task):
                         example = source[index]
                         image_ids[index] = example.get("image_id", index)
                         own = {name: x[row] for name, x in found.items()}
+                        num_cut += int(own["overflow"])
                         size = example["image"].shape[:2]
                         collected.add(index, truth_of(example), self._detections(own, size))
             collected.gather()
@@ -220,6 +222,9 @@ class Detection(Task):
                 category_ids=dataset.category_ids or None,
             )
             card = {"padding": in_words(set(batches.shapes.values())), **self.card}
+            if num_cut := sum(processes.from_all(num_cut)):
+                card["candidates"] = f"{num_cut} images had more than took part"
+                print(f"{num_cut} images had more candidates than take part in suppression")
             return instances.record(collected, [shown], dataset, split, self.headline, card)
 
         return evaluate
