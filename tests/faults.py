@@ -202,26 +202,25 @@ def damage_files(number: int, rng: random.Random, folder: pathlib.Path) -> dict[
     kind, scene, said = attempt(lambda: Scene(folder))
     assert kind == "result", said
     sound = {}
-    for area, uses in USES.items():
-        for use in uses:
-            _, sound[area, use], _ = attempt(functools.partial(use, scene))
-            scene.restore()
     tallies = {area: Tally() for area in USES}
     for i in tqdm.trange(number, desc="damages"):
         if i % 20 == 0:
             jax.clear_caches()  # a process cannot hold the programs of hundreds of runs
         area = rng.choice(list(USES))
         path, use = rng.choice(scene.files(area)), rng.choice(USES[area])
+        if use not in sound:
+            _, sound[use], _ = attempt(functools.partial(use, scene))
+            scene.restore()
         how = spoil(path, rng)
         kind, result, said = attempt(functools.partial(use, scene))
         tally = tallies[area]
         tally.tried += 1
         if kind == "error" and area == "cache/datasets":  # it may ask for the command again
             kind, result, _ = attempt(functools.partial(use, scene))
-            kind = "result" if kind == "result" and result == sound[area, use] else "lost"
+            kind = "result" if kind == "result" and result == sound[use] else "lost"
         elif kind == "error" and area == "run/checkpoints":
             kind = "lost"  # sound steps are beside it
-        elif kind == "result" and result != sound[area, use]:
+        elif kind == "result" and result != sound[use]:
             kind = "told" if _TOLD.search(said) else "silent"
         elif kind == "error":
             kind = "told"

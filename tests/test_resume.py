@@ -7,5 +7,5 @@ from tests import kill_and_resume
 
 
 def test_a_killed_run_ends_with_the_same_bits(capsys):
-    kill_and_resume.main(kills=1, num_steps=60, seed=1)
+    kill_and_resume.main(kills=1, num_steps=24, seed=1)
     assert "arrays are identical" in capsys.readouterr().out
