@@ -3,8 +3,11 @@
     python -m tests.parity.make                       # everything
     python -m tests.parity.make resnet50 vgg16        # some networks of torchvision
     python -m tests.parity.make training              # losses of training steps; torch alone
+    python -m tests.parity.make detections            # proposals, detections, losses of detectors
 
-The wheel of torchvision may be built for another torch: pip install --no-deps torchvision.
+The wheel of torchvision may be built for another torch: pip install --no-deps torchvision. Then the
+operators nms and roi_align, which detections need, do not load: compile them from
+torchvision/csrc/ops, and name the library in DENSE_JAX_TORCHVISION_OPS.
 """
 
 import argparse
@@ -13,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from tests.parity import drawn, theirs, training, zoo
+from dense_jax.objectives import rcnn
+from tests.parity import detection, drawn, theirs, training, zoo
 
 
 def make(name: str) -> None:
@@ -27,6 +31,19 @@ def make(name: str) -> None:
     for stage in zoo.NETWORKS[name].stages:
         apart = zoo.apart(ours[stage], stages[stage])
         print(f"| {name} | {stage} | {abs(stages[stage]).max():.3g} | {apart:.1e} |", flush=True)
+
+
+def make_detections() -> None:
+    """Writes what torchvision's detectors find and lose; prints how far from it we are."""
+    rcnn.uniforms = detection.given_uniforms
+    outputs = {}
+    for name in detection.NAMES:
+        tensors = detection.parameters(name)
+        outputs[name] = detection.theirs(name, tensors)
+        apart = detection.differences(detection.ours(name, tensors), outputs[name])
+        cells = " | ".join(f"{key} {value:.1e}" for key, value in apart.items())
+        print(f"| {name} | {cells} |", flush=True)
+    detection.keep(outputs)
 
 
 def make_losses() -> None:
@@ -48,7 +65,7 @@ def make_losses() -> None:
 
 
 if __name__ == "__main__":
-    everything = [*zoo.NETWORKS, "training"]
+    everything = [*zoo.NETWORKS, "training", "detections"]
     parser = argparse.ArgumentParser(
         prog="python -m tests.parity.make", description=__doc__.partition("\n")[0]
     )
@@ -60,5 +77,7 @@ if __name__ == "__main__":
     for name in names or everything:
         if name == "training":
             make_losses()
+        elif name == "detections":
+            make_detections()
         else:
             make(name)

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,19 @@ from tests.parity import drawn, zoo
 _declared: list[Any] = []  # torch forgets an operator with the library that declared it
 
 
-def import_torchvision() -> Any:
-    """Returns torchvision; built for another torch, it lacks operators, which are declared."""
+def import_torchvision(*, compiled: bool = False) -> Any:
+    """Returns torchvision; built for another torch, it lacks operators, which are declared.
+
+    Args:
+      compiled: whether its operators are needed: its own, or else those of the library that
+        `DENSE_JAX_TORCHVISION_OPS` names.
+    """
+    path = os.environ.get("DENSE_JAX_TORCHVISION_OPS")
     try:
+        if compiled and path:
+            torch.ops.load_library(path)
+            for name in ("torchvision.extension", "torchvision.ops.roi_align"):
+                importlib.import_module(name)._has_ops = lambda: True
         return importlib.import_module("torchvision")
     except RuntimeError:  # operator torchvision::nms does not exist
         library = torch.library.Library("torchvision", "DEF")

@@ -138,13 +138,25 @@ def keep(name: str, shapes: Mapping[str, Sequence[int]], stages: Mapping[str, np
     np.savez_compressed(REFERENCE / f"{name}.npz", state_dict=state_dict, **thin)
 
 
+def loaded(name: str, tensors: Mapping[str, np.ndarray], model: nn.Module) -> Any:
+    """Returns the variables of our network, from torchvision's tensors.
+
+    They come in by the rules that `import-weights` goes by; whatever these do not explain raises
+    `UserError`, but for the decoder of SegNet, which is zero.
+    """
+    template = rules.template_of(model)
+    release = rules.choose(catalogue.releases(), template, rules.outline(tensors))
+    required = release.trunk if name == "vgg16_bn" else ("*",)
+    found, _ = rules.load(template, tensors, release.rules, required=required)
+    leaves: Any = traverse_util.flatten_dict(template)
+    zeros = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in leaves.items()}
+    return traverse_util.unflatten_dict({**zeros, **traverse_util.flatten_dict(found)})
+
+
 def ours(
     name: str, tensors: Mapping[str, np.ndarray], model: nn.Module | None = None
 ) -> dict[str, np.ndarray]:
     """Returns the stages of our network, whole, with torchvision's tensors.
-
-    They come in by the rules that `import-weights` goes by; whatever these do not explain raises
-    `UserError`, but for the decoder of SegNet, which is zero.
 
     Args:
       name: of the network.
@@ -153,13 +165,6 @@ def ours(
     """
     network = NETWORKS[name]
     model = model or network.build()
-    template = rules.template_of(model)
-    release = rules.choose(catalogue.releases(), template, rules.outline(tensors))
-    required = release.trunk if name == "vgg16_bn" else ("*",)
-    loaded, _ = rules.load(template, tensors, release.rules, required=required)
-    leaves: Any = traverse_util.flatten_dict(template)
-    zeros = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in leaves.items()}
-    variables = traverse_util.unflatten_dict({**zeros, **traverse_util.flatten_dict(loaded)})
 
     # Without optimisation, which takes longer than it saves.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -167,7 +172,7 @@ def ours(
         outputs = network.run(model, variables, images)
         return {stage: outputs[stage] for stage in network.stages}
 
-    return jax.device_get(run(variables, drawn.image(*network.size)))
+    return jax.device_get(run(loaded(name, tensors, model), drawn.image(*network.size)))
 
 
 def apart(ours: np.ndarray, theirs: np.ndarray) -> float:

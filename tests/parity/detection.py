@@ -1,0 +1,197 @@
+"""What Faster R-CNN proposes, finds and loses in one image: torchvision's, and ours."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dense_jax.ops.proposals import propose
+from experiments import faster_rcnn as script
+from tests.parity import drawn, zoo
+
+REFERENCE = pathlib.Path(__file__).parent / "reference" / "detections.npz"
+NAMES = {"fasterrcnn_resnet50_fpn": "v1", "fasterrcnn_resnet50_fpn_v2": "v2"}
+NUM_CLASSES = 91
+PADDED, TRUE = (128, 160), (117, 150)  # height and width with and without padding
+BOXES = np.array(
+    [[10, 20, 60, 90], [55.5, 8, 149, 100], [100, 80, 117, 95], [1, 1, 8, 9]], np.float32
+)
+CLASSES = np.array([3, 17, 90, 3])
+_TIE = 1e-6  # of logits and probabilities
+LOSSES = ("rpn_class", "rpn_box", "class", "box")
+
+
+def image() -> np.ndarray:
+    """Returns an image [1, H, W, 3] with zeros below and at its right."""
+    pixels = drawn.image(*PADDED)
+    pixels[:, TRUE[0] :] = 0
+    pixels[:, :, TRUE[1] :] = 0
+    return pixels
+
+
+def uniform(name: str, count: int) -> np.ndarray:
+    """Returns random numbers in [0, 1) that decide which anchors or boxes train, [count]."""
+    return np.float32(0.5) + drawn.uniform(name, (count,)) / np.float32(2.001)
+
+
+def kept(name: str) -> dict[str, np.ndarray]:
+    """Returns what `theirs` gave."""
+    with np.load(REFERENCE) as arrays:
+        return {key[len(name) + 1 :]: arrays[key] for key in arrays if key.startswith(f"{name}/")}
+
+
+def keep(outputs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Stores what `kept` returns, by name."""
+    flat: Any = {f"{name}/{key}": x for name, some in outputs.items() for key, x in some.items()}
+    np.savez_compressed(REFERENCE, **flat)
+
+
+def differences(
+    found: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    """Returns how far we are from torchvision, relative to the largest magnitude.
+
+    What is ranked must be in the same order, but where our scores are nearer than a rounding error.
+    """
+    result = {name: float(abs(found[name] / reference[name] - 1)) for name in LOSSES}
+    for ranks, arrays in {"logits": ("proposals",), "scores": ("boxes", "classes")}.items():
+        count = len(reference[arrays[0]])
+        assert np.all(found[ranks][count:] == 0) or ranks == "logits"
+        gaps = np.abs(np.diff(found[ranks][:count], prepend=np.inf, append=-np.inf))
+        is_alone = np.minimum(gaps[1:], gaps[:-1]) > _TIE
+        assert is_alone.mean() > 0.9
+        for name in arrays:
+            ours, theirs = found[name][:count][is_alone], reference[name][is_alone]
+            result[name] = zoo.apart(ours, theirs)
+    result["scores"] = zoo.apart(found["scores"][: len(reference["scores"])], reference["scores"])
+    return result
+
+
+def parameters(name: str) -> dict[str, np.ndarray]:
+    """Returns a state dict of torchvision's network, with smaller scores and moves of anchors.
+
+    torchvision ranks proposals by the sigmoid of logits, which is 1 from about 17 on.
+    """
+    tensors = drawn.parameters(zoo.kept(name)[0])
+    for key, values in tensors.items():
+        if key.startswith(("rpn.head.cls_logits", "rpn.head.bbox_pred")):
+            tensors[key] = values * np.float32(0.1)
+    return tensors
+
+
+def ours(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns "proposals" [1000, 4] and their "logits", "boxes", "classes", "scores" and losses.
+
+    Args:
+      name: of torchvision's network.
+      tensors: its state dict.
+    """
+    config = dataclasses.replace(script.PRESETS["coco"], heads=NAMES[name], bn="train")
+    task = script.build(config, NUM_CLASSES)
+    model: Any = task.model
+    recipe = script._RECIPES["torchvision"]
+
+    def losses(variables: Any, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        def apply(*inputs: Any, **options: Any) -> Any:
+            return model.clone(axis_name=None).apply(variables, *inputs, train=False, **options)
+
+        found = task.objective(apply, batch, jax.random.key(0))
+        return {key: value / jnp.float32(count) for key, (value, count) in found.items()}
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def run(variables: Any, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        images, sizes = batch["images"], batch["size"]
+        levels = model.apply(variables, images, train=False, method="features")
+        logits, deltas = model.apply(variables, levels, method="propose")
+        grids = [level.shape[1:3] for level in levels]
+        anchors = script._anchors(model, recipe.anchors, PADDED, grids)
+        first = [[x[0] for x in some] for some in (logits, deltas)]
+        proposals = propose(*first, anchors, sizes[0], recipe.test)
+        found = {key: value[0] for key, value in task.forward(variables, images, sizes).items()}
+        outputs = {"proposals": proposals.boxes, "logits": proposals.scores, **found}
+        return outputs | losses(variables, batch)
+
+    batch = {
+        "images": image(),
+        "size": np.array([TRUE]),
+        "index": np.array([0]),
+        "objects": {
+            "boxes": BOXES[None],
+            "classes": CLASSES[None],
+            "valid": np.ones((1, len(BOXES)), bool),
+        },
+    }
+    return jax.device_get(run(zoo.loaded(name, tensors, model), batch))
+
+
+def given_uniforms(rng: Any, index: jax.Array, count: int) -> jax.Array:
+    """Takes the place of `dense_jax.objectives.rcnn.uniforms`."""
+    del rng, index
+    num_rois = script._RECIPES["torchvision"].train.count + len(BOXES)
+    if count != num_rois:
+        return jnp.asarray(uniform("anchors", count)[None])
+    of_objects = uniform("objects", len(BOXES))
+    return jnp.concatenate([uniform("proposals", num_rois - len(BOXES)), of_objects])[None]
+
+
+def theirs(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the same of torchvision, which needs compiled operators; without "logits"."""
+    import torch
+
+    from tests.parity.theirs import build, import_torchvision
+
+    torchvision = import_torchvision(compiled=True)
+    network: Any = build(name)
+    state_dict = {key: torch.from_numpy(values) for key, values in tensors.items()}
+    network.load_state_dict(state_dict, strict=True, assign=True)
+    network.eval()
+    pixels = torch.from_numpy(image()).permute(0, 3, 1, 2)
+    images = torchvision.models.detection.image_list.ImageList(pixels, [TRUE])
+    targets = [{"boxes": torch.from_numpy(BOXES), "labels": torch.from_numpy(CLASSES)}]
+    with torch.inference_mode():
+        levels = network.backbone(pixels)
+        proposals, _ = network.rpn(images, levels)
+        detections, _ = network.roi_heads(levels, proposals, [TRUE])
+        network.rpn.train()
+        network.roi_heads.training = True  # its batch normalisation stays as it is
+        network.rpn.fg_bg_sampler = Sampler(256, 128, ())
+        network.roi_heads.fg_bg_sampler = Sampler(512, 128, ("objects",))
+        some, first = network.rpn(images, levels, targets)
+        _, second = network.roi_heads(levels, some, [TRUE], targets)
+    values = [*first.values(), *second.values()]
+    order = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
+    assert (*first, *second) == (*order[:2], *order[2:]), (first, second)
+    result = {"proposals": proposals[0], **dict(zip(LOSSES, values, strict=True))}
+    result |= {key: detections[0][key] for key in ("boxes", "scores")}
+    return {key: x.numpy() for key, x in {**result, "classes": detections[0]["labels"]}.items()}
+
+
+class Sampler:
+    """Takes the place of torchvision's `BalancedPositiveNegativeSampler`: smallest numbers win."""
+
+    def __init__(self, size: int, max_foreground: int, last: Sequence[str]) -> None:
+        self._size, self._max, self._last = size, max_foreground, last
+
+    def __call__(self, labels: Any) -> Any:
+        """Returns which are taken of positive and of negative labels, of each image."""
+        import torch
+
+        (own,) = labels
+        numbers = uniform("anchors", len(own))
+        if self._last:
+            count = len(own) - len(BOXES)
+            numbers = [uniform("proposals", 2000)[:count], uniform("objects", len(BOXES))]
+            numbers = np.concatenate(numbers)
+        taken = []
+        for wanted, limit in ((own >= 1, self._max), (own == 0, self._size)):
+            which = torch.where(wanted)[0].numpy()
+            limit = min(limit, self._size - sum(int(x.sum()) for x in taken))
+            mask = torch.zeros(len(own), dtype=torch.uint8)
+            mask[which[np.argsort(numbers[which])][:limit]] = 1
+            taken.append(mask)
+        return [taken[0]], [taken[1]]
