@@ -3,6 +3,7 @@
     python -m experiments.faster_rcnn demo
     python -m experiments.faster_rcnn coco --data-dir=/data/coco --init=file:resnet50.pth
     python -m experiments.faster_rcnn paper --data-dir=/data/VOCdevkit --workdir=/runs/faster
+    python -m experiments.faster_rcnn paper --proposal-source=file --proposals=boxes.json
 
 --recipe chooses as a whole what codes do differently: torchvision, detectron2, or paper (the
 release in Caffe). Results: docs/results.md.
@@ -14,9 +15,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-from dense_jax.infer.detections import DetectionRule, two_stages
+from dense_jax.errors import refuse
+from dense_jax.infer.detections import (
+    DetectionRule,
+    ProposalsOf,
+    from_grid,
+    from_input,
+    from_network,
+    two_stages,
+)
 from dense_jax.models.rcnn.faster_rcnn import Backbone, FasterRCNN, Neck, RoiOp
-from dense_jax.objectives.rcnn import AnchorRule, RoiRule, objective
+from dense_jax.objectives.rcnn import AnchorRule, RoiRule, head_objective, objective
 from dense_jax.ops import anchors as anchor_ops
 from dense_jax.ops.proposals import ProposalRule
 from dense_jax.ops.roi import Reduce
@@ -25,6 +34,9 @@ from dense_jax.tasks.detection import Detection, DetectionConfig
 from dense_jax.train.config import AtLeastZero, Count, Factor, from_scratch, smoke
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.step import AXIS
+
+# Parameters that learn nothing where only the last layer of the boxes does.
+_ALL_BUT_BOXES = "^(?!box_predictor/bbox_pred/)"
 
 
 class _Recipe(NamedTuple):
@@ -90,8 +102,26 @@ class Config(DetectionConfig):
     """Square roots of the areas of anchors, in pixels: one for each level of a pyramid."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Heights of anchors over their widths (Table 8)."""
+    proposal_source: Literal["rpn", "grid", "file"] = "rpn"
+    """rpn: the network's own (Faster R-CNN). file: those of --proposals (Fast R-CNN). grid: all
+    anchors, as in one-stage detectors (Table 10)."""
+    proposals: str | None = None
+    """JSON file of boxes for --proposal-source=file: {"image name": [[x0, y0, x1, y1], ...]} in
+    pixels, the best first, for all images."""
+    num_proposals: Count = 2000
+    """Largest number of boxes of an image from --proposals."""
+    rpn_cls: Literal["on", "off"] = "on"
+    """off: evaluate with random proposals instead of the best (Table 2, no cls)."""
+    rpn_reg: Literal["on", "off"] = "on"
+    """off: evaluate with anchors that do not move as proposals (Table 2, no reg)."""
     rpn_lambda: AtLeastZero = 1.0
     """Factor of the proposals' box loss (Table 9)."""
+    head_loss: Literal["both", "class", "box"] = "both"
+    """Losses of the head. box after class, with --init=run:DIR, is training in stages: only the
+    last layer of the boxes learns (Fast R-CNN, Table 6)."""
+    test_boxes: Literal["moved", "proposals"] = "moved"
+    """Whether detections are proposals moved by the head, or the proposals themselves (Fast R-CNN,
+    Table 6)."""
     rois_per_image: Count | None = None
     """Boxes that train the head, of each image. Default: as the recipe (512; paper: 128)."""
     roi_op: RoiOp | None = None
@@ -111,6 +141,25 @@ class Config(DetectionConfig):
     """on: compute the trunk's blocks again for gradients, which takes less memory and more time."""
     max_detections: Count = 100
     """Largest number of detections of an image."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for flags that do not go together."""
+        super().__post_init__()
+        from_file = self.proposal_source == "file"
+        refuse(
+            from_file and not self.proposals,
+            "--proposal-source=file needs boxes: give --proposals=FILE",
+        )
+        refuse(
+            bool(self.proposals) and not from_file,
+            f"--proposals is not read with --proposal-source={self.proposal_source}: give "
+            "--proposal-source=file",
+        )
+        refuse(
+            self.proposal_source != "rpn" and "off" in (self.rpn_cls, self.rpn_reg),
+            f"--rpn-cls and --rpn-reg change proposals of the network: leave them out with "
+            f"--proposal-source={self.proposal_source}",
+        )
 
 
 _COCO = Config(
@@ -138,33 +187,61 @@ PRESETS = {
 
 def build(config: Config, num_classes: int) -> Detection:
     """Returns the task: the network, its losses and its use."""
-    recipe = _RECIPES[config.recipe]
+    recipe, source = _RECIPES[config.recipe], config.proposal_source
     model = FasterRCNN(
         num_classes, backbone=config.backbone, neck=config.neck, heads=config.heads,
-        anchor_sizes=config.anchor_sizes, anchor_ratios=config.anchor_ratios,
+        anchor_sizes=config.anchor_sizes if source == "rpn" else (),
+        anchor_ratios=config.anchor_ratios,
         objectness="softmax" if config.recipe == "paper" else "sigmoid",
         bn=config.bn, bn_epsilon=config.bn_epsilon, trained_stages=config.trained_stages,
         roi_op=config.roi_op or recipe.roi_op, roi_reduce=config.roi_reduce,
         roi_aligned=recipe.roi_aligned, roi_samples=recipe.roi_samples,
         remat=config.remat == "on", width=config.width, axis_name=AXIS, dtype=config.dtype,
     )  # fmt: skip
-    anchors_of = functools.partial(_anchors, model, recipe.anchors)
-    test = replace(recipe.test, count=config.test_proposals or recipe.test.count)
-    detections = replace(recipe.detections, count=config.max_detections)
+    with_anchors = model.clone(anchor_sizes=config.anchor_sizes)
+    with_anchors.check()
+    anchors_of = functools.partial(_anchors, with_anchors, recipe.anchors)
+    test = replace(
+        recipe.test,
+        count=config.test_proposals or recipe.test.count,
+        is_ranked=config.rpn_cls == "on",
+        is_moved=config.rpn_reg == "on",
+    )
+    proposals_of: ProposalsOf = {
+        "rpn": from_network(anchors_of, test), "grid": from_grid(anchors_of), "file": from_input
+    }[source]  # fmt: skip
     num_rois = config.rois_per_image or recipe.roi_rule.sample
-    roi_rule = replace(recipe.roi_rule, sample=num_rois, max_foreground=num_rois // 4)
+    roi_rule = replace(
+        recipe.roi_rule,
+        sample=num_rois,
+        max_foreground=num_rois // 4,
+        class_weight=float(config.head_loss != "box"),
+        box_weight=float(config.head_loss != "class"),
+    )
+    anchor_rule = replace(recipe.anchor_rule, box_weight=config.rpn_lambda)
+    frozen = (*model.frozen, _ALL_BUT_BOXES) if config.head_loss == "box" else model.frozen
+    is_given = source == "file"
     return Detection(
         config,
         model,
-        config.transforms(),
-        groups=[ParamGroup(pattern, lr=0.0) for pattern in model.frozen],
-        objective=objective(
-            anchors_of,
-            replace(recipe.anchor_rule, box_weight=config.rpn_lambda),
-            recipe.train,
-            roi_rule,
+        config.transforms(
+            proposals=config.proposals if is_given else None, num_proposals=config.num_proposals
         ),
-        forward=two_stages(model, anchors_of, test, detections),
+        groups=[ParamGroup(pattern, lr=0.0) for pattern in frozen],
+        objective=objective(anchors_of, anchor_rule, recipe.train, roi_rule)
+        if source == "rpn"
+        else head_objective(roi_rule, anchors_of if source == "grid" else None),
+        forward=two_stages(
+            model,
+            proposals_of,
+            replace(
+                recipe.detections,
+                count=config.max_detections,
+                is_moved=config.test_boxes == "moved",
+            ),
+        ),
+        given=config.proposals if is_given else None,
+        num_given=min(config.num_proposals, config.test_proposals or config.num_proposals),
     )
 
 

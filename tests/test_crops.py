@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dense_jax.data import crops
+from dense_jax.data import crops, proposals
 from dense_jax.data.datasets.shapes import ShapesSpec, load
 from dense_jax.errors import UserError
 from dense_jax.ops.boxes import iou
@@ -175,7 +175,7 @@ def test_file_of_proposals(tmp_path):
     path.write_text(json.dumps({"a": [[0.4, 1, 5.6, 9], [-3, 0, 4, 4]], "b": []}))
     boxes = crops.read_proposals(path)
     assert boxes == {"a": [(0, 1, 6, 9), (-3, 0, 4, 4)], "b": []}
-    assert crops.boxes_of(boxes, "b") == []
+    assert proposals.of_image(boxes, "b") == []
     for text, message in [
         ('{"a": [[1, 2, 3]]}', "box of 'a'"),
         ('{"a": [[5, 0, 4, 9]]}', "box of 'a'"),

@@ -9,21 +9,19 @@ arXiv:1505.04366, Section 4.2 (two-stage training) and the released window lists
 
 import dataclasses
 import itertools
-import json
 import os
-import pathlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import tqdm
 
 from dense_jax.data import objects as object_lib
+from dense_jax.data import proposals as proposal_file
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example, Source
 from dense_jax.data.normalise import num_channels, to_uint8
-from dense_jax.errors import UserError
+from dense_jax.errors import UserError, refuse
 from dense_jax.ops import boxes as box_ops
 
 Box = tuple[int, int, int, int]
@@ -196,7 +194,7 @@ def propose(
                 [_jittered(truth, rng), sliding_windows(source.size(index))]
             )
         else:
-            candidates = np.array(boxes_of(boxes, found[0].name), int).reshape(-1, 4)
+            candidates = np.array(proposal_file.of_image(boxes, found[0].name), int).reshape(-1, 4)
         overlaps = box_ops.iou(candidates, truth)
         for box, row in zip(candidates, overlaps, strict=True):
             if row.max() >= min_iou:
@@ -227,48 +225,18 @@ def balance(windows: Sequence[Window]) -> list[Window]:
 
 
 def read_proposals(path: str | os.PathLike[str]) -> dict[str, list[Box]]:
-    """Reads proposals: JSON ``{"image name": [[x0, y0, x1, y1], ...], ...}``, best boxes first.
-
-    Names are those of the dataset (usually the file name without its suffix). Numbers are pixels,
-    rounded to integers, with x0 < x1 and y0 < y1.
+    """Reads proposals, rounded to whole pixels; see `dense_jax.data.proposals`.
 
     Raises:
       UserError: the file cannot be read, or a box is not valid.
     """
-    try:
-        entries = json.loads(pathlib.Path(path).read_text())
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): give --proposals=FILE"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): see dense_jax/data/crops.py") from error
-    if not isinstance(entries, dict):
-        raise UserError(f'{path} has no object {{"image name": boxes}}: write one')
-    return {name: _parse(name, boxes, path) for name, boxes in entries.items()}
-
-
-def boxes_of(boxes: Mapping[str, Sequence[Box]], name: str) -> list[Box]:
-    """Returns the proposals of an image.
-
-    Raises:
-      UserError: there is no list with its name.
-    """
-    if name not in boxes:
-        raise UserError(f"--proposals: no boxes for image {name!r}; add its list to the file")
-    return list(boxes[name])
-
-
-def _parse(name: str, boxes: Any, path: str | os.PathLike[str]) -> list[Box]:
-    try:
-        array = np.rint(np.array(boxes, float).reshape(-1, 4))
-        if not (array[:, :2] < array[:, 2:]).all() or not np.isfinite(array).all():
-            raise ValueError
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{path}: a box of {name!r} is not [x0, y0, x1, y1] with x0 < x1, y0 < y1; correct it"
-        ) from error
-    return [_box(row) for row in array]
+    rounded = {name: np.rint(boxes) for name, boxes in proposal_file.read(path).items()}
+    for name, boxes in rounded.items():
+        refuse(
+            not (boxes[:, :2] < boxes[:, 2:]).all(),
+            f"{path}: a box of {name!r} is smaller than a pixel; leave it out",
+        )
+    return {name: [_box(row) for row in boxes] for name, boxes in rounded.items()}
 
 
 def _box(row: np.ndarray) -> Box:
@@ -333,7 +301,8 @@ def known_boxes(
     """
     if proposals:
         table = read_proposals(proposals)
-        boxes = [boxes_of(table, source[i]["name"]) for i in range(len(source))]
+        names = [source[i]["name"] for i in range(len(source))]
+        boxes = [proposal_file.of_image(table, name) for name in names]
     else:
         boxes = [[] for _ in range(len(source))]
         for found in find_objects(source, background):

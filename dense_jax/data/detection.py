@@ -12,9 +12,11 @@ from typing import Literal
 import numpy as np
 
 from dense_jax.data import objects as object_lib
+from dense_jax.data import proposals as proposal_file
 from dense_jax.data.dataset import Example
 from dense_jax.data.padded import Size
 from dense_jax.data.transforms import resize_example
+from dense_jax.ops import boxes as box_ops
 
 Rounding = Literal["nearest", "down"]
 
@@ -112,6 +114,61 @@ class LargeScaleJitter:
         return resize_example(
             example, (max(1, round(height * factor)), max(1, round(width * factor)))
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class GiveProposals:
+    """Adds the proposals of an image as "proposals", which move with it; comes first.
+
+    Attributes:
+      path: the file with the boxes of each image; see `dense_jax.data.proposals`.
+      count: of more boxes, the first ones are kept.
+    """
+
+    path: str
+    count: int
+
+    def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
+        """Returns the example with its proposals.
+
+        Raises:
+          UserError: the file cannot be read, or lacks the image.
+        """
+        table = proposal_file.read_once(self.path)
+        boxes = proposal_file.of_image(table, example["name"])[: self.count]
+        return {**example, "proposals": object_lib.without_classes(boxes)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PadProposals:
+    """Turns proposals into arrays of a fixed number of slots; one of the last transforms.
+
+    "proposals" becomes a dict of "boxes" float32 [R, 4], cut at the edges of the image, and "valid"
+    bool [R]; boxes outside of the image are not valid.
+
+    Attributes:
+      slots: R.
+    """
+
+    slots: int
+
+    def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
+        """Returns the example with arrays in place of proposals."""
+        boxes = example["proposals"].boxes
+        return {
+            **example,
+            "proposals": pad_proposals(boxes, example["image"].shape[:2], self.slots),
+        }
+
+
+def pad_proposals(boxes: np.ndarray, size: Size, slots: int) -> dict[str, np.ndarray]:
+    """Returns "boxes" [R, 4] and "valid" [R] of the first R boxes; see `PadProposals`."""
+    boxes = box_ops.clip(boxes[:slots].astype(np.float32), size)
+    padding = slots - len(boxes)
+    return {
+        "boxes": np.pad(boxes, [(0, padding), (0, 0)]),
+        "valid": np.pad(box_ops.min_side(boxes) > 0, (0, padding)),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -144,6 +144,12 @@ _DTYPES = {
 }  # fmt: skip
 
 
+def without_classes(boxes: np.ndarray) -> Objects:
+    """Returns boxes [N, 4] of class 0, without masks."""
+    zeros = {name: np.zeros(len(boxes), dtype) for name, dtype in _DTYPES.items()}
+    return Objects(**{**zeros, "boxes": boxes.astype(np.float32)})
+
+
 def number(example: Example, background: int | None, *, by_class: bool = True) -> np.ndarray:
     """Returns the number of the object of each pixel, integers [H, W], 0 = no object.
 

@@ -124,16 +124,11 @@ def prepare(
 
 def pad(example: Example, shape: Size) -> Example:
     """Pads a normalised example: zeros for the image and masks, ignored pixels for the label."""
-    objects = example.get("objects")
-    if isinstance(objects, dict):  # in slots already
-        example = {key: value for key, value in example.items() if key != "objects"}
-    padded = window(example, 0, 0, shape)
-    if isinstance(objects, dict):
-        padded["objects"] = dict(objects)
-        if "masks" in objects:
-            height, width = objects["masks"].shape[1:]
-            edges = (0, 0), (0, shape[0] - height), (0, shape[1] - width)
-            padded["objects"]["masks"] = np.pad(objects["masks"], edges)
+    padded, objects = window(example, 0, 0, shape), example.get("objects")
+    if isinstance(objects, dict) and "masks" in objects:  # in slots already
+        height, width = objects["masks"].shape[1:]
+        edges = (0, 0), (0, shape[0] - height), (0, shape[1] - width)
+        padded["objects"] = {**objects, "masks": np.pad(objects["masks"], edges)}
     return padded
 
 

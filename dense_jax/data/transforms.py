@@ -368,8 +368,9 @@ def _maps(example: Example) -> list[str]:
 
 
 def _objects(example: Example, move: Callable[[Objects], Objects]) -> dict[str, Objects]:
-    """Returns "objects", moved, if the example has them."""
-    return {"objects": move(example["objects"])} if "objects" in example else {}
+    """Returns "objects" and "proposals", moved, unless they are arrays of slots by now."""
+    found = {key: example.get(key) for key in ("objects", "proposals")}
+    return {key: move(own) for key, own in found.items() if isinstance(own, Objects)}
 
 
 def _refuse_objects(example: Example, transform: Transform) -> None:

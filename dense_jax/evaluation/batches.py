@@ -60,21 +60,23 @@ def eval_batches(
 
 
 def predict_each(
-    task: Predicts, variables: Any, images: jax.Array, sizes: jax.Array
+    task: Predicts, variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
 ) -> dict[str, jax.Array]:
     """Returns a task's outputs for a batch, image by image on CPUs; can be compiled.
 
     On CPUs the order of the sums in a convolution depends on the size of the batch, and a batch is
-    hardly faster than its images one by one.
+    hardly faster than its images one by one. A task whose predictions need other inputs takes them
+    behind the sizes.
     """
+    predict: Any = task.predict
     if jax.default_backend() != "cpu":
-        return task.predict(variables, images, sizes)
+        return predict(variables, images, sizes, *inputs)
 
-    def alone(inputs: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
-        image, size = inputs
-        return {k: x[0] for k, x in task.predict(variables, image[None], size[None]).items()}
+    def alone(own: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+        outputs = predict(variables, *(x[None] for x in own))
+        return {name: x[0] for name, x in outputs.items()}
 
-    return lax.map(alone, (images, sizes))
+    return lax.map(alone, (images, sizes, *inputs))
 
 
 def predict_split(

@@ -19,7 +19,19 @@ from jax import lax
 
 from dense_jax.ops import boxes as box_ops
 from dense_jax.ops.nms import nms
-from dense_jax.ops.proposals import HEAD_WEIGHTS, ProposalRule, propose
+from dense_jax.ops.proposals import (
+    HEAD_WEIGHTS,
+    ProposalRule,
+    Proposals,
+    propose,
+    whole_grid,
+)
+
+AnchorsOf = Callable[[Any, Sequence[Any]], Sequence[jax.Array]]
+"""(size of the padded images, sizes of the maps) -> anchors of each map, [N_l, 4]."""
+ProposalsOf = Callable[..., Proposals]
+"""(apply of the network, maps, size of the padded images, sizes of the images [B, 2], *inputs) ->
+the proposals of a batch."""
 
 _LEAST_DETECTION = 1e-2  # pixels, of both sides
 
@@ -35,6 +47,7 @@ class DetectionRule:
       candidates: number of pairs of a box and a class, of the highest scores, that take part.
       min_side: detections with a shorter side than this, in pixels, are dropped.
       plus_one: whether widths are x1 - x0 + 1, as in Caffe.
+      is_moved: False leaves the proposals where they are (Fast R-CNN, Table 6).
     """
 
     count: int = 100
@@ -43,6 +56,7 @@ class DetectionRule:
     candidates: int = 1000
     min_side: float = _LEAST_DETECTION
     plus_one: bool = False
+    is_moved: bool = True
 
 
 def detect(
@@ -69,9 +83,8 @@ def detect(
     """
     num_classes = logits.shape[1]
     scores = jax.nn.softmax(logits, axis=-1)[:, 1:]
-    moved = box_ops.decode(
-        deltas[:, 1:], boxes[:, None], weights=HEAD_WEIGHTS, plus_one=rule.plus_one
-    )
+    moves = deltas[:, 1:] if rule.is_moved else jnp.zeros_like(deltas[:, 1:])
+    moved = box_ops.decode(moves, boxes[:, None], weights=HEAD_WEIGHTS, plus_one=rule.plus_one)
     moved = box_ops.clip(moved, tuple(size.astype(moved.dtype)))
     good = valid[:, None] & (scores > rule.min_score)
     good &= box_ops.min_side(moved) >= rule.min_side
@@ -98,34 +111,77 @@ def detect(
     }
 
 
+def from_network(anchors_of: AnchorsOf, rule: ProposalRule) -> ProposalsOf:
+    """Returns the proposals of the network's own anchors (Faster R-CNN), as `ProposalsOf`."""
+
+    def proposals_of(
+        apply: Callable[..., Any], levels: Sequence[jax.Array], size: Any, sizes: jax.Array
+    ) -> Proposals:
+        logits, deltas = apply(levels, method="propose")
+        anchors = anchors_of(size, [level.shape[1:3] for level in levels])
+        propose_each = jax.vmap(functools.partial(propose, rule=rule), (0, 0, None, 0))
+        return propose_each(logits, deltas, anchors, sizes)
+
+    return proposals_of
+
+
+def from_grid(anchors_of: AnchorsOf) -> ProposalsOf:
+    """Returns all anchors, without a network, as `ProposalsOf`."""
+
+    def proposals_of(
+        apply: Callable[..., Any], levels: Sequence[jax.Array], size: Any, sizes: jax.Array
+    ) -> Proposals:
+        del apply
+        return whole_grid(anchors_of(size, [level.shape[1:3] for level in levels]), sizes)
+
+    return proposals_of
+
+
+def from_input(
+    apply: Callable[..., Any],
+    levels: Sequence[jax.Array],
+    size: Any,
+    sizes: jax.Array,
+    given: jax.Array,
+) -> Proposals:
+    """Returns given proposals (Fast R-CNN); boxes without an area stand for none.
+
+    Args:
+      apply: not used, as `levels` and `size`.
+      levels: not used.
+      size: not used.
+      sizes: int32 [B, 2], heights and widths of the true images.
+      given: float32 [B, R, 4], x0 y0 x1 y1 as shares of the width and height of the true image.
+    """
+    del apply, levels, size
+    sides = sizes[:, jnp.array([1, 0, 1, 0])].astype(given.dtype)
+    boxes = jnp.clip(given, 0.0, 1.0) * sides[:, None, :]
+    valid = box_ops.min_side(boxes) > 0
+    return Proposals(boxes, jnp.zeros(valid.shape, boxes.dtype), valid)
+
+
 def two_stages(
-    model: nn.Module,
-    anchors_of: Callable[[Any, Sequence[Any]], Sequence[jax.Array]],
-    proposal_rule: ProposalRule,
-    detection_rule: DetectionRule,
-) -> Callable[[Any, jax.Array, jax.Array], dict[str, jax.Array]]:
-    """Returns (variables, images [B, H, W, C], sizes [B, 2]) -> the arrays of `detect`, [B, ...].
+    model: nn.Module, proposals_of: ProposalsOf, rule: DetectionRule
+) -> Callable[..., dict[str, jax.Array]]:
+    """Returns (variables, images [B, H, W, C], sizes [B, 2], *inputs) -> arrays of `detect`.
+
+    The arrays are [B, ...].
 
     Args:
       model: a `dense_jax.models.rcnn.faster_rcnn.FasterRCNN`.
-      anchors_of: (size of the padded images, sizes of the maps) -> anchors of each map, [N_l, 4].
-      proposal_rule: how proposals are chosen.
-      detection_rule: how detections are chosen.
+      proposals_of: the first stage.
+      rule: how detections are chosen.
     """
 
-    def predict(variables: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+    def predict(
+        variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
+    ) -> dict[str, jax.Array]:
         apply = functools.partial(model.apply, variables)
         levels: Any = apply(images, train=False, method="features")
-        proposed: Any = apply(levels, method="propose")
-        logits, deltas = proposed
-        grids = [(level.shape[1], level.shape[2]) for level in levels]
-        anchors = anchors_of((images.shape[1], images.shape[2]), grids)
-        proposals = jax.vmap(functools.partial(propose, rule=proposal_rule), (0, 0, None, 0))(
-            logits, deltas, anchors, sizes
-        )
+        proposals = proposals_of(apply, levels, images.shape[1:3], sizes, *inputs)
         scored: Any = apply(levels, proposals.boxes, train=False, method="classify")
         scores, moves = scored
-        choose = functools.partial(detect, rule=detection_rule)
+        choose = functools.partial(detect, rule=rule)
         return jax.vmap(choose)(scores, moves, proposals.boxes, proposals.valid, sizes)
 
     return predict

@@ -17,12 +17,19 @@ from jax import lax
 
 from dense_jax.objectives import targets
 from dense_jax.ops import boxes as box_ops
-from dense_jax.ops.proposals import HEAD_WEIGHTS, RPN_WEIGHTS, ProposalRule, Proposals, propose
+from dense_jax.ops.proposals import (
+    HEAD_WEIGHTS,
+    RPN_WEIGHTS,
+    ProposalRule,
+    Proposals,
+    propose,
+    whole_grid,
+)
 
-Size = tuple[int, int]
 Batch = dict[str, Any]
 Losses = dict[str, tuple[jax.Array, jax.Array]]
 LossFn = Callable[[Callable[..., Any], Batch, jax.Array], Losses]
+AnchorsOf = Callable[[Any, Sequence[Any]], Sequence[jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +71,7 @@ class RoiRule:
       max_foreground: largest number of them with a class.
       beta: width of the quadratic part of the smooth L1 loss; 0 is the L1 loss.
       plus_one: whether widths are x1 - x0 + 1, as in Caffe.
+      class_weight, box_weight: factors of the two losses.
     """
 
     foreground: float = 0.5
@@ -72,6 +80,8 @@ class RoiRule:
     max_foreground: int = 128
     beta: float = 1 / 9
     plus_one: bool = False
+    class_weight: float = 1.0
+    box_weight: float = 1.0
 
 
 def smooth_l1(errors: jax.Array, beta: float) -> jax.Array:
@@ -236,8 +246,8 @@ def roi_losses(logits: jax.Array, deltas: jax.Array, wanted: RoiTargets, rule: R
     count = jnp.sum(wanted.filled)
     is_object = (wanted.classes > 0)[..., None]
     return {
-        "class": (jnp.sum(jnp.where(wanted.filled, entropy, 0.0)), count),
-        "box": (jnp.sum(jnp.where(is_object, errors, 0.0)), count),
+        "class": (rule.class_weight * jnp.sum(jnp.where(wanted.filled, entropy, 0.0)), count),
+        "box": (rule.box_weight * jnp.sum(jnp.where(is_object, errors, 0.0)), count),
     }
 
 
@@ -254,7 +264,7 @@ def uniforms(rng: jax.Array, index: jax.Array, count: int) -> jax.Array:
 
 
 def objective(
-    anchors_of: Callable[[Size, Sequence[Size]], Sequence[jax.Array]],
+    anchors_of: AnchorsOf,
     anchor_rule: AnchorRule,
     proposal_rule: ProposalRule,
     roi_rule: RoiRule,
@@ -272,15 +282,10 @@ def objective(
     """
 
     def losses(apply: Callable[..., Any], batch: Batch, rng: jax.Array) -> Losses:
-        images, objects = batch["images"], batch["objects"]
-        height, width = images.shape[1:3]
-        sizes = batch.get("size")
-        if sizes is None:
-            sizes = jnp.broadcast_to(jnp.array([height, width], jnp.int32), (len(images), 2))
-        levels = apply(images, method="features")
+        objects, sizes = batch["objects"], _sizes(batch)
+        levels = apply(batch["images"], method="features")
         logits, deltas = apply(levels, method="propose")
-        grids = [(level.shape[1], level.shape[2]) for level in levels]
-        anchors = anchors_of((height, width), grids)
+        anchors = anchors_of(batch["images"].shape[1:3], [level.shape[1:3] for level in levels])
         for_anchors, for_rois = jax.random.split(rng)
         all_anchors = jnp.concatenate(anchors)
         uniform = uniforms(for_anchors, batch["index"], len(all_anchors))
@@ -291,10 +296,54 @@ def objective(
         proposals = jax.vmap(functools.partial(propose, rule=proposal_rule), (0, 0, None, 0))(
             *lax.stop_gradient((logits, deltas)), anchors, sizes
         )
-        count = proposals.boxes.shape[1] + objects["boxes"].shape[1]
-        uniform = uniforms(for_rois, batch["index"], count)
-        wanted = sample_rois(proposals, objects, uniform, roi_rule)
-        scores, moves = apply(levels, wanted.boxes, method="classify")
-        return result | roi_losses(scores, moves, wanted, roi_rule)
+        return result | _head_losses(apply, levels, proposals, batch, for_rois, roi_rule)
 
     return losses
+
+
+def head_objective(rule: RoiRule, anchors_of: AnchorsOf | None = None) -> LossFn:
+    """Returns the losses of Fast R-CNN, whose proposals no network makes: "class" and "box".
+
+    Args:
+      rule: which proposals train the box head.
+      anchors_of: as in `objective`; all anchors are proposals then. None: batches have "proposals",
+        see `dense_jax.data.detection.PadProposals`.
+    """
+
+    def losses(apply: Callable[..., Any], batch: Batch, rng: jax.Array) -> Losses:
+        levels = apply(batch["images"], method="features")
+        if anchors_of is None:
+            given = batch["proposals"]
+            scores = jnp.zeros(given["valid"].shape, given["boxes"].dtype)
+            proposals = Proposals(given["boxes"], scores, given["valid"])
+        else:
+            grids = [level.shape[1:3] for level in levels]
+            anchors = anchors_of(batch["images"].shape[1:3], grids)
+            proposals = whole_grid(anchors, _sizes(batch))
+        return _head_losses(apply, levels, proposals, batch, rng, rule)
+
+    return losses
+
+
+def _head_losses(
+    apply: Callable[..., Any],
+    levels: Sequence[jax.Array],
+    proposals: Proposals,
+    batch: Batch,
+    rng: jax.Array,
+    rule: RoiRule,
+) -> Losses:
+    objects = batch["objects"]
+    count = proposals.boxes.shape[1] + objects["boxes"].shape[1]
+    wanted = sample_rois(proposals, objects, uniforms(rng, batch["index"], count), rule)
+    scores, moves = apply(levels, wanted.boxes, method="classify")
+    return roi_losses(scores, moves, wanted, rule)
+
+
+def _sizes(batch: Batch) -> jax.Array:
+    """Returns the heights and widths of the images before padding, int32 [B, 2]."""
+    images = batch["images"]
+    sizes = batch.get("size")
+    if sizes is None:
+        sizes = jnp.broadcast_to(jnp.array(images.shape[1:3], jnp.int32), (len(images), 2))
+    return sizes

@@ -48,6 +48,9 @@ class ProposalRule:
       max_iou: of two proposals of a level with a larger IoU the lower score is dropped.
       min_side: proposals with a shorter side than this, in pixels, are dropped.
       plus_one: whether widths are x1 - x0 + 1, as in Caffe.
+      is_ranked: False takes anchors by random numbers in place of their scores, the same ones for
+        every image, and suppresses none (Ren et al., Section 4.1, "no cls").
+      is_moved: False takes the anchors themselves ("no reg").
     """
 
     candidates: int
@@ -55,6 +58,8 @@ class ProposalRule:
     max_iou: float = 0.7
     min_side: float = _LEAST_PROPOSAL
     plus_one: bool = False
+    is_ranked: bool = True
+    is_moved: bool = True
 
 
 def propose(
@@ -79,6 +84,10 @@ def propose(
     """
     boxes, scores, valid, levels = [], [], [], []
     for level, (own, moves, places) in enumerate(zip(logits, deltas, anchors, strict=True)):
+        if not rule.is_ranked:
+            own = jax.random.uniform(jax.random.key(level), own.shape, own.dtype)
+        if not rule.is_moved:
+            moves = jnp.zeros_like(moves)
         best, index = lax.top_k(own, min(rule.candidates, own.shape[0]))
         moved = box_ops.decode(
             moves[index], jnp.asarray(places)[index], weights=RPN_WEIGHTS, plus_one=rule.plus_one
@@ -90,7 +99,7 @@ def propose(
         valid.append(finite & (box_ops.min_side(moved) >= rule.min_side))
         levels.append(jnp.full(best.shape, level, jnp.int32))
     kept = [
-        nms(own, ok, rule.max_iou, plus_one=rule.plus_one)
+        nms(own, ok, rule.max_iou if rule.is_ranked else 1.0, plus_one=rule.plus_one)
         for own, ok in zip(boxes, valid, strict=True)
     ]
     every = jnp.concatenate(scores)
@@ -99,3 +108,18 @@ def propose(
     chosen = Proposals(jnp.concatenate(boxes)[index], every[index], top > -jnp.inf)
     free = rule.count - top.shape[0]
     return Proposals(*(jnp.pad(x, [(0, free)] + [(0, 0)] * (x.ndim - 1)) for x in chosen))
+
+
+def whole_grid(anchors: Sequence[jax.Array], sizes: jax.Array) -> Proposals:
+    """Returns all anchors as the proposals of each image, cut at its edges, with scores of 0.
+
+    This is sliding windows, as of one-stage detectors (Ren et al., Section 4.1, Table 10).
+
+    Args:
+      anchors: of each level, [N_l, 4].
+      sizes: int32 [B, 2], heights and widths of the true images.
+    """
+    every = jnp.concatenate([jnp.asarray(own) for own in anchors])
+    boxes = jax.vmap(lambda size: box_ops.clip(every, tuple(size.astype(every.dtype))))(sizes)
+    valid = box_ops.min_side(boxes) >= _LEAST_PROPOSAL
+    return Proposals(boxes, jnp.zeros(valid.shape, boxes.dtype), valid)

@@ -1,6 +1,7 @@
 """The task that finds objects: their boxes, classes and scores, scored by average precision."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -8,11 +9,14 @@ import jax
 import numpy as np
 
 from dense_jax.data import objects as object_lib
+from dense_jax.data import proposals as proposal_file
 from dense_jax.data.classes import ClassTable
-from dense_jax.data.dataset import Dataset, Example, Part
+from dense_jax.data.dataset import Dataset, Example, Part, Source
 from dense_jax.data.detection import (
+    GiveProposals,
     LargeScaleJitter,
     PadObjects,
+    PadProposals,
     ReadObjects,
     ResizeShortSide,
     short_side_size,
@@ -20,17 +24,20 @@ from dense_jax.data.detection import (
 from dense_jax.data.normalise import Normalise
 from dense_jax.data.padded import BUCKET, Size, in_words, tell_if_many
 from dense_jax.data.transforms import RandomCrop, RandomFlip, Transform, chosen
-from dense_jax.errors import refuse
+from dense_jax.errors import UserError, refuse
 from dense_jax.evaluation import instances
 from dense_jax.evaluation.batches import eval_batches, predict_each
 from dense_jax.evaluation.record import Record
 from dense_jax.infer.instances import Instances
 from dense_jax.metrics.detections import Detections, Truth
 from dense_jax.ops import boxes as box_ops
-from dense_jax.tasks.task import Evaluate, Task
+from dense_jax.tasks.task import Evaluate, Input, Task
 from dense_jax.train import processes
 from dense_jax.train.config import Count, Counts, RunConfig
 from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard
+
+PROPOSALS_FILE = "proposals.json"
+"""The file in a folder of images that holds their proposals, if these are given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,16 +70,26 @@ class DetectionConfig(RunConfig):
             f"--loss-norm={self.loss_norm}: the losses of detectors have divisors of their own",
         )
 
-    def transforms(self, masks: bool = False) -> list[Transform]:
-        """Returns the training transforms."""
+    def transforms(
+        self, *, masks: bool = False, proposals: str | None = None, num_proposals: int = 0
+    ) -> list[Transform]:
+        """Returns the training transforms.
+
+        Args:
+          masks: whether objects have masks.
+          proposals: a file of proposals, if these are given.
+          num_proposals: their largest number for an image.
+        """
         has_jitter, square = self.jitter == "large_scale", (self.max_side, self.max_side)
         return chosen(
             ReadObjects(masks=masks),
+            proposals is not None and GiveProposals(proposals, num_proposals),
             has_jitter and LargeScaleJitter(square),
             not has_jitter and ResizeShortSide(self.short_side, self.max_side),
             Normalise(self.normalisation),
             has_jitter and RandomCrop(square),
             self.flip == "on" and RandomFlip(),
+            proposals is not None and PadProposals(num_proposals),
             PadObjects(self.max_objects),
         )
 
@@ -85,16 +102,21 @@ class Detection(Task):
       objective: the loss: (apply, batch, rng) -> {name: (sum, count)}.
       forward: (variables, images [B, H, W, C], sizes [B, 2]) -> detections, in pixels of these
         images: "boxes" [B, D, 4], "classes" [B, D], "scores" [B, D], "valid" [B, D]; and
-        "overflow" [B], see `dense_jax.infer.detections.detect`.
+        "overflow" [B], see `dense_jax.infer.detections.detect`. With proposals that are given, it
+        takes them too, [B, R, 4]; see `dense_jax.infer.detections.from_input`.
       stride: heights and widths of padded images are multiples of this, in pixels.
+      given: the file of proposals (see `dense_jax.data.proposals`), if these are given.
+      num_given: R, their largest number for an image; of more, the first ones are kept.
       notes: further lines of the protocol card.
     """
 
     config: DetectionConfig
     _: dataclasses.KW_ONLY
     objective: LossFn
-    forward: Callable[[Any, jax.Array, jax.Array], dict[str, jax.Array]]
+    forward: Callable[..., dict[str, jax.Array]]
     stride: int = BUCKET
+    given: str | None = None
+    num_given: int = 0
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     headline: ClassVar[str] = "box_ap"
@@ -159,7 +181,54 @@ class Detection(Task):
         self, variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
     ) -> dict[str, jax.Array]:
         """Returns the detections of a batch; see `Detection.forward`."""
-        return self.forward(variables, images, sizes)
+        return self.forward(variables, images, sizes, *inputs)
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """The proposals, if they are given."""
+        if self.given is None:
+            return {}
+        words = "x0 y0 x1 y1 as shares of the image's width and height, the best first"
+        return {"proposals": Input((self.num_given, 4), "float32", words)}
+
+    def as_inputs(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Returns "proposals" as float32 [R, 4]; slots of zeros stand for none.
+
+        Raises:
+          UserError: they are no boxes.
+        """
+        if not given:
+            return {}
+        try:
+            boxes = np.asarray(given["proposals"], np.float32).reshape(-1, 4)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"proposals are no array ({error}): give [R, 4] from 0 to 1") from error
+        refuse(
+            not (np.abs(boxes) <= 1).all(),
+            "proposals are shares of the image's width and height, [R, 4] from 0 to 1: divide "
+            "pixels by these",
+        )
+        boxes = boxes[: self.num_given]
+        return {"proposals": np.pad(boxes, [(0, self.num_given - len(boxes)), (0, 0)])}
+
+    def inputs_in(
+        self, folder: pathlib.Path
+    ) -> Callable[[pathlib.Path, Size], dict[str, np.ndarray]] | None:
+        """Reads ``proposals.json`` in the folder of the images; see `dense_jax.data.proposals`."""
+        if self.given is None:
+            return None
+        path = (folder if folder.is_dir() else folder.parent) / PROPOSALS_FILE
+        table = proposal_file.read(path)
+
+        def inputs_of(image: pathlib.Path, size: Size) -> dict[str, np.ndarray]:
+            refuse(
+                image.stem not in table,
+                f"{image}: {path} has no boxes for {image.stem!r}; add its list",
+            )
+            proposals = self.as_inputs({"proposals": as_shares(table[image.stem], size)})
+            return {name: array[None] for name, array in proposals.items()}
+
+        return inputs_of
 
     def answers(self, outputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns the detections."""
@@ -190,7 +259,8 @@ class Detection(Task):
         tell_if_many(batches.shapes, self.config.eval_shapes)
 
         def outputs(variables: Any, batch: Batch) -> tuple[Any, Any]:
-            return {}, predict_each(self, variables, batch["images"], batch["size"])
+            inputs = (batch[name] for name in self.inputs)
+            return {}, predict_each(self, variables, batch["images"], batch["size"], *inputs)
 
         step = eval_step(outputs)
 
@@ -200,6 +270,7 @@ class Detection(Task):
             collected, image_ids, num_cut = instances.DetectionEvaluator(), {}, 0
             for batch in batches:
                 arrays = {name: batch[name] for name in ("images", "size")}
+                arrays |= self._given_for(source, batch["index"])
                 found = jax.device_get(step(variables, shard(arrays))[1])
                 found = {name: x.reshape(-1, *x.shape[2:]) for name, x in found.items()}
                 for row, index in enumerate(batch["index"].tolist()):
@@ -229,9 +300,28 @@ class Detection(Task):
 
         return evaluate
 
+    def _given_for(self, source: Source, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns "proposals" of the images of a batch, [B, R, 4], if they are given."""
+        if self.given is None:
+            return {}
+        rows = np.zeros((len(index), self.num_given, 4), np.float32)
+        table = proposal_file.read_once(self.given)
+        for row, i in enumerate(index.tolist()):
+            if i >= 0:
+                boxes = proposal_file.of_image(table, source[i]["name"])
+                rows[row] = self.as_inputs({"proposals": as_shares(boxes, source.size(i))})[
+                    "proposals"
+                ]
+        return {"proposals": rows}
+
     def _detections(self, answers: Mapping[str, np.ndarray], size: Size) -> Detections:
         found = self.in_image(answers, size)
         return Detections.build(found["boxes"], found["class_ids"], found["scores"])
+
+
+def as_shares(boxes: np.ndarray, size: Size) -> np.ndarray:
+    """Returns boxes [N, 4] in pixels as shares of an image's width and height, cut at its edges."""
+    return box_ops.scale(box_ops.clip(boxes.astype(np.float32), size), (1 / size[0], 1 / size[1]))
 
 
 def truth_of(example: Example) -> Truth:

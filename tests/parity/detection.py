@@ -15,7 +15,7 @@ from experiments import faster_rcnn as script
 from tests.parity import drawn, zoo
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "detections.npz"
-NAMES = {"fasterrcnn_resnet50_fpn": "v1", "fasterrcnn_resnet50_fpn_v2": "v2"}
+NAMES: dict[str, Any] = {"fasterrcnn_resnet50_fpn": "v1", "fasterrcnn_resnet50_fpn_v2": "v2"}
 NUM_CLASSES = 91
 PADDED, TRUE = (128, 160), (117, 150)  # height and width with and without padding
 BOXES = np.array(
@@ -110,8 +110,8 @@ def ours(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         logits, deltas = model.apply(variables, levels, method="propose")
         grids = [level.shape[1:3] for level in levels]
         anchors = script._anchors(model, recipe.anchors, PADDED, grids)
-        first = [[x[0] for x in some] for some in (logits, deltas)]
-        proposals = propose(*first, anchors, sizes[0], recipe.test)
+        first, moves = ([x[0] for x in some] for some in (logits, deltas))
+        proposals = propose(first, moves, anchors, sizes[0], recipe.test)
         found = {key: value[0] for key, value in task.forward(variables, images, sizes).items()}
         outputs = {"proposals": proposals.boxes, "logits": proposals.scores, **found}
         return outputs | losses(variables, batch)

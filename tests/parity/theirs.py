@@ -26,7 +26,8 @@ def import_torchvision(*, compiled: bool = False) -> Any:
         if compiled and path:
             torch.ops.load_library(path)
             for name in ("torchvision.extension", "torchvision.ops.roi_align"):
-                importlib.import_module(name)._has_ops = lambda: True
+                module: Any = importlib.import_module(name)
+                module._has_ops = lambda: True
         return importlib.import_module("torchvision")
     except RuntimeError:  # operator torchvision::nms does not exist
         library = torch.library.Library("torchvision", "DEF")

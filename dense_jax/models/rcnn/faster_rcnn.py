@@ -142,7 +142,7 @@ class FasterRCNN(nn.Module):
         Raises:
           UserError: the options do not go together.
         """
-        self._check()
+        self.check()
         norm = functools.partial(
             BatchNorm, momentum=_MOMENTUM, epsilon=self.bn_epsilon, axis_name=self.axis_name
         )
@@ -162,7 +162,8 @@ class FasterRCNN(nn.Module):
         self.box_head = self._box_head(norm)
         self.box_predictor = BoxPredictor(self.num_classes)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises UserError if the options do not go together; `setup` does the same."""
         is_vgg, on_pyramid = self.backbone == "vgg16", self.neck == "fpn"
         refuse(is_vgg and self.neck != "c5", f"vgg16 has no {self.neck}: give neck=c5, or a ResNet")
         refuse(is_vgg and self.remat, "vgg16 has no residual blocks: leave remat out")

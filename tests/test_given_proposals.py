@@ -1,0 +1,165 @@
+"""Fast R-CNN on proposals from a file, and detectors whose proposals are all anchors or random."""
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from PIL import Image
+
+from dense_jax.data import proposals as proposal_file
+from dense_jax.data.detection import GiveProposals, PadProposals, ReadObjects
+from dense_jax.data.transforms import RandomFlip, Resize
+from dense_jax.errors import UserError
+from dense_jax.infer import predictor
+from dense_jax.models.rcnn import faster_rcnn as models
+from dense_jax.ops.proposals import ProposalRule, propose, whole_grid
+from dense_jax.tasks import trained, training
+from dense_jax.tasks.detection import truth_of
+from experiments import faster_rcnn as script
+from tests.test_detection_task import (
+    NUM_CLASSES,
+    Trunk,
+    batch_of,
+    config,
+    data,
+    one_step,
+    task,
+    variables_of,
+)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(models.FasterRCNN, "_trunk", lambda self: Trunk(name="backbone"))
+    with jax.numpy_dtype_promotion("standard"):  # AdamW raises a float to an integer power
+        yield
+
+
+@pytest.fixture
+def boxes_file(tmp_path):
+    """True boxes, made a little larger, then the whole image."""
+    table = {}
+    for source in (data().split("train"), data().split("val")):
+        for i in range(len(source)):
+            boxes = truth_of(source[i]).boxes + np.array([-2.5, -1, 2.25, 3])
+            table[source[i]["name"]] = [*boxes.tolist(), [0, 0, 40, 48]]
+    (tmp_path / "proposals.json").write_text(json.dumps(table))
+    return tmp_path / "proposals.json"
+
+
+def test_proposals_move_with_their_image(tmp_path):
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps({"a": [[1, 2, 5, 8], [-4, 0, 3, 2], [0, 0, 1, 1]]}))
+    image = np.zeros((10, 20, 3), np.uint8)
+    example: Any = {"image": image, "label": np.zeros((10, 20), np.uint8), "name": "a"}
+    steps = [ReadObjects(), GiveProposals(str(path), 2), Resize((20, 20)), RandomFlip(1.0)]
+    for step in [*steps, PadProposals(3)]:
+        example = step(example, np.random.default_rng(0))
+    expected = [[15, 4, 19, 16], [17, 0, 20, 4], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(example["proposals"]["boxes"], expected)
+    assert example["proposals"]["valid"].tolist() == [True, True, False]
+    with pytest.raises(UserError, match="no boxes for image 'b'"):
+        GiveProposals(str(path), 2)({**example, "name": "b"})
+
+
+def test_a_run_on_given_boxes_trains_scores_and_predicts(boxes_file, tmp_path):
+    flags: Any = {"proposal_source": "file", "proposals": str(boxes_file), "num_proposals": 12}
+    workdir = tmp_path / "run"
+    own = task(workdir=str(workdir), **flags)
+    training.train(own)
+    record = json.loads((workdir / "evaluation.json").read_text())
+    assert 0 <= record["scores"]["box_ap"] <= 1
+
+    opened = trained.load(workdir, task=own)
+    images = tmp_path / "images"
+    images.mkdir()
+    source = data().split("val")
+    Image.fromarray(source[0]["image"]).save(images / "x.png")
+    with pytest.raises(UserError, match=r"proposals\.json cannot be read"):
+        own.inputs_in(images)
+    boxes = proposal_file.read(boxes_file)[source[0]["name"]]
+    (images / "proposals.json").write_text(json.dumps({"x": boxes.tolist()}))
+    inputs_of = own.inputs_in(images)
+    predictor.predict_folder(
+        opened.predictor, opened.classes, images, tmp_path / "out", inputs_of=inputs_of
+    )
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    shares = boxes / [40, 48, 40, 48]
+    found = opened.predict(source[0]["image"], proposals=np.clip(shares, 0, 1))
+    assert len(found.boxes) == len(results)
+    scores = [round(row["score"], 4) for row in results]
+    np.testing.assert_allclose(scores, np.round(found.scores, 4), atol=1e-3)
+    with pytest.raises(UserError, match="divide pixels"):
+        opened.predict(source[0]["image"], proposals=boxes)
+
+
+def test_training_takes_the_given_boxes(boxes_file, tmp_path):
+    """Empty slots and boxes outside of the image do not take part."""
+    flags: Any = {"proposal_source": "file", "num_proposals": 12, "optimizer": "sgd"}
+    flags |= {"momentum": 0.0, "rois_per_image": 64, "flip": "off"}
+    own = task(proposals=str(boxes_file), **flags)
+    batch = batch_of(own)
+    assert batch["proposals"]["boxes"].shape == (4, 12, 4)
+    table = {k: v.tolist() for k, v in proposal_file.read(boxes_file).items()}
+    outside = {name: [*boxes, [90, 90, 99, 99]] for name, boxes in table.items()}
+    other = tmp_path / "more.json"
+    other.write_text(json.dumps(outside))
+    more = batch_of(task(proposals=str(other), **flags))
+    assert more["proposals"]["valid"].sum() == batch["proposals"]["valid"].sum()
+    expected, found = (one_step(own, x, 1)[1] for x in (batch, more))
+    assert set(expected) == {"loss", "class", "box"}
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [{"head_loss": "class"}, {"head_loss": "box"}])
+def test_one_of_the_losses_alone(flags):
+    own = task(proposal_source="grid", optimizer="sgd", momentum=0.0, weight_decay=0.0, **flags)
+    left_out = {"class": "box", "box": "class"}[flags["head_loss"]]
+    _, scalars = one_step(own, batch_of(own), 1)
+    assert scalars[left_out] == 0
+    assert scalars[flags["head_loss"]] > 0
+    assert not hasattr(own.model, "rpn")
+
+
+def test_only_the_last_layer_learns_boxes_in_stages():
+    groups = script.build(config(head_loss="box"), NUM_CLASSES).groups
+    params: Any = traverse_util.flatten_dict(variables_of(task())["params"], sep="/")
+    learns = {
+        name
+        for name in params
+        if not any(group.lr == 0 and re.search(group.pattern, name) for group in groups)
+    }
+    assert learns == {"box_predictor/bbox_pred/kernel", "box_predictor/bbox_pred/bias"}
+
+
+def test_all_anchors_are_proposals():
+    anchors = [jnp.array([[-4.0, 0, 4, 8], [40, 0, 44, 4]]), jnp.array([[2.0, 2, 6, 30]])]
+    found = whole_grid(anchors, jnp.array([[20, 32]]))
+    np.testing.assert_array_equal(found.boxes, [[[0, 0, 4, 8], [32, 0, 32, 4], [2, 2, 6, 20]]])
+    assert found.valid.tolist() == [[True, False, True]]
+
+
+def test_proposals_without_scores_or_moves():
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 40, (50, 2)).astype(np.float32)
+    anchors = [jnp.asarray(np.concatenate([corner, corner + 12], axis=1))]
+    logits = [jnp.asarray(rng.normal(size=50).astype(np.float32))]
+    deltas = [jnp.asarray(rng.normal(size=(50, 4)).astype(np.float32))]
+    size = jnp.array([64, 64])
+    still = propose(logits, deltas, anchors, size, ProposalRule(50, 50, is_moved=False))
+    apart = np.abs(still.boxes[still.valid][:, None] - anchors[0][None]).max(axis=2)
+    assert apart.min(axis=1).max() < 1e-4
+    rule = ProposalRule(50, 10, is_ranked=False)
+    first = propose(logits, deltas, anchors, size, rule)
+    other = propose([-logits[0]], deltas, anchors, size, rule)
+    np.testing.assert_array_equal(first.boxes, other.boxes)
+    assert first.valid.all()
+    ranked = propose(logits, deltas, anchors, size, dataclasses.replace(rule, is_ranked=True))
+    assert not np.array_equal(first.boxes, ranked.boxes)
