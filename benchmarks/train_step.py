@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step --model fcn8s
     python -m benchmarks.train_step --model segnet --width 0.25 --size 128 --batch 4
+    python -m benchmarks.train_step --model fasterrcnn_r50_fpn --size 320
 
 Both sides have the same weights. The benchmark compares their logits and gradients before it times
 them, in turns in one process, torch on two threads with channels last. A step is a forward pass
@@ -21,7 +22,7 @@ import numpy as np
 import optax
 import tyro
 
-from benchmarks import dilation_twins, timing, twins
+from benchmarks import detectors, dilation_twins, timing, twins
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.models import (
     deconvnet,
@@ -290,16 +291,20 @@ def main(
     """Compares one model with its torch twin.
 
     Args:
-      model: a name in MODELS.
+      model: a name in MODELS, or in `benchmarks.detectors.MODELS`, whose width and batch are 1.
       width: channel multiplier of the trunk.
       size: height and width of the images in pixels.
       batch: number of images.
       repeats: timed turns of each side; the medians are shown. 0 only compares.
       gradients: also compare the gradients; this takes longer than a few steps.
     """
-    if model not in MODELS:
-        sys.exit(f"error: no model {model!r}: choose one of {', '.join(MODELS)}")
+    if model not in (*MODELS, *detectors.MODELS):
+        known = ", ".join((*MODELS, *detectors.MODELS))
+        sys.exit(f"error: no model {model!r}: choose one of {known}")
     timing.import_torch(threads=2)
+    if model in detectors.MODELS:
+        detectors.compare(model, size, repeats)
+        return
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, size, size, 3), np.float32)
     build, twin, trained = MODELS[model]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,12 +26,26 @@ _TIE = 1e-6  # of logits and probabilities
 LOSSES = ("rpn_class", "rpn_box", "class", "box")
 
 
-def image() -> np.ndarray:
-    """Returns an image [1, H, W, 3] with zeros below and at its right."""
-    pixels = drawn.image(*PADDED)
-    pixels[:, TRUE[0] :] = 0
-    pixels[:, :, TRUE[1] :] = 0
-    return pixels
+def batch_of(padded: tuple[int, int], true: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Returns a batch of one image with zeros below and at its right, and the objects in it."""
+    height, width = true or padded
+    pixels = drawn.image(*padded)
+    pixels[:, height:] = 0
+    pixels[:, :, width:] = 0
+    valid = np.ones((1, len(BOXES)), bool)
+    return {
+        "images": pixels,
+        "size": np.array([[height, width]]),
+        "index": np.array([0]),
+        "objects": {"boxes": BOXES[None], "classes": CLASSES[None], "valid": valid},
+    }
+
+
+def targets() -> list[dict[str, Any]]:
+    """Returns the objects as torchvision takes them."""
+    import torch
+
+    return [{"boxes": torch.from_numpy(BOXES), "labels": torch.from_numpy(CLASSES)}]
 
 
 def uniform(name: str, count: int) -> np.ndarray:
@@ -116,17 +130,7 @@ def ours(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = {"proposals": proposals.boxes, "logits": proposals.scores, **found}
         return outputs | losses(variables, batch)
 
-    batch = {
-        "images": image(),
-        "size": np.array([TRUE]),
-        "index": np.array([0]),
-        "objects": {
-            "boxes": BOXES[None],
-            "classes": CLASSES[None],
-            "valid": np.ones((1, len(BOXES)), bool),
-        },
-    }
-    return jax.device_get(run(zoo.loaded(name, tensors, model), batch))
+    return jax.device_get(run(zoo.loaded(name, tensors, model), batch_of(PADDED, TRUE)))
 
 
 def given_uniforms(rng: Any, index: jax.Array, count: int) -> jax.Array:
@@ -143,26 +147,19 @@ def theirs(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     """Returns the same of torchvision, which needs compiled operators; without "logits"."""
     import torch
 
-    from tests.parity.theirs import build, import_torchvision
+    from tests.parity.theirs import detector
 
-    torchvision = import_torchvision(compiled=True)
-    network: Any = build(name)
-    state_dict = {key: torch.from_numpy(values) for key, values in tensors.items()}
-    network.load_state_dict(state_dict, strict=True, assign=True)
-    network.eval()
-    pixels = torch.from_numpy(image()).permute(0, 3, 1, 2)
-    images = torchvision.models.detection.image_list.ImageList(pixels, [TRUE])
-    targets = [{"boxes": torch.from_numpy(BOXES), "labels": torch.from_numpy(CLASSES)}]
+    network, lists = detector(name, tensors)
+    pixels = torch.from_numpy(batch_of(PADDED, TRUE)["images"]).permute(0, 3, 1, 2)
+    images = lists(pixels, [TRUE])
     with torch.inference_mode():
         levels = network.backbone(pixels)
         proposals, _ = network.rpn(images, levels)
         detections, _ = network.roi_heads(levels, proposals, [TRUE])
         network.rpn.train()
         network.roi_heads.training = True  # its batch normalisation stays as it is
-        network.rpn.fg_bg_sampler = Sampler(256, 128, ())
-        network.roi_heads.fg_bg_sampler = Sampler(512, 128, ("objects",))
-        some, first = network.rpn(images, levels, targets)
-        _, second = network.roi_heads(levels, some, [TRUE], targets)
+        some, first = network.rpn(images, levels, targets())
+        _, second = network.roi_heads(levels, some, [TRUE], targets())
     values = [*first.values(), *second.values()]
     order = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
     assert (*first, *second) == (*order[:2], *order[2:]), (first, second)
@@ -174,8 +171,8 @@ def theirs(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 class Sampler:
     """Takes the place of torchvision's `BalancedPositiveNegativeSampler`: smallest numbers win."""
 
-    def __init__(self, size: int, max_foreground: int, last: Sequence[str]) -> None:
-        self._size, self._max, self._last = size, max_foreground, last
+    def __init__(self, size: int, max_foreground: int, *, of_boxes: bool) -> None:
+        self._size, self._max, self._of_boxes = size, max_foreground, of_boxes
 
     def __call__(self, labels: Any) -> Any:
         """Returns which are taken of positive and of negative labels, of each image."""
@@ -183,7 +180,7 @@ class Sampler:
 
         (own,) = labels
         numbers = uniform("anchors", len(own))
-        if self._last:
+        if self._of_boxes:
             count = len(own) - len(BOXES)
             numbers = [uniform("proposals", 2000)[:count], uniform("objects", len(BOXES))]
             numbers = np.concatenate(numbers)

@@ -97,3 +97,20 @@ def _detected(network: Any, images: torch.Tensor) -> dict[str, np.ndarray]:
     outputs += [proposals[0].reshape(1, -1).numpy(), proposals[1].reshape(1, -1, 4).numpy()]
     outputs += [logits[None].numpy(), deltas.reshape(1, len(boxes), -1, 4).numpy()]
     return dict(zip(zoo.NETWORKS["fasterrcnn_resnet50_fpn"].stages, outputs, strict=True))
+
+
+def detector(name: str, tensors: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+    """Returns a detector of torchvision in evaluation, and its class of lists of images.
+
+    Its samples of anchors and boxes follow from `detection.uniform`. It needs compiled operators.
+    """
+    from tests.parity import detection
+
+    torchvision = import_torchvision(compiled=True)
+    network: Any = build(name)
+    state_dict = {key: torch.from_numpy(values) for key, values in tensors.items()}
+    network.load_state_dict(state_dict, strict=True, assign=True)
+    network.eval()
+    network.rpn.fg_bg_sampler = detection.Sampler(256, 128, of_boxes=False)
+    network.roi_heads.fg_bg_sampler = detection.Sampler(512, 128, of_boxes=True)
+    return network, torchvision.models.detection.image_list.ImageList
