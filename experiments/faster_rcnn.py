@@ -11,13 +11,11 @@ release in Caffe). Results: docs/results.md.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from dense_jax.errors import refuse
 from dense_jax.infer.detections import (
-    DetectionRule,
     ProposalsOf,
     from_grid,
     from_input,
@@ -25,63 +23,17 @@ from dense_jax.infer.detections import (
     two_stages,
 )
 from dense_jax.models.rcnn.faster_rcnn import Backbone, FasterRCNN, Neck, RoiOp
-from dense_jax.objectives.rcnn import AnchorRule, RoiRule, head_objective, objective
-from dense_jax.ops import anchors as anchor_ops
-from dense_jax.ops.proposals import ProposalRule
+from dense_jax.objectives.rcnn import head_objective, objective
 from dense_jax.ops.roi import Reduce
 from dense_jax.tasks import training
 from dense_jax.tasks.detection import Detection, DetectionConfig
+from dense_jax.tasks.rcnn_recipes import RECIPES, anchors
 from dense_jax.train.config import AtLeastZero, Count, Factor, from_scratch, smoke
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.step import AXIS
 
 # Parameters that learn nothing where only the last layer of the boxes does.
 _ALL_BUT_BOXES = "^(?!box_predictor/bbox_pred/)"
-
-
-class _Recipe(NamedTuple):
-    """What the codes do differently.
-
-    Attributes:
-      anchors: convention of the anchors.
-      anchor_rule: which anchors train.
-      roi_rule: which proposals train the head.
-      train: proposals in training.
-      test: proposals in evaluation.
-      detections: the final choice.
-      roi_op, roi_aligned, roi_samples: how boxes are cropped; see `FasterRCNN`.
-    """
-
-    anchors: anchor_ops.Convention
-    anchor_rule: AnchorRule
-    roi_rule: RoiRule
-    train: ProposalRule
-    test: ProposalRule
-    detections: DetectionRule
-    roi_op: RoiOp = "align"
-    roi_aligned: bool = False
-    roi_samples: int | None = 2
-
-
-_RECIPES = {
-    "torchvision": _Recipe(
-        "torchvision", AnchorRule(), RoiRule(),
-        ProposalRule(2000, 2000), ProposalRule(1000, 1000), DetectionRule(),
-    ),
-    "detectron2": _Recipe(
-        "detectron2", AnchorRule(beta=0.0, fixed_count=True), RoiRule(beta=0.0),
-        ProposalRule(2000, 1000, min_side=0.0), ProposalRule(1000, 1000, min_side=0.0),
-        DetectionRule(min_side=0.0), roi_aligned=True, roi_samples=None,
-    ),
-    # py-faster-rcnn, end to end: models/pascal_voc/VGG16/faster_rcnn_end2end.
-    "paper": _Recipe(
-        "caffe", AnchorRule(inside=True, plus_one=True),
-        RoiRule(sample=128, max_foreground=32, beta=1.0, plus_one=True),
-        ProposalRule(12_000, 2000, min_side=16.0, plus_one=True),
-        ProposalRule(6000, 300, min_side=16.0, plus_one=True),
-        DetectionRule(max_iou=0.3, plus_one=True), roi_op="pool",
-    ),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +139,7 @@ PRESETS = {
 
 def build(config: Config, num_classes: int) -> Detection:
     """Returns the task: the network, its losses and its use."""
-    recipe, source = _RECIPES[config.recipe], config.proposal_source
+    recipe, source = RECIPES[config.recipe], config.proposal_source
     model = FasterRCNN(
         num_classes, backbone=config.backbone, neck=config.neck, heads=config.heads,
         anchor_sizes=config.anchor_sizes if source == "rpn" else (),
@@ -200,7 +152,7 @@ def build(config: Config, num_classes: int) -> Detection:
     )  # fmt: skip
     with_anchors = model.clone(anchor_sizes=config.anchor_sizes)
     with_anchors.check()
-    anchors_of = functools.partial(_anchors, with_anchors, recipe.anchors)
+    anchors_of = functools.partial(anchors, with_anchors, recipe.anchors)
     test = replace(
         recipe.test,
         count=config.test_proposals or recipe.test.count,
@@ -242,18 +194,6 @@ def build(config: Config, num_classes: int) -> Detection:
         ),
         given=config.proposals if is_given else None,
         num_given=min(config.num_proposals, config.test_proposals or config.num_proposals),
-    )
-
-
-def _anchors(
-    model: FasterRCNN, convention: anchor_ops.Convention, size: Any, grids: Sequence[Any]
-) -> tuple[Any, ...]:
-    """Returns the anchors of each map."""
-    strides = model.strides
-    if convention == "torchvision":
-        strides = anchor_ops.torchvision_strides(size, grids)
-    return anchor_ops.pyramid(
-        grids, strides, sizes=model.level_sizes, ratios=model.anchor_ratios, convention=convention
     )
 
 

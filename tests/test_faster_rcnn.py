@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dense_jax.errors import UserError
+from dense_jax.tasks.rcnn_recipes import RECIPES, anchors
 from experiments import faster_rcnn as script
 
 OTHER = {
@@ -54,7 +55,7 @@ def test_presets_build_networks_of_their_size(preset):
 
 def test_recipes_are_those_of_the_codes():
     """The differences that the codes are known for."""
-    tables = script._RECIPES
+    tables = RECIPES
     assert tables["torchvision"].anchor_rule.beta == tables["torchvision"].roi_rule.beta == 1 / 9
     assert tables["detectron2"].anchor_rule.beta == tables["detectron2"].roi_rule.beta == 0
     assert tables["detectron2"].anchor_rule.fixed_count
@@ -67,7 +68,7 @@ def test_recipes_are_those_of_the_codes():
     assert (paper.train.count, paper.test.count) == (2000, 300)
     assert (paper.detections.max_iou, paper.roi_op) == (0.3, "pool")
     model: Any = built("smoke").model
-    strides = [script._anchors(model, name, (96, 96), grids) for name, grids in (
+    strides = [anchors(model, name, (96, 96), grids) for name, grids in (
         ("torchvision", [(24, 24), (12, 12), (6, 6), (3, 3), (2, 2)]),
         ("detectron2", [(24, 24), (12, 12), (6, 6), (3, 3), (2, 2)]),
     )]  # fmt: skip

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dense_jax.ops.proposals import propose
+from dense_jax.tasks import rcnn_recipes
 from experiments import faster_rcnn as script
 from tests.parity import drawn, zoo
 
@@ -108,7 +109,7 @@ def ours(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     config = dataclasses.replace(script.PRESETS["coco"], heads=NAMES[name], bn="train")
     task = script.build(config, NUM_CLASSES)
     model: Any = task.model
-    recipe = script._RECIPES["torchvision"]
+    recipe = rcnn_recipes.RECIPES["torchvision"]
 
     def losses(variables: Any, batch: dict[str, Any]) -> dict[str, jax.Array]:
         def apply(*inputs: Any, **options: Any) -> Any:
@@ -123,7 +124,7 @@ def ours(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         levels = model.apply(variables, images, train=False, method="features")
         logits, deltas = model.apply(variables, levels, method="propose")
         grids = [level.shape[1:3] for level in levels]
-        anchors = script._anchors(model, recipe.anchors, PADDED, grids)
+        anchors = rcnn_recipes.anchors(model, recipe.anchors, PADDED, grids)
         first, moves = ([x[0] for x in some] for some in (logits, deltas))
         proposals = propose(first, moves, anchors, sizes[0], recipe.test)
         found = {key: value[0] for key, value in task.forward(variables, images, sizes).items()}
@@ -136,7 +137,7 @@ def ours(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def given_uniforms(rng: Any, index: jax.Array, count: int) -> jax.Array:
     """Takes the place of `dense_jax.objectives.rcnn.uniforms`."""
     del rng, index
-    num_rois = script._RECIPES["torchvision"].train.count + len(BOXES)
+    num_rois = rcnn_recipes.RECIPES["torchvision"].train.count + len(BOXES)
     if count != num_rois:
         return jnp.asarray(uniform("anchors", count)[None])
     of_objects = uniform("objects", len(BOXES))

@@ -1,0 +1,79 @@
+"""What published codes of Faster and Mask R-CNN do differently, as tables.
+
+Sources: pytorch/vision: torchvision/models/detection; facebookresearch/detectron2:
+detectron2/config/defaults.py; rbgirshick/py-faster-rcnn: lib/fast_rcnn/config.py and
+models/pascal_voc/VGG16/faster_rcnn_end2end.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dense_jax.infer.detections import DetectionRule
+from dense_jax.models.rcnn.faster_rcnn import FasterRCNN, RoiOp
+from dense_jax.objectives.rcnn import AnchorRule, RoiRule
+from dense_jax.ops import anchors as anchor_ops
+from dense_jax.ops.proposals import ProposalRule
+
+
+class Recipe(NamedTuple):
+    """What the codes do differently.
+
+    Attributes:
+      anchors: convention of the anchors.
+      anchor_rule: which anchors train.
+      roi_rule: which proposals train the head.
+      train: proposals in training.
+      test: proposals in evaluation.
+      detections: the final choice.
+      roi_op, roi_aligned, roi_samples: how boxes are cropped; see `FasterRCNN`.
+    """
+
+    anchors: anchor_ops.Convention
+    anchor_rule: AnchorRule
+    roi_rule: RoiRule
+    train: ProposalRule
+    test: ProposalRule
+    detections: DetectionRule
+    roi_op: RoiOp = "align"
+    roi_aligned: bool = False
+    roi_samples: int | None = 2
+
+
+RECIPES = {
+    "torchvision": Recipe(
+        "torchvision", AnchorRule(), RoiRule(),
+        ProposalRule(2000, 2000), ProposalRule(1000, 1000), DetectionRule(),
+    ),
+    "detectron2": Recipe(
+        "detectron2", AnchorRule(beta=0.0, fixed_count=True), RoiRule(beta=0.0),
+        ProposalRule(2000, 1000, min_side=0.0), ProposalRule(1000, 1000, min_side=0.0),
+        DetectionRule(min_side=0.0), roi_aligned=True, roi_samples=None,
+    ),
+    # py-faster-rcnn, end to end: models/pascal_voc/VGG16/faster_rcnn_end2end.
+    "paper": Recipe(
+        "caffe", AnchorRule(inside=True, plus_one=True),
+        RoiRule(sample=128, max_foreground=32, beta=1.0, plus_one=True),
+        ProposalRule(12_000, 2000, min_side=16.0, plus_one=True),
+        ProposalRule(6000, 300, min_side=16.0, plus_one=True),
+        DetectionRule(max_iou=0.3, plus_one=True), roi_op="pool",
+    ),
+}  # fmt: skip
+
+
+def anchors(
+    model: FasterRCNN, convention: anchor_ops.Convention, size: Any, grids: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Returns the anchors of each map, [N_l, 4].
+
+    Args:
+      model: says their sizes, ratios and strides.
+      convention: of a code; see `dense_jax.ops.anchors`.
+      size: height and width of the padded images.
+      grids: height and width of each map.
+    """
+    strides = model.strides
+    if convention == "torchvision":
+        strides = anchor_ops.torchvision_strides(size, grids)
+    return anchor_ops.pyramid(
+        grids, strides, sizes=model.level_sizes, ratios=model.anchor_ratios, convention=convention
+    )
