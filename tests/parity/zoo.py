@@ -154,7 +154,10 @@ def loaded(name: str, tensors: Mapping[str, np.ndarray], model: nn.Module) -> An
 
 
 def ours(
-    name: str, tensors: Mapping[str, np.ndarray], model: nn.Module | None = None
+    name: str,
+    tensors: Mapping[str, np.ndarray],
+    model: nn.Module | None = None,
+    until: str | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns the stages of our network, whole, with torchvision's tensors.
 
@@ -162,15 +165,17 @@ def ours(
       name: of the network.
       tensors: a state dict of torchvision's.
       model: another network in place of ours.
+      until: the last stage to compute. Default: all of them.
     """
     network = NETWORKS[name]
-    model = model or network.build()
+    model, stages = model or network.build(), list(network.stages)
+    stages = stages[: stages.index(until) + 1] if until else stages
 
     # Without optimisation, which takes longer than it saves.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
         outputs = network.run(model, variables, images)
-        return {stage: outputs[stage] for stage in network.stages}
+        return {stage: outputs[stage] for stage in stages}
 
     return jax.device_get(run(loaded(name, tensors, model), drawn.image(*network.size)))
 
