@@ -77,6 +77,7 @@ def objects(
     scores: np.ndarray | None = None,
     masks: np.ndarray | None = None,
     alpha: float = 0.55,
+    factor: int = 1,
 ) -> np.ndarray:
     """Returns the image with a mask, box, name and score for each object, the first one on top.
 
@@ -89,15 +90,17 @@ def objects(
       scores: [N]; None writes none.
       masks: bool [N, H, W]; None draws none.
       alpha: share of the colour in a mask, 0..1.
+      factor: the picture is this many times larger than the image, so that names hide less of it.
     """
     picture = image.astype(np.float32)
     if masks is not None:
         for mask, colour in zip(masks[::-1], colours[::-1].astype(np.float32), strict=True):
             picture[mask] = (1 - alpha) * picture[mask] + alpha * colour
     drawn = Image.fromarray(np.rint(picture).astype(np.uint8))
+    drawn = drawn.resize((factor * drawn.width, factor * drawn.height), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(drawn)
     for i in reversed(range(len(boxes))):
-        x0, y0, x1, y1 = (int(edge) for edge in np.rint(boxes[i]))
+        x0, y0, x1, y1 = (int(edge) for edge in np.rint(factor * boxes[i]))
         colour = tuple(int(channel) for channel in colours[i])
         draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour)
         class_id = int(class_ids[i])

@@ -250,6 +250,9 @@ def test_files_give_the_same_scores_in_other_tools():
     assert {row["category_id"] for row in plain} <= {1, 2, 3}
 
 
+FACTOR = 4  # of small images in pictures, which names would hide
+
+
 def test_pictures_show_the_best_and_the_worst_images():
     images = {}
     for index in range(10):  # image k finds k of 9 cats; image 0 shows nothing
@@ -266,18 +269,19 @@ def test_pictures_show_the_best_and_the_worst_images():
     assert [p.caption.split(",")[0] for p in shown["Best"]] == [f"image {i}" for i in (9, 8, 7, 6)]
     assert shown["Best"][0].caption == "image 9, AP 100.0 %"
     picture = shown["Worst"][0].draw()
-    assert picture.shape == (SIZE[0], 2 * SIZE[1] + 4, 3)
-    left, right = picture[:, : SIZE[1]], picture[:, -SIZE[1] :]
-    colour = CLASSES.palette()[1]
-    of_box = (left[29, :71] == colour).all(axis=-1), (right[29, :71] == colour).all(axis=-1)
-    assert (of_box[0].sum(), of_box[1].sum()) == (9 * 7, 7)
+    height, width = FACTOR * SIZE[0], FACTOR * SIZE[1]
+    assert picture.shape == (height, 2 * width + 4, 3)
+    row, colour = FACTOR * 30 - 1, CLASSES.palette()[1]
+    of_box = [(part[row] == colour).all(axis=-1).sum() for part in np.split(picture, [width], 1)]
+    assert of_box == [FACTOR * 9 * 7, FACTOR * 7]
 
 
 def test_pictures_lack_detections_that_are_not_likely():
     image = Truth.build([[0, 20, 10, 30]], [1]), Detections.build([[0, 20, 10, 30]], [1], [0.49])
     picture = compute(collect({0: image}), 1, ["box"]).pictures[0].draw()
-    assert (picture[:, -SIZE[1] :] == 100).all()
-    assert (picture[:, : SIZE[1]] != 100).any()
+    width = FACTOR * SIZE[1]
+    assert (picture[:, -width:] == 100).all()
+    assert (picture[:, :width] != 100).any()
 
 
 def test_pictures_show_small_objects_on_top_of_large_ones():
@@ -286,8 +290,9 @@ def test_pictures_show_small_objects_on_top_of_large_ones():
         image = Truth.build(truth.boxes[rows], truth.classes[rows])
         evaluator = collect({0: (image, same_boxes(image))})
         picture = compute(evaluator, 1, ["box"]).pictures[0].draw()
-        assert (picture[49, 30:60] == CLASSES.palette()[1]).all()
-        assert (picture[20:50, 30] == CLASSES.palette()[1]).all()
+        (x0, y0, x1, y1), colour = (FACTOR * truth.boxes[0]).astype(int), CLASSES.palette()[1]
+        assert (picture[y1 - 1, x0:x1] == colour).all()
+        assert (picture[y0:y1, x0] == colour).all()
 
 
 def test_the_ap_of_an_image_is_that_of_a_set_of_one():

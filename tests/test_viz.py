@@ -30,6 +30,17 @@ def test_colours_are_rgb_and_by_id():
     assert coloured.tolist() == [[[200, 0, 0], PALETTE[255].tolist()]]
 
 
+def test_objects_in_an_enlarged_picture():
+    image, colours = np.zeros((20, 30, 3), np.uint8), np.array([[255, 0, 0]], np.uint8)
+    boxes, ids = np.array([[10.0, 5, 20, 18]]), np.array([1])
+    picture = viz.objects(image, boxes, ids, ["a", "b"], colours, factor=4)
+    assert picture.shape == (80, 120, 3)
+    red = (picture == [255, 0, 0]).all(axis=2)
+    assert red[20:72, [40, 79]].all()  # the outer edges of the box
+    assert not red[72:].any()
+    assert not red[:, 80:].any()
+
+
 def test_objects_have_a_mask_a_box_and_a_name_in_their_colour():
     image = np.full((60, 80, 3), 100, np.uint8)
     boxes, ids = np.array([[10, 20.4, 30, 40], [20, 30, 50, 50]]), np.array([1, 2])

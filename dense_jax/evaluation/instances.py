@@ -43,6 +43,7 @@ _VOC_TITLES = {"voc_ap50": "VOC AP50", "apr50": "APr 50", "apr70": "APr 70", "ap
 _AVERAGES = {"area": "area", "points": "11 points"}
 _AT_50, _AT_70 = (voc.VOLUME.index(threshold) for threshold in (0.5, 0.7))
 _DRAWN_SCORE = 0.5  # of detections in pictures
+_LEAST_SIDE = 300  # pixels of the longer side of pictures of images; smaller ones are enlarged
 _RULE = "#e5e7eb"
 
 
@@ -292,6 +293,7 @@ def _compare(
     source: Source, index: int, truth: Truth, found: Detections, classes: ClassTable
 ) -> np.ndarray:
     image, palette = source[index]["image"], classes.palette()
+    factor = -(-_LEAST_SIDE // max(image.shape[:2]))
 
     def draw(objects: Truth | Detections, rows: np.ndarray, scores: np.ndarray | None = None):
         masks = None
@@ -300,7 +302,8 @@ def _compare(
             masks = masks.reshape(-1, *image.shape[:2])
         ids = objects.classes[rows]
         boxes, colours = objects.boxes[rows], palette[ids]
-        return viz.objects(image, boxes, ids, classes.names, colours, scores=scores, masks=masks)
+        options: dict[str, Any] = {"scores": scores, "masks": masks, "factor": factor}
+        return viz.objects(image, boxes, ids, classes.names, colours, **options)
 
     ranked = np.argsort(-found.scores, kind="stable")
     ranked = ranked[found.scores[ranked] >= _DRAWN_SCORE]
