@@ -267,6 +267,18 @@ def test_roi_losses_equal_the_slow_twin():
     assert int(found["class"][1]) == int(found["box"][1]) == int(wanted.filled.sum())
 
 
+def test_boxes_of_an_image_without_objects_are_background():
+    given, proposals, uniform, rule = rois()
+    empty = given["objects"] | {"valid": np.zeros((2, 4), bool)}
+    wanted = rcnn.sample_rois(proposals, empty, uniform, rule)
+    assert wanted.filled.all()
+    assert not wanted.classes.any()
+    logits, deltas = jnp.zeros((2, 12, 4)), jnp.ones((2, 12, 4, 4))
+    found = rcnn.roi_losses(logits, deltas, wanted, rule)
+    np.testing.assert_allclose(found["class"][0], 24 * np.log(4), rtol=1e-6)
+    assert (float(found["box"][0]), int(found["box"][1])) == (0, 24)
+
+
 def test_no_gradient_reaches_the_proposals():
     given, proposals, uniform, rule = rois()
 

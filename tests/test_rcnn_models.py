@@ -62,17 +62,24 @@ def traced(model) -> tuple[dict[str, Any], Any]:
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_counts(name):
     model, expected = COUNTS[name]
-    params = traced(model)[1]["params"]
+    variables = traced(model)[1]
+    params = variables["params"]
     for part, count in PARTS.get(name, {}).items():
         assert sum(leaf.size for leaf in jax.tree.leaves(params[part])) == count
     leaves: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     if model.bn == "frozen":
         leaves = {path: leaf for path, leaf in leaves.items() if not NORM.search(path)}
     assert sum(leaf.size for leaf in leaves.values()) == expected
+    if name == "VGG-16 for VOC":  # weights of the two last layers, 512 * (4 + 2) * 9
+        last = [params["rpn"][layer]["kernel"].size for layer in ("cls_logits", "bbox_pred")]
+        assert last == [2 * 9 * 512, 4 * 9 * 512]
     if name == "torchvision v1":  # 44,178,993 parameters of its Mask R-CNN train, from layer2 on
         is_frozen = re.compile("|".join(model.frozen)).search
         trained = sum(leaf.size for path, leaf in leaves.items() if not is_frozen(path))
         assert trained == 44_178_993 - 2_360_320 - 285_787
+        frozen = sum(leaf.size for leaf in jax.tree.leaves(variables["batch_stats"]))
+        frozen += sum(leaf.size for leaf in jax.tree.leaves(params)) - expected
+        assert frozen == 44_507_633 - 44_401_393  # its Mask R-CNN with and without frozen values
 
 
 # Shapes.
@@ -117,6 +124,10 @@ def test_numbers_of_anchors_of_an_image(short):
     assert [len(sizes) for sizes in FasterRCNN(2).level_sizes] == [1] * 5
     outputs, _ = contract.shapes_of(FasterRCNN(2, neck="c4", width=1 / 16), (1, 800, 1344, 3))
     assert outputs["anchor_logits"].shape == (1, 63_000)
+    # Caffe rounds sizes up when it pools: 63 x 38 of 1000 x 600 pixels.
+    outputs, _ = contract.shapes_of(vgg16(2, width=1 / 16), (1, 600, 1000, 3))
+    assert outputs["c5"].shape[1:3] == (38, 63)
+    assert outputs["anchor_logits"].shape == (1, 21_546)
 
 
 def test_strides():
