@@ -13,7 +13,7 @@ from dense_jax.data import rle
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset
 from dense_jax.errors import UserError
-from dense_jax.evaluation import instances, record, report
+from dense_jax.evaluation import instances, padding, record, report
 from dense_jax.metrics import coco, voc
 from dense_jax.metrics.detections import Detections, Truth
 from dense_jax.train import processes
@@ -343,3 +343,34 @@ def test_a_record_becomes_a_report(tmp_path):
     page = report.write_report(tmp_path).read_text()
     for words in ("Mask AP75", "VOC AP50", "Precision and recall", "Worst", "bird"):
         assert words in page
+
+
+def test_detections_that_padding_changes_are_counted_near_the_edges_and_elsewhere():
+    boxes = np.array([[0, 0, 10, 10], [40, 10, 60, 30], [20, 60, 40, 84], [0, 80, 9, 100]], float)
+    exact = Detections.build(boxes, [1, 1, 2, 2], [0.9, 0.8, 0.6, 0.5])  # 0.5 is not above 0.5
+
+    def count(padded, size=(100, 100), input_size=(100, 100)):
+        return padding.changes(exact, padded, size, input_size).tolist()
+
+    assert count(exact) == [[0, 1], [0, 2]]  # of three, one ends 16 pixels above the lower edge
+    assert count(Detections.build([], [], [])) == [[1, 1], [2, 2]]
+    moved = boxes + np.array([[0, 0, 0, 0], [1, 0, 1, 0], [0, 3, 0, 0], [0, 0, 0, 0]])
+    # 19 of 21 columns are 0.905 of the box; 21 of 24 rows are 0.875.
+    assert count(Detections.build(moved, [1, 1, 2, 2], [0.9, 0.8, 0.6, 0.5])) == [[1, 1], [0, 2]]
+    assert count(Detections.build(boxes, [2, 1, 2, 2], exact.scores)) == [[0, 1], [1, 2]]
+    assert count(Detections.build(boxes, exact.classes, [0.9, 0.4, 0.6, 0.6])) == [[0, 1], [1, 2]]
+    # Twice as large for the network, no side ends within 32 pixels; half as large, two do.
+    assert count(exact, input_size=(200, 200)) == [[0, 0], [0, 3]]
+    assert count(exact, input_size=(50, 50)) == [[0, 2], [0, 1]]
+    assert count(exact, input_size=(200, 50)) == [[0, 2], [0, 1]]
+    assert count(exact, input_size=(50, 200)) == [[0, 1], [0, 2]]
+    assert padding.changes(*[Detections.build([], [], [])] * 2, (9, 9), (9, 9)).sum() == 0
+
+
+def test_padding_is_measured_on_images_of_frequent_shapes():
+    shapes = [(32, 32 * k) for k in range(1, 11)] + [(32, 32 * k) for k in range(3, 11)]
+    assert padding.sample(shapes) == list(range(2, 18))
+    assert padding.sample([(32, 32)] * 1000) == list(range(100))
+    words = padding.in_words(np.array([[1, 8], [0, 0]]), 3)
+    assert "changes 12.50 % of 8 within 32 pixels of the lower and right edges" in words
+    assert "0.00 % of 0 elsewhere" in words

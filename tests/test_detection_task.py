@@ -16,6 +16,7 @@ from PIL import Image
 from dense_jax.data import dataset, pipeline
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.errors import UserError
+from dense_jax.evaluation import instances
 from dense_jax.infer import predictor
 from dense_jax.layers.conv import Conv
 from dense_jax.models.rcnn import faster_rcnn as models
@@ -24,6 +25,7 @@ from dense_jax.train import step
 from dense_jax.train.schedules import build_optimizer
 from dense_jax.train.state import TrainState
 from experiments import faster_rcnn as script
+from tests import contract
 
 NUM_CLASSES = 6
 SHAPES = ShapesSpec(size=(48, 40), num_train=12, num_val=5, num_test=1)
@@ -201,6 +203,71 @@ def test_evaluation_does_not_depend_on_batches_or_order(run):
         record = own.evaluator(data(), "val")(opened.variables, True)
         scores.append({name: score.value for name, score in record.scores.items()})
     np.testing.assert_equal(scores[0], scores[1])
+
+
+class Mixed:
+    """Noise of some sizes, with one object in each."""
+
+    sizes = ((48, 48), (48, 150), (150, 48), (48, 90), (48, 120), (48, 90))
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def size(self, index):
+        return self.sizes[index]
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng(index)
+        image = rng.integers(0, 256, (*self.size(index), 3), np.uint8)
+        label = np.zeros(self.size(index), np.uint8)
+        label[5:30, 5:30] = 1
+        return {"image": image, "label": label, "name": str(index)}
+
+
+def test_shared_shapes_say_what_padding_changes(monkeypatch):
+    """The share in the protocol is that between two evaluations, one at shapes of each image."""
+    mixed = dataclasses.replace(data(), splits={"val": Mixed()})
+    variables = contract.random_variables(task().model, (1, 64, 64, 3))
+    found, protocols = {}, {}
+    collect = instances.DetectionEvaluator.add
+
+    def add(self, index, truth, detections):
+        found[shapes, index] = detections
+        collect(self, index, truth, detections)
+
+    monkeypatch.setattr(instances.DetectionEvaluator, "add", add)
+    for shapes in ("exact", "buckets"):
+        evaluate = task(eval_shapes=shapes, max_side=160).evaluator(mixed, "val")
+        protocols[shapes] = [evaluate(variables, is_last).protocol for is_last in (True, False)]
+    counts = np.zeros((2, 2), int)
+    for i, (height, width) in enumerate(Mixed.sizes):
+        others = [*likely(found["buckets", i])]
+        for box, class_id in likely(found["exact", i]):
+            is_near = width - box[2] < 32 or height - box[3] < 32
+            stays = any(c == class_id and iou_of(o, box) >= 0.9 for o, c in others)
+            counts[int(not is_near)] += not stays, 1
+    (changed, near), (moved, elsewhere) = counts.tolist()
+    assert changed / near > moved / elsewhere > 0
+    words = protocols["buckets"][0]["padding"]
+    assert f"changes {100 * changed / near:.2f} % of {near} within 32 pixels" in words
+    assert f"and {100 * moved / elsewhere:.2f} % of {elsewhere} elsewhere" in words
+    assert words.endswith("in 6 images of the most frequent shapes")
+    assert "measured in the last evaluation only" in protocols["buckets"][1]["padding"]
+    assert protocols["exact"][0]["padding"].endswith("to multiples of 32 pixels")
+    computed = [protocols[shapes][0]["resolution"] for shapes in ("exact", "buckets")]
+    assert [words.count("x") for words in computed] == [5, 4]
+
+
+def likely(found):
+    rows = found.scores > 0.5
+    return zip(found.boxes[rows], found.classes[rows], strict=True)
+
+
+def iou_of(one, other):
+    w, h = (min(one[k + 2], other[k + 2]) - max(one[k], other[k]) for k in (0, 1))
+    shared = max(w, 0) * max(h, 0)
+    sizes = [(b[2] - b[0]) * (b[3] - b[1]) for b in (one, other)]
+    return shared / (sum(sizes) - shared)
 
 
 def test_flags_that_detectors_do_not_have_are_refused():

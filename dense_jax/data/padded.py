@@ -4,8 +4,8 @@ A network is compiled once for each shape. By default an image has the shape of 
 that its labels depend on nothing else. Where sizes are many, images can share a few larger shapes.
 They are then padded at the bottom and on the right with zeros, which is the mean colour after
 normalisation; results are cut to the size of the image. Zeros are what most layers see beyond an
-image too, but behind the first layer they are no longer zeros, so labels near these two edges, and
-of networks that pool over the whole image all labels, can differ.
+image too, but behind the first layer they are no longer zeros, so labels and objects near these two
+edges, and of networks that pool over the whole image all labels, can differ.
 """
 
 import itertools
@@ -79,7 +79,7 @@ def tell_if_many(shape_of: Mapping[Size, Size], how: Shapes) -> None:
     if how == "exact" and (count := len(set(shape_of.values()))) > _MANY:
         print(
             f"{count} image sizes, and the network is compiled for each; --eval-shapes=buckets "
-            f"compiles it for {MAX_BUCKETS}, and changes labels near the lower and right edges"
+            f"compiles it for {MAX_BUCKETS}, and changes results near the lower and right edges"
         )
 
 

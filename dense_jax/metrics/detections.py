@@ -122,6 +122,26 @@ class Detections:
         _check_lengths(detections)
         return detections
 
+    def select(self, index: np.ndarray) -> Self:
+        """Returns the detections where a bool [N] is True."""
+        masks = self.masks
+        if masks is not None:
+            masks = [masks[i] for i in np.flatnonzero(index)]
+        return type(self)(self.boxes[index], self.classes[index], self.scores[index], masks)
+
+    def found_in(self, others: "Detections", min_iou: float) -> np.ndarray:
+        """Returns whether each has one of its class, with at least an IoU of boxes, among others.
+
+        Args:
+          others: the detections of the same image by another network or rule.
+          min_iou: the least IoU.
+
+        Returns:
+          bool [N].
+        """
+        is_same = self.classes[:, None] == others.classes[None]
+        return (is_same & (box_ops.iou(self.boxes, others.boxes) >= min_iou)).any(axis=1)
+
     def __len__(self) -> int:
         return len(self.boxes)
 

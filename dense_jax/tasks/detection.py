@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -25,7 +25,7 @@ from dense_jax.data.normalise import Normalise
 from dense_jax.data.padded import BUCKET, Size, in_words, tell_if_many
 from dense_jax.data.transforms import RandomCrop, RandomFlip, Transform, chosen
 from dense_jax.errors import UserError, refuse
-from dense_jax.evaluation import instances
+from dense_jax.evaluation import instances, padding
 from dense_jax.evaluation.batches import eval_batches, predict_each
 from dense_jax.evaluation.record import Record
 from dense_jax.infer.instances import Instances
@@ -139,7 +139,8 @@ class Detection(Task):
 
         Padding is not without an effect: biases make it non-zero behind the first layers, so that
         detections near the lower and right edges depend on it. Each image is padded by its own
-        size alone, so its detections do not depend on other images.
+        size alone, so its detections do not depend on other images, unless images share shapes;
+        the protocol card says what that changes (see `dense_jax.evaluation.padding`).
         """
         return -(-side // self.stride) * self.stride
 
@@ -265,22 +266,14 @@ class Detection(Task):
         step = eval_step(outputs)
 
         def evaluate(variables: Any, is_last: bool) -> Record:
-            del is_last
             variables = replicate(variables)
             collected, image_ids, num_cut = instances.DetectionEvaluator(), {}, 0
-            for batch in batches:
-                arrays = {name: batch[name] for name in ("images", "size")}
-                arrays |= self._given_for(source, batch["index"])
-                found = jax.device_get(step(variables, shard(arrays))[1])
-                found = {name: x.reshape(-1, *x.shape[2:]) for name, x in found.items()}
-                for row, index in enumerate(batch["index"].tolist()):
-                    if index >= 0:
-                        example = source[index]
-                        image_ids[index] = example.get("image_id", index)
-                        own = {name: x[row] for name, x in found.items()}
-                        num_cut += int(own["overflow"])
-                        size = example["image"].shape[:2]
-                        collected.add(index, truth_of(example), self._detections(own, size))
+            for index, found in self._each(step, variables, source, batches):
+                example = source[index]
+                image_ids[index] = example.get("image_id", index)
+                num_cut += int(found["overflow"])
+                size = example["image"].shape[:2]
+                collected.add(index, truth_of(example), self._detections(found, size))
             collected.gather()
             ids = dict(pair for some in processes.from_all([*image_ids.items()]) for pair in some)
             shown = instances.findings(
@@ -292,13 +285,55 @@ class Detection(Task):
                 image_ids=[ids[index] for index in sorted(ids)],
                 category_ids=dataset.category_ids or None,
             )
-            card = {"padding": in_words(set(batches.shapes.values())), **self.card}
+            card = {
+                "resolution": in_words(set(batches.shapes.values())),
+                "padding": self._padding(step, variables, source, collected, is_last),
+                **self.card,
+            }
             if num_cut := sum(processes.from_all(num_cut)):
                 card["candidates"] = f"{num_cut} images had more than took part"
                 print(f"{num_cut} images had more candidates than take part in suppression")
             return instances.record(collected, [shown], dataset, split, self.headline, card)
 
         return evaluate
+
+    def _each(
+        self, step: Any, variables: Any, source: Source, batches: Iterable[Batch]
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Yields the index and the outputs of each image of this process."""
+        for batch in batches:
+            arrays = {name: batch[name] for name in ("images", "size")}
+            arrays |= self._given_for(source, batch["index"])
+            found = jax.device_get(step(variables, shard(arrays))[1])
+            found = {name: x.reshape(-1, *x.shape[2:]) for name, x in found.items()}
+            for row, index in enumerate(batch["index"].tolist()):
+                if index >= 0:
+                    yield index, {name: x[row] for name, x in found.items()}
+
+    def _padding(
+        self,
+        step: Any,
+        variables: Any,
+        source: Source,
+        collected: instances.DetectionEvaluator,
+        is_last: bool,
+    ) -> str:
+        """Says how images are padded, and what shapes that they share change in detections."""
+        if self.config.eval_shapes == "exact":
+            return f"zeros pad images below and on the right to multiples of {self.stride} pixels"
+        if not is_last:
+            return f"{padding.RULE}; what this changes is measured in the last evaluation only"
+        inputs = [self.input_size(source.size(i)) for i in range(len(source))]
+        indices = padding.sample([(self.padded_side(h), self.padded_side(w)) for h, w in inputs])
+        some, padded = Part(source, indices), collected.images()
+        counts = np.zeros((2, 2), int)
+        for place, found in self._each(step, variables, some, eval_batches(some, self, "exact")):
+            index = indices[place]
+            size = source.size(index)
+            exact = self._detections(found, size)
+            counts += padding.changes(exact, padded[index][1], size, inputs[index])
+        counts = np.sum(processes.from_all(counts.tolist()), axis=0)
+        return padding.in_words(counts, len(indices))
 
     def _given_for(self, source: Source, index: np.ndarray) -> dict[str, np.ndarray]:
         """Returns "proposals" of the images of a batch, [B, R, 4], if they are given."""

@@ -149,7 +149,7 @@ class RunConfig:
     """Images per evaluation step, over all devices."""
     eval_shapes: Shapes = "exact"
     """exact: evaluation and prediction run at the size of each image; each size is compiled.
-    buckets: zeros pad images to at most four sizes, which changes labels near the lower and right
+    buckets: zeros pad images to at most four sizes, which changes results near the lower and right
     edges; for sets of very many sizes."""
     log_every: Count = 10
     """Steps between rows of metrics.jsonl."""
