@@ -47,23 +47,22 @@ def changes(exact: Detections, padded: Detections, size: Size, input_size: Size)
     """
     likely = exact.select(exact.scores > SCORE)
     changed = ~likely.found_in(padded.select(padded.scores > SCORE), MIN_IOU)
-    rest = (np.array([size[1], size[0]]) - likely.boxes[:, 2:]) * np.divide(input_size, size)[
-        None, ::-1
-    ]
+    scale = np.divide(input_size, size)[None, ::-1]  # of x and y
+    rest = scale * (np.array(size)[None, ::-1] - likely.boxes[:, 2:])
     is_near = (rest < EDGE).any(axis=1)
     groups = (is_near, ~is_near)
     return np.array([[np.sum(changed & own), np.sum(own)] for own in groups], int)
 
 
 def in_words(counts: np.ndarray, num_images: int) -> str:
-    """Returns the counts of `changes`, summed over images, as a line of the protocol."""
+    """Returns the counts of `changes`, summed over images, as a sentence."""
 
     def share(changed: int, number: int) -> str:
         return f"{100 * changed / max(number, 1):.2f} % of {number}"
 
     near, others = (share(*row) for row in counts.tolist())
     return (
-        f"{RULE}; of the detections with a score above {SCORE} this changes {near} within {EDGE} "
-        f"pixels of the lower and right edges and {others} elsewhere (IoU below {MIN_IOU}, another "
-        f"class or a lower score), in {num_images} images of the most frequent shapes"
+        f"of the detections with a score above {SCORE} this changes {near} within {EDGE} pixels of "
+        f"the lower and right edges and {others} elsewhere (IoU below {MIN_IOU}, another class or "
+        f"a lower score), in {num_images} images"
     )

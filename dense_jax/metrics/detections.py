@@ -126,7 +126,7 @@ class Detections:
         """Returns the detections where a bool [N] is True."""
         masks = self.masks
         if masks is not None:
-            masks = [masks[i] for i in np.flatnonzero(index)]
+            masks = [masks[i] for i in np.flatnonzero(index).tolist()]
         return type(self)(self.boxes[index], self.classes[index], self.scores[index], masks)
 
     def found_in(self, others: "Detections", min_iou: float) -> np.ndarray:

@@ -333,7 +333,8 @@ class Detection(Task):
             exact = self._detections(found, size)
             counts += padding.changes(exact, padded[index][1], size, inputs[index])
         counts = np.sum(processes.from_all(counts.tolist()), axis=0)
-        return padding.in_words(counts, len(indices))
+        words = padding.in_words(counts, len(indices))
+        return f"{padding.RULE}; {words} of the most frequent shapes"
 
     def _given_for(self, source: Source, index: np.ndarray) -> dict[str, np.ndarray]:
         """Returns "proposals" of the images of a batch, [B, R, 4], if they are given."""
