@@ -1,13 +1,15 @@
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from dense_jax.layers import init
 from dense_jax.layers.conv import up_conv
-from dense_jax.ops.resize import resize_bilinear, resize_nearest
+from dense_jax.ops.resize import resize_antialiased, resize_bilinear, resize_nearest
 
 SIZES = [
     ((5, 7), (10, 14)),
@@ -45,6 +47,19 @@ def test_bilinear_matches_the_definition(before, after, align_corners):
     x = image(*before)
     y = resize_bilinear(jnp.asarray(x), after, align_corners=align_corners)
     np.testing.assert_allclose(y, slow_bilinear(x, after, align_corners), atol=1e-5)
+
+
+@pytest.mark.parametrize(("before", "after"), [*SIZES, ((37, 211), (36, 20)), ((9, 9), (9, 30))])
+def test_antialiased_is_pillows_to_the_last_bit(before, after):
+    x = np.random.default_rng(0).integers(0, 256, (2, *before, 3), np.uint8)
+    expected = [Image.fromarray(own).resize(after[::-1], Image.Resampling.BILINEAR) for own in x]
+    found = jax.jit(functools.partial(resize_antialiased, size=after))(x)
+    np.testing.assert_array_equal(found, np.stack(expected))
+
+
+def test_antialiased_takes_bytes_alone():
+    with pytest.raises(ValueError, match="Expected uint8, received float32"):
+        resize_antialiased(jnp.zeros((1, 2, 2, 3)), (1, 1))
 
 
 @pytest.mark.parity
