@@ -8,11 +8,13 @@ from typing import Any
 import chex
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from dense_jax.commands import export
 from dense_jax.data import dataset, pipeline
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.errors import UserError
@@ -193,6 +195,54 @@ def test_a_folder_of_any_sizes_is_predicted(run, tmp_path):
         assert x + w <= width + 0.01
         assert y + h <= height + 0.01
     assert (out / "overlays" / "c.png").exists()
+
+
+@pytest.mark.parametrize("shape", [None, (2, 30, 100), (1, 90, 61)])
+def test_an_exported_program_finds_what_the_run_finds(run, tmp_path, shape, monkeypatch, capsys):
+    """Of images of one size, which it resizes and pads itself; None is the size of a default."""
+    opened = trained.load(run, task=task())
+    monkeypatch.setattr(trained, "load", lambda *_: opened)
+    file = tmp_path / "x.stablehlo"
+    export.run(run=run, to="stablehlo", out=file, shape=shape)
+    assert ("no --shape: one image of 48 x 64" in capsys.readouterr().out) == (shape is None)
+    record = json.loads((tmp_path / "x.stablehlo.json").read_text())
+    shape = shape or (1, 48, 64)
+    assert record["input"]["shape"] == [*shape, 3]
+    assert record["outputs"]["boxes"]["shape"] == [shape[0], 100, 4]
+    assert record["outputs"]["boxes"]["values"].startswith("x0 y0 x1 y1 in pixels")
+    resized = {(30, 100): "19 x 64", (90, 61): "64 x 43"}.get(shape[1:])
+    assert record["sizes"] == "this shape alone" + (
+        f"; resized to {resized} inside, as the run does" if resized else ""
+    )
+    images = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    program = jax.export.deserialize(bytearray(file.read_bytes()))
+    found = jax.device_get(program.call(images))
+    for i, image in enumerate(images):
+        expected, valid = opened.predict(image), found["valid"][i]
+        assert len(expected) > 3
+        np.testing.assert_array_equal(found["classes"][i][valid], expected.class_ids)
+        np.testing.assert_allclose(found["boxes"][i][valid], expected.boxes, atol=1e-3)
+        np.testing.assert_allclose(found["scores"][i][valid], expected.scores, atol=1e-5)
+
+
+def test_an_exported_program_rounds_floats_where_it_resizes(run, tmp_path, monkeypatch):
+    opened = trained.load(run, task=task())
+    monkeypatch.setattr(trained, "load", lambda *_: opened)
+    file = tmp_path / "x.stablehlo"
+    export.run(run=run, to="stablehlo", out=file, shape=(1, 30, 100), dtype="float32")
+    image = np.random.default_rng(0).integers(0, 256, (30, 100, 3), np.uint8)
+    program = jax.export.deserialize(bytearray(file.read_bytes()))
+    noise = np.random.default_rng(1).uniform(-0.4, 0.4, image.shape)
+    found = jax.device_get(program.call((image + noise).astype(np.float32)[None]))
+    expected = opened.predict(image)
+    np.testing.assert_allclose(found["boxes"][found["valid"]], expected.boxes, atol=1e-3)
+
+
+def test_a_detector_has_no_scores_of_pixels_to_export(run, tmp_path, monkeypatch):
+    opened = trained.load(run, task=task())
+    monkeypatch.setattr(trained, "load", lambda *_: opened)
+    with pytest.raises(UserError, match="--scores=logits is for runs that label pixels"):
+        export.run(run=run, to="stablehlo", out=tmp_path / "x", scores="logits")
 
 
 def test_evaluation_does_not_depend_on_batches_or_order(run):

@@ -22,6 +22,7 @@ from PIL import Image
 
 from dense_jax import runs
 from dense_jax.commands import export
+from dense_jax.data import padded
 from dense_jax.data.normalise import NORMALISATIONS, Normalise
 from dense_jax.errors import UserError
 from dense_jax.infer import onnx_file, predictor, program
@@ -202,7 +203,7 @@ def test_a_program_pads_with_the_mean_colour_and_tells_sizes():
         logits = jnp.concatenate([one, two], axis=-1).at[:, 5:].set(jnp.inf)
         return {"labels": jnp.argmax(logits, axis=-1), "logits": logits, "extra": extra}
 
-    run = program.program(answer, "none", 32)
+    run = program.program(answer, "none", padded_side=lambda side: padded.multiple_of(side, 32))
     outputs = run(jnp.full((2, 5, 33, 3), 2, jnp.uint8), jnp.float32(1.0))
     np.testing.assert_array_equal(outputs["labels"], np.zeros((2, 5, 33)))  # 2 + 2 + 2 + 1 > 5
     np.testing.assert_array_equal(outputs["logits"][0, 0, 0], [7, 5])  # 5, the height

@@ -1,5 +1,7 @@
 """Images are prepared, padded and cut alike wherever a network runs, on real images too."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 from dense_jax.data import pipeline
 from dense_jax.data.classes import IGNORE_LABEL, ClassTable
 from dense_jax.data.normalise import NORMALISATIONS, Normalise, normalise, normalise_batch
-from dense_jax.data.padded import cut, pad, padded_shapes, prepare, run_padded
+from dense_jax.data.padded import cut, multiple_of, pad, padded_shapes, prepare, run_padded
 from dense_jax.infer import predictor, program, proposals
 
 NAMES = sorted(NORMALISATIONS)
@@ -171,21 +173,22 @@ def surroundings(images, sizes):
 def test_traced_calls_pad_and_cut_as_the_host_does(shape):
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     ((size, padded_shape),) = padded_shapes([shape[1:3]], "buckets").items()
-    expected = []
+    expected, to_32 = [], functools.partial(multiple_of, multiple=32)
     for image in pixels:
         images, sizes = prepare(image, "caffe", padded_shape)
         expected.append(cut(surroundings(jnp.asarray(images), jnp.asarray(sizes))[0], size))
 
     def traced(images):
-        return run_padded(surroundings, normalise_batch(images, "caffe"), 32)
+        return run_padded(surroundings, normalise_batch(images, "caffe"), to_32)
 
-    label = program.program(lambda *inputs: {"logits": surroundings(*inputs)}, "caffe", 32)
+    label = program.program(
+        lambda *inputs: {"logits": surroundings(*inputs)}, "caffe", padded_side=to_32
+    )
     sizes_open = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b, h, w"), 3), jnp.uint8)
     for call in (jax.jit, lambda f: jax.export.export(jax.jit(f))(sizes_open).call):
         found = call(traced)(pixels)
         assert found.shape == (*shape[:3], 5)
         np.testing.assert_allclose(found, np.stack(expected), rtol=1e-6, atol=1e-4)
         np.testing.assert_array_equal(call(label)(pixels)["logits"], found)
-    assert (
-        run_padded(lambda x, sizes: x[..., :1] + x.shape[1], jnp.zeros((1, 5, 5, 3)), 4).max() == 8
-    )
+    zeros, to_4 = jnp.zeros((1, 5, 5, 3)), functools.partial(multiple_of, multiple=4)
+    assert run_padded(lambda x, sizes: x[..., :1] + x.shape[1], zeros, to_4).max() == 8

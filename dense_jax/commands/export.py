@@ -2,12 +2,14 @@
 
     program = jax.export.deserialize(pathlib.Path("model.stablehlo").read_bytes())
     program.call(images)["labels"]  # uint8 [B, H, W] of uint8 images [B, H, W, 3]
+    program.call(images)["boxes"]  # of a detector: float32 [B, D, 4]
 
 A JSON file with the same name and ".json" describes inputs, outputs and origin.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +23,7 @@ from jax import export
 
 from dense_jax import runs
 from dense_jax.data.normalise import NORMALISATIONS
-from dense_jax.data.padded import BUCKET
+from dense_jax.data.padded import BUCKET, multiple_of
 from dense_jax.errors import UserError
 from dense_jax.infer import onnx_file, program
 from dense_jax.releases import catalogue
@@ -50,9 +52,10 @@ def run(
     """Write a run as a file for other programs, and a JSON file that describes it.
 
     stablehlo holds the network with weights, normalisation and class map, for JAX on CPUs, CUDA and
-    TPUs and images of any size. onnx holds the same for ONNX runtimes and images of one size.
-    safetensors holds the parameters alone, under torchvision's names if torchvision has the
-    network. A CRF after the network is left out.
+    TPUs and images of any size; a detector with anchors, resizing and suppression, for images of
+    one size. onnx holds the same for ONNX runtimes and images of one size. safetensors holds the
+    parameters alone, under torchvision's names if torchvision has the network. A CRF after the
+    network is left out.
 
     Args:
       run: folder of a training run.
@@ -61,7 +64,8 @@ def run(
       checkpoint: which parameters to use.
       scores: the second output, after the labels.
       dtype: dtype of the images, RGB from 0 to 255.
-      shape: batch, height and width, if they are fixed; onnx needs them.
+      shape: batch, height and width, if they are fixed; onnx needs them. Default for detectors: one
+        image as large as the network takes without resizing it.
       overwrite: replace an existing file.
     """
     out = out or run / f"model.{to}"
@@ -165,6 +169,12 @@ def _program(
     elif scores != "probabilities":
         labelling(task, f"--scores={scores}")
     left_out = {"probabilities": "logits", "logits": "probabilities"}[scores]
+    if shape is None and (size := task.export_size):
+        shape = (1, *size)
+        print(
+            f"no --shape: one image of {size[0]} x {size[1]}, since this network is exported for "
+            "one size; give that of your images"
+        )
 
     def answer(images: jax.Array, sizes: jax.Array, *inputs: jax.Array) -> dict[str, jax.Array]:
         answers = task.answers(task.predict(opened.variables, images, sizes, *inputs))
@@ -185,12 +195,19 @@ def _program(
             )
     dtypes = {"images": dtype} | {n: np.dtype(spec.dtype) for n, spec in task.inputs.items()}
     inputs = _arguments(specs, dtypes)
-    label = program.program(answer, opened.config.normalisation)
-    sizes = "this shape alone" if shape else _ANY_SIZE
+    steps: dict[str, Any] = {"input_size": task.input_size, "in_pixels": task.in_pixels}
+    sizes = _ANY_SIZE
+    if shape:
+        steps["padded_side"] = task.padded_side
+        sizes = "this shape alone"
+        if (size := task.input_size(shape[1:])) != shape[1:]:
+            sizes += f"; resized to {size[0]} x {size[1]} inside, as the run does"
+    label = program.program(answer, opened.config.normalisation, **steps)
     try:
         outputs = jax.eval_shape(label, *inputs)
     except jax.errors.InconclusiveDimensionOperation:  # sizes left open give no whole steps
-        label = program.program(answer, opened.config.normalisation, BUCKET)
+        steps["padded_side"] = functools.partial(multiple_of, multiple=BUCKET)
+        label = program.program(answer, opened.config.normalisation, **steps)
         outputs = jax.eval_shape(label, *inputs)
         sizes = (
             f"{_ANY_SIZE}; zeros pad images to multiples of {BUCKET} pixels, and labels near the "
@@ -208,7 +225,8 @@ def _program(
             for name, spec in task.inputs.items()
         },
         "outputs": {
-            name: {"shape": [*map(_side, x.shape)], "dtype": x.dtype.name, **_meaning(name)}
+            name: {"shape": [*map(_side, x.shape)], "dtype": x.dtype.name}
+            | ({"values": task.meanings[name]} if name in task.meanings else {})
             for name, x in outputs.items()
         },
         "sizes": sizes,
@@ -228,10 +246,6 @@ def _program(
 
 def _card(task: Task) -> dict[str, Any]:
     return {"test_time_options": task.card["test_time_options"]}
-
-
-def _meaning(name: str) -> dict[str, str]:
-    return {"values": "indices into the list of classes"} if name == "labels" else {}
 
 
 def _side(side: Any) -> Any:

@@ -91,9 +91,13 @@ def in_words(shapes: Iterable[Size]) -> str:
     return f"computed at {', '.join(words)}" if words else "nothing computed"
 
 
+def multiple_of(side: int, multiple: int) -> int:
+    """Returns the next multiple, from which sizes further on follow even for a side left open."""
+    return -(-side // multiple) * multiple
+
+
 def _rounded(size: Size, multiple: int) -> Size:
-    height, width = (-(-side // multiple) * multiple for side in size)
-    return height, width
+    return multiple_of(size[0], multiple), multiple_of(size[1], multiple)
 
 
 def _grouped(sizes: Iterable[Size], multiple: int) -> dict[Size, list[Size]]:
@@ -143,21 +147,20 @@ def cut(values: np.ndarray | jax.Array, size: Size) -> np.ndarray:
 def run_padded(
     fn: Callable[[jax.Array, jax.Array], Any],
     images: jax.Array,
-    multiple: int = 1,
+    padded_side: Callable[[int], int] = lambda side: side,
 ) -> Any:
     """Calls a function on padded images and cuts its results; traced, even with sizes left open.
 
     Args:
       fn: (images [B, H', W', C], sizes int32 [B, 2] before padding) to a tree of arrays.
       images: normalised [B, H, W, C], all of one size.
-      multiple: H' and W' are multiples of this, in pixels.
+      padded_side: maps H to H' and W to W'.
 
     Returns:
       The tree; arrays [B, H', W', ...] are cut to [B, H, W, ...], others are as they were.
     """
     batch, height, width, _ = images.shape
-    # As whole multiples, from which sizes further on follow even where a side is left open.
-    rows, columns = (-(-side // multiple) * multiple - side for side in (height, width))
+    rows, columns = (padded_side(side) - side for side in (height, width))
     size = jnp.array([height, width], jnp.int32)
     sizes = jnp.broadcast_to(size.reshape(1, 2), (batch, 2))
     padded = _extend(images, rows, columns)

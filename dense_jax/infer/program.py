@@ -1,34 +1,55 @@
 """A trained network as one function of images, for other programs.
 
-The function includes what `dense_jax.infer.predictor` does to each image of a folder: normalise,
-predict. It can be traced with symbolic sizes (`jax.export`).
+The function includes what `dense_jax.infer.predictor` does to each image of a folder: resize,
+normalise, pad, predict. It can be traced with symbolic sizes (`jax.export`).
 """
 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from dense_jax.data.normalise import normalise_batch
-from dense_jax.data.padded import run_padded
+from dense_jax.data.padded import Size, run_padded
+from dense_jax.ops.resize import resize_antialiased
+
+Arrays = dict[str, jax.Array]
 
 
 def program(
-    answer: Callable[..., dict[str, jax.Array]], normalisation: str, multiple: int = 1
-) -> Callable[..., dict[str, jax.Array]]:
+    answer: Callable[..., Arrays],
+    normalisation: str,
+    *,
+    padded_side: Callable[[int], int] = lambda side: side,
+    input_size: Callable[[Size], Size] = lambda size: size,
+    in_pixels: Callable[[Arrays, Size], Arrays] = lambda answers, size: answers,
+) -> Callable[..., Arrays]:
     """Returns a function of RGB images [B, H, W, 3] with values from 0 to 255, any H, W >= 1.
 
     Args:
       answer: (normalised images, sizes before padding, *further inputs) -> arrays by name.
       normalisation: of the images that the network expects.
-      multiple: images are padded at the bottom and on the right with the mean colour, to multiples
-        of this many pixels; answers of the padded size are cut to the size of the images. 1 does
-        not pad.
+      padded_side: images are padded at the bottom and on the right with the mean colour, to these
+        sides; answers of the padded size are cut to the size of the images.
+      input_size: the size to which images of a size are resized before.
+      in_pixels: (answers, size of the images) -> answers in pixels of the images as they came.
     """
 
-    def run(images: jax.Array, *inputs: jax.Array) -> dict[str, jax.Array]:
-        def padded(images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+    def run(images: jax.Array, *inputs: jax.Array) -> Arrays:
+        def padded(images: jax.Array, sizes: jax.Array) -> Arrays:
             return answer(images, sizes, *inputs)
 
-        return run_padded(padded, normalise_batch(images, normalisation), multiple)
+        size = (images.shape[1], images.shape[2])
+        resized = _resized(images, input_size(size))
+        answers = run_padded(padded, normalise_batch(resized, normalisation), padded_side)
+        return in_pixels(answers, size)
 
     return run
+
+
+def _resized(images: jax.Array, size: Size) -> jax.Array:
+    """Resizes as files are: as uint8, to which floats are rounded."""
+    if (images.shape[1], images.shape[2]) == size:
+        return images
+    whole = jnp.clip(jnp.round(images), 0, 255) if images.dtype != jnp.uint8 else images
+    return resize_antialiased(whole.astype(jnp.uint8), size)

@@ -22,7 +22,7 @@ from dense_jax.data.detection import (
     short_side_size,
 )
 from dense_jax.data.normalise import Normalise
-from dense_jax.data.padded import BUCKET, Size, in_words, tell_if_many
+from dense_jax.data.padded import BUCKET, Size, in_words, multiple_of, tell_if_many
 from dense_jax.data.transforms import RandomCrop, RandomFlip, Transform, chosen
 from dense_jax.errors import UserError, refuse
 from dense_jax.evaluation import instances, padding
@@ -121,6 +121,13 @@ class Detection(Task):
 
     headline: ClassVar[str] = "box_ap"
     reads: ClassVar[Sequence[str]] = ("boxes", "classes", "scores", "valid")
+    meanings: ClassVar[Mapping[str, str]] = {
+        "boxes": "x0 y0 x1 y1 in pixels of the images, from edge to edge; the best score first",
+        "classes": "indices into the list of classes",
+        "scores": "probabilities",
+        "valid": "whether there is a detection; the last places are mostly empty",
+        "overflow": "whether candidates were left out that could have been detections",
+    }
 
     @property
     def card(self) -> dict[str, Any]:
@@ -134,6 +141,12 @@ class Detection(Task):
         side = self.config.test_side or self.config.short_side[-1]
         return short_side_size(size, side, self.config.max_side)
 
+    @property
+    def export_size(self) -> Size:
+        """A size that is not resized, as wide as any: anchors need a size."""
+        side = self.config.test_side or self.config.short_side[-1]
+        return self.input_size((side, max(side, self.config.max_side)))
+
     def padded_side(self, side: int) -> int:
         """Returns the next multiple of the stride.
 
@@ -142,7 +155,7 @@ class Detection(Task):
         size alone, so its detections do not depend on other images, unless images share shapes;
         the protocol card says what that changes (see `dense_jax.evaluation.padding`).
         """
-        return -(-side // self.stride) * self.stride
+        return multiple_of(side, self.stride)
 
     @property
     def train_size(self) -> Callable[[Size], Size] | None:
@@ -244,14 +257,18 @@ class Detection(Task):
 
     def in_image(self, answers: Mapping[str, np.ndarray], size: Size) -> dict[str, np.ndarray]:
         """Returns "boxes", "class_ids" and "scores" of an image of a size before resizing."""
-        inputs = self.input_size(size)
         valid = answers["valid"]
-        boxes = box_ops.scale(answers["boxes"][valid], (size[0] / inputs[0], size[1] / inputs[1]))
         return {
-            "boxes": box_ops.clip(boxes, size),
+            "boxes": self.in_pixels(answers, size)["boxes"][valid],
             "class_ids": answers["classes"][valid],
             "scores": answers["scores"][valid],
         }
+
+    def in_pixels(self, answers: Mapping[str, Any], size: Size) -> dict[str, Any]:
+        """Returns the answers with the boxes in pixels of an image before resizing."""
+        inputs = self.input_size(size)
+        boxes = box_ops.scale(answers["boxes"], (size[0] / inputs[0], size[1] / inputs[1]))
+        return {**answers, "boxes": box_ops.clip(boxes, size)}
 
     def evaluator(self, dataset: Dataset, split: str) -> Evaluate:
         """Returns a function that scores the detections of a split."""

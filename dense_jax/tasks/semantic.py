@@ -98,6 +98,7 @@ class Semantic(Task):
 
     headline: ClassVar[str] = "mean_iou"
     reads: ClassVar[Sequence[str]] = ("labels", "probabilities")
+    meanings: ClassVar[Mapping[str, str]] = {"labels": "indices into the list of classes"}
 
     def __post_init__(self) -> None:
         """Raises UserError for impossible CRF parameters."""

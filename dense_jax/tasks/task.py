@@ -55,6 +55,8 @@ class Task(abc.ABC):
     """Name of the metric that decides which checkpoint is the best; higher is better."""
     reads: ClassVar[Sequence[str]]
     """Names of the answers that `read` needs."""
+    meanings: ClassVar[Mapping[str, str]] = {}
+    """Answers in words, by name, for those who get them from an exported program."""
 
     @property
     def card(self) -> dict[str, Any]:
@@ -79,6 +81,18 @@ class Task(abc.ABC):
         None if the transforms give all images one size.
         """
         return None
+
+    @property
+    def export_size(self) -> Size | None:
+        """The size of the images of an exported program, if none is given; None leaves it open."""
+        return None
+
+    def in_pixels(self, answers: Mapping[str, Any], size: Size) -> dict[str, Any]:
+        """Returns the answers for an image in pixels of its ``size`` before it was resized.
+
+        Arrays are NumPy's or traced, with or without a batch axis.
+        """
+        return dict(answers)
 
     def padded_side(self, side: int) -> int:
         """Returns the side to which zeros may pad images without an effect on predictions.
