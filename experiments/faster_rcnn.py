@@ -17,6 +17,7 @@ from typing import Literal
 from dense_jax.errors import refuse
 from dense_jax.infer.detections import (
     ProposalsOf,
+    first_stage,
     from_grid,
     from_input,
     from_network,
@@ -172,7 +173,7 @@ def build(config: Config, num_classes: int) -> Detection:
     )
     anchor_rule = replace(recipe.anchor_rule, box_weight=config.rpn_lambda)
     frozen = (*model.frozen, _ALL_BUT_BOXES) if config.head_loss == "box" else model.frozen
-    is_given = source == "file"
+    first, is_given = first_stage(model, anchors_of, proposals_of), source == "file"
     return Detection(
         config,
         model,
@@ -185,13 +186,15 @@ def build(config: Config, num_classes: int) -> Detection:
         else head_objective(roi_rule, anchors_of if source == "grid" else None),
         forward=two_stages(
             model,
-            proposals_of,
+            first,
             replace(
                 recipe.detections,
                 count=config.max_detections,
                 is_moved=config.test_boxes == "moved",
             ),
         ),
+        first_stage=None if is_given else first,
+        anchor_rule=anchor_rule if source == "rpn" else None,
         given=config.proposals if is_given else None,
         num_given=min(config.num_proposals, config.test_proposals or config.num_proposals),
     )

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dense_jax.commands import export
+from dense_jax import scripts
+from dense_jax.commands import debug_pictures, export, sweep
 from dense_jax.data import dataset, pipeline
 from dense_jax.data.datasets.shapes import ShapesSpec
 from dense_jax.errors import UserError
 from dense_jax.evaluation import instances
-from dense_jax.infer import predictor
+from dense_jax.infer import predictor, rcnn_pictures
 from dense_jax.layers.conv import Conv
 from dense_jax.models.rcnn import faster_rcnn as models
 from dense_jax.tasks import trained, training
@@ -243,6 +244,107 @@ def test_a_detector_has_no_scores_of_pixels_to_export(run, tmp_path, monkeypatch
     monkeypatch.setattr(trained, "load", lambda *_: opened)
     with pytest.raises(UserError, match="--scores=logits is for runs that label pixels"):
         export.run(run=run, to="stablehlo", out=tmp_path / "x", scores="logits")
+
+
+def test_debug_pictures_of_a_dataset_and_of_a_folder(run, tmp_path, monkeypatch, capsys):
+    """Anchors are drawn where objects are known; bad files are told and do not stop the others."""
+    opened = trained.load(run, task=task())
+    monkeypatch.setattr(trained, "load", lambda *_: opened)
+    debug_pictures.run(run=run, output=tmp_path / "val", images=2)
+    names = ["val_00000-anchors", "val_00000-proposals", "val_00001-anchors", "val_00001-proposals"]
+    assert sorted(path.stem for path in (tmp_path / "val").iterdir()) == names
+    said = capsys.readouterr().out
+    assert "*-anchors.png: known objects and the anchors" in said
+    assert "4 pictures in" in said
+    picture = np.asarray(Image.open(tmp_path / "val" / "val_00000-anchors.png"))
+    assert picture.shape[0] > 480  # ten times the image's 48, with the key below
+    colours = {tuple(colour) for colour in picture[:480, :400].reshape(-1, 3).tolist()}
+    assert rcnn_pictures.OBJECT in colours
+    assert {rcnn_pictures.ANCHOR, rcnn_pictures.FORCED} & colours
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, size in {"a": (1, 1), "b": (20, 500)}.items():
+        Image.fromarray(np.full(size, 99, np.uint8)).save(folder / f"{name}.png")
+    (folder / "c.png").write_text("no image")
+    with pytest.raises(SystemExit, match="1"):
+        debug_pictures.run(run=run, output=tmp_path / "out", input=folder)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "a-proposals.png",
+        "b-proposals.png",
+    ]
+    assert "2 pictures in" in (said := capsys.readouterr().out)
+    assert "c.png" in said
+    with pytest.raises(UserError, match="--input takes the place of a dataset"):
+        debug_pictures.run(run=run, output=tmp_path / "x", input=folder, split="val")
+
+
+@pytest.mark.parametrize("recipe", ["torchvision", "paper"])
+def test_anchors_drawn_are_those_that_train(recipe, monkeypatch):
+    """As a slow twin matches them, and of an image without objects none."""
+    drawn = []
+    monkeypatch.setattr(rcnn_pictures, "anchors", lambda *args: drawn.append(args) or args[0])
+    single = {"neck": "dc5", "anchor_sizes": (16, 32)} if recipe == "paper" else {}
+    own = task(recipe=recipe, **single)
+    offered, variables = own.debug_pictures(), variables_of(own)
+    example = dict(data().split("val")[0])
+    offered.draw(variables, example)
+    image, objects, boxes, index, is_forced, limit = drawn.pop()
+    assert limit == 0.7
+    assert len(boxes) >= len(objects) > 0
+    factors = [58 / 48, 48 / 40]  # the image is resized by
+    first = own.first_stage(variables, jnp.zeros((1, 64, 64, 3)), jnp.array([[58, 48]]))
+    plus = int(recipe == "paper")
+    expected = []
+    for x0, y0, x1, y1 in np.asarray(first.anchors).tolist():
+        row = []
+        for a0, b0, a1, b1 in (objects * np.array(factors[::-1] * 2)).tolist():
+            width = max(0, min(x1, a1) - max(x0, a0) + plus)
+            height = max(0, min(y1, b1) - max(y0, b0) + plus)
+            areas = (x1 - x0 + plus) * (y1 - y0 + plus) + (a1 - a0 + plus) * (b1 - b0 + plus)
+            row.append(width * height / (areas - width * height))
+        outside = plus and (min(x0, y0) < 0 or x1 >= 48 or y1 >= 58)
+        expected.append([-1.0] * len(row) if outside else row)
+    ious = np.array(expected)
+    is_best = np.any((ious > ious.max(axis=0) - 1e-5) & (ious > 0), axis=1)
+    chosen = (ious.max(axis=1) >= 0.7) | is_best
+    np.testing.assert_array_equal(index, ious[chosen].argmax(axis=1))
+    np.testing.assert_array_equal(is_forced, ious[chosen].max(axis=1) < 0.7)
+    wanted = np.asarray(first.anchors)[chosen] / np.array(factors[::-1] * 2)
+    np.testing.assert_allclose(boxes, wanted, rtol=1e-5)
+
+    empty = {**example, "instances": np.zeros_like(example["instances"])}
+    offered.draw(variables, empty)
+    assert [len(x) for x in drawn.pop()[1:5]] == [0, 0, 0, 0]
+    assert set(offered.draw(variables, {"image": example["image"]})) == {"proposals"}
+    assert np.shares_memory(image, example["image"])
+
+
+def test_tasks_without_debug_pictures_refuse_the_command(run, tmp_path, monkeypatch):
+    opened = trained.load(run, task=dataclasses.replace(task(), first_stage=None))
+    monkeypatch.setattr(trained, "load", lambda *_: opened)
+    with pytest.raises(
+        UserError, match=r"runs of .* have no debug pictures: see their predictions"
+    ):
+        debug_pictures.run(run=run, output=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_sweep_tabulates_box_ap(tmp_path, monkeypatch):
+    def train(self, words, log):
+        log.parent.mkdir()
+        config = scripts.load(words[0]).parse(words[1:])
+        training.train(script.build(config, NUM_CLASSES))
+
+    monkeypatch.setattr(sweep.Children, "run", train)
+    flags = ("--neck=dc5", "--anchor-sizes", "16", "32", "--shapes.num-train=8")
+    sweep.run(
+        "experiments.faster_rcnn", "smoke", flags, out=tmp_path / "o", vary=("roi-op=align,pool",)
+    )
+    text = (tmp_path / "o" / "table.md").read_text()
+    assert "| roi-op | Box AP % |" in text
+    assert text.count("| 1 of 1 |") == 2
+    assert "val split  \n" in text  # no word of the classes' absence, a rule for labels
 
 
 def test_evaluation_does_not_depend_on_batches_or_order(run):

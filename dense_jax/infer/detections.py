@@ -10,7 +10,7 @@ torchvision/models/detection/roi_heads.py.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +111,20 @@ def detect(
     }
 
 
+class FirstStage(NamedTuple):
+    """What the first stage makes of a batch of images.
+
+    Attributes:
+      levels: the maps, [B, H_l, W_l, C] each.
+      anchors: of all levels in turn, [N, 4].
+      proposals: [B, R, ...].
+    """
+
+    levels: Sequence[jax.Array]
+    anchors: jax.Array
+    proposals: Proposals
+
+
 def from_network(anchors_of: AnchorsOf, rule: ProposalRule) -> ProposalsOf:
     """Returns the proposals of the network's own anchors (Faster R-CNN), as `ProposalsOf`."""
 
@@ -160,8 +174,29 @@ def from_input(
     return Proposals(boxes, jnp.zeros(valid.shape, boxes.dtype), valid)
 
 
+def first_stage(
+    model: nn.Module, anchors_of: AnchorsOf, proposals_of: ProposalsOf
+) -> Callable[..., FirstStage]:
+    """Returns (variables, images [B, H, W, C], sizes [B, 2], *inputs) -> maps, anchors, proposals.
+
+    Args:
+      model: a `dense_jax.models.rcnn.faster_rcnn.FasterRCNN`.
+      anchors_of: the anchors, for those who want to see them.
+      proposals_of: the proposals, such as `from_network`.
+    """
+
+    def run(variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array) -> FirstStage:
+        apply, size = functools.partial(model.apply, variables), images.shape[1:3]
+        levels: Any = apply(images, train=False, method="features")
+        anchors = anchors_of(size, [level.shape[1:3] for level in levels])
+        proposals = proposals_of(apply, levels, size, sizes, *inputs)
+        return FirstStage(levels, jnp.concatenate(anchors), proposals)
+
+    return run
+
+
 def two_stages(
-    model: nn.Module, proposals_of: ProposalsOf, rule: DetectionRule
+    model: nn.Module, first: Callable[..., FirstStage], rule: DetectionRule
 ) -> Callable[..., dict[str, jax.Array]]:
     """Returns (variables, images [B, H, W, C], sizes [B, 2], *inputs) -> arrays of `detect`.
 
@@ -169,17 +204,17 @@ def two_stages(
 
     Args:
       model: a `dense_jax.models.rcnn.faster_rcnn.FasterRCNN`.
-      proposals_of: the first stage.
+      first: the result of `first_stage`.
       rule: how detections are chosen.
     """
 
     def predict(
         variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
     ) -> dict[str, jax.Array]:
-        apply = functools.partial(model.apply, variables)
-        levels: Any = apply(images, train=False, method="features")
-        proposals = proposals_of(apply, levels, images.shape[1:3], sizes, *inputs)
-        scored: Any = apply(levels, proposals.boxes, train=False, method="classify")
+        levels, _, proposals = first(variables, images, sizes, *inputs)
+        scored: Any = model.apply(
+            variables, levels, proposals.boxes, train=False, method="classify"
+        )
         scores, moves = scored
         choose = functools.partial(detect, rule=rule)
         return jax.vmap(choose)(scores, moves, proposals.boxes, proposals.valid, sizes)

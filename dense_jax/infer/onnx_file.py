@@ -96,9 +96,9 @@ def _packages() -> tuple[Any, Any]:
     try:
         return importlib.import_module("jax2onnx"), importlib.import_module("onnxruntime")
     except ImportError as error:
-        raise UserError(
-            f"--to=onnx needs {error.name}: pip install jax2onnx onnxruntime"
-        ) from error
+        # A package that is there and cannot be imported gives a reason and no name.
+        needed = error.name or f"packages that can be imported ({str(error).splitlines()[0]:.200})"
+        raise UserError(f"--to=onnx needs {needed}: pip install jax2onnx onnxruntime") from error
 
 
 def _evaluate(closed: core.ClosedJaxpr, *arguments: Any) -> list[Any]:

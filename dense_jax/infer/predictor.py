@@ -194,7 +194,7 @@ def predict_folder(
         f"--output={output_dir} is the folder of the images: give another, so that results are "
         "never taken for images",
     )
-    sizes, failures = _read_sizes(_find_images(pathlib.Path(input_path)))
+    sizes, failures = _read_sizes(find_images(pathlib.Path(input_path)))
     shape_of = predict.shapes_of(sizes.values())
     tell_if_many(shape_of, predict.shapes)
     output, palette = pathlib.Path(output_dir), classes.palette()
@@ -233,7 +233,12 @@ def predict_folder(
     return Summary(tuple(predicted), failed, frozenset(shapes), notes)
 
 
-def _find_images(path: pathlib.Path) -> list[pathlib.Path]:
+def find_images(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the image at a path, or the images in the folder there.
+
+    Raises:
+      UserError: there is none.
+    """
     if path.is_file():
         return [path]
     if not path.is_dir():

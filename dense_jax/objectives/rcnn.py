@@ -92,6 +92,32 @@ def smooth_l1(errors: jax.Array, beta: float) -> jax.Array:
     return jnp.where(size < beta, 0.5 * size * size / beta, size - 0.5 * beta)
 
 
+def match_anchors(
+    anchors: jax.Array, boxes: jax.Array, valid: jax.Array, size: jax.Array, rule: AnchorRule
+) -> targets.Matches:
+    """Returns the object of each anchor of an image; the best ones of an object are forced.
+
+    Args:
+      anchors: [N, 4].
+      boxes: [G, 4], of the objects, at least one or padding.
+      valid: bool [G].
+      size: int32 [2], height and width of the image before padding.
+      rule: which anchors train.
+    """
+    candidates = None
+    if rule.inside:
+        height, width = size.astype(anchors.dtype)
+        candidates = box_ops.inside(anchors, (height, width), plus_one=rule.plus_one)
+    return targets.match(
+        box_ops.iou(anchors, boxes, plus_one=rule.plus_one),
+        valid,
+        foreground=rule.foreground,
+        background=rule.background,
+        force=True,
+        candidates=candidates,
+    )
+
+
 def anchor_losses(
     logits: jax.Array,
     deltas: jax.Array,
@@ -124,18 +150,7 @@ def anchor_losses(
         size: jax.Array,
         uniform: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        candidates = None
-        if rule.inside:
-            height, width = size.astype(anchors.dtype)
-            candidates = box_ops.inside(anchors, (height, width), plus_one=rule.plus_one)
-        matches = targets.match(
-            box_ops.iou(anchors, boxes, plus_one=rule.plus_one),
-            valid,
-            foreground=rule.foreground,
-            background=rule.background,
-            force=True,
-            candidates=candidates,
-        )
+        matches = match_anchors(anchors, boxes, valid, size, rule)
         drawn = targets.sample(matches.label, uniform, rule.sample, rule.max_foreground)
         own = logits[drawn.index]
         entropy = jax.nn.softplus(jnp.where(drawn.foreground, -own, own))

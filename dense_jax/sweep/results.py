@@ -130,9 +130,11 @@ class Summary:
 
         facts = [f"{len(protocols)} of {len(self._planned)} runs finished"]
         if protocols:
+            absent = f"; absent classes {every('absent_classes')}"
+            has_rule = any(protocol.get("absent_classes") for protocol in protocols)
             facts += [
                 f"scored on {every('images_scored')} images of {every('dataset')}, "
-                f"{every('split')} split; absent classes {every('absent_classes')}",
+                f"{every('split')} split{absent if has_rule else ''}",
                 f"device {every('device')}; commit {every('commit')}",
             ]
         return facts

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dense_jax.data import objects as object_lib
@@ -22,16 +23,20 @@ from dense_jax.data.detection import (
     short_side_size,
 )
 from dense_jax.data.normalise import Normalise
-from dense_jax.data.padded import BUCKET, Size, in_words, multiple_of, tell_if_many
+from dense_jax.data.padded import BUCKET, Size, in_words, multiple_of, prepare, tell_if_many
 from dense_jax.data.transforms import RandomCrop, RandomFlip, Transform, chosen
 from dense_jax.errors import UserError, refuse
 from dense_jax.evaluation import instances, padding
 from dense_jax.evaluation.batches import eval_batches, predict_each
 from dense_jax.evaluation.record import Record
+from dense_jax.infer import rcnn_pictures
+from dense_jax.infer.detections import FirstStage
 from dense_jax.infer.instances import Instances
 from dense_jax.metrics.detections import Detections, Truth
+from dense_jax.objectives.rcnn import AnchorRule, match_anchors
+from dense_jax.objectives.targets import FOREGROUND
 from dense_jax.ops import boxes as box_ops
-from dense_jax.tasks.task import Evaluate, Input, Task
+from dense_jax.tasks.task import DebugPictures, Evaluate, Input, Task
 from dense_jax.train import processes
 from dense_jax.train.config import Count, Counts, RunConfig
 from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard
@@ -107,6 +112,9 @@ class Detection(Task):
       stride: heights and widths of padded images are multiples of this, in pixels.
       given: the file of proposals (see `dense_jax.data.proposals`), if these are given.
       num_given: R, their largest number for an image; of more, the first ones are kept.
+      first_stage: (variables, images, sizes) -> maps, anchors and proposals, for debug pictures;
+        None draws none.
+      anchor_rule: which anchors train; None draws no anchors.
       notes: further lines of the protocol card.
     """
 
@@ -117,6 +125,8 @@ class Detection(Task):
     stride: int = BUCKET
     given: str | None = None
     num_given: int = 0
+    first_stage: Callable[[Any, jax.Array, jax.Array], FirstStage] | None = None
+    anchor_rule: AnchorRule | None = None
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     headline: ClassVar[str] = "box_ap"
@@ -266,9 +276,67 @@ class Detection(Task):
 
     def in_pixels(self, answers: Mapping[str, Any], size: Size) -> dict[str, Any]:
         """Returns the answers with the boxes in pixels of an image before resizing."""
-        inputs = self.input_size(size)
-        boxes = box_ops.scale(answers["boxes"], (size[0] / inputs[0], size[1] / inputs[1]))
+        boxes = box_ops.scale(answers["boxes"], self._enlarged(size))
         return {**answers, "boxes": box_ops.clip(boxes, size)}
+
+    def _enlarged(self, size: Size) -> tuple[float, float]:
+        """Returns the factors from an image's size after resizing to its own."""
+        inputs = self.input_size(size)
+        return size[0] / inputs[0], size[1] / inputs[1]
+
+    def debug_pictures(self) -> DebugPictures | None:
+        """Returns pictures of proposals, and of the anchors that stand for known objects."""
+        if self.first_stage is None:
+            return None
+        words = {"proposals": "boxes that the first stage keeps, coloured by score"}
+        if self.anchor_rule is not None:
+            words["anchors"] = (
+                "known objects and the anchors that stand for them in training, if images have "
+                "their size in evaluation"
+            )
+        first_stage = jax.jit(self.first_stage)
+
+        def draw(variables: Any, example: Example) -> dict[str, np.ndarray]:
+            image = example["image"]
+            size = image.shape[:2]
+            inputs = self.input_size(size)
+            shape = self.padded_side(inputs[0]), self.padded_side(inputs[1])
+            arrays = prepare(image, self.config.normalisation, shape, inputs)
+            _, anchors, found = first_stage(variables, *arrays)
+            boxes, logits, valid = (x[0] for x in jax.device_get(found))
+            boxes = self.in_pixels({"boxes": boxes[valid]}, size)["boxes"]
+            scores = 1 / (1 + np.exp(-logits[valid]))
+            pictures = {"proposals": rcnn_pictures.proposals(image, boxes, scores)}
+            if self.anchor_rule is not None and "label" in example:
+                pictures["anchors"] = self._draw_anchors(example, anchors, self.anchor_rule)
+            return pictures
+
+        return DebugPictures(words, draw)
+
+    def _draw_anchors(self, example: Example, anchors: jax.Array, rule: AnchorRule) -> np.ndarray:
+        size = example["image"].shape[:2]
+        enlarged = self._enlarged(size)
+        objects = object_lib.find(example, 0, masks=False)
+        boxes = objects.boxes[~objects.crowd]  # crowds do not train
+        resized = box_ops.scale(boxes, (1 / enlarged[0], 1 / enlarged[1]))
+        matches = jax.device_get(
+            match_anchors(
+                anchors,
+                jnp.asarray(np.pad(resized, [(0, 1), (0, 0)])),  # for images without objects
+                jnp.arange(len(boxes) + 1) < len(boxes),
+                jnp.array(self.input_size(size)),
+                rule,
+            )
+        )
+        chosen = matches.label == FOREGROUND
+        return rcnn_pictures.anchors(
+            example["image"],
+            boxes,
+            box_ops.scale(np.asarray(anchors)[chosen], enlarged),
+            matches.index[chosen],
+            matches.iou[chosen] < rule.foreground,
+            rule.foreground,
+        )
 
     def evaluator(self, dataset: Dataset, split: str) -> Evaluate:
         """Returns a function that scores the detections of a split."""

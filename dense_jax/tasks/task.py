@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from dense_jax.data.classes import ClassTable
-from dense_jax.data.dataset import Dataset, Source
+from dense_jax.data.dataset import Dataset, Example, Source
 from dense_jax.data.padded import Shapes, Size
 from dense_jax.data.transforms import Transform
 from dense_jax.evaluation.record import Record
@@ -151,6 +151,10 @@ class Task(abc.ABC):
           classes: the classes of the run.
         """
 
+    def debug_pictures(self) -> "DebugPictures | None":
+        """Returns what can be drawn of the inside of the network; None: nothing."""
+        return None
+
     def as_inputs(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Returns the further inputs of one image as arrays [...], in the dtypes of `inputs`.
 
@@ -164,6 +168,20 @@ class Task(abc.ABC):
     ) -> Callable[[pathlib.Path, Size], dict[str, np.ndarray]] | None:
         """Returns (path, size) -> `inputs` for the images of a folder; None if no inputs exist."""
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class DebugPictures:
+    """Pictures of what happens inside a network.
+
+    Attributes:
+      words: what each picture shows, by its name.
+      draw: (variables, example) -> pictures by name, uint8 [H, W, 3]. The example holds "image" and
+        what else is known of it; pictures that need more are left out.
+    """
+
+    words: Mapping[str, str]
+    draw: Callable[[Any, Example], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
