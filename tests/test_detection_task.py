@@ -274,6 +274,7 @@ def test_debug_pictures_of_a_dataset_and_of_a_folder(run, tmp_path, monkeypatch,
         "b-proposals.png",
     ]
     assert "2 pictures in" in (said := capsys.readouterr().out)
+    assert "anchors" not in said
     assert "c.png" in said
     with pytest.raises(UserError, match="--input takes the place of a dataset"):
         debug_pictures.run(run=run, output=tmp_path / "x", input=folder, split="val")

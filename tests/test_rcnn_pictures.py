@@ -19,6 +19,7 @@ def test_the_best_proposals_are_on_top_in_colours_of_their_scores():
     assert picture.shape[0] > 400
     assert at(picture, 20, 50) == (252, 255, 164)  # the best is brightest, and hides the second
     assert at(picture, 20, 250) == (188, 55, 84)  # half as good, halfway between the colours
+    assert at(picture, 22, 250) == at(picture, 21, 402) == GROUND  # lines of 2 pixels, and of 1
     assert at(picture, 70, 70) == GROUND
     # Behind the first 50 are twelve faint ones, at the same place and hidden.
     few = pictures.proposals(IMAGE, boxes[:50], scores[:50])

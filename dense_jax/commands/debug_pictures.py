@@ -58,17 +58,17 @@ def run(
         source = trained.dataset_of(opened, data_dir).split(split or "val")
         examples = ((source[i]["name"], source[i]) for i in range(len(source)))
     runs.make_folder(output)
-    variables, count, failures = jax.device_put(opened.variables), 0, []
+    variables, drawn, failures = jax.device_put(opened.variables), [], []
     for name, example in itertools.islice(examples, images):
         if isinstance(example, UserError):
             failures.append(str(example))
             continue
         for kind, picture in offered.draw(variables, example).items():
             runs.write_png(output / f"{name.replace('/', '_')}-{kind}.png", picture)
-            count += 1
-    for kind, words in offered.words.items():
-        print(f"*-{kind}.png: {words}")
-    print("\n".join([f"{count} pictures in {output}; {len(failures)} failed", *failures]))
+            drawn.append(kind)
+    for kind in dict.fromkeys(drawn):
+        print(f"*-{kind}.png: {offered.words[kind]}")
+    print("\n".join([f"{len(drawn)} pictures in {output}; {len(failures)} failed", *failures]))
     if failures:
         sys.exit(1)
 

@@ -26,7 +26,8 @@ def run(
 ) -> None:
     """Predict a folder of images: palette PNGs of class ids or masks of objects, and overlays.
 
-    Runs that predict objects write masks and results.json in COCO's format.
+    Runs that predict objects write masks and results.json in COCO's format. To see what happens
+    inside a detector, see debug-pictures.
 
     Args:
       run: folder of a training run.

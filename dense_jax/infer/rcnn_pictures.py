@@ -11,7 +11,7 @@ from dense_jax import viz
 
 BEST = 50  # Proposals that are drawn on top.
 _LEAST_SIDE = 480  # Pixels of the longer side of a picture.
-_FAINT = (148, 163, 184, 70)
+_OTHERS = (148, 163, 184)
 # Colours that are told apart without red and green: Okabe, Ito, "Color universal design", 2008.
 OBJECT, ANCHOR, FORCED, WITHOUT = (
     (255, 255, 255), (86, 180, 233), (230, 159, 0), (240, 90, 170)
@@ -27,20 +27,23 @@ def proposals(image: np.ndarray, boxes: np.ndarray, scores: np.ndarray) -> np.nd
       scores: [R], in [0, 1], in falling order.
     """
     drawn, factor = _ground(image)
+    num_others = max(0, len(boxes) - BEST)
+    # The more there are, the fainter each, so that the image stays visible behind all of them.
+    opacity = round(np.clip(8000 / max(num_others, 1), 10, 80))
     for box in boxes[BEST:]:
-        _outline(drawn, factor * box, _FAINT, 1)
+        _outline(drawn, factor * box, (*_OTHERS, opacity), 1)
     best = scores[:BEST]
     high = float(best.max(initial=0.0))
     colours = viz.heat(best[None], high)[0]
-    for box, colour in reversed(list(zip(boxes[:BEST], colours, strict=True))):
-        _outline(drawn, factor * box, tuple(colour.tolist()), 2)
-    num_others = max(0, len(boxes) - BEST)
+    for i in reversed(range(len(best))):
+        width = 2 if best[i] >= high / 2 else 1
+        _outline(drawn, factor * boxes[i], tuple(colours[i].tolist()), width)
     words = [f"the best {len(best)} of {len(boxes)} proposals, in colours of their scores"]
     if len(best):
         words[0] += f", {best[-1]:.2g} to {high:.2g}"
     if num_others:
         words.append(f"{num_others} others, of scores down to {scores[-1]:.2g}")
-    key = np.array([viz.heat(np.ones((1, 1)), 1)[0, 0], _FAINT[:3]], np.uint8)
+    key = np.array([viz.heat(np.ones((1, 1)), 1)[0, 0], _OTHERS], np.uint8)
     scale = viz.heat_scale(high, min(drawn.height, 200)) if len(best) else None
     return _with_key(np.asarray(drawn), words, key, scale)
 
