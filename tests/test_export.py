@@ -210,6 +210,24 @@ def test_a_program_pads_with_the_mean_colour_and_tells_sizes():
     assert outputs["extra"] == 1  # is no picture, and not cut
 
 
+def test_a_program_resizes_as_files_are_and_rounds_floats_for_it():
+    def answer(images, sizes):
+        return {"images": images, "sizes": sizes}
+
+    def back(answers, size):
+        return {**answers, "size": size}
+
+    run = program.program(answer, "none", input_size=lambda size: (4, 5), in_pixels=back)
+    pixels = images((1, 9, 3))
+    noise = np.random.default_rng(1).uniform(-0.4, 0.4, pixels.shape)
+    expected = np.asarray(Image.fromarray(pixels[0]).resize((5, 4), Image.Resampling.BILINEAR))
+    for given in (pixels, (pixels + noise).astype(np.float32)):
+        outputs = run(jnp.asarray(given))
+        np.testing.assert_array_equal(outputs["images"][0], expected)
+        np.testing.assert_array_equal(outputs["sizes"], [[4, 5]])
+        assert outputs["size"] == (9, 3)
+
+
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_sizes_left_open_resize_as_known_ones_do(align_corners):
     def enlarge(x):

@@ -54,7 +54,7 @@ def test_antialiased_is_pillows_to_the_last_bit(before, after):
     x = np.random.default_rng(0).integers(0, 256, (2, *before, 3), np.uint8)
     expected = [Image.fromarray(own).resize(after[::-1], Image.Resampling.BILINEAR) for own in x]
     found = jax.jit(functools.partial(resize_antialiased, size=after))(x)
-    np.testing.assert_array_equal(found, np.stack(expected))
+    np.testing.assert_array_equal(found, np.stack([np.asarray(own) for own in expected]))
 
 
 def test_antialiased_takes_bytes_alone():

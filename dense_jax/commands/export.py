@@ -170,7 +170,7 @@ def _program(
         labelling(task, f"--scores={scores}")
     left_out = {"probabilities": "logits", "logits": "probabilities"}[scores]
     if shape is None and (size := task.export_size):
-        shape = (1, *size)
+        shape = (1, size[0], size[1])
         print(
             f"no --shape: one image of {size[0]} x {size[1]}, since this network is exported for "
             "one size; give that of your images"
