@@ -9,6 +9,7 @@ share, `evaluate --eval-shapes=buckets` says the same.
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 import tyro
@@ -41,7 +42,7 @@ def main(
     def detect(image: np.ndarray, more: int) -> Detections:
         height, width = opened.task.input_size(image.shape[:2])
         rows, columns = (opened.task.padded_side(side) + more for side in (height, width))
-        found = opened.predictor(image, (rows, columns))
+        found: Any = opened.predictor(image, (rows, columns))
         return Detections.build(found.boxes, found.class_ids, found.scores)
 
     exact = [detect(image, 0) for image in images]
