@@ -52,9 +52,17 @@ def test_bilinear_matches_the_definition(before, after, align_corners):
 @pytest.mark.parametrize(("before", "after"), [*SIZES, ((37, 211), (36, 20)), ((9, 9), (9, 30))])
 def test_antialiased_is_pillows_to_the_last_bit(before, after):
     x = np.random.default_rng(0).integers(0, 256, (2, *before, 3), np.uint8)
-    expected = [Image.fromarray(own).resize(after[::-1], Image.Resampling.BILINEAR) for own in x]
-    found = jax.jit(functools.partial(resize_antialiased, size=after))(x)
-    np.testing.assert_array_equal(found, np.stack([np.asarray(own) for own in expected]))
+    for height_first in (False, True):
+        between = (after[0], before[1]) if height_first else (before[0], after[1])
+        expected = x
+        for size in (between, after):
+            pictures = [
+                Image.fromarray(own).resize(size[::-1], Image.Resampling.BILINEAR)
+                for own in expected
+            ]
+            expected = np.stack([np.asarray(own) for own in pictures])
+        resize = functools.partial(resize_antialiased, size=after, height_first=height_first)
+        np.testing.assert_array_equal(jax.jit(resize)(x), expected)
 
 
 def test_antialiased_takes_bytes_alone():

@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dense_jax.data.normalise import normalise_batch
 from dense_jax.data.padded import Size, run_padded
+from dense_jax.data.transforms import resize_image
 from dense_jax.ops.resize import resize_antialiased
 
 Arrays = dict[str, jax.Array]
@@ -52,4 +54,15 @@ def _resized(images: jax.Array, size: Size) -> jax.Array:
     if (images.shape[1], images.shape[2]) == size:
         return images
     whole = jnp.clip(jnp.round(images), 0, 255) if images.dtype != jnp.uint8 else images
-    return resize_antialiased(whole.astype(jnp.uint8), size)
+    first = _height_is_first((images.shape[1], images.shape[2]), size)
+    return resize_antialiased(whole.astype(jnp.uint8), size, height_first=first)
+
+
+def _height_is_first(old: Size, new: Size) -> bool:
+    """Whether files are resized along their height first, as Pillow does for some sizes.
+
+    The rule is of Pillow's version, so noise decides: whether the width first gives other pixels.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (*old, 3), np.uint8)
+    width_first = resize_image(resize_image(noise, (old[0], new[1])), new)
+    return not np.array_equal(resize_image(noise, new), width_first)

@@ -76,12 +76,13 @@ def resize_nearest(x: jax.Array, size: Pair) -> jax.Array:
     return x
 
 
-def resize_antialiased(x: jax.Array, size: Pair) -> jax.Array:
+def resize_antialiased(x: jax.Array, size: Pair, *, height_first: bool = False) -> jax.Array:
     """Resizes uint8 [B, H, W, C] to [B, *size, C] as Pillow's `Image.resize` does with BILINEAR.
 
     Where an image shrinks, the hat function is as wide as two output pixels, so that each input
-    pixel counts. Rows, then columns are rounded to uint8, with weights of 22 bits, as in Pillow: a
-    program that resizes images itself sees the same pixels as one that gets them from files.
+    pixel counts. Each axis is rounded to uint8, with weights of 22 bits, as in Pillow: a program
+    that resizes images itself sees the same pixels as one that gets them from files. Which axis is
+    first changes some pixels by 1; Pillow's choice depends on the sizes and on its version.
 
     Reference: python-pillow/Pillow: src/libImaging/Resample.c.
 
@@ -91,7 +92,8 @@ def resize_antialiased(x: jax.Array, size: Pair) -> jax.Array:
     _check(x)
     if x.dtype != jnp.uint8:
         raise ValueError(f"Expected uint8, received {x.dtype}.")
-    for axis, out in ((2, size[1]), (1, size[0])):
+    for axis in (1, 2) if height_first else (2, 1):
+        out = size[axis - 1]
         index, weights = _antialiased_taps(x.shape[axis], out)
         taps = jnp.take(x, index, axis=axis).astype(jnp.int32)
         shape = [1] * taps.ndim
