@@ -169,10 +169,10 @@ def _program(
     elif scores != "probabilities":
         labelling(task, f"--scores={scores}")
     left_out = {"probabilities": "logits", "logits": "probabilities"}[scores]
-    if shape is None and (size := task.export_size):
-        shape = (1, size[0], size[1])
+    if shape is None and (default := task.export_size):
+        shape = (1, *default)
         print(
-            f"no --shape: one image of {size[0]} x {size[1]}, since this network is exported for "
+            f"no --shape: one image of {default[0]} x {default[1]}, since this network is exported for "
             "one size; give that of your images"
         )
 
