@@ -2,6 +2,7 @@
 
     python -m tests.kill_and_resume --kills 10
     python -m tests.kill_and_resume --kills 6 --processes 2
+    python -m tests.kill_and_resume --script faster_rcnn
 
 Each child process is killed with SIGKILL a random time after it started or made its first new
 step: while starting, stepping, evaluating or saving. Of several processes that train together, one
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -31,12 +32,19 @@ from dense_jax.train.log import read_metrics
 _DEVICES = 4  # of all processes together
 
 
-def command(workdir: pathlib.Path, num_steps: int) -> list[str]:
-    """A short run that saves and evaluates often, with random transforms and dropout."""
+# Flags of random transforms and dropout.
+_RANDOM = {
+    "fcn": "--augment=mirror_scale --crop 32 32 --dropout-rate=0.5",
+    "faster_rcnn": "--short-side 32 40 48 --max-side=64",
+}
+
+
+def command(workdir: pathlib.Path, num_steps: int, script: str = "fcn") -> list[str]:
+    """A short run that saves and evaluates often, with random transforms."""
     flags = f"--num-steps={num_steps} --save-every=3 --eval-every=10 --ema-decay=0.9"
-    flags += " --augment=mirror_scale --crop 32 32 --dropout-rate=0.5 --shapes.num-train=64"
-    script = [sys.executable, "-m", "experiments.fcn", "smoke", f"--workdir={workdir}"]
-    return [*script, *flags.split()]
+    flags += f" --shapes.num-train=64 {_RANDOM[script]}"
+    words = [sys.executable, "-m", f"experiments.{script}", "smoke", f"--workdir={workdir}"]
+    return [*words, *flags.split()]
 
 
 @contextlib.contextmanager
@@ -89,13 +97,13 @@ def final_state(workdir: pathlib.Path, num_steps: int) -> dict[Any, Any]:
 
 
 def run_killed(
-    workdir: pathlib.Path, num_steps: int, kills: int, rng: random.Random, processes: int
+    words: list[str], workdir: pathlib.Path, kills: int, rng: random.Random, processes: int
 ) -> int:
     """Runs to the end through ``kills`` kills; returns how many hit a run that had made steps."""
     stepped = 0
     for number in range(kills):
         begun = last_step(workdir)
-        with started(command(workdir, num_steps), processes) as children:
+        with started(words, processes) as children:
             victim = rng.choice(children)
             if number % 4 == 3:  # some die before their first step
                 time.sleep(rng.uniform(0.5, 5.0))
@@ -106,19 +114,26 @@ def run_killed(
             finished = victim.poll() is not None
             victim.kill()
         stepped += last_step(workdir) > begun
-        print(f"kill {number + 1}: at step {last_step(workdir)} of {num_steps}")
+        print(f"kill {number + 1}: at step {last_step(workdir)}")
         if finished:
             raise RuntimeError("the run ended before it was killed: raise --num-steps")
-    finish(command(workdir, num_steps), processes)
+    finish(words, processes)
     return stepped
 
 
-def main(kills: int = 10, num_steps: int = 400, seed: int = 0, processes: int = 1) -> None:
+def main(
+    kills: int = 10,
+    num_steps: int = 400,
+    seed: int = 0,
+    processes: int = 1,
+    script: Literal["fcn", "faster_rcnn"] = "fcn",
+) -> None:
     """Compares a run killed ``kills`` times with an unbroken one of ``num_steps`` steps."""
     with tempfile.TemporaryDirectory() as folder:
         whole, broken = pathlib.Path(folder) / "whole", pathlib.Path(folder) / "broken"
-        finish(command(whole, num_steps), processes)
-        stepped = run_killed(broken, num_steps, kills, random.Random(seed), processes)
+        finish(command(whole, num_steps, script), processes)
+        words = command(broken, num_steps, script)
+        stepped = run_killed(words, broken, kills, random.Random(seed), processes)
         expected, actual = (final_state(path, num_steps) for path in (whole, broken))
         assert expected.keys() == actual.keys()
         for key, value in expected.items():

@@ -172,8 +172,8 @@ def _program(
     if shape is None and (default := task.export_size):
         shape = (1, *default)
         print(
-            f"no --shape: one image of {default[0]} x {default[1]}, since this network is exported for "
-            "one size; give that of your images"
+            f"no --shape: one image of {default[0]} x {default[1]}, since this network is exported "
+            "for one size; give that of your images"
         )
 
     def answer(images: jax.Array, sizes: jax.Array, *inputs: jax.Array) -> dict[str, jax.Array]:
