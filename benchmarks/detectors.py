@@ -7,7 +7,6 @@ four losses on the same sample of anchors and boxes, their gradients, and SGD wi
 torchvision needs its compiled operators; see `tests.parity.make`.
 """
 
-import dataclasses
 import importlib
 import re
 import resource
@@ -23,8 +22,7 @@ from flax import traverse_util
 
 from benchmarks import timing
 from dense_jax.objectives import rcnn
-from experiments import faster_rcnn as script
-from tests.parity import detection, theirs, zoo
+from tests.parity import detection, zoo
 
 MODELS = {"fasterrcnn_r50_fpn": "fasterrcnn_resnet50_fpn"}
 _RATE, _MOMENTUM = 1e-4, 0.9
@@ -48,8 +46,7 @@ class Side(NamedTuple):
 
 def ours(name: str, tensors: dict[str, np.ndarray], size: int) -> Side:
     """Returns the functions of our network."""
-    config = dataclasses.replace(script.PRESETS["coco"], heads=detection.NAMES[name])
-    task = script.build(config, detection.NUM_CLASSES)
+    task = detection.build(name)
     model: Any = task.model.clone(axis_name=None)
     batch = detection.batch_of((size, size))
     variables = zoo.loaded(name, tensors, model)
@@ -104,6 +101,7 @@ def ours(name: str, tensors: dict[str, np.ndarray], size: int) -> Side:
 def torchvisions(name: str, tensors: dict[str, np.ndarray], size: int) -> Side:
     """Returns the functions of torchvision's network."""
     torch = importlib.import_module("torch")
+    theirs = importlib.import_module("tests.parity.theirs")
     network, lists = theirs.detector(name, tensors)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

@@ -23,9 +23,9 @@ from dense_jax.infer.detections import (
     from_network,
     two_stages,
 )
-from dense_jax.models.rcnn.faster_rcnn import Backbone, FasterRCNN, Neck, RoiOp
+from dense_jax.models.rcnn.faster_rcnn import Backbone, FasterRCNN, Neck
 from dense_jax.objectives.rcnn import head_objective, objective
-from dense_jax.ops.roi import Reduce
+from dense_jax.ops.roi import Reduce, RoiOp
 from dense_jax.tasks import training
 from dense_jax.tasks.detection import Detection, DetectionConfig
 from dense_jax.tasks.rcnn_recipes import RECIPES, anchors

@@ -22,6 +22,7 @@ from jax import lax
 
 from dense_jax.ops import boxes as box_ops
 
+RoiOp = Literal["pool", "warp", "align"]
 Reduce = Literal["mean", "max"]
 
 

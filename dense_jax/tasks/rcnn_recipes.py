@@ -6,13 +6,13 @@ models/pascal_voc/VGG16/faster_rcnn_end2end.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from dense_jax.infer.detections import DetectionRule
-from dense_jax.models.rcnn.faster_rcnn import FasterRCNN, RoiOp
 from dense_jax.objectives.rcnn import AnchorRule, RoiRule
 from dense_jax.ops import anchors as anchor_ops
 from dense_jax.ops.proposals import ProposalRule
+from dense_jax.ops.roi import RoiOp
 
 
 class Recipe(NamedTuple):
@@ -60,8 +60,27 @@ RECIPES = {
 }  # fmt: skip
 
 
+class HasAnchors(Protocol):
+    """The part of a detector that says where its anchors are."""
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per cell of each map."""
+        ...
+
+    @property
+    def level_sizes(self) -> tuple[tuple[float, ...], ...]:
+        """Square roots of the areas of the anchors of each map."""
+        ...
+
+    @property
+    def anchor_ratios(self) -> tuple[float, ...]:
+        """Heights of anchors over their widths."""
+        ...
+
+
 def anchors(
-    model: FasterRCNN, convention: anchor_ops.Convention, size: Any, grids: Sequence[Any]
+    model: HasAnchors, convention: anchor_ops.Convention, size: Any, grids: Sequence[Any]
 ) -> tuple[Any, ...]:
     """Returns the anchors of each map, [N_l, 4].
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from dense_jax.ops.proposals import propose
 from dense_jax.tasks import rcnn_recipes
+from dense_jax.tasks.detection import Detection
 from experiments import faster_rcnn as script
 from tests.parity import drawn, zoo
 
@@ -87,6 +88,12 @@ def differences(
     return result
 
 
+def build(name: str, **flags: Any) -> Detection:
+    """Returns our task with torchvision's conventions."""
+    config = dataclasses.replace(script.PRESETS["coco"], heads=NAMES[name], **flags)
+    return script.build(config, NUM_CLASSES)
+
+
 def parameters(name: str) -> dict[str, np.ndarray]:
     """Returns a state dict of torchvision's network, with smaller scores and moves of anchors.
 
@@ -106,8 +113,7 @@ def ours(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
       name: of torchvision's network.
       tensors: its state dict.
     """
-    config = dataclasses.replace(script.PRESETS["coco"], heads=NAMES[name], bn="train")
-    task = script.build(config, NUM_CLASSES)
+    task = build(name, bn="train")
     model: Any = task.model
     recipe = rcnn_recipes.RECIPES["torchvision"]
 

@@ -28,12 +28,12 @@ from dense_jax.models.rcnn.heads import BoxPredictor, FourConvsDense, Res5, TwoD
 from dense_jax.models.rcnn.rpn import Objectness, ProposalHead
 from dense_jax.models.vgg import scaled
 from dense_jax.ops import roi
+from dense_jax.ops.roi import RoiOp
 
 Backbone = Literal[
     "resnet14", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "vgg16"
 ]
 Neck = Literal["fpn", "c4", "dc5", "c5"]
-RoiOp = Literal["pool", "warp", "align"]
 
 _RESNETS = {
     "resnet14": resnet.resnet14,
