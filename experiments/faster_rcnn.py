@@ -35,6 +35,7 @@ from dense_jax.train.step import AXIS
 
 # Parameters that learn nothing where only the last layer of the boxes does.
 _ALL_BUT_BOXES = "^(?!box_predictor/bbox_pred/)"
+_NUM_GIVEN = 2000  # Boxes of an image, about as many as selective search finds.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,8 @@ class Config(DetectionConfig):
     proposals: str | None = None
     """JSON file of boxes for --proposal-source=file: {"image name": [[x0, y0, x1, y1], ...]} in
     pixels, the best first, for all images."""
-    num_proposals: Count = 2000
-    """Largest number of boxes of an image from --proposals."""
+    num_proposals: Count | None = None
+    """Largest number of boxes of an image from --proposals. Default: 2000."""
     rpn_cls: Literal["on", "off"] = "on"
     """off: evaluate with random proposals instead of the best (Table 2, no cls)."""
     rpn_reg: Literal["on", "off"] = "on"
@@ -109,9 +110,18 @@ class Config(DetectionConfig):
             "--proposal-source=file",
         )
         refuse(
-            self.proposal_source != "rpn" and "off" in (self.rpn_cls, self.rpn_reg),
-            f"--rpn-cls and --rpn-reg change proposals of the network: leave them out with "
-            f"--proposal-source={self.proposal_source}",
+            self.num_proposals is not None and not from_file,
+            "--num-proposals counts boxes of a file: give --proposal-source=file, or leave it out",
+        )
+        of_network = (self.rpn_cls, self.rpn_reg, self.rpn_lambda) != ("on", "on", 1.0)
+        refuse(
+            self.proposal_source != "rpn" and of_network,
+            f"--rpn-cls, --rpn-reg and --rpn-lambda change proposals of the network: leave them "
+            f"out with --proposal-source={self.proposal_source}",
+        )
+        refuse(
+            self.proposal_source == "grid" and self.test_proposals is not None,
+            "--test-proposals takes the best, and the boxes of a grid have no order: leave it out",
         )
 
 
@@ -167,18 +177,19 @@ def build(config: Config, num_classes: int) -> Detection:
     roi_rule = replace(
         recipe.roi_rule,
         sample=num_rois,
-        max_foreground=num_rois // 4,
+        max_foreground=max(1, num_rois // 4),
         class_weight=float(config.head_loss != "box"),
         box_weight=float(config.head_loss != "class"),
     )
     anchor_rule = replace(recipe.anchor_rule, box_weight=config.rpn_lambda)
     frozen = (*model.frozen, _ALL_BUT_BOXES) if config.head_loss == "box" else model.frozen
+    num_given = config.num_proposals or _NUM_GIVEN
     first, is_given = first_stage(model, anchors_of, proposals_of), source == "file"
     return Detection(
         config,
         model,
         config.transforms(
-            proposals=config.proposals if is_given else None, num_proposals=config.num_proposals
+            proposals=config.proposals if is_given else None, num_proposals=num_given
         ),
         groups=[ParamGroup(pattern, lr=0.0) for pattern in frozen],
         objective=objective(anchors_of, anchor_rule, recipe.train, roi_rule)
@@ -196,7 +207,7 @@ def build(config: Config, num_classes: int) -> Detection:
         first_stage=None if is_given else first,
         anchor_rule=anchor_rule if source == "rpn" else None,
         given=config.proposals if is_given else None,
-        num_given=min(config.num_proposals, config.test_proposals or config.num_proposals),
+        num_given=min(num_given, config.test_proposals or num_given),
     )
 
 

@@ -28,7 +28,7 @@ from dense_jax.train import step
 from dense_jax.train.schedules import build_optimizer
 from dense_jax.train.state import TrainState
 from experiments import faster_rcnn as script
-from tests import contract
+from tests import contract, test_eval_shapes
 
 NUM_CLASSES = 6
 SHAPES = ShapesSpec(size=(48, 40), num_train=12, num_val=5, num_test=1)
@@ -345,28 +345,21 @@ def test_evaluation_does_not_depend_on_batches_or_order(run):
     np.testing.assert_equal(scores[0], scores[1])
 
 
-class Mixed:
+class OneObject(test_eval_shapes.Mixed):
     """Noise of some sizes, with one object in each."""
 
-    sizes = ((48, 48), (48, 150), (150, 48), (48, 90), (48, 120), (48, 90))
-
-    def __len__(self):
-        return len(self.sizes)
-
-    def size(self, index):
-        return self.sizes[index]
+    def __init__(self):
+        super().__init__(((48, 48), (48, 150), (150, 48), (48, 90), (48, 120), (48, 90)))
 
     def __getitem__(self, index):
-        rng = np.random.default_rng(index)
-        image = rng.integers(0, 256, (*self.size(index), 3), np.uint8)
         label = np.zeros(self.size(index), np.uint8)
         label[5:30, 5:30] = 1
-        return {"image": image, "label": label, "name": str(index)}
+        return {**super().__getitem__(index), "label": label}
 
 
 def test_shared_shapes_say_what_padding_changes(monkeypatch):
     """The share in the protocol is that between two evaluations, one at shapes of each image."""
-    mixed = dataclasses.replace(data(), splits={"val": Mixed()})
+    mixed = dataclasses.replace(data(), splits={"val": OneObject()})
     variables = contract.random_variables(task().model, (1, 64, 64, 3))
     found, protocols = {}, {}
     collect = instances.DetectionEvaluator.add
@@ -380,7 +373,7 @@ def test_shared_shapes_say_what_padding_changes(monkeypatch):
         evaluate = task(eval_shapes=shapes, max_side=160).evaluator(mixed, "val")
         protocols[shapes] = [evaluate(variables, is_last).protocol for is_last in (True, False)]
     counts = np.zeros((2, 2), int)
-    for i, (height, width) in enumerate(Mixed.sizes):
+    for i, (height, width) in enumerate(OneObject().sizes):
         others = [*likely(found["buckets", i])]
         for box, class_id in likely(found["exact", i]):
             is_near = width - box[2] < 32 or height - box[3] < 32
@@ -408,6 +401,20 @@ def iou_of(one, other):
     shared = max(w, 0) * max(h, 0)
     sizes = [(b[2] - b[0]) * (b[3] - b[1]) for b in (one, other)]
     return shared / (sum(sizes) - shared)
+
+
+def test_images_with_more_candidates_than_take_part_are_told(run, capsys):
+    plain = task()
+    opened = trained.load(run, task=plain)
+
+    def cut_off(variables, images, sizes):
+        outputs = plain.forward(variables, images, sizes)
+        return outputs | {"overflow": sizes[:, 0] > 0}
+
+    own = dataclasses.replace(plain, forward=cut_off)
+    record = own.evaluator(data(), "val")(opened.variables, True)
+    assert record.protocol["candidates"] == "5 images had more than took part"
+    assert "5 images had more candidates than take part" in capsys.readouterr().out
 
 
 def test_flags_that_detectors_do_not_have_are_refused():

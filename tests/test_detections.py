@@ -156,6 +156,17 @@ def test_values_that_are_not_finite_are_dropped():
     np.testing.assert_array_equal(found["boxes"], same["boxes"])
 
 
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_detections_that_do_not_move_are_their_proposals(plus_one):
+    logits, deltas, boxes, valid, size = *heads(0), jnp.array([64, 64])
+    rule = DetectionRule(max_iou=1.0, count=200, plus_one=plus_one, is_moved=False)
+    found = detections.detect(logits, deltas, boxes, valid, size, rule)
+    inside = np.clip(boxes, 0, 64)
+    apart = np.abs(np.asarray(found["boxes"])[found["valid"]][:, None] - inside[None])
+    assert found["valid"].sum() > 20
+    assert apart.max(axis=2).min(axis=1).max() < 1e-4
+
+
 def test_one_box_may_have_several_classes():
     logits = jnp.log(jnp.array([[0.1, 0.3, 0.6]]))
     box, none = jnp.array([[0.0, 0, 10, 10]]), jnp.zeros((1, 3, 4))

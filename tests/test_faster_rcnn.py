@@ -23,10 +23,12 @@ OTHER = {
     "rois_per_image": 8,
     "roi_op": "pool",
     "test_proposals": 5,
-    "num_proposals": 7,
     "weight_decay": 0.5,
 }
-REFUSED = {"scale": "detectors resize by --short-side"}
+REFUSED = {
+    "num_proposals": "--num-proposals counts boxes of a file",  # used in test_given_proposals
+    "scale": "detectors resize by --short-side",
+}
 _SINGLE_MAP = {"neck": "dc5", "anchor_sizes": (16, 32)}
 NEEDED = {
     "backbone": {"neck": "c5", "anchor_sizes": (16, 32)},
@@ -86,6 +88,9 @@ def test_recipes_are_those_of_the_codes():
         ({"proposal_source": "file"}, "give --proposals=FILE"),
         ({"proposals": "a.json"}, "--proposals is not read with --proposal-source=rpn"),
         ({"rpn_reg": "off", "proposal_source": "grid"}, "leave them out"),
+        ({"rpn_lambda": 2.0, "proposal_source": "grid"}, "leave them out"),
+        ({"num_proposals": 7}, "--num-proposals counts boxes of a file"),
+        ({"test_proposals": 7, "proposal_source": "grid"}, "have no order"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_training(flags, words):

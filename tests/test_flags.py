@@ -115,7 +115,7 @@ SIDES = {
 ELSEWHERE = configs.FREE_ON_RESUME - {"num_steps"} | {"dataset", "init", "proposals"}
 ELSEWHERE |= {("deconvnet", "proposal_source", "file")}
 ELSEWHERE |= {("segnet", "class_balance", "published")}  # of CamVid
-ELSEWHERE |= {("faster_rcnn", "num_proposals", 7), ("faster_rcnn", "proposal_source", "file")}
+ELSEWHERE |= {("faster_rcnn", "proposal_source", "file")}  # test_given_proposals
 ELSEWHERE |= {("faster_rcnn", "empty_images", "keep")}  # shapes counts no objects
 ELSEWHERE |= {("faster_rcnn", "test_side", 24)}  # images are resized before the program
 

@@ -95,8 +95,19 @@ def test_a_run_on_given_boxes_trains_scores_and_predicts(boxes_file, tmp_path):
     assert len(found.boxes) == len(results)
     scores = [round(row["score"], 4) for row in results]
     np.testing.assert_allclose(scores, np.round(found.scores, 4), atol=1e-3)
-    with pytest.raises(UserError, match="divide pixels"):
-        opened.predict(source[0]["image"], proposals=boxes)
+    for wrong, words in [
+        (boxes, "divide pixels"),
+        (np.clip(shares, 0, 1)[:, [2, 1, 0, 3]], "x1 below x0"),
+        (np.zeros((4, 12)), r"\[4, 12\]: give \[R, 4\]"),
+        ([[0, 0, 1]], r"\[1, 3\]"),
+        ([[0, 0, 1, np.nan]], "divide pixels"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            opened.predict(source[0]["image"], proposals=wrong)
+    boxes_file.write_text(json.dumps({"other name": []}))
+    proposal_file.read_once.cache_clear()
+    with pytest.raises(UserError, match="no boxes for image"):
+        own.loss(data())
 
 
 def test_training_takes_the_given_boxes(boxes_file, tmp_path):

@@ -154,21 +154,14 @@ class PadProposals:
 
     def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
         """Returns the example with arrays in place of proposals."""
-        boxes = example["proposals"].boxes
-        return {
-            **example,
-            "proposals": pad_proposals(boxes, example["image"].shape[:2], self.slots),
+        boxes = example["proposals"].boxes[: self.slots]
+        boxes = box_ops.clip(boxes, example["image"].shape[:2])
+        free = self.slots - len(boxes)
+        padded = {
+            "boxes": np.pad(boxes, [(0, free), (0, 0)]),
+            "valid": np.pad(box_ops.min_side(boxes) > 0, (0, free)),
         }
-
-
-def pad_proposals(boxes: np.ndarray, size: Size, slots: int) -> dict[str, np.ndarray]:
-    """Returns "boxes" [R, 4] and "valid" [R] of the first R boxes; see `PadProposals`."""
-    boxes = box_ops.clip(boxes[:slots].astype(np.float32), size)
-    padding = slots - len(boxes)
-    return {
-        "boxes": np.pad(boxes, [(0, padding), (0, 0)]),
-        "valid": np.pad(box_ops.min_side(boxes) > 0, (0, padding)),
-    }
+        return {**example, "proposals": padded}
 
 
 @dataclasses.dataclass(frozen=True)

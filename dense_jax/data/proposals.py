@@ -30,7 +30,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         entries = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): give --proposals=FILE"
+            f"{path} cannot be read ({error.strerror}): the file of proposals must be there"
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): write {_FORM}") from error

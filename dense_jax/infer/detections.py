@@ -21,14 +21,13 @@ from dense_jax.ops import boxes as box_ops
 from dense_jax.ops.nms import nms
 from dense_jax.ops.proposals import (
     HEAD_WEIGHTS,
+    AnchorsOf,
     ProposalRule,
     Proposals,
-    propose,
+    propose_each,
     whole_grid,
 )
 
-AnchorsOf = Callable[[Any, Sequence[Any]], Sequence[jax.Array]]
-"""(size of the padded images, sizes of the maps) -> anchors of each map, [N_l, 4]."""
 ProposalsOf = Callable[..., Proposals]
 """(apply of the network, maps, size of the padded images, sizes of the images [B, 2], *inputs) ->
 the proposals of a batch."""
@@ -133,8 +132,7 @@ def from_network(anchors_of: AnchorsOf, rule: ProposalRule) -> ProposalsOf:
     ) -> Proposals:
         logits, deltas = apply(levels, method="propose")
         anchors = anchors_of(size, [level.shape[1:3] for level in levels])
-        propose_each = jax.vmap(functools.partial(propose, rule=rule), (0, 0, None, 0))
-        return propose_each(logits, deltas, anchors, sizes)
+        return propose_each(logits, deltas, anchors, sizes, rule)
 
     return proposals_of
 

@@ -6,7 +6,6 @@ and `RoiRule` are what torchvision, detectron2 and the releases in Caffe do diff
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,16 +19,16 @@ from dense_jax.ops import boxes as box_ops
 from dense_jax.ops.proposals import (
     HEAD_WEIGHTS,
     RPN_WEIGHTS,
+    AnchorsOf,
     ProposalRule,
     Proposals,
-    propose,
+    propose_each,
     whole_grid,
 )
 
 Batch = dict[str, Any]
 Losses = dict[str, tuple[jax.Array, jax.Array]]
 LossFn = Callable[[Callable[..., Any], Batch, jax.Array], Losses]
-AnchorsOf = Callable[[Any, Sequence[Any]], Sequence[jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,9 +307,8 @@ def objective(
         result = anchor_losses(
             all_logits, all_deltas, all_anchors, objects, sizes, uniform, anchor_rule
         )
-        proposals = jax.vmap(functools.partial(propose, rule=proposal_rule), (0, 0, None, 0))(
-            *lax.stop_gradient((logits, deltas)), anchors, sizes
-        )
+        fixed = lax.stop_gradient((logits, deltas))
+        proposals = propose_each(*fixed, anchors, sizes, proposal_rule)
         return result | _head_losses(apply, levels, proposals, batch, for_rois, roi_rule)
 
     return losses

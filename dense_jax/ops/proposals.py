@@ -1,6 +1,6 @@
 """Proposals of a region proposal network, in arrays of fixed sizes.
 
-Everything here works on one image; use `jax.vmap` for a batch. Boxes are those of
+`propose` works on one image, `propose_each` and `whole_grid` on a batch. Boxes are those of
 `dense_jax.ops.boxes`, in pixels of the padded image; the true image is at its upper left.
 
 Reference: Ren, He, Girshick, Sun, "Faster R-CNN", NIPS 2015, arXiv:1506.01497; per level: Lin et
@@ -9,8 +9,9 @@ torchvision/models/detection/rpn.py.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from dense_jax.ops.nms import nms
 
 RPN_WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the deltas of anchors; see `dense_jax.ops.boxes.encode`
 HEAD_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the deltas of the box head
+AnchorsOf = Callable[[Any, Sequence[Any]], Sequence[jax.Array]]
+"""(size of the padded images, sizes of the maps) -> anchors of each map, [N_l, 4]."""
 _LEAST_PROPOSAL = 1e-3  # pixels, of both sides
 
 
@@ -108,6 +111,18 @@ def propose(
     chosen = Proposals(jnp.concatenate(boxes)[index], every[index], top > -jnp.inf)
     free = rule.count - top.shape[0]
     return Proposals(*(jnp.pad(x, [(0, free)] + [(0, 0)] * (x.ndim - 1)) for x in chosen))
+
+
+def propose_each(
+    logits: Sequence[jax.Array],
+    deltas: Sequence[jax.Array],
+    anchors: Sequence[jax.Array],
+    sizes: jax.Array,
+    rule: ProposalRule,
+) -> Proposals:
+    """Returns the proposals of a batch: those of `propose` for each image, on the same anchors."""
+    each = jax.vmap(functools.partial(propose, rule=rule), (0, 0, None, 0))
+    return each(logits, deltas, anchors, sizes)
 
 
 def whole_grid(anchors: Sequence[jax.Array], sizes: jax.Array) -> Proposals:

@@ -194,7 +194,15 @@ class Detection(Task):
         return super().training_data(dataset)
 
     def loss(self, dataset: Dataset) -> LossFn:
-        """Returns the objective."""
+        """Returns the objective.
+
+        Raises:
+          UserError: there is no class, or the file of proposals lacks the first image of a split.
+        """
+        if self.given is not None:  # names of another kind are told before any work
+            table = proposal_file.read_once(self.given)
+            for split in ("train", "val"):
+                proposal_file.of_image(table, dataset.split(split)[0]["name"])
         refuse(
             dataset.classes.num_classes < 2,
             f"dataset {dataset.name!r} has no class besides the background: add one",
@@ -224,13 +232,22 @@ class Detection(Task):
         if not given:
             return {}
         try:
-            boxes = np.asarray(given["proposals"], np.float32).reshape(-1, 4)
-        except (TypeError, ValueError) as error:
+            boxes = np.asarray(given["proposals"], np.float32)
+        except (TypeError, ValueError) as error:  # ragged, or no numbers
             raise UserError(f"proposals are no array ({error}): give [R, 4] from 0 to 1") from error
+        boxes = boxes.reshape(-1, 4) if boxes.size == 0 else boxes
         refuse(
-            not (np.abs(boxes) <= 1).all(),
-            "proposals are shares of the image's width and height, [R, 4] from 0 to 1: divide "
-            "pixels by these",
+            boxes.ndim != 2 or boxes.shape[1] != 4,
+            f"proposals are {list(boxes.shape)}: give [R, 4], x0 y0 x1 y1",
+        )
+        refuse(
+            not ((boxes >= 0) & (boxes <= 1)).all(),
+            "proposals are shares of the image's width and height, from 0 to 1: divide pixels by "
+            "these",
+        )
+        refuse(
+            bool((boxes[:, 2:] < boxes[:, :2]).any()),
+            "a proposal has x1 below x0 or y1 below y0: give x0 y0 x1 y1",
         )
         boxes = boxes[: self.num_given]
         return {"proposals": np.pad(boxes, [(0, self.num_given - len(boxes)), (0, 0)])}
