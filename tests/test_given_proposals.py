@@ -16,7 +16,9 @@ from dense_jax.data import proposals as proposal_file
 from dense_jax.data.detection import GiveProposals, PadProposals, ReadObjects
 from dense_jax.data.transforms import RandomFlip, Resize
 from dense_jax.errors import UserError
+from dense_jax.evaluation import instances
 from dense_jax.infer import predictor
+from dense_jax.infer.detections import from_input
 from dense_jax.models.rcnn import faster_rcnn as models
 from dense_jax.ops.proposals import ProposalRule, propose, whole_grid
 from dense_jax.tasks import trained, training
@@ -110,6 +112,41 @@ def test_a_run_on_given_boxes_trains_scores_and_predicts(boxes_file, tmp_path):
         own.loss(data())
 
 
+def test_shares_become_pixels_of_each_image():
+    given = jnp.array([[[0.25, 0.5, 0.75, 1.0], [0, 0, 0, 0]], [[0, 0, 1, 0.5], [0.5, 0, 0.5, 1]]])
+    found = from_input(lambda: None, [], (64, 64), jnp.array([[20, 40], [60, 16]]), given)
+    expected = [[[10, 10, 30, 20], [0, 0, 0, 0]], [[0, 0, 16, 30], [8, 0, 8, 60]]]
+    np.testing.assert_array_equal(found.boxes, expected)
+    assert found.valid.tolist() == [[True, False], [True, False]]
+
+
+def test_evaluation_takes_the_boxes_of_each_image(boxes_file, monkeypatch):
+    """With the given boxes in place of detections, these are the boxes in the file, cut."""
+
+    def given_back(variables, images, sizes, given):
+        found = from_input(lambda: None, [], images.shape[1:3], sizes, given)
+        classes = jnp.ones(found.valid.shape, jnp.int32)
+        arrays = {"boxes": found.boxes, "classes": classes, "valid": found.valid}
+        return {**arrays, "scores": 1.0 * found.valid, "overflow": jnp.zeros(len(images), bool)}
+
+    seen = {}
+    collect = instances.DetectionEvaluator.add
+
+    def add(self, index, truth, detections):
+        seen[index] = detections.boxes
+        collect(self, index, truth, detections)
+
+    monkeypatch.setattr(instances.DetectionEvaluator, "add", add)
+    flags: Any = {"proposal_source": "file", "proposals": str(boxes_file), "num_proposals": 12}
+    own = dataclasses.replace(task(**flags), forward=given_back)
+    own.evaluator(data(), "val")({"params": {}}, True)
+    table, source = proposal_file.read(boxes_file), data().split("val")
+    assert len(seen) == len(source)
+    for index, boxes in seen.items():
+        expected = np.clip(table[source[index]["name"]], 0, [40, 48, 40, 48])
+        np.testing.assert_allclose(boxes, expected, atol=1e-3)
+
+
 def test_training_takes_the_given_boxes(boxes_file, tmp_path):
     """Empty slots and boxes outside of the image do not take part."""
     flags: Any = {"proposal_source": "file", "num_proposals": 12, "optimizer": "sgd"}
@@ -172,5 +209,8 @@ def test_proposals_without_scores_or_moves():
     other = propose([-logits[0]], deltas, anchors, size, rule)
     np.testing.assert_array_equal(first.boxes, other.boxes)
     assert first.valid.all()
+    whole = ProposalRule(50, 50, is_ranked=False, is_moved=False)
+    every = propose(logits, deltas, anchors, size, whole)
+    assert every.valid.sum() == 50  # none is suppressed
     ranked = propose(logits, deltas, anchors, size, dataclasses.replace(rule, is_ranked=True))
     assert not np.array_equal(first.boxes, ranked.boxes)
