@@ -3,6 +3,7 @@
     python -m experiments.faster_rcnn demo
     python -m experiments.faster_rcnn coco --data-dir=/data/coco --init=file:resnet50.pth
     python -m experiments.faster_rcnn paper --data-dir=/data/VOCdevkit --workdir=/runs/faster
+    python -m experiments.faster_rcnn paper_alternating --backbone=zf --data-dir=/data/VOCdevkit
     python -m experiments.faster_rcnn paper --proposal-source=file --proposals=boxes.json
 
 --recipe chooses as a whole what codes do differently: torchvision, detectron2, or paper (the
@@ -11,6 +12,7 @@ release in Caffe). Results: docs/results.md.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -21,12 +23,14 @@ from dense_jax.infer.detections import (
     from_grid,
     from_input,
     from_network,
+    proposals_alone,
     two_stages,
 )
 from dense_jax.models.rcnn.faster_rcnn import Backbone, FasterRCNN, Neck
 from dense_jax.objectives.rcnn import head_objective, objective
 from dense_jax.ops.roi import Reduce, RoiOp
 from dense_jax.tasks import training
+from dense_jax.tasks.alternating import PARTS, Part, four_runs
 from dense_jax.tasks.detection import Detection, DetectionConfig
 from dense_jax.tasks.rcnn_recipes import RECIPES, anchors
 from dense_jax.train.config import AtLeastZero, Count, Factor, from_scratch, smoke
@@ -56,6 +60,16 @@ class Config(DetectionConfig):
     """Square roots of the areas of anchors, in pixels: one for each level of a pyramid."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Heights of anchors over their widths (Table 8)."""
+    train_mode: Literal["joint", "alternating"] = "joint"
+    """joint: all parts at once. alternating: four runs, each from --init or the one before: trunk
+    and proposals; trunk and head, on these; then, on this trunk, proposals; the head (Section 3.2).
+    """
+    head_steps: Count | None = None
+    """Optimiser steps of the second and fourth run of --train-mode=alternating. Default: half of
+    --num-steps."""
+    learn: tuple[Part, ...] = PARTS
+    """Parts that learn. Without head, the run is scored by boxes of any class, and leaves the
+    proposals of all images as a file for --proposals."""
     proposal_source: Literal["rpn", "grid", "file"] = "rpn"
     """rpn: the network's own (Faster R-CNN). file: those of --proposals (Fast R-CNN). grid: all
     anchors, as in one-stage detectors (Table 10)."""
@@ -96,9 +110,24 @@ class Config(DetectionConfig):
     max_detections: Count = 100
     """Largest number of detections of an image."""
 
+    def each_stage(self) -> Iterator["Config"]:
+        """Yields the configurations to train in turn."""
+        yield from four_runs(self) if self.train_mode == "alternating" else (self,)
+
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
         super().__post_init__()
+        self.needs("train_mode", "alternating", proposal_source="rpn", learn=(PARTS,))
+        self.needs("head_steps", train_mode="alternating")
+        has_rpn, learns = self.proposal_source == "rpn", set(self.learn)
+        refuse(
+            not learns & ({"rpn", "head"} if has_rpn else {"head"}),
+            f"--learn {' '.join(self.learn)}: add {'rpn or ' if has_rpn else ''}head",
+        )
+        refuse(
+            "head" not in learns and (self.head_loss, self.test_boxes) != ("both", "moved"),
+            "--head-loss and --test-boxes change the head: leave them out, or add head to --learn",
+        )
         from_file = self.proposal_source == "file"
         refuse(
             from_file and not self.proposals,
@@ -120,6 +149,10 @@ class Config(DetectionConfig):
             f"out with --proposal-source={self.proposal_source}",
         )
         refuse(
+            "rpn" not in learns and self.rpn_lambda != 1.0,
+            "--rpn-lambda weighs a loss of the proposals: leave it out, or add rpn to --learn",
+        )
+        refuse(
             self.proposal_source == "grid" and self.test_proposals is not None,
             "--test-proposals takes the best, and the boxes of a grid have no order: leave it out",
         )
@@ -129,6 +162,12 @@ _COCO = Config(
     dataset="coco", batch_size=16, learning_rate=0.02, weight_decay=1e-4, num_steps=90_000,
     schedule="step", step_at=(2 / 3, 8 / 9), warmup_steps=1000, eval_every=10_000,
 )  # fmt: skip
+_PAPER = replace(
+    _COCO, recipe="paper", dataset="voc2012_objects", backbone="vgg16", neck="c5",
+    normalisation="fast_rcnn", anchor_sizes=(128, 256, 512), short_side=(600,), max_side=1000,
+    batch_size=2, learning_rate=1e-3, weight_decay=5e-4, bias_lr=2.0, num_steps=70_000,
+    step_at=(5 / 7,), warmup_steps=0,
+)  # fmt: skip
 _SCRATCH = from_scratch(
     Config(backbone="resnet14", bn="train", trained_stages=5, width=0.25, short_side=(96,),
            max_side=96, anchor_sizes=(12, 20, 32, 48, 64), max_objects=8, rois_per_image=64,
@@ -137,11 +176,10 @@ _SCRATCH = from_scratch(
 
 PRESETS = {
     "coco": _COCO,
-    "paper": replace(
-        _COCO, recipe="paper", dataset="voc2012_objects", backbone="vgg16", neck="c5",
-        normalisation="fast_rcnn", anchor_sizes=(128, 256, 512), short_side=(600,), max_side=1000,
-        batch_size=2, learning_rate=1e-3, weight_decay=5e-4, bias_lr=2.0, num_steps=70_000,
-        step_at=(5 / 7,), warmup_steps=0,
+    "paper": _PAPER,
+    # The release trains proposals on one image at a time, and the head on two.
+    "paper_alternating": replace(
+        _PAPER, train_mode="alternating", num_steps=80_000, head_steps=40_000, step_at=(3 / 4,)
     ),
     "demo": replace(_SCRATCH, num_steps=1200, eval_every=400, batch_size=8),
     "smoke": smoke(replace(_SCRATCH, width=1 / 32, short_side=(32,))),
@@ -151,12 +189,14 @@ PRESETS = {
 def build(config: Config, num_classes: int) -> Detection:
     """Returns the task: the network, its losses and its use."""
     recipe, source = RECIPES[config.recipe], config.proposal_source
+    learns, has_head = set(config.learn), "head" in config.learn
     model = FasterRCNN(
         num_classes, backbone=config.backbone, neck=config.neck, heads=config.heads,
         anchor_sizes=config.anchor_sizes if source == "rpn" else (),
         anchor_ratios=config.anchor_ratios,
         objectness="softmax" if config.recipe == "paper" else "sigmoid",
         bn=config.bn, bn_epsilon=config.bn_epsilon, trained_stages=config.trained_stages,
+        trunk_learns="trunk" in learns,
         roi_op=config.roi_op or recipe.roi_op, roi_reduce=config.roi_reduce,
         roi_aligned=recipe.roi_aligned, roi_samples=recipe.roi_samples,
         remat=config.remat == "on", width=config.width, axis_name=AXIS, dtype=config.dtype,
@@ -182,7 +222,10 @@ def build(config: Config, num_classes: int) -> Detection:
         box_weight=float(config.head_loss != "class"),
     )
     anchor_rule = replace(recipe.anchor_rule, box_weight=config.rpn_lambda)
-    frozen = (*model.frozen, _ALL_BUT_BOXES) if config.head_loss == "box" else model.frozen
+    frozen = list(model.frozen)
+    frozen += [_ALL_BUT_BOXES] if config.head_loss == "box" else []
+    frozen += ["^rpn/"] if source == "rpn" and "rpn" not in learns else []
+    frozen += [] if has_head else ["^box_(head|predictor)/"]
     num_given = config.num_proposals or _NUM_GIVEN
     first, is_given = first_stage(model, anchors_of, proposals_of), source == "file"
     return Detection(
@@ -192,7 +235,12 @@ def build(config: Config, num_classes: int) -> Detection:
             proposals=config.proposals if is_given else None, num_proposals=num_given
         ),
         groups=[ParamGroup(pattern, lr=0.0) for pattern in frozen],
-        objective=objective(anchors_of, anchor_rule, recipe.train, roi_rule)
+        objective=objective(
+            anchors_of,
+            anchor_rule if "rpn" in learns else None,
+            recipe.train,
+            roi_rule if has_head else None,
+        )
         if source == "rpn"
         else head_objective(roi_rule, anchors_of if source == "grid" else None),
         forward=two_stages(
@@ -203,7 +251,13 @@ def build(config: Config, num_classes: int) -> Detection:
                 count=config.max_detections,
                 is_moved=config.test_boxes == "moved",
             ),
-        ),
+        )
+        if has_head
+        else proposals_alone(first, config.max_detections),
+        finds_any_class=not has_head,
+        many_proposals=first_stage(model, anchors_of, from_network(anchors_of, recipe.train))
+        if source == "rpn"
+        else None,
         first_stage=None if is_given else first,
         anchor_rule=anchor_rule if source == "rpn" else None,
         given=config.proposals if is_given else None,

@@ -10,7 +10,7 @@ import pytest
 
 from dense_jax.layers import init
 from dense_jax.layers.dropout import Dropout
-from dense_jax.layers.norm import LocalResponseNorm
+from dense_jax.layers.norm import LocalResponseNorm, LocalResponseNormInChannel
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,18 @@ def test_local_response_norm():
     )
     with pytest.raises(ValueError, match="received 4"):
         LocalResponseNorm(4)(jnp.asarray(x))
+
+
+def test_local_response_norm_in_a_channel():
+    x = np.random.default_rng(0).normal(size=(2, 5, 4, 3)).astype(np.float32)
+    slow = np.empty_like(x)
+    for i, j in np.ndindex(5, 4):
+        window = x[:, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
+        slow[:, i, j] = x[:, i, j] / (1 + 0.9 * (window**2).sum((1, 2)) / 9) ** 0.75
+    found = LocalResponseNormInChannel(3, 0.9)(jnp.asarray(x))
+    np.testing.assert_allclose(found, slow, rtol=1e-5)
+    with pytest.raises(ValueError, match="received 4"):
+        LocalResponseNormInChannel(4)(jnp.asarray(x))
 
 
 @pytest.mark.parity

@@ -23,6 +23,7 @@ from tests import contract
 
 vgg16, fast_vgg16 = faster_rcnn.faster_rcnn_vgg16, faster_rcnn.fast_rcnn_vgg16
 v2 = faster_rcnn.fasterrcnn_resnet50_fpn_v2
+zf = functools.partial(vgg16, backbone="zf")
 coco_vgg16 = functools.partial(vgg16, anchor_sizes=(64, 128, 256, 512))
 
 # What detectron2's networks have besides ours: a mask head, and no deltas of background.
@@ -36,6 +37,7 @@ COUNTS = {
     "VGG-16 for VOC": (vgg16(21), 137_078_239),
     "VGG-16 for COCO": (coco_vgg16(81), 138_316_573),
     "Fast R-CNN on VGG-16": (fast_vgg16(21), 134_690_729),
+    "ZF for VOC": (zf(21), 59_294_751),
     "R50-FPN": (FasterRCNN(81), 44_343_216 - PYRAMID_MASKS),
     "R101-FPN": (FasterRCNN(81, "resnet101"), 63_283_120 - PYRAMID_MASKS),
     "X101-32x8d-FPN": (FasterRCNN(81, "resnext101_32x8d"), 107_427_760 - PYRAMID_MASKS),
@@ -50,6 +52,7 @@ PARTS = {
         "box_predictor": 466_375,
     },
     "VGG-16 for VOC": {"backbone": 14_714_688, "rpn": 2_387_510, "box_head": 119_545_856},
+    "ZF for VOC": {"backbone": 3_726_464, "rpn": 603_958, "box_head": 54_534_144},
 }
 NORM = re.compile(r"/(bn[123]|downsample_1)/")
 
@@ -128,6 +131,10 @@ def test_numbers_of_anchors_of_an_image(short):
     outputs, _ = contract.shapes_of(vgg16(2, width=1 / 16), (1, 600, 1000, 3))
     assert outputs["c5"].shape[1:3] == (38, 63)
     assert outputs["anchor_logits"].shape == (1, 21_546)
+    # Its poolings are padded too: 1000, 500, 251, 126, 64.
+    outputs, _ = contract.shapes_of(zf(2, width=1 / 16), (1, 600, 1000, 3))
+    assert outputs["c5"].shape[1:3] == (39, 64)
+    assert outputs["anchor_logits"].shape == (1, 9 * 39 * 64)
 
 
 def test_strides():
@@ -315,6 +322,7 @@ WHOLE: dict[str, Any] = {
     "c4": FasterRCNN(**THIN, neck="c4", remat=True, res5_stride=1, roi_aligned=True),
     "dc5": FasterRCNN(**THIN, neck="dc5", trained_stages=0, roi_op="warp", roi_reduce="max"),
     "vgg16": vgg16(**THIN, dropout_rate=0.0),
+    "zf": zf(**THIN, dropout_rate=0.0, trained_stages=4),
 }
 
 
@@ -352,7 +360,7 @@ def test_gradients_reach_what_trains_and_nothing_else(name, short):
         assert np.any(gradient) != is_frozen, path
     for pattern in model.frozen:
         assert any(re.search(pattern, path) for path in flat), pattern
-    if model.backbone != "vgg16":
+    if model.backbone not in ("vgg16", "zf"):
         same = jax.tree.map(np.array_equal, state["batch_stats"], variables["batch_stats"])
         assert all(jax.tree.leaves(same)) == (model.bn == "frozen")
         assert any(jax.tree.leaves(same)) == (model.bn == "frozen")
@@ -366,6 +374,7 @@ def test_names_of_what_is_frozen(trained, frozen):
     patterns = FasterRCNN(3, neck="c4", trained_stages=trained).frozen
     assert len(patterns) == min(frozen, 4) + 1
     assert len(vgg16(3, trained_stages=trained).frozen) == frozen
+    assert len(zf(3, trained_stages=trained).frozen) == frozen
 
 
 def test_fast_rcnn_takes_boxes_that_are_given():
@@ -381,6 +390,7 @@ def test_fast_rcnn_takes_boxes_that_are_given():
     ("options", "words"),
     [
         (dict(backbone="vgg16"), "vgg16 has no fpn: give neck=c5"),
+        (dict(backbone="zf", neck="c4"), "zf has no c4: give neck=c5"),
         (dict(backbone="vgg16", neck="c5", remat=True), "leave remat out"),
         (dict(neck="c4", heads="v2"), "neck=c4 has none: give neck=fpn, or heads=v1"),
         (dict(roi_op="pool"), "roi_op=pool crops from a single map: give roi_op=align"),

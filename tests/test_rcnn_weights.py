@@ -150,3 +150,25 @@ def test_a_detector_starts_from_a_classifier(case, tmp_path):
         chex.assert_trees_all_equal(loaded[kind], expected | ({"box_head": head} if head else {}))
     names = set(traverse_util.flatten_dict(template["params"], sep="/"))
     assert set(traverse_util.flatten_dict(loaded["params"], sep="/")) < names
+
+
+def test_zf_starts_from_caffes_classifier(tmp_path):
+    """Caffe stores [out, in, height, width] for BGR, and dense layers channels first."""
+    model = faster_rcnn.faster_rcnn_vgg16(**THIN, backbone="zf")
+    template = rules.template_of(model)
+    params, tensors, rng = template["params"], {}, np.random.default_rng(0)
+    for place in ("backbone", "box_head"):
+        for name, layer in params[place].items():
+            kernel = rng.normal(size=layer["kernel"].shape).astype(np.float32)
+            theirs = kernel.T if name == "fc7" else kernel.transpose(3, 2, 0, 1)
+            if name == "conv1":
+                theirs = theirs[:, ::-1]
+            tensors[f"{name}.0"] = theirs.reshape(len(theirs), -1) if name == "fc6" else theirs
+            tensors[f"{name}.1"] = rng.normal(size=layer["bias"].shape).astype(np.float32)
+            params[place][name] = {"kernel": kernel, "bias": tensors[f"{name}.1"]}
+    tensors["fc8.0"], tensors["fc8.1"] = np.zeros((5, 4), np.float32), np.zeros(5, np.float32)
+    np.savez(tmp_path / "zf.npz", **tensors)
+    loaded, found = start.initial(f"file:{tmp_path / 'zf.npz'}", template)
+    assert found == "fast_rcnn"
+    expected = {place: params[place] for place in ("backbone", "box_head")}
+    chex.assert_trees_all_equal(loaded["params"], expected)

@@ -193,6 +193,39 @@ def first_stage(
     return run
 
 
+def proposals_alone(
+    first: Callable[..., FirstStage], count: int
+) -> Callable[..., dict[str, jax.Array]]:
+    """Returns (variables, images, sizes, *inputs) -> the best proposals as arrays of `detect`.
+
+    All are of class 1, with the sigmoids of their logits as scores.
+
+    Args:
+      first: the result of `first_stage`.
+      count: D, their largest number for an image.
+    """
+
+    def predict(
+        variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
+    ) -> dict[str, jax.Array]:
+        found = first(variables, images, sizes, *inputs).proposals
+
+        def slots(x: jax.Array) -> jax.Array:
+            free = max(0, count - x.shape[1])
+            return jnp.pad(x[:, :count], [(0, 0), (0, free)] + [(0, 0)] * (x.ndim - 2))
+
+        valid = slots(found.valid)
+        return {
+            "boxes": slots(jnp.where(found.valid[..., None], found.boxes, 0.0)),
+            "classes": valid.astype(jnp.int32),
+            "scores": jnp.where(valid, jax.nn.sigmoid(slots(found.scores)), 0.0),
+            "valid": valid,
+            "overflow": jnp.zeros(len(images), bool),
+        }
+
+    return predict
+
+
 def two_stages(
     model: nn.Module, first: Callable[..., FirstStage], rule: DetectionRule
 ) -> Callable[..., dict[str, jax.Array]]:

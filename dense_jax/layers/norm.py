@@ -84,3 +84,37 @@ class LocalResponseNorm(nn.Module):
         squares = jnp.pad(x * x, [(0, 0)] * (x.ndim - 1) + [(half, half)])
         total = sum(squares[..., j : j + channels] for j in range(self.size))
         return x * (self.k + self.alpha / self.size * total) ** -self.beta
+
+
+class LocalResponseNormInChannel(nn.Module):
+    """Divides each value by a power of the mean square of its neighbours in the same channel.
+
+    y_ij = x_ij / (1 + alpha / size^2 * sum_uv x_uv^2)^beta with u, v over the size x size window
+    around i, j; values outside of the map are zero. This is Caffe's LRN with
+    ``norm_region: WITHIN_CHANNEL``.
+
+    Attributes:
+      size: side of the window, odd.
+      alpha: weight of the mean square.
+      beta: the exponent.
+
+    Reference: rbgirshick/py-faster-rcnn: models/pascal_voc/ZF (the values).
+    """
+
+    size: int = 3
+    alpha: float = 5e-5
+    beta: float = 0.75
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H, W, C]."""
+        if self.size % 2 == 0:
+            raise ValueError(f"The side of the window must be odd; received {self.size}.")
+        half = self.size // 2
+        squares = jnp.pad(x * x, [(0, 0), (half, half), (half, half), (0, 0)])
+        height, width = x.shape[1:3]
+        total = sum(
+            squares[:, i : i + height, j : j + width]
+            for i in range(self.size)
+            for j in range(self.size)
+        )
+        return x * (1.0 + self.alpha / self.size**2 * total) ** -self.beta

@@ -8,6 +8,7 @@ recognition", ICLR 2015, arXiv:1409.1556, Table 1 column D. Long, Shelhamer, Dar
 arXiv:1411.4038, Section 3.1 turns its fully connected layers into convolutions.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -104,6 +105,7 @@ class Stack(nn.Module):
       width: channel multiplier, see `scaled`.
       ceil: whether pooling rounds sizes up, as in Caffe, or down, as in torch.
       dropout_rate: dropout rate behind fc6 and fc7.
+      norm: builds the layers norm*: (*, name).
       frozen: name of the last layer that no gradient reaches; None if gradients reach all layers.
       axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
       dtype: computation dtype; None computes in the dtype of the parameters, float32.
@@ -113,6 +115,7 @@ class Stack(nn.Module):
     width: float = 1.0
     ceil: bool = True
     dropout_rate: float = 0.5
+    norm: Callable[..., nn.Module] = LocalResponseNorm
     frozen: str | None = None
     axis_name: str | None = None
     dtype: jax.typing.DTypeLike | None = None
@@ -132,7 +135,7 @@ class Stack(nn.Module):
             if name.startswith("pool"):
                 x = max_pool(x, *window, ceil=self.ceil)
             elif name.startswith("norm"):
-                x = LocalResponseNorm(name=name)(x)
+                x = self.norm(name=name)(x)
             else:
                 features = scaled(layer.features, self.width, groups)
                 conv = Conv(

@@ -279,20 +279,22 @@ def uniforms(rng: jax.Array, index: jax.Array, count: int) -> jax.Array:
 
 def objective(
     anchors_of: AnchorsOf,
-    anchor_rule: AnchorRule,
+    anchor_rule: AnchorRule | None,
     proposal_rule: ProposalRule,
-    roi_rule: RoiRule,
+    roi_rule: RoiRule | None,
 ) -> LossFn:
     """Returns the losses of end-to-end training: "rpn_class", "rpn_box", "class" and "box".
+
+    In alternating training (Ren et al., Section 3.2), the proposals or the head learn alone.
 
     The network is a `dense_jax.models.rcnn.faster_rcnn.FasterRCNN`. Batches have "images", "index",
     "objects" (see `dense_jax.data.detection.PadObjects`) and, where images are padded, "size".
 
     Args:
       anchors_of: (size of the padded images, sizes of the maps) -> anchors of each map, [N_l, 4].
-      anchor_rule: which anchors train.
+      anchor_rule: which anchors train; None: proposals do not learn.
       proposal_rule: which of them become proposals.
-      roi_rule: which proposals train the box head.
+      roi_rule: which proposals train the box head; None: it does not learn.
     """
 
     def losses(apply: Callable[..., Any], batch: Batch, rng: jax.Array) -> Losses:
@@ -301,12 +303,16 @@ def objective(
         logits, deltas = apply(levels, method="propose")
         anchors = anchors_of(batch["images"].shape[1:3], [level.shape[1:3] for level in levels])
         for_anchors, for_rois = jax.random.split(rng)
-        all_anchors = jnp.concatenate(anchors)
-        uniform = uniforms(for_anchors, batch["index"], len(all_anchors))
-        all_logits, all_deltas = (jnp.concatenate(x, axis=1) for x in (logits, deltas))
-        result = anchor_losses(
-            all_logits, all_deltas, all_anchors, objects, sizes, uniform, anchor_rule
-        )
+        result = {}
+        if anchor_rule is not None:
+            all_anchors = jnp.concatenate(anchors)
+            uniform = uniforms(for_anchors, batch["index"], len(all_anchors))
+            all_logits, all_deltas = (jnp.concatenate(x, axis=1) for x in (logits, deltas))
+            result = anchor_losses(
+                all_logits, all_deltas, all_anchors, objects, sizes, uniform, anchor_rule
+            )
+        if roi_rule is None:
+            return result
         fixed = lax.stop_gradient((logits, deltas))
         proposals = propose_each(*fixed, anchors, sizes, proposal_rule)
         return result | _head_losses(apply, levels, proposals, batch, for_rois, roi_rule)

@@ -2,12 +2,13 @@
 
 Reference: Ren, He, Girshick, Sun, "Faster R-CNN", NIPS 2015, arXiv:1506.01497; names and layouts:
 pytorch/vision, torchvision/models/detection/{faster_rcnn,rpn}.py and
-torchvision/ops/feature_pyramid_network.py.
+torchvision/ops/feature_pyramid_network.py; rbgirshick/py-faster-rcnn: models/pascal_voc/ZF.
 """
 
 import functools
 from collections.abc import Iterator
 
+from dense_jax.models import zf
 from dense_jax.models.rcnn import faster_rcnn
 from dense_jax.releases import resnet, vgg
 from dense_jax.releases.catalogue import Network
@@ -107,8 +108,21 @@ RESNET = resnet.TORCHVISION._replace(
     needs="",
 )
 VGG16 = tuple(map(_with_vgg16, (vgg.TORCHVISION, vgg.TORCHVISION_FEATURES, vgg.CAFFE)))
+_CONVS = [layer.name for layer in zf.LAYERS if layer.features]
+ZF = Release(
+    "Caffe's ZF",
+    (
+        *rules.caffe_conv(_CONVS[0], f"backbone/{_CONVS[0]}", "rows+conv+bgr"),
+        *(rule for name in _CONVS[1:] for rule in rules.caffe_conv(name, f"backbone/{name}")),
+        *rules.caffe_conv("fc6", "box_head/fc6"),
+        *rules.caffe_dense("fc7", "box_head/fc7"),
+        *(Rule(f"fc8.{i}", None) for i in range(2)),  # scores of ImageNet's classes
+    ),
+    ("*/backbone/conv?/*", "*/box_head/fc[67]/*"),
+    "fast_rcnn",
+)
 
-RELEASES = (*TORCHVISION, RESNET, *VGG16)
+RELEASES = (*TORCHVISION, RESNET, *VGG16, ZF)
 NETWORKS = {  # torchvision numbers COCO's 80 classes up to 90
     "fasterrcnn_resnet50_fpn": Network(faster_rcnn.fasterrcnn_resnet50_fpn, num_classes=91),
     "fasterrcnn_resnet50_fpn_v2": Network(faster_rcnn.fasterrcnn_resnet50_fpn_v2, num_classes=91),

@@ -1,6 +1,7 @@
 """The task that finds objects: their boxes, classes and scores, scored by average precision."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -26,7 +27,7 @@ from dense_jax.data.normalise import Normalise
 from dense_jax.data.padded import BUCKET, Size, in_words, multiple_of, prepare, tell_if_many
 from dense_jax.data.transforms import RandomCrop, RandomFlip, Transform, chosen
 from dense_jax.errors import UserError, refuse
-from dense_jax.evaluation import instances, padding
+from dense_jax.evaluation import instances, padding, proposals
 from dense_jax.evaluation.batches import eval_batches, predict_each
 from dense_jax.evaluation.record import Record
 from dense_jax.infer import rcnn_pictures
@@ -36,10 +37,13 @@ from dense_jax.metrics.detections import Detections, Truth
 from dense_jax.objectives.rcnn import AnchorRule, match_anchors
 from dense_jax.objectives.targets import FOREGROUND
 from dense_jax.ops import boxes as box_ops
-from dense_jax.tasks.task import DebugPictures, Evaluate, Input, Task
+from dense_jax.tasks.task import DebugPictures, Evaluate, Input, ProposeFn, Task
 from dense_jax.train import processes
 from dense_jax.train.config import Count, Counts, RunConfig
 from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard
+
+OBJECTS = ClassTable(("background", "object"))
+"""The classes of proposals."""
 
 PROPOSALS_FILE = "proposals.json"
 """The file in a folder of images that holds their proposals, if these are given."""
@@ -114,6 +118,9 @@ class Detection(Task):
       num_given: R, their largest number for an image; of more, the first ones are kept.
       first_stage: (variables, images, sizes) -> maps, anchors and proposals, for debug pictures;
         None draws none.
+      many_proposals: the same with as many proposals as in training, for `proposer`.
+      finds_any_class: whether the network finds objects and not their classes: a proposal network.
+        Its results have one class, "object", and its run leaves the proposals of all images.
       anchor_rule: which anchors train; None draws no anchors.
       notes: further lines of the protocol card.
     """
@@ -126,6 +133,8 @@ class Detection(Task):
     given: str | None = None
     num_given: int = 0
     first_stage: Callable[[Any, jax.Array, jax.Array], FirstStage] | None = None
+    many_proposals: Callable[[Any, jax.Array, jax.Array], FirstStage] | None = None
+    finds_any_class: bool = False
     anchor_rule: AnchorRule | None = None
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -280,6 +289,8 @@ class Detection(Task):
     ) -> Instances:
         """Returns the objects of an image, in its own pixels, the highest score first."""
         found = self.in_image(answers, image.shape[:2])
+        if self.finds_any_class:
+            classes = OBJECTS
         return Instances(image, found["boxes"], found["class_ids"], found["scores"], classes)
 
     def in_image(self, answers: Mapping[str, np.ndarray], size: Size) -> dict[str, np.ndarray]:
@@ -315,20 +326,44 @@ class Detection(Task):
 
         def draw(variables: Any, example: Example) -> dict[str, np.ndarray]:
             image = example["image"]
-            size = image.shape[:2]
-            inputs = self.input_size(size)
-            shape = self.padded_side(inputs[0]), self.padded_side(inputs[1])
-            arrays = prepare(image, self.config.normalisation, shape, inputs)
-            _, anchors, found = first_stage(variables, *arrays)
-            boxes, logits, valid = (x[0] for x in jax.device_get(found))
-            boxes = self.in_pixels({"boxes": boxes[valid]}, size)["boxes"]
-            scores = 1 / (1 + np.exp(-logits[valid]))
+            boxes, logits, anchors = self._propose(first_stage, variables, image)
+            scores = 1 / (1 + np.exp(-logits))
             pictures = {"proposals": rcnn_pictures.proposals(image, boxes, scores)}
             if self.anchor_rule is not None and "label" in example:
                 pictures["anchors"] = self._draw_anchors(example, anchors, self.anchor_rule)
             return pictures
 
         return DebugPictures(words, draw)
+
+    def proposer(self) -> ProposeFn | None:
+        """Returns the proposals of the network, as many as train a head."""
+        if self.many_proposals is None:
+            return None
+        first_stage = jax.jit(self.many_proposals)
+        return lambda variables, image: self._propose(first_stage, variables, image)[0]
+
+    def _propose(
+        self, first_stage: Callable[..., FirstStage], variables: Any, image: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, jax.Array]:
+        """Returns boxes [N, 4] in pixels of the image, their logits [N], and the anchors."""
+        size = image.shape[:2]
+        inputs = self.input_size(size)
+        shape = self.padded_side(inputs[0]), self.padded_side(inputs[1])
+        arrays = prepare(image, self.config.normalisation, shape, inputs)
+        _, anchors, found = first_stage(variables, *arrays)
+        boxes, logits, valid = (x[0] for x in jax.device_get(found))
+        return self.in_pixels({"boxes": boxes[valid]}, size)["boxes"], logits[valid], anchors
+
+    def after_training(self, variables: Any, dataset: Dataset) -> None:
+        """Writes the proposals of all images, if these are what the run is for."""
+        path = proposals_of_run(self.config)
+        propose = self.proposer() if self.finds_any_class else None
+        if propose is None or processes.from_first(path.exists()):
+            return
+        sources = list(dataset.splits.values())
+        boxes = proposals.of_sources(functools.partial(propose, variables), sources)
+        processes.by_first(lambda: proposals.write(path, boxes))
+        print(f"proposals of {len(boxes)} images: {path}")
 
     def _draw_anchors(self, example: Example, anchors: jax.Array, rule: AnchorRule) -> np.ndarray:
         size = example["image"].shape[:2]
@@ -358,6 +393,8 @@ class Detection(Task):
     def evaluator(self, dataset: Dataset, split: str) -> Evaluate:
         """Returns a function that scores the detections of a split."""
         source = dataset.split(split)
+        if self.finds_any_class:
+            dataset = dataclasses.replace(dataset, classes=OBJECTS, category_ids=())
         batches = eval_batches(source, self)
         tell_if_many(batches.shapes, self.config.eval_shapes)
 
@@ -375,7 +412,8 @@ class Detection(Task):
                 image_ids[index] = example.get("image_id", index)
                 num_cut += int(found["overflow"])
                 size = example["image"].shape[:2]
-                collected.add(index, truth_of(example), self._detections(found, size))
+                truth = truth_of(example, any_class=self.finds_any_class)
+                collected.add(index, truth, self._detections(found, size))
             collected.gather()
             ids = dict(pair for some in processes.from_all([*image_ids.items()]) for pair in some)
             shown = instances.findings(
@@ -462,7 +500,18 @@ def as_shares(boxes: np.ndarray, size: Size) -> np.ndarray:
     return box_ops.scale(box_ops.clip(boxes.astype(np.float32), size), (1 / size[0], 1 / size[1]))
 
 
-def truth_of(example: Example) -> Truth:
-    """Returns the true objects of an example, as metrics take them; class 0 is the background."""
+def truth_of(example: Example, *, any_class: bool = False) -> Truth:
+    """Returns the true objects of an example, as metrics take them; class 0 is the background.
+
+    Args:
+      example: has objects.
+      any_class: whether all objects have class 1.
+    """
     objects = object_lib.find(example, 0, masks=False)
-    return Truth.build(objects.boxes, objects.classes, crowd=objects.crowd, area=objects.areas)
+    classes = np.ones_like(objects.classes) if any_class else objects.classes
+    return Truth.build(objects.boxes, classes, crowd=objects.crowd, area=objects.areas)
+
+
+def proposals_of_run(config: RunConfig) -> pathlib.Path:
+    """Returns the file of proposals that the run of a proposal network leaves, by its steps."""
+    return pathlib.Path(config.workdir or "") / f"proposals-{config.num_steps}.json"

@@ -27,6 +27,8 @@ from dense_jax.train.step import LossFn
 
 # (variables, whether it is the last evaluation of a run) -> its record.
 Evaluate = Callable[[Any, bool], Record]
+# (variables, image uint8 [H, W, 3]) -> boxes [N, 4], x0 y0 x1 y1 in its pixels, the best first.
+ProposeFn = Callable[[Any, np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +156,19 @@ class Task(abc.ABC):
     def debug_pictures(self) -> "DebugPictures | None":
         """Returns what can be drawn of the inside of the network; None: nothing."""
         return None
+
+    def proposer(self) -> "ProposeFn | None":
+        """Returns how to find boxes that may hold objects of any class; None: there is no way."""
+        return None
+
+    def after_training(self, variables: Any, dataset: Dataset) -> None:
+        """Writes what a finished training leaves besides its record; by default nothing.
+
+        Args:
+          variables: those that are evaluated, host arrays.
+          dataset: the dataset of the training.
+        """
+        del variables, dataset
 
     def as_inputs(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Returns the further inputs of one image as arrays [...], in the dtypes of `inputs`.

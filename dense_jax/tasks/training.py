@@ -117,6 +117,8 @@ def train(
 
         rate = None if optimizer else build_schedule(config)
         state = fit(state, step, batches, config, evaluate, task.headline, rate, refresh, signals)
+        if int(state.step) >= config.num_steps:
+            task.after_training(jax.device_get(state.eval_variables()), dataset)
         if path := processes.by_first(lambda: report.write_report(workdir)):
             print(f"report: {path}")
         return state

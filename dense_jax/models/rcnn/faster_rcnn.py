@@ -13,16 +13,17 @@ Sections 3 and 4; pytorch/vision: torchvision/models/detection.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from dense_jax.errors import refuse
 from dense_jax.layers.norm import BatchNorm
-from dense_jax.models import resnet, vgg
+from dense_jax.models import resnet, vgg, zf
 from dense_jax.models.rcnn.fpn import FeaturePyramid
 from dense_jax.models.rcnn.heads import BoxPredictor, FourConvsDense, Res5, TwoDense
 from dense_jax.models.rcnn.rpn import Objectness, ProposalHead
@@ -31,7 +32,7 @@ from dense_jax.ops import roi
 from dense_jax.ops.roi import RoiOp
 
 Backbone = Literal[
-    "resnet14", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "vgg16"
+    "resnet14", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "vgg16", "zf"
 ]
 Neck = Literal["fpn", "c4", "dc5", "c5"]
 
@@ -42,7 +43,34 @@ _RESNETS = {
     "resnext101_32x8d": resnet.resnext101_32x8d,
     "resnext101_64x4d": resnet.resnext101_64x4d,
 }
-_NUM_PARTS = 5  # of a trunk: conv1 and four stages, or five blocks of VGG-16
+
+
+class _Plain(NamedTuple):
+    """A trunk that is one stack of layers, with a single map of stride 16.
+
+    Attributes:
+      build: (**options of `vgg.Stack`) -> the trunk.
+      ends: the last layer of each of its parts.
+      features: channels of the map.
+      bins: P, bins along each side of an RoI.
+    """
+
+    build: Callable[..., nn.Module]
+    ends: tuple[str, ...]
+    features: int
+    bins: int
+
+
+_PLAIN = {
+    "vgg16": _Plain(
+        functools.partial(vgg.vgg16, last="conv5_3"),
+        ("pool1", "pool2", "pool3", "pool4", "conv5_3"),
+        512,
+        7,
+    ),
+    "zf": _Plain(zf.zf, ("pool1", "pool2", "conv3", "conv4", "conv5"), 256, 6),
+}
+_NUM_PARTS = 5  # of a trunk: conv1 and four stages; of plain ones, what `_Plain.ends` end
 _MOMENTUM = 0.9
 
 
@@ -57,7 +85,7 @@ class FasterRCNN(nn.Module):
       backbone: the trunk.
       neck: maps that proposals and RoIs come from. "fpn": a feature pyramid, with RoIs from P2 to
         P5. "c4": layer3, of stride 16; layer4 is the box head. "c5": the last map, of stride 32, or
-        16 in VGG-16. "dc5": layer4, dilated to stride 16.
+        16 in VGG-16 and ZF. "dc5": layer4, dilated to stride 16.
       heads: "v1": one convolution in the proposal head, and two dense layers on RoIs. "v2": two
         convolutions, `FourConvsDense`, and normalisation in the pyramid, which it needs
         (torchvision's v2).
@@ -75,10 +103,11 @@ class FasterRCNN(nn.Module):
       bn: "frozen" freezes the trunk's batch normalisation; the heads' always trains.
       bn_epsilon: constant added to the variance.
       trained_stages: number of parts of the trunk that train, counted from the last, of conv1 with
-        bn1, layer1, ..., layer4 or of the five blocks of VGG-16. No gradient reaches the others.
-        layer4 as a box head always trains.
+        bn1, layer1, ..., layer4, of the five blocks of VGG-16, or of ZF's conv1 to conv5. No
+        gradient reaches the others. layer4 as a box head always trains.
+      trunk_learns: False freezes the trunk and the pyramid as a whole, with their statistics.
       remat: whether to compute the inside of residual blocks again for gradients.
-      dropout_rate: dropout rate behind fc6 and fc7 of VGG-16.
+      dropout_rate: dropout rate behind fc6 and fc7 of VGG-16 and ZF.
       width: channel multiplier.
       axis_name: name of the mapped axis that splits the batch; None outside `pmap`.
       dtype: computation dtype of layers; the scores and boxes are float32.
@@ -99,6 +128,7 @@ class FasterRCNN(nn.Module):
     bn: Literal["frozen", "train"] = "frozen"
     bn_epsilon: float = 1e-5
     trained_stages: Literal[0, 1, 2, 3, 4, 5] = 3
+    trunk_learns: bool = True
     remat: bool = False
     dropout_rate: float = 0.5
     width: float = 1.0
@@ -110,7 +140,7 @@ class FasterRCNN(nn.Module):
         """Pixels per cell of each map that `features` returns and proposals come from."""
         if self.neck == "fpn":
             return (4, 8, 16, 32, 64)
-        return (32,) if self.neck == "c5" and self.backbone != "vgg16" else (16,)
+        return (32,) if self.neck == "c5" and self.backbone not in _PLAIN else (16,)
 
     @property
     def roi_strides(self) -> tuple[int, ...]:
@@ -127,14 +157,21 @@ class FasterRCNN(nn.Module):
     @property
     def frozen(self) -> tuple[str, ...]:
         """Regular expressions for the paths of the parameters that no gradient reaches."""
-        num_frozen = _NUM_PARTS - self.trained_stages
-        if self.backbone == "vgg16":
-            return tuple(f"^backbone/conv{i}_" for i in range(1, num_frozen + 1))
+        num_frozen = self._num_frozen
+        if self.backbone in _PLAIN:
+            return tuple(f"^backbone/conv{i}[_/]" for i in range(1, num_frozen + 1))
         patterns = ["^backbone/(conv1|bn1)/", *(f"^backbone/layer{i}_" for i in range(1, 5))]
         patterns = patterns[: min(num_frozen, 4 if self.neck == "c4" else 5)]
+        if self.neck == "fpn" and not self.trunk_learns:
+            patterns.append("^fpn/")
         if self.bn == "frozen":
             patterns.append("(^backbone/|/layer4_).*(bn[123]|downsample_1)/")
         return tuple(patterns)
+
+    @property
+    def _num_frozen(self) -> int:
+        """The number of parts of the trunk that no gradient reaches, counted from the first."""
+        return _NUM_PARTS - (self.trained_stages if self.trunk_learns else 0)
 
     def setup(self) -> None:
         """Builds the parts of the network.
@@ -148,8 +185,9 @@ class FasterRCNN(nn.Module):
         )
         self.trunk = self._trunk()
         if self.neck == "fpn":
+            own = functools.partial(norm, frozen=not self.trunk_learns)
             self.fpn = FeaturePyramid(
-                scaled(256, self.width), norm if self.heads == "v2" else None, self.dtype
+                scaled(256, self.width), own if self.heads == "v2" else None, self.dtype
             )
         if self.anchor_sizes:
             self.rpn = ProposalHead(
@@ -164,9 +202,12 @@ class FasterRCNN(nn.Module):
 
     def check(self) -> None:
         """Raises UserError if the options do not go together; `setup` does the same."""
-        is_vgg, on_pyramid = self.backbone == "vgg16", self.neck == "fpn"
-        refuse(is_vgg and self.neck != "c5", f"vgg16 has no {self.neck}: give neck=c5, or a ResNet")
-        refuse(is_vgg and self.remat, "vgg16 has no residual blocks: leave remat out")
+        is_plain, on_pyramid = self.backbone in _PLAIN, self.neck == "fpn"
+        refuse(
+            is_plain and self.neck != "c5",
+            f"{self.backbone} has no {self.neck}: give neck=c5, or a ResNet",
+        )
+        refuse(is_plain and self.remat, f"{self.backbone} has no residual blocks: leave remat out")
         refuse(
             self.heads == "v2" and not on_pyramid,
             f"heads=v2 needs a pyramid, and neck={self.neck} has none: give neck=fpn, or heads=v1",
@@ -185,16 +226,15 @@ class FasterRCNN(nn.Module):
         options: dict[str, Any] = dict(
             width=self.width, axis_name=self.axis_name, dtype=self.dtype, name="backbone"
         )
-        num_frozen = _NUM_PARTS - self.trained_stages
-        if self.backbone == "vgg16":
-            frozen = [None, "pool1", "pool2", "pool3", "pool4", "conv5_3"][num_frozen]
-            return vgg.vgg16(last="conv5_3", frozen=frozen, **options)
+        num_frozen = self._num_frozen
+        if plain := _PLAIN.get(self.backbone):
+            return plain.build(frozen=(None, *plain.ends)[num_frozen], **options)
         build = _RESNETS[self.backbone]
         if self.neck == "c4":
             options["depths"] = build.keywords["depths"][:3]
         return build(
             output_stride=16 if self.neck == "dc5" else 32,
-            bn=self.bn,
+            bn=self.bn if self.trunk_learns else "frozen",
             bn_momentum=_MOMENTUM,
             bn_epsilon=self.bn_epsilon,
             num_frozen=num_frozen,
@@ -205,14 +245,16 @@ class FasterRCNN(nn.Module):
     def _num_features(self) -> int:
         """Returns the channels of the maps that `features` returns."""
         features = {"fpn": 256, "c4": 1024, "c5": 2048, "dc5": 2048}[self.neck]
-        return scaled(512 if self.backbone == "vgg16" else features, self.width)
+        plain = _PLAIN.get(self.backbone)
+        return scaled(plain.features if plain else features, self.width)
 
     def _box_head(self, norm: Callable[..., nn.Module]) -> nn.Module:
-        features = scaled(4096 if self.backbone == "vgg16" else 1024, self.width)
+        is_plain = self.backbone in _PLAIN
+        features = scaled(4096 if is_plain else 1024, self.width)
         if self.heads == "v2":
             return FourConvsDense(norm, scaled(256, self.width), features, self.dtype)
         if self.neck != "c4":
-            rate = self.dropout_rate if self.backbone == "vgg16" else 0.0
+            rate = self.dropout_rate if is_plain else 0.0
             return TwoDense(features, rate, self.axis_name, self.dtype)
         options = _RESNETS[self.backbone].keywords
         groups, group_width = options.get("groups", 1), options.get("group_width", 64)
@@ -231,13 +273,15 @@ class FasterRCNN(nn.Module):
     def features(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, ...]:
         """Maps images [B, H, W, C] to maps [B, H / s, W / s, C'] for each s of `strides`.
 
-        Sizes are rounded up.
+        Sizes are rounded up; those of ZF may be one larger, since Caffe pads its poolings.
         """
         stages = self.trunk(images, train=train)
         if self.neck == "fpn":
-            return self.fpn([stages[f"layer{i}"] for i in range(1, 5)], train=train)
+            levels = self.fpn([stages[f"layer{i}"] for i in range(1, 5)], train=train)
+            return levels if self.trunk_learns else lax.stop_gradient(levels)
         last = "layer3" if self.neck == "c4" else "layer4"
-        return (stages["conv5_3" if self.backbone == "vgg16" else last],)
+        plain = _PLAIN.get(self.backbone)
+        return (stages[plain.ends[-1] if plain else last],)
 
     def propose(
         self, features: Sequence[jax.Array], *, train: bool = False
@@ -272,7 +316,8 @@ class FasterRCNN(nn.Module):
 
     def _crop(self, features: Sequence[jax.Array], boxes: jax.Array) -> jax.Array:
         """Returns the RoIs of all images, [B R, P, P, C]."""
-        bins = 7 * self.res5_stride if self.neck == "c4" else 7
+        bins = _PLAIN[self.backbone].bins if self.backbone in _PLAIN else 7
+        bins *= self.res5_stride if self.neck == "c4" else 1
         if self.roi_op == "align":
             rois = roi.roi_align(
                 features[: len(self.roi_strides)],

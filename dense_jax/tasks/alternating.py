@@ -1,0 +1,51 @@
+"""Alternating training of a detector: four runs that end in one trunk for proposals and head.
+
+Reference: Ren, He, Girshick, Sun, "Faster R-CNN", NIPS 2015, arXiv:1506.01497, Section 3.2;
+rbgirshick/py-faster-rcnn: tools/train_faster_rcnn_alt_opt.py, which flips proposals together with
+images, as here.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar
+
+from dense_jax.tasks.detection import proposals_of_run
+from dense_jax.train.config import RunConfig
+
+Part = Literal["trunk", "rpn", "head"]
+PARTS: tuple[Part, ...] = ("trunk", "rpn", "head")
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+# Flags of what does not learn in a run, without an effect.
+_NO_RPN = {"rpn_cls": "on", "rpn_reg": "on", "rpn_lambda": 1.0}
+_NO_HEAD = {"head_loss": "both", "test_boxes": "moved"}
+
+
+def four_runs(config: ConfigT) -> Iterator[ConfigT]:
+    """Yields the configurations of the four runs, whose folders are in that of the whole.
+
+    1. The trunk and the proposals learn, from ``init``.
+    2. The trunk and the head learn, from ``init``, on the proposals of 1.
+    3. The proposals learn, on the trunk of 2.
+    4. The head of 2 goes on, on the trunk of 2 and the proposals of 3.
+
+    Args:
+      config: the configuration of `experiments.faster_rcnn`, or one with its fields.
+    """
+    own: Any = config
+    of_head = own.head_steps or max(1, config.num_steps // 2)
+
+    def run(name: str, *learn: Part, **changes: Any) -> ConfigT:
+        workdir = f"{config.workdir}/{name}"
+        joint = {"train_mode": "joint", "head_steps": None, "learn": learn, "workdir": workdir}
+        return dataclasses.replace(config, **joint, **changes)
+
+    first = run("1_proposals", "trunk", "rpn", **_NO_HEAD)
+    yield first
+    given = {"proposal_source": "file", "proposals": str(proposals_of_run(first))}
+    second = run("2_head", "trunk", "head", num_steps=of_head, **given, **_NO_RPN)
+    yield second
+    third = run("3_proposals", "rpn", init=f"run:{second.workdir}", **_NO_HEAD)
+    yield third
+    last = {"rpn_lambda": 1.0, "num_steps": of_head}
+    yield run("4_detector", "head", init=f"run:{third.workdir}", **last)

@@ -1,0 +1,185 @@
+"""Alternating training: what learns in each of the four runs, and the proposals between them."""
+
+import json
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dense_jax.commands import propose
+from dense_jax.data import proposals as proposal_file
+from dense_jax.errors import UserError
+from dense_jax.evaluation import proposals
+from dense_jax.layers.conv import Conv
+from dense_jax.models.rcnn import faster_rcnn as models
+from dense_jax.ops import boxes as box_ops
+from dense_jax.tasks import trained, training
+from dense_jax.train.checkpoint import read_variables
+from experiments import faster_rcnn as script
+from tests.test_detection_task import Trunk, config, data
+
+
+class WithConv1(nn.Module):
+    """The small trunk, with all parts that a ResNet can freeze."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        nn.share_scope(self, trunk := Trunk())
+        return trunk(nn.relu(Conv(8, 3, name="conv1")(images)), train=train)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small():
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(models.FasterRCNN, "_trunk", lambda self: WithConv1(name="backbone"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of four short runs, and their configurations."""
+    folder = tmp_path_factory.mktemp("alternating")
+    own = config(train_mode="alternating", num_steps=3, head_steps=2, workdir=str(folder))
+    training.run(script.build, own)
+    return folder, list(own.each_stage())
+
+
+def variables_of(stage):
+    return read_variables(stage.workdir, "last", "box_ap")[0]["params"]
+
+
+def test_what_learns_in_each_run(runs):
+    _, stages = runs
+    assert [stage.num_steps for stage in stages] == [3, 2, 3, 2]
+    first, second, third, fourth = map(variables_of, stages)
+    heads = ("box_head", "box_predictor")
+    assert set(first) == {"backbone", "fpn", "rpn", *heads}
+    assert set(second) == set(first) - {"rpn"}
+
+    def same(one, other, *names):
+        equal = (jax.tree.map(np.array_equal, one[name], other[name]) for name in names)
+        return [all(jax.tree.leaves(tree)) for tree in equal]
+
+    assert same(first, second, "backbone", "fpn", *heads) == [False] * 4
+    assert same(second, third, "backbone", "fpn", *heads) == [True] * 4
+    assert same(third, fourth, "backbone", "fpn", "rpn") == [True] * 3
+    assert same(third, fourth, *heads) == [False] * 2
+    assert same(first, third, "rpn") == [False]
+    # What does not learn does not decay either.
+    parts = {"trunk": "fpn/inner_blocks_0/kernel", "rpn": "rpn/conv1/kernel"}
+    parts |= {"head": "box_head/fc6/kernel"}
+    for stage in stages:
+        groups = script.build(stage, data().classes.num_classes).groups
+        for part in set(parts) - ({"rpn"} if stage is stages[1] else set()):
+            is_frozen = any(g.lr == 0 and re.search(g.pattern, parts[part]) for g in groups)
+            assert is_frozen == (part not in stage.learn), (stage.learn, part)
+
+
+def test_proposals_of_the_first_run_train_the_second(runs):
+    folder, stages = runs
+    path = folder / "1_proposals" / "proposals-3.json"
+    assert stages[1].proposals == str(path)
+    table = proposal_file.read(path)
+    names = {source[i]["name"] for source in data().splits.values() for i in range(len(source))}
+    assert set(table) == names
+    opened = trained.load(folder / "1_proposals")
+    example = data().split("train")[3]
+    found = opened.task.proposer()(opened.variables, example["image"])
+    large = (np.diff(np.round(found, 2).reshape(-1, 2, 2), axis=1) > 0).all(axis=(1, 2))
+    np.testing.assert_allclose(table[example["name"]], found[large], atol=6e-3)
+    assert len(found) > 300  # as many as train a head, not as many as are evaluated
+    before = path.stat().st_mtime_ns
+    own = config(train_mode="alternating", num_steps=3, head_steps=2, workdir=str(folder))
+    training.run(script.build, own)  # nothing is left to do
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_proposal_network_is_scored_by_boxes_of_any_class(runs):
+    folder, _ = runs
+    record = json.loads((folder / "1_proposals" / "evaluation.json").read_text())
+    (table,) = record["tables"]
+    assert [row[0] for row in table["rows"]] == ["object"]
+    last = json.loads((folder / "4_detector" / "evaluation.json").read_text())
+    assert len(last["tables"][0]["rows"]) == data().classes.num_classes - 1
+    opened = trained.load(folder / "1_proposals")
+    image = data().split("val")[0]["image"]
+    found = opened.predict(image)
+    assert found.classes.names == ("background", "object")
+    assert set(found.class_ids) == {1}
+    every = opened.task.proposer()(opened.variables, image)
+    overlap = np.asarray(box_ops.iou(found.boxes, every.astype(np.float32)))
+    assert overlap.max(axis=1).min() > 0.999
+    assert (np.diff(found.scores) <= 0).all()
+
+
+def test_the_command_writes_proposals_of_splits_and_folders(runs, tmp_path, capsys):
+    folder, _ = runs
+    run = folder / "4_detector"
+    propose.run(run=run, output=tmp_path / "val.json", split=("val",))
+    table = proposal_file.read(tmp_path / "val.json")
+    source = data().split("val")
+    assert set(table) == {source[i]["name"] for i in range(len(source))}
+    assert "5 images" in capsys.readouterr().out
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.fromarray(source[0]["image"]).save(images / "x.png")
+    propose.run(run=run, output=images / "proposals.json", input=images)
+    found = proposal_file.read(images / "proposals.json")
+    np.testing.assert_array_equal(found["x"], table[source[0]["name"]])
+    with pytest.raises(UserError, match="leave out --split"):
+        propose.run(run=run, output=tmp_path / "x.json", input=images, split=("val",))
+    with pytest.raises(UserError, match="have no proposals: give a detector"):
+        propose.run(run=folder / "2_head", output=tmp_path / "x.json")
+
+
+def test_proposals_of_two_images_of_one_name():
+    image = np.zeros((4, 4, 3), np.uint8)
+    one: Any = [{"name": "a", "image": image}, {"name": "b", "image": image}]
+    boxes = np.array([[0.123, 0, 2, 2], [1, 1, 1.001, 3]])
+    assert list(proposals.of_sources(lambda _: boxes, [one])) == ["a", "b"]
+    with pytest.raises(UserError, match="two images of the dataset are named 'a'"):
+        proposals.of_sources(lambda _: boxes, [one, one[:1]])
+
+
+def test_boxes_without_an_area_are_not_written(tmp_path):
+    boxes = np.array([[0.123, 0, 2, 2], [1, 1, 1.001, 3]])
+    proposals.write(tmp_path / "p.json", {"a": boxes, "b": np.zeros((0, 4))})
+    found = proposal_file.read(tmp_path / "p.json")
+    assert found["a"].tolist() == [[0.12, 0, 2, 2]]
+    assert found["b"].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"learn": ("trunk",)}, "add rpn or head"),
+        ({"learn": ("trunk", "rpn"), "proposal_source": "grid"}, "add head"),
+        ({"train_mode": "alternating", "proposal_source": "grid"}, "--proposal-source=rpn"),
+        ({"train_mode": "alternating", "learn": ("head",)}, "does not go with --learn head"),
+        ({"head_steps": 3}, "--train-mode=alternating"),
+        ({"learn": ("rpn",), "head_loss": "box"}, "--head-loss and --test-boxes"),
+        ({"learn": ("trunk", "head"), "rpn_lambda": 2.0}, "--rpn-lambda"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, words):
+    with pytest.raises(UserError, match=words):
+        config(**flags)
+
+
+def test_flags_of_what_does_not_learn_stay_out_of_its_runs():
+    own = config(
+        train_mode="alternating",
+        rpn_lambda=10.0,
+        rpn_cls="off",
+        test_boxes="proposals",
+        workdir="w",
+    )
+    first, second, third, fourth = own.each_stage()
+    assert (first.rpn_lambda, second.rpn_lambda, third.rpn_lambda) == (10, 1, 10)
+    assert (first.test_boxes, second.test_boxes, fourth.test_boxes) == ("moved", *2 * ["proposals"])
+    assert (second.rpn_cls, fourth.rpn_cls) == ("on", "off")
+    assert third.init == f"run:{second.workdir}" == "run:w/2_head"
