@@ -164,7 +164,7 @@ def compare(model: str, size: int, repeats: int) -> None:
     """
     name = MODELS[model]
     tensors = detection.parameters(name)
-    rcnn.uniforms = detection.given_uniforms
+    rcnn.uniforms, rcnn.sample_rois = detection.given_uniforms, detection.sample_by_place
     other = torchvisions(name, tensors, size)
     other.step()  # its peak of memory, before ours has taken any
     other = torchvisions(name, tensors, size)._replace(memory=other.memory)

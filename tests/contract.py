@@ -50,7 +50,7 @@ def check_model(
     thin_shape: Sequence[int],
     skips: Sequence[str] = (),
 ) -> None:
-    """All that a network promises; see `check_full` and `check_thin`.
+    """All that a network promises; see `check_full`, `check_bfloat16` and `check_thin`.
 
     Args:
       model: the published network.
@@ -63,20 +63,24 @@ def check_model(
         parameters, which add or concatenate, need a test of their own.
     """
     check_full(model, num_params=num_params, image_shape=image_shape, num_classes=num_classes)
+    check_bfloat16(thin, image_shape=thin_shape, num_classes=num_classes)
     check_thin(thin, image_shape=thin_shape, num_classes=num_classes, skips=skips)
 
 
 def check_full(
     model: nn.Module, *, num_params: int, image_shape: Sequence[int], num_classes: int
 ) -> None:
-    """Exact parameter count; float32 logits at input resolution, also if layers are bfloat16."""
-    shape = (*image_shape[:3], num_classes)
+    """Exact parameter count; float32 logits at input resolution."""
     outputs, variables = shapes_of(model, image_shape)
     count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     assert count == num_params, f"the network has {count:,} parameters, not {num_params:,}"
-    _check_logits(outputs, shape)
+    _check_logits(outputs, (*image_shape[:3], num_classes))
+
+
+def check_bfloat16(model: nn.Module, *, image_shape: Sequence[int], num_classes: int) -> None:
+    """Where layers are bfloat16, logits and parameters are float32."""
     outputs, variables = shapes_of(model.clone(dtype=jnp.bfloat16), image_shape)
-    _check_logits(outputs, shape, " where layers are bfloat16")
+    _check_logits(outputs, (*image_shape[:3], num_classes), " where layers are bfloat16")
     dtypes = {name: str(output.dtype) for name, output in outputs.items()}
     assert "bfloat16" in dtypes.values(), f"dtype=bfloat16 changes no output: {dtypes}"
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
@@ -151,7 +155,7 @@ def check_without_jit(model: nn.Module, *, image_shape: Sequence[int]) -> None:
     """Predicts step by step what it predicts as one program.
 
     Not part of `check_model`: each step is then a program of its own, and to compile them all takes
-    as long as everything else. SegNet and DeepLab, which have all kinds of steps, are checked.
+    as long as everything else. SegNet, which has most kinds of steps, is checked.
     """
     variables = random_variables(model, image_shape)
     images = np.random.default_rng(1).uniform(-1, 1, image_shape).astype(np.float32)

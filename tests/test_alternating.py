@@ -22,6 +22,17 @@ from dense_jax.train.checkpoint import read_variables
 from experiments import faster_rcnn as script
 from tests.test_detection_task import Trunk, config, data
 
+RUNS: dict[str, Any] = dict(
+    train_mode="alternating",
+    num_steps=3,
+    head_steps=2,
+    eval_every=9,
+    batch_size=4,
+    neck="c5",
+    anchor_sizes=(16, 32),
+    test_proposals=5,
+)
+
 
 class WithConv1(nn.Module):
     """The small trunk, with all parts that a ResNet can freeze."""
@@ -39,38 +50,46 @@ def _small():
         yield
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The folder of four short runs, and their configurations."""
-    folder = tmp_path_factory.mktemp("alternating")
-    own = config(train_mode="alternating", num_steps=3, head_steps=2, workdir=str(folder))
+def test_four_short_runs(tmp_path, capsys):
+    """One test, so that one process trains them."""
+    own = config(**RUNS, workdir=str(tmp_path / "all"))
     training.run(script.build, own)
-    return folder, list(own.each_stage())
+    runs = tmp_path / "all", list(own.each_stage())
+    check_what_learns_in_each_run(runs)
+    check_proposals_of_the_first_run_train_the_second(runs)
+    check_a_proposal_network_is_scored_by_boxes_of_any_class(runs)
+    check_the_command_writes_proposals_of_splits_and_folders(runs, tmp_path, capsys)
+
+
+def proposed(opened, image):
+    propose = opened.task.proposer()
+    assert propose is not None
+    return propose(opened.variables, image)
 
 
 def variables_of(stage):
     return read_variables(stage.workdir, "last", "box_ap")[0]["params"]
 
 
-def test_what_learns_in_each_run(runs):
+def check_what_learns_in_each_run(runs):
     _, stages = runs
     assert [stage.num_steps for stage in stages] == [3, 2, 3, 2]
     first, second, third, fourth = map(variables_of, stages)
     heads = ("box_head", "box_predictor")
-    assert set(first) == {"backbone", "fpn", "rpn", *heads}
+    assert set(first) == {"backbone", "rpn", *heads}
     assert set(second) == set(first) - {"rpn"}
 
     def same(one, other, *names):
         equal = (jax.tree.map(np.array_equal, one[name], other[name]) for name in names)
         return [all(jax.tree.leaves(tree)) for tree in equal]
 
-    assert same(first, second, "backbone", "fpn", *heads) == [False] * 4
-    assert same(second, third, "backbone", "fpn", *heads) == [True] * 4
-    assert same(third, fourth, "backbone", "fpn", "rpn") == [True] * 3
+    assert same(first, second, "backbone", *heads) == [False] * 3
+    assert same(second, third, "backbone", *heads) == [True] * 3
+    assert same(third, fourth, "backbone", "rpn") == [True] * 2
     assert same(third, fourth, *heads) == [False] * 2
     assert same(first, third, "rpn") == [False]
     # What does not learn does not decay either.
-    parts = {"trunk": "fpn/inner_blocks_0/kernel", "rpn": "rpn/conv1/kernel"}
+    parts = {"trunk": "backbone/layer1_0/kernel", "rpn": "rpn/conv1/kernel"}
     parts |= {"head": "box_head/fc6/kernel"}
     for stage in stages:
         groups = script.build(stage, data().classes.num_classes).groups
@@ -79,7 +98,7 @@ def test_what_learns_in_each_run(runs):
             assert is_frozen == (part not in stage.learn), (stage.learn, part)
 
 
-def test_proposals_of_the_first_run_train_the_second(runs):
+def check_proposals_of_the_first_run_train_the_second(runs):
     folder, stages = runs
     path = folder / "1_proposals" / "proposals-3.json"
     assert stages[1].proposals == str(path)
@@ -88,17 +107,16 @@ def test_proposals_of_the_first_run_train_the_second(runs):
     assert set(table) == names
     opened = trained.load(folder / "1_proposals")
     example = data().split("train")[3]
-    found = opened.task.proposer()(opened.variables, example["image"])
+    found = proposed(opened, example["image"])
     large = (np.diff(np.round(found, 2).reshape(-1, 2, 2), axis=1) > 0).all(axis=(1, 2))
     np.testing.assert_allclose(table[example["name"]], found[large], atol=6e-3)
-    assert len(found) > 300  # as many as train a head, not as many as are evaluated
+    assert len(found) > 5  # as many as train a head, not as many as are evaluated
     before = path.stat().st_mtime_ns
-    own = config(train_mode="alternating", num_steps=3, head_steps=2, workdir=str(folder))
-    training.run(script.build, own)  # nothing is left to do
+    opened.task.after_training(opened.variables, data())  # it is there
     assert path.stat().st_mtime_ns == before
 
 
-def test_a_proposal_network_is_scored_by_boxes_of_any_class(runs):
+def check_a_proposal_network_is_scored_by_boxes_of_any_class(runs):
     folder, _ = runs
     record = json.loads((folder / "1_proposals" / "evaluation.json").read_text())
     (table,) = record["tables"]
@@ -110,13 +128,13 @@ def test_a_proposal_network_is_scored_by_boxes_of_any_class(runs):
     found = opened.predict(image)
     assert found.classes.names == ("background", "object")
     assert set(found.class_ids) == {1}
-    every = opened.task.proposer()(opened.variables, image)
+    every = proposed(opened, image)
     overlap = np.asarray(box_ops.iou(found.boxes, every.astype(np.float32)))
     assert overlap.max(axis=1).min() > 0.999
     assert (np.diff(found.scores) <= 0).all()
 
 
-def test_the_command_writes_proposals_of_splits_and_folders(runs, tmp_path, capsys):
+def check_the_command_writes_proposals_of_splits_and_folders(runs, tmp_path, capsys):
     folder, _ = runs
     run = folder / "4_detector"
     propose.run(run=run, output=tmp_path / "val.json", split=("val",))

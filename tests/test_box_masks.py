@@ -216,6 +216,7 @@ def test_evaluation_boxes_are_the_same_every_time(smoke_run):
 
 
 def evaluator_of(task, dataset):
+    @jax.jit
     def heatmaps(variables, images, *inputs):
         return task.predict(variables, images, jnp.zeros((1, 2), jnp.int32), *inputs)["masks"]
 

@@ -17,7 +17,16 @@ from dense_jax.tasks import trained
 from dense_jax.train.config import from_plain
 from tests.test_report import places, spoilt
 
-SCRIPTS = ["deconvnet", "deeplab", "dilated", "fcn", "hypercolumns", "segnet", "unet"]
+SCRIPTS = [
+    "deconvnet",
+    "deeplab",
+    "dilated",
+    "faster_rcnn",
+    "fcn",
+    "hypercolumns",
+    "segnet",
+    "unet",
+]
 WRONG = [
     *(None, True, False, -1, 1, 2**70, 10**400, 0.5, -0.5, float("nan"), float("inf"), "", "8"),
     *("none", "\x1b[2J", [], [1], ["a"], [1, 2], [1, "b"], [[1], [2]], [None, None], [0.5, 0.5]),
@@ -67,10 +76,13 @@ def test_each_field_of_a_configuration_is_right_or_told(name, record, capsys):
     config = whole["config"]
     assert opened(path, whole) == config
     told = 0
+    # Fields that all scripts share are tried with one of them.
+    own = importlib.import_module(f"experiments.{name}").Config.__annotations__
+    tried = [key for key in config if name == "fcn" or key in own]
     nested = [
-        (key, field) for key in config if isinstance(config[key], dict) for field in config[key]
+        (key, field) for key in tried if isinstance(config[key], dict) for field in config[key]
     ]
-    for key, field in [*((key, "") for key in config), *nested]:
+    for key, field in [*((key, "") for key in tried), *nested]:
         for value in WRONG:
             changed = config | {key: config[key] | {field: value} if field else value}
             found = opened(path, whole | {"config": changed})
@@ -81,7 +93,7 @@ def test_each_field_of_a_configuration_is_right_or_told(name, record, capsys):
                 continue
             assert is_same(found, changed)
             assert (found == changed) == ("lacks" not in capsys.readouterr().err)
-    assert told > 20 * len(config)
+    assert told > 12 * len(tried)
 
 
 def test_fields_that_are_missing_are_told(record, capsys):

@@ -225,7 +225,7 @@ def test_one_image_would_be_normalised_away_at_the_1x1_maps():
         return model.apply(variables, images, train=True, mutable=["batch_stats"])
 
     with pytest.raises(UserError, match="batch normalisation bnfc6 sees one value per channel"):
-        train(images[:1])
+        jax.eval_shape(train, images[:1])
     assert np.all(np.isfinite(jax.jit(train)(images)[0]["fc6"]))
     with pytest.raises(UserError, match="--bn=off"):
         changed(batch_size=8, accumulate=8)

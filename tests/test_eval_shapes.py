@@ -53,8 +53,10 @@ def predicted(task, variables, source):
     ("name", "flags"),
     [
         ("fcn", {}),
-        ("unet", {}),
-        ("deeplab", {"backbone": "resnet50", "head": "deeplabv3"}),
+        pytest.param("unet", {}, marks=pytest.mark.slow),
+        pytest.param(
+            "deeplab", {"backbone": "resnet50", "head": "deeplabv3"}, marks=pytest.mark.slow
+        ),
         ("segnet", {"scale": 0.5, "dropout": "none"}),
     ],
 )

@@ -170,30 +170,40 @@ def call(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_help_lists_presets_and_ablations():
-    status, listed, _ = call("experiments.fcn", "--help")
+def ended(name, arguments, capsys):
+    """The same in this process."""
+    module = script(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"experiments/{name}.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            training.main(module.build, module.PRESETS, module.__doc__)
+    return end.value.code, *capsys.readouterr()
+
+
+def test_help_lists_presets_and_ablations(capsys):
+    status, listed, _ = ended("fcn", ["--help"], capsys)
     assert status == 0
     assert all(preset in listed for preset in script("fcn").PRESETS)
-    status, flags, _ = call("experiments.fcn", "paper", "--help")
+    status, flags, _ = ended("fcn", ["paper", "--help"], capsys)
     assert status == 0
     own = [f.replace("_", "-") for f in script("fcn").Config.__annotations__]
     assert all(f"--{flag}" in flags for flag in own)
     assert "Table 2" in flags
 
 
-def test_a_users_mistake_is_one_line_without_traceback(tmp_path):
+def test_a_users_mistake_is_one_line_without_traceback(tmp_path, capsys):
     blocked = tmp_path / "file"
     blocked.touch()
-    for arguments, culprit in [
-        (("experiments.fcn", "smoke", f"--workdir={blocked}/run"), str(blocked)),
-        (("experiments.fcn", "smoke", "--dataset=folder", f"--data-dir={tmp_path}"), str(tmp_path)),
-        (("dense_jax", "evaluate", f"--run={tmp_path}"), str(tmp_path)),
+    for done, culprit in [
+        (ended("fcn", ["smoke", f"--workdir={blocked}/run"], capsys), blocked),
+        (ended("fcn", ["smoke", "--dataset=folder", f"--data-dir={tmp_path}"], capsys), tmp_path),
+        (call("dense_jax", "evaluate", f"--run={tmp_path}"), tmp_path),
     ]:
-        status, _, stderr = call(*arguments)
+        status, _, stderr = done
         lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
         assert status == 2
         assert len(lines) == 1, stderr
-        assert culprit in lines[0]
+        assert str(culprit) in lines[0]
         assert "Traceback" not in stderr
 
 

@@ -44,9 +44,9 @@ RUNS = {
     "deeplab deeplabv3": {"backbone": "resnet50", "head": "deeplabv3"},
     "deeplab fcn": {"backbone": "resnet50", "head": "fcn", "aux": "on"},
 }
-PROGRAMS = [
-    name for name in RUNS if name != "deeplab fcn"
-]  # this one is deeplabv3 but for its head
+FAST = ["fcn", "unet", "deeplab"]
+# "deeplab fcn" is deeplabv3 but for its head.
+OTHERS = [name for name in RUNS if name not in (*FAST, "deeplab fcn")]
 # Sizes that are no multiples of anything, and other batches.
 SHAPES = ((2, 40, 33), (1, 65, 50))
 
@@ -127,15 +127,16 @@ assert not {"dense_jax", "flax", "experiments"} & set(sys.modules)
 """
 
 
-def test_programs_label_as_the_runs_do_without_this_library(run_of, tmp_path):
+@pytest.mark.parametrize("names", [FAST, pytest.param(OTHERS, marks=pytest.mark.slow)])
+def test_programs_label_as_the_runs_do_without_this_library(names, run_of, tmp_path):
     jobs = {}
-    for name in PROGRAMS:
+    for name in names:
         file = tmp_path / f"{name}.stablehlo"
         export.run(run=run_of(name), to="stablehlo", out=file, scores="logits")
         jobs[str(file)] = SHAPES if name == "fcn" else SHAPES[:1]
     arguments = [sys.executable, "-c", RELOAD, json.dumps(jobs)]
     subprocess.run(arguments, cwd=tmp_path, check=True)
-    for name in PROGRAMS:
+    for name in names:
         file = tmp_path / f"{name}.stablehlo"
         for i, shape in enumerate(jobs[str(file)]):
             folder = tmp_path / f"{name} {i}"

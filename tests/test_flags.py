@@ -174,7 +174,16 @@ def flags_of(name):
                 yield name, field, value
 
 
-FLAGS = [flag for name in SCRIPTS for flag in flags_of(name)]
+def marked(flags):
+    """The flags as parameters; of a choice, all values but the first are slow."""
+    seen = set()
+    for name, field, value in flags:
+        marks = [pytest.mark.slow] if (name, field) in seen else []
+        seen.add((name, field))
+        yield pytest.param(name, field, value, marks=marks)
+
+
+FLAGS = list(marked(flag for name in SCRIPTS for flag in flags_of(name)))
 
 
 class StageOfRun:

@@ -171,7 +171,7 @@ OPEN = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("how", ["path", "module"])
+@pytest.mark.parametrize("how", ["path", pytest.param("module", marks=pytest.mark.slow)])
 def test_runs_of_a_script_outside_of_the_library_open_from_anywhere(how, tmp_path):
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
     home.mkdir()

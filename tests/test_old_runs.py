@@ -57,7 +57,9 @@ def make_old(folder, name, workdir):
         Image.new("RGB", (4, 4)).save(folder / picture["triplet"])
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", ["fcn", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != "fcn")]
+)
 def test_an_old_run_opens_evaluates_predicts_and_resumes(name, tmp_path, capsys):
     workdir = tmp_path / "run"
     folder = train(name, workdir, 1)

@@ -89,30 +89,37 @@ def test_pool_and_unpool_match_the_definition(geometry, ties):
     shape = (2, height, width, 3)
     x: Any = (rng.integers(0, 3, shape) if ties else rng.normal(size=shape)).astype(np.float32)
 
-    pooled, switches = max_pool_with_switches(x, *arguments)
     expected, expected_switches = slow_pool(x, *arguments)
+    # Whole numbers, so that the order of summation does not show.
+    values: Any = rng.integers(-9, 9, expected.shape).astype(np.float32)
+    grad = rng.integers(-9, 9, x.shape).astype(np.float32)
+
+    @jax.jit
+    def found(x, values, grad):
+        pooled, switches = max_pool_with_switches(x, *arguments)
+        _, pull = jax.vjp(lambda x: max_pool(x, *arguments), x)
+        _, reference = jax.vjp(lambda x: reduce_window(x, *arguments), x)
+        pooling = pooled, switches, max_pool(x, *arguments), pull(values)[0], reference(values)[0]
+        unpooling = []
+        for extra in ((window, stride, padding), ()):
+            image, pull = jax.vjp(
+                lambda v, e=extra: max_unpool(v, switches, (height, width), *e), values
+            )
+            unpooling += [(image, pull(grad)[0])]
+        return pooling, unpooling
+
+    (pooled, switches, again, pulled, reference), unpooling = found(x, values, grad)
     np.testing.assert_array_equal(pooled, expected)
     np.testing.assert_array_equal(switches, expected_switches)
     assert switches.dtype == jnp.int32
-    np.testing.assert_array_equal(max_pool(x, *arguments), expected)
-
-    # Whole numbers, so that the order of summation does not show.
-    values: Any = rng.integers(-9, 9, pooled.shape).astype(np.float32)
-    image = slow_unpool(values, expected_switches, (height, width))
-    by_window = max_unpool(values, switches, (height, width), window, stride, padding)
-    np.testing.assert_array_equal(by_window, image)
-    np.testing.assert_array_equal(max_unpool(values, switches, (height, width)), image)
-
+    np.testing.assert_array_equal(again, expected)
     # Pooling: the same gradient as XLA's. Unpooling: reading the image's gradient at the switches.
-    _, pull = jax.vjp(lambda x: max_pool(x, *arguments), x)
-    _, reference = jax.vjp(lambda x: reduce_window(x, *arguments), x)
-    np.testing.assert_array_equal(pull(values)[0], reference(values)[0])
-    grad = rng.integers(-9, 9, x.shape).astype(np.float32)
-    flat = grad.reshape(2, -1, 3)
+    np.testing.assert_array_equal(pulled, reference)
+    flat, image = grad.reshape(2, -1, 3), slow_unpool(values, expected_switches, (height, width))
     read = np.take_along_axis(flat, expected_switches.reshape(2, -1, 3), 1).reshape(pooled.shape)
-    for extra in ((window, stride, padding), ()):
-        _, pull = jax.vjp(lambda v, e=extra: max_unpool(v, switches, (height, width), *e), values)
-        np.testing.assert_array_equal(pull(grad)[0], read)
+    for unpooled, gradient in unpooling:
+        np.testing.assert_array_equal(unpooled, image)
+        np.testing.assert_array_equal(gradient, read)
 
 
 @pytest.mark.parity
@@ -150,10 +157,16 @@ def test_unpool_by_hand():
 @given(st.integers(2, 9), st.integers(2, 9), st.booleans(), st.integers(0, 99))
 def test_pooling_what_was_unpooled_gives_it_back(height, width, ceil, seed):
     x: Any = np.random.default_rng(seed).uniform(1, 2, (1, height, width, 2)).astype(np.float32)
-    pooled, switches = max_pool_with_switches(x, 2, ceil=ceil)
-    back = max_unpool(pooled, switches, (height, width), 2)
+
+    @jax.jit
+    def there_and_back(x):
+        pooled, switches = max_pool_with_switches(x, 2, ceil=ceil)
+        back = max_unpool(pooled, switches, (height, width), 2)
+        return pooled, back, max_pool(back, 2, ceil=ceil)
+
+    pooled, back, again = there_and_back(x)
     assert back.shape == x.shape
-    np.testing.assert_array_equal(max_pool(back, 2, ceil=ceil), pooled)
+    np.testing.assert_array_equal(again, pooled)
 
 
 def test_a_window_of_minus_infinity_takes_its_first_pixel_and_none_of_the_padding():

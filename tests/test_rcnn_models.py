@@ -4,6 +4,7 @@ import functools
 import re
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -364,6 +365,29 @@ def test_gradients_reach_what_trains_and_nothing_else(name, short):
         same = jax.tree.map(np.array_equal, state["batch_stats"], variables["batch_stats"])
         assert all(jax.tree.leaves(same)) == (model.bn == "frozen")
         assert any(jax.tree.leaves(same)) == (model.bn == "frozen")
+
+
+@pytest.mark.parametrize("name", ["v2", "c4"])
+def test_a_trunk_that_does_not_learn_passes_no_gradient_and_keeps_its_statistics(name):
+    model: Any = WHOLE[name].clone(trunk_learns=False, bn="train")
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32)
+    variables = contract.random_variables(model, images.shape)
+
+    def total(params):
+        given = {**variables, "params": params}
+        levels, state = model.apply(
+            given, images, train=True, method="features", mutable=["batch_stats"]
+        )
+        return sum(jnp.sum(jnp.sin(x)) for x in levels), state["batch_stats"]
+
+    grads, statistics = jax.jit(jax.grad(total, has_aux=True))(variables["params"])
+    assert not any(np.any(x) for x in jax.tree.leaves(grads))
+    for part, own in statistics.items():
+        chex.assert_trees_all_equal(own, variables["batch_stats"][part])
+    paths: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
+    for path in paths:
+        is_frozen = any(re.search(pattern, path) for pattern in model.frozen)
+        assert is_frozen == path.startswith(("backbone/", "fpn/")), path
 
 
 @pytest.mark.parametrize(("trained", "frozen"), [(5, 0), (3, 2), (1, 4), (0, 5)])

@@ -77,15 +77,16 @@ def test_vgg_poolings(number):
         (deeplab.deeplab_vgg_aspp_l, {"num_classes": 21}, "scores", 611, 8, 0),
         (resnet.resnet50, {}, "layer4", 427, 32, 0),
         (resnet.resnet50, {"output_stride": 8}, "layer4", 427, 8, 0),
-        (resnet.resnet101, {}, "layer4", 971, 32, 0),
+        pytest.param(resnet.resnet101, {}, "layer4", 971, 32, 0, marks=pytest.mark.slow),
         (resnet.resnet50, {"stride_in": "1x1"}, "layer4", 483, 32, 0),
-        (
+        pytest.param(
             resnet.resnet101,
             {"stride_in": "1x1", "output_stride": 8, "first_block_dilation": "new"},
             "layer4",
             1027,
             8,
             0,
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -57,7 +57,7 @@ class Layer:
 
         Max pooling uses only the size of the kernel.
         """
-        return np.asarray(self._run(jnp.asarray(x), jnp.asarray(kernel)))
+        return np.asarray(_run(self, x, kernel))
 
     def image(self, x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
         """Runs the layer on one image [i, i] with one filter [k, k]; returns [o, o]."""
@@ -71,16 +71,18 @@ class Layer:
             jax.ShapeDtypeStruct((1, self.size, self.size, 1), jnp.float32),
             jax.ShapeDtypeStruct((self.kernel, self.kernel, 1, 1), jnp.float32),
         )
-        return jax.eval_shape(self._run, *arguments).shape[1]
+        return jax.eval_shape(functools.partial(_run, self), *arguments).shape[1]
 
-    def _run(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        shared = dict(strides=self.stride, padding=self.padding, dilation=self.dilation)
-        match self.kind:
-            case "conv":
-                return conv(x, kernel, **shared)
-            case "up_conv":
-                return up_conv(x, kernel, output_padding=self.remainder, **shared)
-        return max_pool(x, self.kernel, self.stride, self.padding)
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(layer: Layer, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    shared = dict(strides=layer.stride, padding=layer.padding, dilation=layer.dilation)
+    match layer.kind:
+        case "conv":
+            return conv(x, kernel, **shared)
+        case "up_conv":
+            return up_conv(x, kernel, output_padding=layer.remainder, **shared)
+    return max_pool(x, layer.kernel, layer.stride, layer.padding)
 
 
 class Relationship(NamedTuple):

@@ -120,6 +120,7 @@ def _lax_conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.A
 # layers without padding at a third of its speed, so they get one column of padding. The tests
 # compare all implementations.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3))  # layers of one shape are traced once
 def _conv(x: jax.Array, kernel: jax.Array, w: Windows, groups: int) -> jax.Array:
     def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
         if _is_depthwise(x, kernel, w, groups):

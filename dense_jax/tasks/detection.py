@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dense_jax.data import objects as object_lib
@@ -372,12 +371,12 @@ class Detection(Task):
         boxes = objects.boxes[~objects.crowd]  # crowds do not train
         resized = box_ops.scale(boxes, (1 / enlarged[0], 1 / enlarged[1]))
         matches = jax.device_get(
-            match_anchors(
+            jax.jit(match_anchors, static_argnames="rule")(
                 anchors,
-                jnp.asarray(np.pad(resized, [(0, 1), (0, 0)])),  # for images without objects
-                jnp.arange(len(boxes) + 1) < len(boxes),
-                jnp.array(self.input_size(size)),
-                rule,
+                np.pad(resized, [(0, 1), (0, 0)]),  # for images without objects
+                np.arange(len(boxes) + 1) < len(boxes),
+                np.array(self.input_size(size)),
+                rule=rule,
             )
         )
         chosen = matches.label == FOREGROUND

@@ -185,8 +185,12 @@ def load(
             build, config_class = script.build, script.config_class
         else:
             build, config_class = task, _config_class(task)
-        config = from_json(config_class, record["config"], folder / "config.json")
-        task = build(config, classes.num_classes)
+        path = folder / "config.json"
+        config = from_json(config_class, record["config"], path)
+        try:
+            task = build(config, classes.num_classes)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     variables, step = read_variables(folder, checkpoint, task.headline)
     return Run(folder, task, variables, step, classes, record["script"])
 

@@ -6,10 +6,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dense_jax.objectives import rcnn
 from dense_jax.ops.proposals import propose
 from dense_jax.tasks import rcnn_recipes
 from dense_jax.tasks.detection import Detection
@@ -24,6 +26,7 @@ BOXES = np.array(
     [[10, 20, 60, 90], [55.5, 8, 149, 100], [100, 80, 117, 95], [1, 1, 8, 9]], np.float32
 )
 CLASSES = np.array([3, 17, 90, 3])
+NUM_PROPOSALS, NUM_ROIS = 256, 128  # of the first stage in evaluation; that train the head
 _TIE = 1e-6  # of logits and probabilities
 LOSSES = ("rpn_class", "rpn_box", "class", "box")
 
@@ -53,6 +56,28 @@ def targets() -> list[dict[str, Any]]:
 def uniform(name: str, count: int) -> np.ndarray:
     """Returns random numbers in [0, 1) that decide which anchors or boxes train, [count]."""
     return np.float32(0.5) + drawn.uniform(name, (count,)) / np.float32(2.001)
+
+
+def numbers_of(boxes: Any) -> Any:
+    """Returns numbers in [0, 1) that decide which of some boxes train, by their places.
+
+    Not by their ranks: of two scores that are nearer than a rounding error, either may come first.
+
+    Args:
+      boxes: [..., R, 4], NumPy's or traced.
+    """
+    cells = (boxes + 1) // 8
+    return (cells @ np.array([73, 179, 283, 419], np.float32)) % 997 / 997
+
+
+def sample_by_place(proposals: Any, objects: Any, uniform: Any, rule: Any) -> Any:
+    """Takes the place of `dense_jax.objectives.rcnn.sample_rois`."""
+    boxes = jnp.concatenate([proposals.boxes, objects["boxes"]], axis=1)
+    chex.assert_equal_shape([boxes[..., 0], uniform])
+    return _sample_rois(proposals, objects, numbers_of(boxes), rule)
+
+
+_sample_rois = rcnn.sample_rois
 
 
 def kept(name: str) -> dict[str, np.ndarray]:
@@ -107,13 +132,13 @@ def parameters(name: str) -> dict[str, np.ndarray]:
 
 
 def ours(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns "proposals" [1000, 4] and their "logits", "boxes", "classes", "scores" and losses.
+    """Returns "proposals" [256, 4] and their "logits", "boxes", "classes", "scores" and losses.
 
     Args:
       name: of torchvision's network.
       tensors: its state dict.
     """
-    task = build(name, bn="train")
+    task = build(name, bn="train", test_proposals=NUM_PROPOSALS, rois_per_image=NUM_ROIS)
     model: Any = task.model
     recipe = rcnn_recipes.RECIPES["torchvision"]
 
@@ -132,7 +157,8 @@ def ours(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         grids = [level.shape[1:3] for level in levels]
         anchors = rcnn_recipes.anchors(model, recipe.anchors, PADDED, grids)
         first, moves = ([x[0] for x in some] for some in (logits, deltas))
-        proposals = propose(first, moves, anchors, sizes[0], recipe.test)
+        rule = dataclasses.replace(recipe.test, count=NUM_PROPOSALS)
+        proposals = propose(first, moves, anchors, sizes[0], rule)
         found = {key: value[0] for key, value in task.forward(variables, images, sizes).items()}
         outputs = {"proposals": proposals.boxes, "logits": proposals.scores, **found}
         return outputs | losses(variables, batch)
@@ -143,11 +169,7 @@ def ours(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def given_uniforms(rng: Any, index: jax.Array, count: int) -> jax.Array:
     """Takes the place of `dense_jax.objectives.rcnn.uniforms`."""
     del rng, index
-    num_rois = rcnn_recipes.RECIPES["torchvision"].train.count + len(BOXES)
-    if count != num_rois:
-        return jnp.asarray(uniform("anchors", count)[None])
-    of_objects = uniform("objects", len(BOXES))
-    return jnp.concatenate([uniform("proposals", num_rois - len(BOXES)), of_objects])[None]
+    return jnp.asarray(uniform("anchors", count)[None])
 
 
 def theirs(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -156,7 +178,7 @@ def theirs(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 
     from tests.parity.theirs import detector
 
-    network, lists = detector(name, tensors)
+    network, lists = detector(name, tensors, NUM_PROPOSALS, NUM_ROIS)
     pixels = torch.from_numpy(batch_of(PADDED, TRUE)["images"]).permute(0, 3, 1, 2)
     images = lists(pixels, [TRUE])
     with torch.inference_mode():
@@ -178,24 +200,24 @@ def theirs(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 class Sampler:
     """Takes the place of torchvision's `BalancedPositiveNegativeSampler`: smallest numbers win."""
 
-    def __init__(self, size: int, max_foreground: int, *, of_boxes: bool) -> None:
-        self._size, self._max, self._of_boxes = size, max_foreground, of_boxes
+    def __init__(self, size: int, max_foreground: int) -> None:
+        self._size, self._max, self._numbers = size, max_foreground, None
+
+    def set_boxes(self, boxes: np.ndarray) -> None:
+        """Takes the numbers of boxes, in place of those of anchors."""
+        self._numbers = numbers_of(boxes)
 
     def __call__(self, labels: Any) -> Any:
         """Returns which are taken of positive and of negative labels, of each image."""
         import torch
 
         (own,) = labels
-        numbers = uniform("anchors", len(own))
-        if self._of_boxes:
-            count = len(own) - len(BOXES)
-            numbers = [uniform("proposals", 2000)[:count], uniform("objects", len(BOXES))]
-            numbers = np.concatenate(numbers)
+        numbers = uniform("anchors", len(own)) if self._numbers is None else self._numbers
         taken = []
         for wanted, limit in ((own >= 1, self._max), (own == 0, self._size)):
             which = torch.where(wanted)[0].numpy()
             limit = min(limit, self._size - sum(int(x.sum()) for x in taken))
             mask = torch.zeros(len(own), dtype=torch.uint8)
-            mask[which[np.argsort(numbers[which])][:limit]] = 1
+            mask[which[np.argsort(numbers[which], kind="stable")][:limit]] = 1
             taken.append(mask)
         return [taken[0]], [taken[1]]

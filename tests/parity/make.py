@@ -35,7 +35,7 @@ def make(name: str) -> None:
 
 def make_detections() -> None:
     """Writes what torchvision's detectors find and lose; prints how far from it we are."""
-    rcnn.uniforms = detection.given_uniforms
+    rcnn.uniforms, rcnn.sample_rois = detection.given_uniforms, detection.sample_by_place
     outputs = {}
     for name in detection.NAMES:
         tensors = detection.parameters(name)

@@ -39,7 +39,14 @@ def test_references_are_small():
     assert all(file.stat().st_size < 50_000 for file in files)
 
 
-@pytest.mark.parametrize("name", zoo.NETWORKS)
+# Others differ in depth, width or the head alone.
+FAST = ("resnet50", "deeplabv3_resnet50", "vgg16", "fasterrcnn_resnet50_fpn_v2")
+NAMES = [
+    pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in zoo.NETWORKS
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_stage_is_torchvisions(name):
     shapes, stages = zoo.kept(name)
     ours = zoo.ours(name, drawn.parameters(shapes))

@@ -99,10 +99,13 @@ def _detected(network: Any, images: torch.Tensor) -> dict[str, np.ndarray]:
     return dict(zip(zoo.NETWORKS["fasterrcnn_resnet50_fpn"].stages, outputs, strict=True))
 
 
-def detector(name: str, tensors: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+def detector(
+    name: str, tensors: Mapping[str, np.ndarray], num_proposals: int = 1000, num_rois: int = 512
+) -> tuple[Any, Any]:
     """Returns a detector of torchvision in evaluation, and its class of lists of images.
 
-    Its samples of anchors and boxes follow from `detection.uniform`. It needs compiled operators.
+    Its samples of anchors follow from `detection.uniform`, and those of boxes from
+    `detection.numbers_of`. It needs compiled operators.
     """
     from tests.parity import detection
 
@@ -111,6 +114,15 @@ def detector(name: str, tensors: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
     state_dict = {key: torch.from_numpy(values) for key, values in tensors.items()}
     network.load_state_dict(state_dict, strict=True, assign=True)
     network.eval()
-    network.rpn.fg_bg_sampler = detection.Sampler(256, 128, of_boxes=False)
-    network.roi_heads.fg_bg_sampler = detection.Sampler(512, 128, of_boxes=True)
+    network.rpn.fg_bg_sampler = detection.Sampler(256, 128)
+    network.rpn._post_nms_top_n["testing"] = num_proposals
+    sampler = network.roi_heads.fg_bg_sampler = detection.Sampler(num_rois, num_rois // 4)
+    add = network.roi_heads.add_gt_proposals
+
+    def add_objects(proposals: Any, objects: Any) -> Any:
+        (boxes,) = add(proposals, objects)
+        sampler.set_boxes(boxes.numpy())
+        return [boxes]
+
+    network.roi_heads.add_gt_proposals = add_objects
     return network, torchvision.models.detection.image_list.ImageList
