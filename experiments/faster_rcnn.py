@@ -32,13 +32,11 @@ from dense_jax.ops.roi import Reduce, RoiOp
 from dense_jax.tasks import training
 from dense_jax.tasks.alternating import PARTS, Part, four_runs
 from dense_jax.tasks.detection import Detection, DetectionConfig
-from dense_jax.tasks.rcnn_recipes import RECIPES, anchors
-from dense_jax.train.config import AtLeastZero, Count, Factor, from_scratch, smoke
+from dense_jax.tasks.rcnn_recipes import RECIPES, HeadLoss, anchors, frozen_by, head_rule
+from dense_jax.train.config import AtLeastZero, Count, Factor, Shares, from_scratch, smoke
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.step import AXIS
 
-# Parameters that learn nothing where only the last layer of the boxes does.
-_ALL_BUT_BOXES = "^(?!box_predictor/bbox_pred/)"
 _NUM_GIVEN = 2000  # Boxes of an image, about as many as selective search finds.
 
 
@@ -84,9 +82,10 @@ class Config(DetectionConfig):
     """off: evaluate with anchors that do not move as proposals (Table 2, no reg)."""
     rpn_lambda: AtLeastZero = 1.0
     """Factor of the proposals' box loss (Table 9)."""
-    head_loss: Literal["both", "class", "box"] = "both"
+    head_loss: HeadLoss = "both"
     """Losses of the head. box after class, with --init=run:DIR, is training in stages: only the
-    last layer of the boxes learns (Fast R-CNN, Table 6)."""
+    last layer of the boxes learns (Fast R-CNN, Table 6). svm, likewise, trains support vector
+    machines in place of the last layer of the classes (Table 8)."""
     test_boxes: Literal["moved", "proposals"] = "moved"
     """Whether detections are proposals moved by the head, or the proposals themselves (Fast R-CNN,
     Table 6)."""
@@ -97,6 +96,9 @@ class Config(DetectionConfig):
     Default: as the recipe (align; paper: pool)."""
     roi_reduce: Reduce = "mean"
     """Mean or maximum of the samples in a bin, with align and warp."""
+    test_scales: Shares = (1.0,)
+    """Sizes of an image in evaluation, as factors of its largest, --test-side. Each box is
+    classified where its area is closest to 224 x 224 pixels (Fast R-CNN, Table 7)."""
     test_proposals: Count | None = None
     """Number of proposals in evaluation (Table 2). Default: as the recipe."""
     trained_stages: Literal[0, 1, 2, 3, 4, 5] = 3
@@ -124,9 +126,11 @@ class Config(DetectionConfig):
             not learns & ({"rpn", "head"} if has_rpn else {"head"}),
             f"--learn {' '.join(self.learn)}: add {'rpn or ' if has_rpn else ''}head",
         )
+        of_head = self.head_loss, self.test_boxes, self.test_scales
         refuse(
-            "head" not in learns and (self.head_loss, self.test_boxes) != ("both", "moved"),
-            "--head-loss and --test-boxes change the head: leave them out, or add head to --learn",
+            "head" not in learns and of_head != ("both", "moved", (1.0,)),
+            "--head-loss, --test-boxes and --test-scales are of the head: leave them out, or add "
+            "head to --learn",
         )
         from_file = self.proposal_source == "file"
         refuse(
@@ -213,17 +217,9 @@ def build(config: Config, num_classes: int) -> Detection:
     proposals_of: ProposalsOf = {
         "rpn": from_network(anchors_of, test), "grid": from_grid(anchors_of), "file": from_input
     }[source]  # fmt: skip
-    num_rois = config.rois_per_image or recipe.roi_rule.sample
-    roi_rule = replace(
-        recipe.roi_rule,
-        sample=num_rois,
-        max_foreground=max(1, num_rois // 4),
-        class_weight=float(config.head_loss != "box"),
-        box_weight=float(config.head_loss != "class"),
-    )
+    roi_rule = head_rule(recipe.roi_rule, config.head_loss, config.rois_per_image)
     anchor_rule = replace(recipe.anchor_rule, box_weight=config.rpn_lambda)
-    frozen = list(model.frozen)
-    frozen += [_ALL_BUT_BOXES] if config.head_loss == "box" else []
+    frozen = [*model.frozen, *frozen_by(config.head_loss)]
     frozen += ["^rpn/"] if source == "rpn" and "rpn" not in learns else []
     frozen += [] if has_head else ["^box_(head|predictor)/"]
     num_given = config.num_proposals or _NUM_GIVEN
@@ -250,7 +246,9 @@ def build(config: Config, num_classes: int) -> Detection:
                 recipe.detections,
                 count=config.max_detections,
                 is_moved=config.test_boxes == "moved",
+                one_against_rest=config.head_loss == "svm",
             ),
+            config.test_scales,
         )
         if has_head
         else proposals_alone(first, config.max_detections),

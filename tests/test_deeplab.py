@@ -60,7 +60,7 @@ def test_parts_have_the_published_sizes():
     assert branches == [387_093] * 4
 
 
-@pytest.mark.parametrize("backbone", ["vgg16", "resnet50"])
+@pytest.mark.parametrize("backbone", ["vgg16", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_sizes_of_the_paper(backbone):
     model = DeepLab(21, backbone=backbone, scales=(1.0, 0.75, 0.5))
     outputs, _ = contract.shapes_of(model, (1, 321, 321, 3))

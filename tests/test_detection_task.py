@@ -318,6 +318,7 @@ def test_tasks_without_debug_pictures_refuse_the_command(run, tmp_path, monkeypa
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow  # test_sweep runs one of labels
 def test_a_sweep_tabulates_box_ap(tmp_path, monkeypatch):
     def train(self, words, log):
         log.parent.mkdir()

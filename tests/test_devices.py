@@ -45,7 +45,11 @@ _COMMON: dict[str, Any] = {
 _CHANGES = {fcn: {"score_init": "normal", "dropout_rate": 0.5}, segnet: {"dropout": "enc_dec"}}
 
 
-@pytest.fixture(scope="module", params=[fcn, segnet], ids=lambda script: script.__name__)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(fcn, marks=pytest.mark.slow), segnet],
+    ids=lambda script: script.__name__,
+)
 def results(request):
     """(losses, state) of five steps on one device, and on four."""
     script = request.param

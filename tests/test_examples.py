@@ -253,6 +253,7 @@ def test_deeplab_is_measured(deeplab, data_root):
     assert scores["mean_iou"] == pytest.approx(0.7491, abs=2e-3)
 
 
+@pytest.mark.slow  # test_import_weights starts runs too
 def test_training_starts_from_the_weights_and_another_head(tmp_path, capsys, monkeypatch):
     def before_training(build, config):
         task, dataset = build(config, 6), training.load_dataset(config)

@@ -86,6 +86,7 @@ def test_batch_statistics_are_those_of_all_devices(name):
         assert getattr(model, "axis_name", AXIS) == AXIS
 
 
+@pytest.mark.slow  # test_alternating trains in stages too
 def test_fcn_stages_start_from_one_another(tmp_path, capsys):
     fcn = script("fcn")
     config = dataclasses.replace(

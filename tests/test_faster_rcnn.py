@@ -24,6 +24,7 @@ OTHER = {
     "rois_per_image": 8,
     "roi_op": "pool",
     "test_proposals": 5,
+    "test_scales": (1.0, 0.5),
     "weight_decay": 0.5,
 }
 REFUSED = {

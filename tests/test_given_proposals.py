@@ -18,11 +18,14 @@ from dense_jax.data.transforms import RandomFlip, Resize
 from dense_jax.errors import UserError
 from dense_jax.evaluation import instances
 from dense_jax.infer import predictor
-from dense_jax.infer.detections import from_input
+from dense_jax.infer.detections import DetectionRule, classify_at_scales, detect, from_input
 from dense_jax.models.rcnn import faster_rcnn as models
-from dense_jax.ops.proposals import ProposalRule, propose, whole_grid
+from dense_jax.objectives.rcnn import RoiRule, RoiTargets, roi_losses, sample_rois
+from dense_jax.ops.proposals import ProposalRule, Proposals, propose, whole_grid
+from dense_jax.ops.resize import resize_bilinear
 from dense_jax.tasks import trained, training
 from dense_jax.tasks.detection import truth_of
+from dense_jax.tasks.rcnn_recipes import head_rule
 from experiments import faster_rcnn as script
 from tests.test_detection_task import (
     NUM_CLASSES,
@@ -176,15 +179,77 @@ def test_one_of_the_losses_alone(flags):
     assert not hasattr(own.model, "rpn")
 
 
-def test_only_the_last_layer_learns_boxes_in_stages():
-    groups = script.build(config(head_loss="box"), NUM_CLASSES).groups
+@pytest.mark.parametrize(("loss", "layer"), [("box", "bbox_pred"), ("svm", "cls_score")])
+def test_only_a_last_layer_learns_in_stages(loss, layer):
+    groups = script.build(config(head_loss=loss), NUM_CLASSES).groups
     params: Any = traverse_util.flatten_dict(variables_of(task())["params"], sep="/")
     learns = {
         name
         for name in params
         if not any(group.lr == 0 and re.search(group.pattern, name) for group in groups)
     }
-    assert learns == {"box_predictor/bbox_pred/kernel", "box_predictor/bbox_pred/bias"}
+    assert learns == {f"box_predictor/{layer}/kernel", f"box_predictor/{layer}/bias"}
+
+
+def test_support_vector_machines_by_hand():
+    """Objects against boxes that hardly touch them; margins below 1 cost what they lack."""
+    rule = head_rule(RoiRule(), "svm", 8)
+    assert (rule.sample, rule.max_foreground, rule.box_weight) == (8, 2, 0)
+    boxes = jnp.array([[[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 4], [30, 30, 40, 40]]])
+    objects = {"boxes": boxes[:, :1], "classes": jnp.array([[2]]), "valid": jnp.ones((1, 1), bool)}
+    given = Proposals(boxes, jnp.zeros((1, 4)), jnp.array([[False, True, True, True]]))
+    wanted = sample_rois(given, objects, jnp.full((1, 5), 0.5), rule)
+    # IoU 0.9 and 0.4 stand for nothing, 0 is background, and the object itself has its class.
+    chosen = [tuple(box) for box in wanted.boxes[0][wanted.filled[0]].tolist()]
+    assert sorted(chosen) == [(0, 0, 10, 10), (30, 30, 40, 40)]
+    assert sorted(wanted.classes[0][wanted.filled[0]].tolist()) == [0, 2]
+    targets = RoiTargets(
+        boxes[:, :3], jnp.array([[2, 0, 1]]), jnp.zeros((1, 3, 4)), jnp.zeros((1, 3), int),
+        jnp.array([[True, True, False]]),
+    )  # fmt: skip
+    logits = jnp.array([[[9.0, -2, 0.25], [9, 0.5, -3], [9, 9, 9]]])
+    losses = roi_losses(logits, jnp.zeros((1, 3, 3, 4)), targets, rule)
+    assert float(losses["class"][0]) == 0.75 + 1.5  # the first lacks 0.75, the second 1.5
+    assert int(losses["class"][1]) == 2
+    assert float(losses["box"][0]) == 0
+    found = detect(
+        logits[0, :2], jnp.zeros((2, 3, 4)), boxes[0, 2:], jnp.ones(2, bool), jnp.array([50, 50]),
+        DetectionRule(count=4, one_against_rest=True),
+    )  # fmt: skip
+    assert found["classes"][found["valid"]].tolist() == [1, 2, 1]
+    expected = 1 / (1 + np.exp(-np.array([0.5, 0.25, -2])))
+    np.testing.assert_allclose(found["scores"][found["valid"]], expected, rtol=1e-6)
+
+
+def test_each_box_is_classified_at_the_size_that_suits_it():
+    """Where it is closest to 224 pixels, as a pass over the image of this size alone sees it."""
+    own = task(neck="c5", anchor_sizes=(16, 32))
+    variables = variables_of(own)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.uniform(-1, 1, (1, 480, 448, 3)).astype(np.float32))
+    boxes = jnp.array(
+        [[[0.0, 0, 448, 440], [20, 30, 240, 250], [10, 10, 20, 18], [0, 100, 300, 400]]]
+    )
+
+    def apply(*inputs, method):
+        return own.model.clone(axis_name=None).apply(variables, *inputs, train=False, method=method)
+
+    logits, deltas = jax.jit(lambda x, b: classify_at_scales(apply, x, b, (1.0, 0.5)))(
+        images, boxes
+    )
+
+    def alone(scale):
+        size = (int(480 * scale), int(448 * scale))
+        smaller = resize_bilinear(images, size, align_corners=False)
+        padded = jnp.pad(smaller, [(0, 0), (0, -size[0] % 32), (0, -size[1] % 32), (0, 0)])
+        return apply(apply(padded, method="features"), boxes * scale, method="classify")
+
+    one, half = jax.jit(alone, static_argnums=0)(1.0), jax.jit(alone, static_argnums=0)(0.5)
+    # Sides of 444, 220, 9 and 300 pixels; at half the size 222, 110, 4.5 and 150.
+    for box, (scores, moves) in enumerate([half, one, one, half]):
+        np.testing.assert_allclose(logits[0, box], scores[0, box], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(deltas[0, box], moves[0, box], rtol=1e-4, atol=1e-6)
+    assert not np.allclose(one[0][0, 0], half[0][0, 0], atol=1e-6)
 
 
 def test_all_anchors_are_proposals():

@@ -130,7 +130,10 @@ TRUNKS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("case", TRUNKS)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] if case == "fpn" else []) for case in TRUNKS],
+)
 def test_a_detector_starts_from_a_classifier(case, tmp_path):
     build, trunk, release, normalisation = TRUNKS[case]
     is_vgg = trunk is vgg.vgg16

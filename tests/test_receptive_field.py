@@ -302,7 +302,12 @@ ZOO = {
 }
 
 
-@pytest.mark.parametrize("name", ZOO)
+FAST = ("fcn8s", "unet", "segnet_basic", "hypercolumns", "resnet50")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in FAST else [pytest.mark.slow]) for x in ZOO]
+)
 def test_a_box_is_the_support_of_the_gradient(name, monkeypatch):
     model, output, size = ZOO[name]
     monkeypatch.setattr(segnet, "max_unpool", spread_out)
@@ -357,16 +362,20 @@ def test_a_crop_one_unit_off_is_found(monkeypatch, wrong, expected, first):
     assert (logits.rows.first, logits.columns.first) == (first, 0)
 
 
-def test_branches_of_the_other_networks_are_aligned():
-    for model in (
-        unet.unet(num_classes=2),
-        segnet.SegNetBasic(num_classes=11, decoder="fcn"),
+@pytest.mark.parametrize(
+    "model",
+    [
+        unet.unet(num_classes=2, width=4),
+        segnet.SegNetBasic(num_classes=11, width=1 / 16, decoder="fcn"),
         hypercolumns.Hypercolumns(num_classes=21, width=1 / 16),
-        resnet.resnet50(output_stride=16),
-    ):
-        meetings = rf.analyse(model).meetings
-        assert meetings
-        assert all(m.is_aligned() for m in meetings)
+        pytest.param(resnet.resnet50(output_stride=16), marks=pytest.mark.slow),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_branches_of_the_other_networks_are_aligned(model):
+    meetings = rf.analyse(model).meetings
+    assert meetings
+    assert all(m.is_aligned() for m in meetings)
 
 
 def test_a_bilinear_kernel_of_odd_size_is_half_a_pixel_off():

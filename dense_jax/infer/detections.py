@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from dense_jax.data.padded import BUCKET
 from dense_jax.ops import boxes as box_ops
 from dense_jax.ops.nms import nms
 from dense_jax.ops.proposals import (
@@ -27,12 +28,14 @@ from dense_jax.ops.proposals import (
     propose_each,
     whole_grid,
 )
+from dense_jax.ops.resize import rescaled, resize_bilinear
 
 ProposalsOf = Callable[..., Proposals]
 """(apply of the network, maps, size of the padded images, sizes of the images [B, 2], *inputs) ->
 the proposals of a batch."""
 
 _LEAST_DETECTION = 1e-2  # pixels, of both sides
+_SUITABLE_SIDE = 224  # pixels of a box, as of ImageNet's images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,8 @@ class DetectionRule:
       min_side: detections with a shorter side than this, in pixels, are dropped.
       plus_one: whether widths are x1 - x0 + 1, as in Caffe.
       is_moved: False leaves the proposals where they are (Fast R-CNN, Table 6).
+      one_against_rest: scores are sigmoids of each class's own logit, as of support vector
+        machines, and no softmax.
     """
 
     count: int = 100
@@ -56,6 +61,7 @@ class DetectionRule:
     min_side: float = _LEAST_DETECTION
     plus_one: bool = False
     is_moved: bool = True
+    one_against_rest: bool = False
 
 
 def detect(
@@ -81,7 +87,8 @@ def detect(
       rule: how to choose.
     """
     num_classes = logits.shape[1]
-    scores = jax.nn.softmax(logits, axis=-1)[:, 1:]
+    scores = jax.nn.sigmoid(logits) if rule.one_against_rest else jax.nn.softmax(logits, axis=-1)
+    scores = scores[:, 1:]
     moves = deltas[:, 1:] if rule.is_moved else jnp.zeros_like(deltas[:, 1:])
     moved = box_ops.decode(moves, boxes[:, None], weights=HEAD_WEIGHTS, plus_one=rule.plus_one)
     moved = box_ops.clip(moved, tuple(size.astype(moved.dtype)))
@@ -227,7 +234,10 @@ def proposals_alone(
 
 
 def two_stages(
-    model: nn.Module, first: Callable[..., FirstStage], rule: DetectionRule
+    model: nn.Module,
+    first: Callable[..., FirstStage],
+    rule: DetectionRule,
+    scales: Sequence[float] = (1.0,),
 ) -> Callable[..., dict[str, jax.Array]]:
     """Returns (variables, images [B, H, W, C], sizes [B, 2], *inputs) -> arrays of `detect`.
 
@@ -237,17 +247,59 @@ def two_stages(
       model: a `dense_jax.models.rcnn.faster_rcnn.FasterRCNN`.
       first: the result of `first_stage`.
       rule: how detections are chosen.
+      scales: factors, at most 1, of the sizes of images from which boxes are classified; see
+        `classify_at_scales`.
     """
 
     def predict(
         variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
     ) -> dict[str, jax.Array]:
         levels, _, proposals = first(variables, images, sizes, *inputs)
-        scored: Any = model.apply(
-            variables, levels, proposals.boxes, train=False, method="classify"
-        )
-        scores, moves = scored
+        apply: Any = functools.partial(model.apply, variables, train=False)
+        if tuple(scales) == (1.0,):
+            scores, moves = apply(levels, proposals.boxes, method="classify")
+        else:
+            scores, moves = classify_at_scales(apply, images, proposals.boxes, scales)
         choose = functools.partial(detect, rule=rule)
         return jax.vmap(choose)(scores, moves, proposals.boxes, proposals.valid, sizes)
 
     return predict
+
+
+def classify_at_scales(
+    apply: Callable[..., Any], images: jax.Array, boxes: jax.Array, scales: Sequence[float]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns logits [B, R, K] and deltas [B, R, K, 4] of boxes, each from the size that suits it.
+
+    A box is classified where its area is closest to 224 x 224 pixels.
+
+    Args:
+      apply: (*inputs, method) -> output of the network's method.
+      images: [B, H, W, C], with their padding.
+      boxes: [B, R, 4], in pixels of the images.
+      scales: factors of the sizes, at most 1; images are resized by linear interpolation.
+
+    Reference: Girshick, "Fast R-CNN", ICCV 2015, arXiv:1504.08083, Section 2.4; He, Zhang, Ren,
+    Sun, "Spatial pyramid pooling", ECCV 2014, arXiv:1406.4729, Section 4.1.
+    """
+    height, width = images.shape[1:3]
+    outputs, distances = [], []
+    for scale in scales:
+        size = rescaled(height, scale), rescaled(width, scale)
+        smaller = resize_bilinear(images, size, align_corners=False)
+        edges = [(0, -side % BUCKET) for side in size]
+        smaller = jnp.pad(smaller, [(0, 0), *edges, (0, 0)])
+        own = box_ops.scale(boxes, (size[0] / height, size[1] / width))
+        levels = apply(smaller, method="features")
+        outputs.append(apply(levels, own, method="classify"))
+        sides = own[..., 2:] - own[..., :2]
+        distances.append(jnp.abs(jnp.prod(sides, axis=-1) - _SUITABLE_SIDE**2))
+    best = jnp.argmin(jnp.stack(distances), axis=0)[None]
+
+    def chosen(each: Sequence[jax.Array]) -> jax.Array:
+        stacked = jnp.stack(each)
+        index = best.reshape(*best.shape, *[1] * (stacked.ndim - best.ndim))
+        return jnp.take_along_axis(stacked, index, axis=0)[0]
+
+    logits, deltas = zip(*outputs, strict=True)
+    return chosen(logits), chosen(deltas)

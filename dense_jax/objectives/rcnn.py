@@ -71,6 +71,8 @@ class RoiRule:
       beta: width of the quadratic part of the smooth L1 loss; 0 is the L1 loss.
       plus_one: whether widths are x1 - x0 + 1, as in Caffe.
       class_weight, box_weight: factors of the two losses.
+      hinge: the loss of classes is the sum of max(0, 1 - y s) over the classes, with y = 1 for the
+        class of a box and -1 for others: support vector machines, one against the rest.
     """
 
     foreground: float = 0.5
@@ -81,6 +83,7 @@ class RoiRule:
     plus_one: bool = False
     class_weight: float = 1.0
     box_weight: float = 1.0
+    hinge: bool = False
 
 
 def smooth_l1(errors: jax.Array, beta: float) -> jax.Array:
@@ -253,14 +256,18 @@ def roi_losses(logits: jax.Array, deltas: jax.Array, wanted: RoiTargets, rule: R
       rule: the one of `sample_rois`.
     """
     chex.assert_rank([logits, deltas], [3, 4])
-    log_p = jax.nn.log_softmax(logits)
-    entropy = -jnp.take_along_axis(log_p, wanted.classes[..., None], axis=-1)[..., 0]
+    if rule.hinge:
+        signs = 2 * jax.nn.one_hot(wanted.classes, logits.shape[-1]) - 1
+        losses = jnp.sum(jax.nn.relu(1 - signs * logits)[..., 1:], axis=-1)
+    else:
+        log_p = jax.nn.log_softmax(logits)
+        losses = -jnp.take_along_axis(log_p, wanted.classes[..., None], axis=-1)[..., 0]
     own = jnp.take_along_axis(deltas, wanted.classes[..., None, None], axis=2)[..., 0, :]
     errors = smooth_l1(own - wanted.deltas, rule.beta)
     count = jnp.sum(wanted.filled)
     is_object = (wanted.classes > 0)[..., None]
     return {
-        "class": (rule.class_weight * jnp.sum(jnp.where(wanted.filled, entropy, 0.0)), count),
+        "class": (rule.class_weight * jnp.sum(jnp.where(wanted.filled, losses, 0.0)), count),
         "box": (rule.box_weight * jnp.sum(jnp.where(is_object, errors, 0.0)), count),
     }
 

@@ -18,7 +18,7 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 # Flags of what does not learn in a run, without an effect.
 _NO_RPN = {"rpn_cls": "on", "rpn_reg": "on", "rpn_lambda": 1.0}
-_NO_HEAD = {"head_loss": "both", "test_boxes": "moved"}
+_NO_HEAD = {"head_loss": "both", "test_boxes": "moved", "test_scales": (1.0,)}
 
 
 def four_runs(config: ConfigT) -> Iterator[ConfigT]:

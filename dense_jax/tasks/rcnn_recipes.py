@@ -5,8 +5,9 @@ detectron2/config/defaults.py; rbgirshick/py-faster-rcnn: lib/fast_rcnn/config.p
 models/pascal_voc/VGG16/faster_rcnn_end2end.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from dense_jax.infer.detections import DetectionRule
 from dense_jax.objectives.rcnn import AnchorRule, RoiRule
@@ -58,6 +59,41 @@ RECIPES = {
         DetectionRule(max_iou=0.3, plus_one=True), roi_op="pool",
     ),
 }  # fmt: skip
+
+
+HeadLoss = Literal["both", "class", "box", "svm"]
+"""Losses of the head: of classes and boxes, of one of them, or of support vector machines."""
+# The last layer that alone learns, on a network that has been trained.
+_ALONE = {"box": "bbox_pred", "svm": "cls_score"}
+
+
+def head_rule(rule: RoiRule, loss: HeadLoss, sample: int | None = None) -> RoiRule:
+    """Returns the rule of a recipe for some losses of the head.
+
+    At most a quarter of the boxes have a class. For support vector machines these are the objects'
+    own boxes, against boxes that hardly touch any (Girshick et al., "Rich feature hierarchies",
+    CVPR 2014, arXiv:1311.2524, Section 2.3).
+
+    Args:
+      rule: of the recipe.
+      loss: the losses.
+      sample: number of boxes of an image; None for the recipe's.
+    """
+    if loss == "svm":
+        rule = dataclasses.replace(rule, foreground=0.999, background=(0.0, 0.3), hinge=True)
+    sample = sample or rule.sample
+    return dataclasses.replace(
+        rule,
+        sample=sample,
+        max_foreground=max(1, sample // 4),
+        class_weight=float(loss != "box"),
+        box_weight=float(loss in ("both", "box")),
+    )
+
+
+def frozen_by(loss: HeadLoss) -> tuple[str, ...]:
+    """Returns regular expressions for the paths of what does not learn under some losses."""
+    return (f"^(?!box_predictor/{_ALONE[loss]}/)",) if loss in _ALONE else ()
 
 
 class HasAnchors(Protocol):

@@ -69,6 +69,10 @@ AtLeastOne = Annotated[float, Limit(lambda x: x >= 1, "a factor of 1 or more")]
 AtLeastZero = Annotated[float, Limit(lambda x: x >= 0, "0 or more")]
 Rate = Annotated[float, Limit(lambda x: 0 <= x < 1, "a value in [0, 1)")]
 Share = Annotated[float, Limit(lambda x: 0 < x <= 1, "a share in (0, 1]")]
+Shares = Annotated[
+    tuple[float, ...],
+    Limit(lambda x: x and all(0 < each <= 1 for each in x), "one or more, each in (0, 1]"),
+]
 Sides = Annotated[tuple[int, int], Limit(lambda x: min(x) >= 1, "at least 1 1")]
 
 

@@ -66,7 +66,16 @@ TRAPS = {
 }
 
 
-@pytest.mark.parametrize(("name", "change", "first"), TRAPS.values(), ids=TRAPS)
+SLOW_TRAPS = ("features in centres", "SegNet's epsilon")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "first"),
+    [
+        pytest.param(*trap, id=name, marks=[pytest.mark.slow] if name in SLOW_TRAPS else [])
+        for name, trap in TRAPS.items()
+    ],
+)
 def test_another_convention_is_told_apart(name, change, first):
     shapes, stages = zoo.kept(name)
     if name == "fcn_resnet50":
