@@ -100,6 +100,7 @@ def test_every_name_is_found():
         *(f"torchvision's {kind}" for kind in ("vgg16", "vgg16, features alone", "vgg16_bn")),
         *(f"torchvision's {kind}" for kind in ("ResNet", "FCN on ResNet", "DeepLabv3")),
         *(f"torchvision's Faster R-CNN{kind}" for kind in ("", " of 2019", " v2")),
+        "Caffe's ZF",
     }
     with pytest.raises(UserError, match=r"unknown network 'vgg'; .* fcn32s, fcn16s, .* vgg16"):
         catalogue.build("vgg")
