@@ -193,14 +193,13 @@ PRESETS = {
 def build(config: Config, num_classes: int) -> Detection:
     """Returns the task: the network, its losses and its use."""
     recipe, source = RECIPES[config.recipe], config.proposal_source
-    learns, has_head = set(config.learn), "head" in config.learn
+    has_rpn, is_given, has_head = source == "rpn", source == "file", "head" in config.learn
     model = FasterRCNN(
         num_classes, backbone=config.backbone, neck=config.neck, heads=config.heads,
-        anchor_sizes=config.anchor_sizes if source == "rpn" else (),
-        anchor_ratios=config.anchor_ratios,
+        anchor_sizes=config.anchor_sizes if has_rpn else (), anchor_ratios=config.anchor_ratios,
         objectness="softmax" if config.recipe == "paper" else "sigmoid",
         bn=config.bn, bn_epsilon=config.bn_epsilon, trained_stages=config.trained_stages,
-        trunk_learns="trunk" in learns,
+        trunk_learns="trunk" in config.learn,
         roi_op=config.roi_op or recipe.roi_op, roi_reduce=config.roi_reduce,
         roi_aligned=recipe.roi_aligned, roi_samples=recipe.roi_samples,
         remat=config.remat == "on", width=config.width, axis_name=AXIS, dtype=config.dtype,
@@ -208,6 +207,8 @@ def build(config: Config, num_classes: int) -> Detection:
     with_anchors = model.clone(anchor_sizes=config.anchor_sizes)
     with_anchors.check()
     anchors_of = functools.partial(anchors, with_anchors, recipe.anchors)
+
+    # What is proposed and found.
     test = replace(
         recipe.test,
         count=config.test_proposals or recipe.test.count,
@@ -217,13 +218,34 @@ def build(config: Config, num_classes: int) -> Detection:
     proposals_of: ProposalsOf = {
         "rpn": from_network(anchors_of, test), "grid": from_grid(anchors_of), "file": from_input
     }[source]  # fmt: skip
-    roi_rule = head_rule(recipe.roi_rule, config.head_loss, config.rois_per_image)
+    first = first_stage(model, anchors_of, proposals_of)
+    many = first_stage(model, anchors_of, from_network(anchors_of, recipe.train))
+    forward = proposals_alone(first, config.max_detections)
+    if has_head:
+        detections = replace(
+            recipe.detections,
+            count=config.max_detections,
+            is_moved=config.test_boxes == "moved",
+            one_against_rest=config.head_loss == "svm",
+        )
+        forward = two_stages(model, first, detections, config.test_scales)
+
+    # What learns.
     anchor_rule = replace(recipe.anchor_rule, box_weight=config.rpn_lambda)
+    roi_rule = head_rule(recipe.roi_rule, config.head_loss, config.rois_per_image)
+    losses = head_objective(roi_rule, anchors_of if source == "grid" else None)
+    if has_rpn:
+        losses = objective(
+            anchors_of,
+            anchor_rule if "rpn" in config.learn else None,
+            recipe.train,
+            roi_rule if has_head else None,
+        )
     frozen = [*model.frozen, *frozen_by(config.head_loss)]
-    frozen += ["^rpn/"] if source == "rpn" and "rpn" not in learns else []
+    frozen += ["^rpn/"] if has_rpn and "rpn" not in config.learn else []
     frozen += [] if has_head else ["^box_(head|predictor)/"]
+
     num_given = config.num_proposals or _NUM_GIVEN
-    first, is_given = first_stage(model, anchors_of, proposals_of), source == "file"
     return Detection(
         config,
         model,
@@ -231,33 +253,12 @@ def build(config: Config, num_classes: int) -> Detection:
             proposals=config.proposals if is_given else None, num_proposals=num_given
         ),
         groups=[ParamGroup(pattern, lr=0.0) for pattern in frozen],
-        objective=objective(
-            anchors_of,
-            anchor_rule if "rpn" in learns else None,
-            recipe.train,
-            roi_rule if has_head else None,
-        )
-        if source == "rpn"
-        else head_objective(roi_rule, anchors_of if source == "grid" else None),
-        forward=two_stages(
-            model,
-            first,
-            replace(
-                recipe.detections,
-                count=config.max_detections,
-                is_moved=config.test_boxes == "moved",
-                one_against_rest=config.head_loss == "svm",
-            ),
-            config.test_scales,
-        )
-        if has_head
-        else proposals_alone(first, config.max_detections),
+        objective=losses,
+        forward=forward,
         finds_any_class=not has_head,
-        many_proposals=first_stage(model, anchors_of, from_network(anchors_of, recipe.train))
-        if source == "rpn"
-        else None,
         first_stage=None if is_given else first,
-        anchor_rule=anchor_rule if source == "rpn" else None,
+        many_proposals=many if has_rpn else None,
+        anchor_rule=anchor_rule if has_rpn else None,
         given=config.proposals if is_given else None,
         num_given=min(num_given, config.test_proposals or num_given),
     )

@@ -179,7 +179,7 @@ def test_boxes_without_an_area_are_not_written(tmp_path):
         ({"train_mode": "alternating", "proposal_source": "grid"}, "--proposal-source=rpn"),
         ({"train_mode": "alternating", "learn": ("head",)}, "does not go with --learn head"),
         ({"head_steps": 3}, "--train-mode=alternating"),
-        ({"learn": ("rpn",), "head_loss": "box"}, "--head-loss, --test-boxes and --test-scales"),
+        ({"learn": ("rpn",), "head_loss": "box"}, "are of the head: leave them out"),
         ({"learn": ("trunk", "head"), "rpn_lambda": 2.0}, "--rpn-lambda"),
     ],
 )
