@@ -55,7 +55,8 @@ def started(words: Sequence[str], processes: int) -> Iterator[list[subprocess.Po
         port = free.getsockname()[1]
     devices = f"--xla_force_host_platform_device_count={_DEVICES // processes}"
     together = ["--distributed", f"--coordinator=localhost:{port}", f"--num-processes={processes}"]
-    environment = os.environ | ({"XLA_FLAGS": devices} if processes > 1 else {})
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {devices}"  # programs like those of one process
+    environment = os.environ | ({"XLA_FLAGS": flags} if processes > 1 else {})
     with contextlib.ExitStack() as stack:
         children = []
         for i in range(processes):

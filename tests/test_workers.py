@@ -1,6 +1,8 @@
 """Worker processes end with their training: after Ctrl-C and kill."""
 
+import contextlib
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -15,25 +17,40 @@ from dense_jax.errors import UserError
 from dense_jax.train.log import read_metrics
 
 FLAGS = "--num-workers=1 --num-steps=100000 --eval-every=100000 --save-every=100000"
+# A process whose batches come from a worker, without a network.
+READER = """
+from dense_jax.data import pipeline
+from dense_jax.tasks import training
+from experiments import fcn
+
+config = fcn.PRESETS["smoke"]
+data = training.load_dataset(config)
+transforms = fcn.build(config, data.classes.num_classes).transforms
+batches = pipeline.train_batches(data.split("train"), transforms, 2, 0, num_workers=1)
+next(batches)
+print("ready", flush=True)
+input()
+"""
 
 
-@pytest.fixture
-def training(tmp_path):
-    """A training with a worker that has made steps, in a process group of its own."""
-    script = [sys.executable, "-m", "experiments.fcn", "smoke", f"--workdir={tmp_path / 'run'}"]
+@contextlib.contextmanager
+def started(*words):
+    """A program in a process group of its own, which ends with the context."""
     with subprocess.Popen(
-        [*script, *FLAGS.split()],
+        [sys.executable, *words],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     ) as process:
-        while not list(read_metrics(tmp_path / "run" / "metrics.jsonl")):
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.1)
         yield process
         if is_alive(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def is_there(process):
+    return process.poll() is None or pytest.fail(process.communicate()[1])
 
 
 def is_alive(group):
@@ -51,9 +68,15 @@ def wait_for_end(group):
         time.sleep(0.1)
 
 
-def test_a_signal_to_all_processes_ends_in_one_line(training):
-    os.killpg(training.pid, signal.SIGINT)
-    output, errors = training.communicate(timeout=120)
+def test_a_signal_to_all_processes_ends_in_one_line(tmp_path):
+    """Of a training that has made steps."""
+    words = ["-m", "experiments.fcn", "smoke", f"--workdir={tmp_path / 'run'}", *FLAGS.split()]
+    with started(*words) as training:
+        while not list(read_metrics(tmp_path / "run" / "metrics.jsonl")):
+            assert is_there(training)
+            time.sleep(0.1)
+        os.killpg(training.pid, signal.SIGINT)
+        output, errors = training.communicate(timeout=120)
     assert training.returncode == 0
     assert re.search(r"stopped and saved at step \d+; the same command resumes", output)
     after_bar = [line for line in re.split(r"[\r\n]+", errors) if "step/s" not in line]
@@ -61,10 +84,15 @@ def test_a_signal_to_all_processes_ends_in_one_line(training):
     wait_for_end(training.pid)
 
 
-def test_a_kill_leaves_no_worker_behind(training):
-    training.kill()
-    training.wait()
-    wait_for_end(training.pid)
+def test_a_kill_leaves_no_worker_behind():
+    with started("-c", READER) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "ready\n"
+        children = pathlib.Path(f"/proc/{reader.pid}/task/{reader.pid}/children")
+        assert children.read_text().split()  # a worker, which is in the group
+        reader.kill()
+        reader.wait()
+        wait_for_end(reader.pid)
 
 
 def test_the_kill_of_a_worker_is_told(monkeypatch):
