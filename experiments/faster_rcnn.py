@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
+from dense_jax.data.detection import Rounding
 from dense_jax.errors import refuse
 from dense_jax.infer.detections import (
     ProposalsOf,
@@ -45,7 +46,8 @@ class Config(DetectionConfig):
     """The paper's ablations; then the flags of every detector."""
 
     recipe: Literal["torchvision", "detectron2", "paper"] = "torchvision"
-    """Anchors, matching, sampling, losses and suppression as in one of these codes."""
+    """Sizes of images, anchors, matching, sampling, losses and suppression as in one of these
+    codes."""
     backbone: Backbone = "resnet50"
     """Trunk."""
     neck: Neck = "fpn"
@@ -116,12 +118,28 @@ class Config(DetectionConfig):
         """Yields the configurations to train in turn."""
         yield from four_runs(self) if self.train_mode == "alternating" else (self,)
 
+    @property
+    def rounding(self) -> Rounding:
+        """Sides of resized images are rounded as in the code of the recipe."""
+        return "down" if self.recipe == "torchvision" else "nearest"
+
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
         super().__post_init__()
-        self.needs("train_mode", "alternating", proposal_source="rpn", learn=(PARTS,))
+        self.needs("train_mode", "alternating", proposal_source="rpn")
         self.needs("head_steps", train_mode="alternating")
         has_rpn, learns = self.proposal_source == "rpn", set(self.learn)
+        is_alternating = self.train_mode == "alternating"
+        refuse(
+            is_alternating and (learns != set(PARTS) or self.head_loss in ("box", "svm")),
+            "--train-mode=alternating trains all parts in turn: leave out --learn and "
+            f"--head-loss={self.head_loss}",
+        )
+        refuse(
+            self.learn != PARTS and "rpn" in learns and not has_rpn,
+            f"--learn {' '.join(self.learn)}: there is no rpn with "
+            f"--proposal-source={self.proposal_source}",
+        )
         refuse(
             not learns & ({"rpn", "head"} if has_rpn else {"head"}),
             f"--learn {' '.join(self.learn)}: add {'rpn or ' if has_rpn else ''}head",

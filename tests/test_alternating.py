@@ -56,6 +56,7 @@ def test_four_short_runs(tmp_path, capsys):
     training.run(script.build, own)
     runs = tmp_path / "all", list(own.each_stage())
     check_what_learns_in_each_run(runs)
+    check_no_run_is_trained_further_that_another_started_from(runs)
     check_proposals_of_the_first_run_train_the_second(runs)
     check_a_proposal_network_is_scored_by_boxes_of_any_class(runs)
     check_the_command_writes_proposals_of_splits_and_folders(runs, tmp_path, capsys)
@@ -98,6 +99,14 @@ def check_what_learns_in_each_run(runs):
             assert is_frozen == (part not in stage.learn), (stage.learn, part)
 
 
+def check_no_run_is_trained_further_that_another_started_from(runs):
+    folder, _ = runs
+    for flags in ({"head_steps": 3}, {"num_steps": 4}):
+        own = config(**{**RUNS, **flags}, workdir=str(folder))
+        with pytest.raises(UserError, match="has started from it: give the old --num-steps"):
+            next(own.each_stage())
+
+
 def check_proposals_of_the_first_run_train_the_second(runs):
     folder, stages = runs
     path = folder / "1_proposals" / "proposals-3.json"
@@ -132,6 +141,9 @@ def check_a_proposal_network_is_scored_by_boxes_of_any_class(runs):
     overlap = np.asarray(box_ops.iou(found.boxes, every.astype(np.float32)))
     assert overlap.max(axis=1).min() > 0.999
     assert (np.diff(found.scores) <= 0).all()
+    task: Any = opened.task
+    logits = task._propose(task.first_stage, opened.variables, image)[1]
+    np.testing.assert_allclose(found.scores, 1 / (1 + np.exp(-logits)), rtol=1e-5)
 
 
 def check_the_command_writes_proposals_of_splits_and_folders(runs, tmp_path, capsys):
@@ -150,7 +162,10 @@ def check_the_command_writes_proposals_of_splits_and_folders(runs, tmp_path, cap
     np.testing.assert_array_equal(found["x"], table[source[0]["name"]])
     with pytest.raises(UserError, match="leave out --split"):
         propose.run(run=run, output=tmp_path / "x.json", input=images, split=("val",))
-    with pytest.raises(UserError, match="have no proposals: give a detector"):
+    propose.run(run=run, output=tmp_path / "new" / "x.json", input=images, checkpoint="best")
+    with pytest.raises(UserError, match="is a folder: give a file"):
+        propose.run(run=run, output=tmp_path, input=images)
+    with pytest.raises(UserError, match="no network of proposals: give one of Faster R-CNN"):
         propose.run(run=folder / "2_head", output=tmp_path / "x.json")
 
 
@@ -175,9 +190,14 @@ def test_boxes_without_an_area_are_not_written(tmp_path):
     ("flags", "words"),
     [
         ({"learn": ("trunk",)}, "add rpn or head"),
-        ({"learn": ("trunk", "rpn"), "proposal_source": "grid"}, "add head"),
+        ({"learn": ("trunk",), "proposal_source": "grid"}, "add head"),
         ({"train_mode": "alternating", "proposal_source": "grid"}, "--proposal-source=rpn"),
-        ({"train_mode": "alternating", "learn": ("head",)}, "does not go with --learn head"),
+        (
+            {"train_mode": "alternating", "learn": ("head",)},
+            "all parts in turn: leave out",
+        ),
+        ({"train_mode": "alternating", "head_loss": "svm"}, "and --head-loss=svm"),
+        ({"learn": ("rpn", "head"), "proposal_source": "grid"}, "there is no rpn"),
         ({"head_steps": 3}, "--train-mode=alternating"),
         ({"learn": ("rpn",), "head_loss": "box"}, "are of the head: leave them out"),
         ({"learn": ("trunk", "head"), "rpn_lambda": 2.0}, "--rpn-lambda"),

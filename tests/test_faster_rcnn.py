@@ -79,6 +79,10 @@ def test_recipes_are_those_of_the_codes():
     )]  # fmt: skip
     last = [np.unique((levels[-1][:, 0] + levels[-1][:, 2]) / 2) for levels in strides]
     np.testing.assert_array_equal(last, [[0, 48], [0, 64]])  # 96 // 2, and the level's own
+    # A map with a cell more than the image has strides, as ZF's, keeps the network's stride.
+    zf = script.FasterRCNN(2, backbone="zf", neck="c5", anchor_sizes=(32,))
+    (own,) = anchors(zf, "torchvision", (608, 1024), [(39, 65)])
+    np.testing.assert_array_equal((own[-1, :2] + own[-1, 2:]) / 2, [1024, 608])
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,12 @@ def test_support_vector_machines_by_hand():
     assert found["classes"][found["valid"]].tolist() == [1, 2, 1]
     expected = 1 / (1 + np.exp(-np.array([0.5, 0.25, -2])))
     np.testing.assert_allclose(found["scores"][found["valid"]], expected, rtol=1e-6)
+    programs = []
+    for loss in ("svm", "class"):
+        own = task(head_loss=loss, neck="c5", anchor_sizes=(16, 32))
+        arrays = variables_of(own), jnp.zeros((1, 64, 64, 3)), jnp.array([[60, 50]])
+        programs.append(re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(own.forward)(*arrays))))
+    assert programs[0] != programs[1]  # svm is scored so
 
 
 def test_each_box_is_classified_at_the_size_that_suits_it():
@@ -234,18 +240,23 @@ def test_each_box_is_classified_at_the_size_that_suits_it():
     def apply(*inputs, method):
         return own.model.clone(axis_name=None).apply(variables, *inputs, train=False, method=method)
 
-    logits, deltas = jax.jit(lambda x, b: classify_at_scales(apply, x, b, (1.0, 0.5)))(
+    logits, deltas = jax.jit(lambda x, b: classify_at_scales(apply, x, b, (1.0, 0.48)))(
         images, boxes
     )
 
+    def sides_of(size):  # 230 / 480 and 215 / 448
+        return jnp.array([size[1] / 448, size[0] / 480] * 2, jnp.float32)
+
     def alone(scale):
-        size = (int(480 * scale), int(448 * scale))
+        size = (round(480 * scale), round(448 * scale))
         smaller = resize_bilinear(images, size, align_corners=False)
         padded = jnp.pad(smaller, [(0, 0), (0, -size[0] % 32), (0, -size[1] % 32), (0, 0)])
-        return apply(apply(padded, method="features"), boxes * scale, method="classify")
+        return apply(
+            apply(padded, method="features"), boxes * sides_of(size)[None, None], method="classify"
+        )
 
-    one, half = jax.jit(alone, static_argnums=0)(1.0), jax.jit(alone, static_argnums=0)(0.5)
-    # Sides of 444, 220, 9 and 300 pixels; at half the size 222, 110, 4.5 and 150.
+    one, half = jax.jit(alone, static_argnums=0)(1.0), jax.jit(alone, static_argnums=0)(0.48)
+    # Sides of 444, 220, 9 and 300 pixels; at half the size about 213, 106, 4 and 144.
     for box, (scores, moves) in enumerate([half, one, one, half]):
         np.testing.assert_allclose(logits[0, box], scores[0, box], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(deltas[0, box], moves[0, box], rtol=1e-4, atol=1e-6)

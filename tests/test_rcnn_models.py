@@ -323,7 +323,7 @@ WHOLE: dict[str, Any] = {
     "c4": FasterRCNN(**THIN, neck="c4", remat=True, res5_stride=1, roi_aligned=True),
     "dc5": FasterRCNN(**THIN, neck="dc5", trained_stages=0, roi_op="warp", roi_reduce="max"),
     "vgg16": vgg16(**THIN, dropout_rate=0.0),
-    "zf": zf(**THIN, dropout_rate=0.0, trained_stages=4),
+    "zf": zf(**THIN, dropout_rate=0.0, trained_stages=3),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from dense_jax import runs
 from dense_jax.data.dataset import Example
 from dense_jax.data.pictures import decode_image
 from dense_jax.errors import UserError, refuse
@@ -44,12 +45,14 @@ def run(
     opened = trained.load(run, checkpoint)
     propose = opened.task.proposer()
     if propose is None:
-        raise UserError(f"{run}: runs of {opened.script} have no proposals: give a detector's run")
+        raise UserError(f"{run}: this run has no network of proposals: give one of Faster R-CNN")
     if input is not None:
         sources: list[proposals.Examples] = [_Files(input)]
     else:
         dataset = trained.dataset_of(opened, data_dir)
-        sources = [dataset.split(name) for name in split or dataset.splits]
+        sources = [dataset.split(name) for name in dict.fromkeys(split or dataset.splits)]
+    refuse(output.is_dir(), f"{output} is a folder: give a file to write")
+    runs.make_folder(output.parent)
     variables = jax.device_put(opened.variables)
     boxes = proposals.of_sources(functools.partial(propose, variables), sources)
     proposals.write(output, boxes)

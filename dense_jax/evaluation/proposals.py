@@ -40,7 +40,12 @@ def write(path: str | os.PathLike[str], boxes: Mapping[str, np.ndarray]) -> None
     for name, own in boxes.items():
         own = np.round(np.asarray(own, float), 2)
         table[name] = own[(own[:, :2] < own[:, 2:]).all(axis=1)].tolist()
-    runs.write_text(pathlib.Path(path), json.dumps(table))
+    try:
+        runs.write_text(pathlib.Path(path), json.dumps(table))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): give another file"
+        ) from error
 
 
 def of_sources(

@@ -285,7 +285,7 @@ def classify_at_scales(
     height, width = images.shape[1:3]
     outputs, distances = [], []
     for scale in scales:
-        size = rescaled(height, scale), rescaled(width, scale)
+        size = max(1, rescaled(height, scale)), max(1, rescaled(width, scale))
         smaller = resize_bilinear(images, size, align_corners=False)
         edges = [(0, -side % BUCKET) for side in size]
         smaller = jnp.pad(smaller, [(0, 0), *edges, (0, 0)])

@@ -6,9 +6,13 @@ images, as here.
 """
 
 import dataclasses
+import itertools
+import pathlib
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
+from dense_jax import runs
+from dense_jax.errors import refuse
 from dense_jax.tasks.detection import proposals_of_run
 from dense_jax.train.config import RunConfig
 
@@ -31,6 +35,9 @@ def four_runs(config: ConfigT) -> Iterator[ConfigT]:
 
     Args:
       config: the configuration of `experiments.faster_rcnn`, or one with its fields.
+
+    Raises:
+      UserError: a folder holds a run of another length that the next one has started from.
     """
     own: Any = config
     of_head = own.head_steps or max(1, config.num_steps // 2)
@@ -41,11 +48,24 @@ def four_runs(config: ConfigT) -> Iterator[ConfigT]:
         return dataclasses.replace(config, **joint, **changes)
 
     first = run("1_proposals", "trunk", "rpn", **_NO_HEAD)
-    yield first
     given = {"proposal_source": "file", "proposals": str(proposals_of_run(first))}
     second = run("2_head", "trunk", "head", num_steps=of_head, **given, **_NO_RPN)
-    yield second
     third = run("3_proposals", "rpn", init=f"run:{second.workdir}", **_NO_HEAD)
-    yield third
     last = {"rpn_lambda": 1.0, "num_steps": of_head}
-    yield run("4_detector", "head", init=f"run:{third.workdir}", **last)
+    fourth = run("4_detector", "head", init=f"run:{third.workdir}", **last)
+    for before, after in itertools.pairwise((first, second, third, fourth)):
+        _check_goes_on(before, after)
+    yield from (first, second, third, fourth)
+
+
+def _check_goes_on(before: RunConfig, after: RunConfig) -> None:
+    """Refuses to train a run further that another one has started from."""
+    folder = pathlib.Path(before.workdir or "")
+    if not (pathlib.Path(after.workdir or "") / "config.json").exists():
+        return
+    steps = runs.read_config(folder)["config"].get("num_steps")
+    refuse(
+        steps != before.num_steps,
+        f"{folder} was trained for {steps} steps, not {before.num_steps}, and {after.workdir} has "
+        "started from it: give the old --num-steps and --head-steps, or another --workdir",
+    )

@@ -20,6 +20,7 @@ from dense_jax.data.detection import (
     PadProposals,
     ReadObjects,
     ResizeShortSide,
+    Rounding,
     short_side_size,
 )
 from dense_jax.data.normalise import Normalise
@@ -78,6 +79,15 @@ class DetectionConfig(RunConfig):
             f"--loss-norm={self.loss_norm}: the losses of detectors have divisors of their own",
         )
 
+    @property
+    def rounding(self) -> Rounding:
+        """How the sides of resized images are rounded; see `short_side_size`."""
+        return "nearest"
+
+    def resized(self, size: Size, short: int) -> Size:
+        """Returns the size of an image whose shorter side becomes ``short``, but for --max-side."""
+        return short_side_size(size, short, self.max_side, self.rounding)
+
     def transforms(
         self, *, masks: bool = False, proposals: str | None = None, num_proposals: int = 0
     ) -> list[Transform]:
@@ -93,7 +103,7 @@ class DetectionConfig(RunConfig):
             ReadObjects(masks=masks),
             proposals is not None and GiveProposals(proposals, num_proposals),
             has_jitter and LargeScaleJitter(square),
-            not has_jitter and ResizeShortSide(self.short_side, self.max_side),
+            not has_jitter and ResizeShortSide(self.short_side, self.max_side, self.rounding),
             Normalise(self.normalisation),
             has_jitter and RandomCrop(square),
             self.flip == "on" and RandomFlip(),
@@ -157,7 +167,7 @@ class Detection(Task):
     def input_size(self, size: Size) -> Size:
         """Returns the size to which an image is resized."""
         side = self.config.test_side or self.config.short_side[-1]
-        return short_side_size(size, side, self.config.max_side)
+        return self.config.resized(size, side)
 
     @property
     def export_size(self) -> Size:
@@ -181,7 +191,7 @@ class Detection(Task):
         config = self.config
         if config.jitter == "large_scale":
             return None
-        return lambda size: short_side_size(size, max(config.short_side), config.max_side)
+        return lambda size: config.resized(size, max(config.short_side))
 
     def training_data(self, dataset: Dataset) -> Dataset:
         """Returns the dataset without training images that show no object, and tells of them."""

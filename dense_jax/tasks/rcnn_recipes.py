@@ -127,7 +127,13 @@ def anchors(
       grids: height and width of each map.
     """
     strides = model.strides
-    if convention == "torchvision":
+    # torchvision divides the size of the image by that of the map. ZF's maps have a cell more.
+    is_exact = all(
+        side_of_grid == -(-side // stride)
+        for grid, stride in zip(grids, strides, strict=True)
+        for side_of_grid, side in zip(grid, size, strict=True)
+    )
+    if convention == "torchvision" and is_exact:
         strides = anchor_ops.torchvision_strides(size, grids)
     return anchor_ops.pyramid(
         grids, strides, sizes=model.level_sizes, ratios=model.anchor_ratios, convention=convention
