@@ -163,7 +163,8 @@ def test_zf_starts_from_caffes_classifier(tmp_path):
     for place in ("backbone", "box_head"):
         for name, layer in params[place].items():
             kernel = rng.normal(size=layer["kernel"].shape).astype(np.float32)
-            theirs = kernel.T if name == "fc7" else kernel.transpose(3, 2, 0, 1)
+            # fc7 sees half of fc6 there in testing (dropout with scale_train: false).
+            theirs = 2 * kernel.T if name == "fc7" else kernel.transpose(3, 2, 0, 1)
             if name == "conv1":
                 theirs = theirs[:, ::-1]
             tensors[f"{name}.0"] = theirs.reshape(len(theirs), -1) if name == "fc6" else theirs

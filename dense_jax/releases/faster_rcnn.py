@@ -115,7 +115,9 @@ ZF = Release(
         *rules.caffe_conv(_CONVS[0], f"backbone/{_CONVS[0]}", "rows+conv+bgr"),
         *(rule for name in _CONVS[1:] for rule in rules.caffe_conv(name, f"backbone/{name}")),
         *rules.caffe_conv("fc6", "box_head/fc6"),
-        *rules.caffe_dense("fc7", "box_head/fc7"),
+        # Caffe's dropout halves values in testing where `scale_train` is false, as in ZF; here it
+        # doubles those that are left in training.
+        *rules.caffe_conv("fc7", "box_head/fc7", "half+ones+dense"),
         *(Rule(f"fc8.{i}", None) for i in range(2)),  # scores of ImageNet's classes
     ),
     ("*/backbone/conv?/*", "*/box_head/fc[67]/*"),

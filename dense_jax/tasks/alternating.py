@@ -2,7 +2,7 @@
 
 Reference: Ren, He, Girshick, Sun, "Faster R-CNN", NIPS 2015, arXiv:1506.01497, Section 3.2;
 rbgirshick/py-faster-rcnn: tools/train_faster_rcnn_alt_opt.py, which flips proposals together with
-images, as here.
+images, as here. There the last layers of the head start anew in the fourth run; here they go on.
 """
 
 import dataclasses

@@ -23,6 +23,7 @@ In front of one of these, or alone:
                   [o, c, h, w]; leaves kernels as they are
   diagonal        reduces [c, c, h, w], zero between different channels, to [c, 1, h, w]
   minus           changes the sign
+  half            divides by two: the layer's input was dropped without a scale in training
 """
 
 from collections.abc import Callable
@@ -112,6 +113,7 @@ LAYOUTS: dict[str, _Step] = {
     "rows": _Step("reshaped", _kernels_of_rows, _itself),
     "diagonal": _Step("reshaped", _diagonal, _on_diagonal),
     "minus": _Step("negated", lambda x, _: -x, np.negative),
+    "half": _Step("halved", lambda x, _: x / 2, lambda x: x * 2),
 }
 
 
