@@ -237,12 +237,15 @@ def test_each_box_is_classified_at_the_size_that_suits_it():
         [[[0.0, 0, 448, 440], [20, 30, 240, 250], [10, 10, 20, 18], [0, 100, 300, 400]]]
     )
 
-    def apply(*inputs, method):
+    def apply(*inputs, method) -> Any:
         return own.model.clone(axis_name=None).apply(variables, *inputs, train=False, method=method)
 
-    logits, deltas = jax.jit(lambda x, b: classify_at_scales(apply, x, b, (1.0, 0.48)))(
-        images, boxes
-    )
+    @jax.jit
+    def at_two_sizes(images, boxes):
+        levels = apply(images, method="features")
+        return classify_at_scales(apply, images, levels, boxes, (1.0, 0.48))
+
+    logits, deltas = at_two_sizes(images, boxes)
 
     def sides_of(size):  # 230 / 480 and 215 / 448
         return jnp.array([size[1] / 448, size[0] / 480] * 2, jnp.float32)

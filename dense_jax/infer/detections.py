@@ -256,10 +256,7 @@ def two_stages(
     ) -> dict[str, jax.Array]:
         levels, _, proposals = first(variables, images, sizes, *inputs)
         apply: Any = functools.partial(model.apply, variables, train=False)
-        if tuple(scales) == (1.0,):
-            scores, moves = apply(levels, proposals.boxes, method="classify")
-        else:
-            scores, moves = classify_at_scales(apply, images, proposals.boxes, scales)
+        scores, moves = classify_at_scales(apply, images, levels, proposals.boxes, scales)
         choose = functools.partial(detect, rule=rule)
         return jax.vmap(choose)(scores, moves, proposals.boxes, proposals.valid, sizes)
 
@@ -267,7 +264,11 @@ def two_stages(
 
 
 def classify_at_scales(
-    apply: Callable[..., Any], images: jax.Array, boxes: jax.Array, scales: Sequence[float]
+    apply: Callable[..., Any],
+    images: jax.Array,
+    levels: Sequence[jax.Array],
+    boxes: jax.Array,
+    scales: Sequence[float],
 ) -> tuple[jax.Array, jax.Array]:
     """Returns logits [B, R, K] and deltas [B, R, K, 4] of boxes, each from the size that suits it.
 
@@ -276,6 +277,7 @@ def classify_at_scales(
     Args:
       apply: (*inputs, method) -> output of the network's method.
       images: [B, H, W, C], with their padding.
+      levels: the maps of the images, which serve for a factor of 1.
       boxes: [B, R, 4], in pixels of the images.
       scales: factors of the sizes, at most 1; images are resized by linear interpolation.
 
@@ -285,15 +287,19 @@ def classify_at_scales(
     height, width = images.shape[1:3]
     outputs, distances = [], []
     for scale in scales:
+        if scale == 1:
+            outputs.append(apply(levels, boxes, method="classify"))
+            distances.append(_unsuitable(boxes))
+            continue
         size = max(1, rescaled(height, scale)), max(1, rescaled(width, scale))
         smaller = resize_bilinear(images, size, align_corners=False)
         edges = [(0, -side % BUCKET) for side in size]
         smaller = jnp.pad(smaller, [(0, 0), *edges, (0, 0)])
         own = box_ops.scale(boxes, (size[0] / height, size[1] / width))
-        levels = apply(smaller, method="features")
-        outputs.append(apply(levels, own, method="classify"))
-        sides = own[..., 2:] - own[..., :2]
-        distances.append(jnp.abs(jnp.prod(sides, axis=-1) - _SUITABLE_SIDE**2))
+        outputs.append(apply(apply(smaller, method="features"), own, method="classify"))
+        distances.append(_unsuitable(own))
+    if len(outputs) == 1:
+        return outputs[0]
     best = jnp.argmin(jnp.stack(distances), axis=0)[None]
 
     def chosen(each: Sequence[jax.Array]) -> jax.Array:
@@ -303,3 +309,8 @@ def classify_at_scales(
 
     logits, deltas = zip(*outputs, strict=True)
     return chosen(logits), chosen(deltas)
+
+
+def _unsuitable(boxes: jax.Array) -> jax.Array:
+    """Returns how far the areas of boxes are from the suitable one, in pixels, [...]."""
+    return jnp.abs(box_ops.area(boxes) - _SUITABLE_SIDE**2)
