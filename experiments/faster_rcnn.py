@@ -26,6 +26,7 @@ from dense_jax.infer.detections import (
     from_network,
     proposals_alone,
     two_stages,
+    with_edges,
 )
 from dense_jax.models.rcnn.faster_rcnn import Backbone, FasterRCNN, Neck
 from dense_jax.objectives.rcnn import head_objective, objective
@@ -122,6 +123,11 @@ class Config(DetectionConfig):
     def rounding(self) -> Rounding:
         """Sides of resized images are rounded as in the code of the recipe."""
         return "down" if self.recipe == "torchvision" else "nearest"
+
+    @property
+    def antialias(self) -> bool:
+        """detectron2 resizes by Pillow, the others by interpolation between four pixels."""
+        return self.recipe == "detectron2"
 
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
@@ -233,12 +239,16 @@ def build(config: Config, num_classes: int) -> Detection:
         is_ranked=config.rpn_cls == "on",
         is_moved=config.rpn_reg == "on",
     )
+    one = recipe.test.plus_one
     proposals_of: ProposalsOf = {
-        "rpn": from_network(anchors_of, test), "grid": from_grid(anchors_of), "file": from_input
-    }[source]  # fmt: skip
+        "rpn": from_network(anchors_of, test),
+        "grid": from_grid(anchors_of, plus_one=one),
+        "file": functools.partial(from_input, plus_one=one),
+    }[source]
     first = first_stage(model, anchors_of, proposals_of)
     many = first_stage(model, anchors_of, from_network(anchors_of, recipe.train))
-    forward = proposals_alone(first, config.max_detections)
+    first_seen, many_seen = with_edges(first, one), with_edges(many, one)
+    forward = proposals_alone(first_seen, config.max_detections)
     if has_head:
         detections = replace(
             recipe.detections,
@@ -274,8 +284,8 @@ def build(config: Config, num_classes: int) -> Detection:
         objective=losses,
         forward=forward,
         finds_any_class=not has_head,
-        first_stage=None if is_given else first,
-        many_proposals=many if has_rpn else None,
+        first_stage=None if is_given else first_seen,
+        many_proposals=many_seen if has_rpn else None,
         anchor_rule=anchor_rule if has_rpn else None,
         given=config.proposals if is_given else None,
         num_given=min(num_given, config.test_proposals or num_given),

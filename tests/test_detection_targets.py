@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dense_jax.infer.detections import from_input
 from dense_jax.objectives import rcnn, targets
 from dense_jax.objectives.rcnn import AnchorRule, RoiRule
 from dense_jax.ops import boxes as box_ops
@@ -294,3 +295,59 @@ def test_random_numbers_belong_to_an_image():
     both = rcnn.uniforms(key, jnp.array([4, 9]), 5)
     np.testing.assert_array_equal(rcnn.uniforms(key, jnp.array([9]), 5)[0], both[1])
     assert not np.array_equal(both[0], both[1])
+
+
+def test_known_boxes_of_py_faster_rcnn_end_in_their_last_pixel():
+    """A known box (8, 8, 24, 24) is (8, 8, 23, 23): anchors and proposals like it fit exactly."""
+    truth = {
+        "boxes": jnp.array([[[8.0, 8, 24, 24]]]),
+        "classes": jnp.ones((1, 1), jnp.int32),
+        "valid": jnp.ones((1, 1), bool),
+    }
+    like = jnp.array([[8.0, 8, 23, 23]])
+    anchors = AnchorRule(foreground=0.999, plus_one=True, beta=0.0)
+    found = rcnn.match_anchors(
+        like, truth["boxes"][0], truth["valid"][0], jnp.array([40, 40]), anchors
+    )
+    assert found.iou[0] == 1
+    losses = rcnn.anchor_losses(
+        jnp.zeros((1, 1)), jnp.full((1, 1, 4), 0.25), like, truth, jnp.array([[40, 40]]),
+        jnp.zeros((1, 1)), anchors,
+    )  # fmt: skip
+    assert float(losses["rpn_box"][0]) == 1.0  # four differences of 0.25 from no move
+
+    rule = RoiRule(sample=2, max_foreground=2, foreground=0.999, plus_one=True)
+    proposals = Proposals(like[None], jnp.zeros((1, 1)), jnp.ones((1, 1), bool))
+    wanted = rcnn.sample_rois(proposals, truth, jnp.zeros((1, 2)), rule)
+    np.testing.assert_array_equal(wanted.boxes, [[like[0], like[0]]])
+    np.testing.assert_array_equal(wanted.classes, [[1, 1]])
+    assert not wanted.deltas.any()
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_given_proposals_take_the_form_of_the_network(plus_one):
+    """Training crops a given box where evaluation does."""
+    seen = []
+
+    def apply(_, boxes: Any = None, *, method):
+        if method == "features":
+            return [jnp.zeros((1, 4, 4, 1))]
+        seen.append(boxes)
+        return jnp.zeros((1, boxes.shape[1], 2)), jnp.zeros((1, boxes.shape[1], 2, 4))
+
+    batch = {
+        "images": jnp.zeros((1, 32, 32, 3)),
+        "index": jnp.zeros(1, jnp.int32),
+        "objects": {
+            "boxes": jnp.zeros((1, 1, 4)), "classes": jnp.zeros((1, 1), jnp.int32),
+            "valid": jnp.zeros((1, 1), bool),
+        },
+        "proposals": {"boxes": jnp.array([[[4.0, 8, 20, 24]]]), "valid": jnp.ones((1, 1), bool)},
+    }  # fmt: skip
+    rule = RoiRule(sample=1, max_foreground=1, plus_one=plus_one)
+    rcnn.head_objective(rule)(apply, batch, jax.random.key(0))
+    shares = jnp.array([[[4.0, 8, 20, 24]]]) / 32
+    size = jnp.array([[32, 32]])
+    used = from_input(apply, [], (32, 32), size, shares, plus_one=plus_one).boxes
+    np.testing.assert_array_equal(used, [[[4, 8, 20 - plus_one, 24 - plus_one]]])
+    np.testing.assert_array_equal(seen[0], used)

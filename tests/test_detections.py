@@ -1,5 +1,6 @@
 """Proposals and detections of one image, against slow twins and cases by hand."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from dense_jax.infer import detections
 from dense_jax.infer.detections import DetectionRule
 from dense_jax.ops import boxes as box_ops
-from dense_jax.ops.proposals import ProposalRule, propose
+from dense_jax.ops.proposals import ProposalRule, Proposals, propose
 
 RNG = np.random.default_rng
 
@@ -156,12 +157,38 @@ def test_values_that_are_not_finite_are_dropped():
     np.testing.assert_array_equal(found["boxes"], same["boxes"])
 
 
+def test_boxes_of_py_faster_rcnn_by_hand():
+    """Moved boxes are one larger, cut at the last pixel, and as large as exp(dw) says."""
+    # Width 16, centre 8: moved by 4; then exp(5) as large, though others stop at 62.5; too narrow.
+    anchors = jnp.array([[0.0, 0, 15, 15], [0, 0, 15, 15], [20, 20, 27, 35]])
+    deltas = jnp.array([[0.25, 0, 0, 0], [0, 0, 5, 5], [0, 0, 0, 0]])
+    logits, rule = jnp.array([3.0, 2, 1]), ProposalRule(3, 3, 1.0, 10.0, plus_one=True)
+    found = propose([logits], [deltas], [anchors], jnp.array([1000, 2000]), rule)
+    wide = 16 * np.exp(5) / 2 + 8
+    expected = [[4, 0, 20, 16], [0, 0, wide, 999]]
+    np.testing.assert_allclose(found.boxes[:2], expected, rtol=1e-5)
+    assert found.valid.tolist() == [True, True, False]
+    still = propose([logits], [0 * deltas], [anchors], jnp.array([30, 40]), rule)
+    assert still.boxes[1].tolist() == [0, 0, 16, 16]  # 17 wide: at least 17 pixels stay
+    least = dataclasses.replace(rule, min_side=17.0)
+    narrow = propose([logits], [0 * deltas], [anchors], jnp.array([30, 40]), least)
+    assert narrow.valid.tolist() == [True, True, False]
+
+    # A detection of the same move; its edges are one further.
+    scores = jnp.log(jnp.array([[0.1, 0.9]]))
+    moves = jnp.array([[[0.0] * 4, [2.5, 0, 0, 0]]])
+    one, size = DetectionRule(count=1, plus_one=True), jnp.array([16, 2000])
+    box, ok = jnp.array([[0.0, 0, 15, 15]]), jnp.ones(1, bool)
+    seen = detections.detect(scores, moves, box, ok, size, one)
+    np.testing.assert_allclose(seen["boxes"], [[4, 0, 21, 16]], rtol=1e-6)
+
+
 @pytest.mark.parametrize("plus_one", [False, True])
 def test_detections_that_do_not_move_are_their_proposals(plus_one):
     logits, deltas, boxes, valid, size = *heads(0), jnp.array([64, 64])
     rule = DetectionRule(max_iou=1.0, count=200, plus_one=plus_one, is_moved=False)
     found = detections.detect(logits, deltas, boxes, valid, size, rule)
-    inside = np.clip(boxes, 0, 64)
+    inside = np.clip(boxes, 0, 63) + np.array([0, 0, 1, 1]) if plus_one else np.clip(boxes, 0, 64)
     apart = np.abs(np.asarray(found["boxes"])[found["valid"]][:, None] - inside[None])
     assert found["valid"].sum() > 20
     assert apart.max(axis=2).min(axis=1).max() < 1e-4
@@ -174,3 +201,16 @@ def test_one_box_may_have_several_classes():
     found = detections.detect(logits, none, box, jnp.ones(1, bool), size, DetectionRule(count=3))
     assert found["classes"].tolist() == [2, 1, 0]
     np.testing.assert_allclose(found["scores"], [0.6, 0.3, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_proposals_are_seen_with_their_edges(plus_one):
+    """Files and pictures of proposals do not depend on the form of boxes inside the network."""
+    inside = jnp.array([[[2.0, 2, 6 - plus_one, 9 - plus_one]]])
+    found = Proposals(inside, jnp.zeros((1, 1)), jnp.ones((1, 1), bool))
+    first = detections.with_edges(lambda: detections.FirstStage([], inside[0], found), plus_one)
+    assert first().proposals.boxes.tolist() == [[[2, 2, 6, 9]]]
+    boxes = detections.proposals_alone(lambda *_: first(), 1)(
+        {}, jnp.zeros((1, 9, 9, 3)), jnp.full((1, 2), 9)
+    )
+    assert boxes["boxes"].tolist() == [[[2, 2, 6, 9]]]

@@ -48,7 +48,8 @@ class DetectionRule:
       max_iou: of two detections of a class with a larger IoU the lower score is dropped.
       candidates: number of pairs of a box and a class, of the highest scores, that take part.
       min_side: detections with a shorter side than this, in pixels, are dropped.
-      plus_one: whether widths are x1 - x0 + 1, as in Caffe.
+      plus_one: as in py-faster-rcnn; see `dense_jax.ops.boxes`. The proposals are `last_inside`
+        then; detections have edges, as always.
       is_moved: False leaves the proposals where they are (Fast R-CNN, Table 6).
       one_against_rest: scores are sigmoids of each class's own logit, as of support vector
         machines, and no softmax.
@@ -89,17 +90,23 @@ def detect(
     num_classes = logits.shape[1]
     scores = jax.nn.sigmoid(logits) if rule.one_against_rest else jax.nn.softmax(logits, axis=-1)
     scores = scores[:, 1:]
-    moves = deltas[:, 1:] if rule.is_moved else jnp.zeros_like(deltas[:, 1:])
-    moved = box_ops.decode(moves, boxes[:, None], weights=HEAD_WEIGHTS, plus_one=rule.plus_one)
-    moved = box_ops.clip(moved, tuple(size.astype(moved.dtype)))
+    one, limits = rule.plus_one, tuple(size.astype(boxes.dtype))
+    if rule.is_moved:
+        moved = box_ops.decode_inside(
+            deltas[:, 1:], boxes[:, None], limits, weights=HEAD_WEIGHTS, plus_one=one
+        )
+    else:
+        moved = box_ops.clip(boxes, limits, plus_one=one)[:, None]
+        moved = jnp.broadcast_to(moved, (*scores.shape, 4))
     good = valid[:, None] & (scores > rule.min_score)
-    good &= box_ops.min_side(moved) >= rule.min_side
+    good &= box_ops.min_side(moved, plus_one=one) >= rule.min_side
     good &= jnp.all(jnp.isfinite(moved), axis=-1)
     ranked = jnp.where(good, scores, -jnp.inf).ravel()
     top, index = lax.top_k(ranked, min(rule.candidates, ranked.shape[0]))
     places, classes = moved.reshape(-1, 4)[index], index % (num_classes - 1) + 1
     takes_part = top > -jnp.inf
-    kept = nms(places, takes_part, rule.max_iou, groups=classes, plus_one=rule.plus_one)
+    kept = nms(places, takes_part, rule.max_iou, groups=classes, plus_one=one)
+    places = box_ops.with_edges(places) if one else places
     best, order = lax.top_k(jnp.where(kept, top, -jnp.inf), min(rule.count, top.shape[0]))
     is_kept = best > -jnp.inf
     free = rule.count - best.shape[0]
@@ -144,14 +151,15 @@ def from_network(anchors_of: AnchorsOf, rule: ProposalRule) -> ProposalsOf:
     return proposals_of
 
 
-def from_grid(anchors_of: AnchorsOf) -> ProposalsOf:
+def from_grid(anchors_of: AnchorsOf, *, plus_one: bool = False) -> ProposalsOf:
     """Returns all anchors, without a network, as `ProposalsOf`."""
 
     def proposals_of(
         apply: Callable[..., Any], levels: Sequence[jax.Array], size: Any, sizes: jax.Array
     ) -> Proposals:
         del apply
-        return whole_grid(anchors_of(size, [level.shape[1:3] for level in levels]), sizes)
+        anchors = anchors_of(size, [level.shape[1:3] for level in levels])
+        return whole_grid(anchors, sizes, plus_one=plus_one)
 
     return proposals_of
 
@@ -162,6 +170,8 @@ def from_input(
     size: Any,
     sizes: jax.Array,
     given: jax.Array,
+    *,
+    plus_one: bool = False,
 ) -> Proposals:
     """Returns given proposals (Fast R-CNN); boxes without an area stand for none.
 
@@ -171,11 +181,13 @@ def from_input(
       size: not used.
       sizes: int32 [B, 2], heights and widths of the true images.
       given: float32 [B, R, 4], x0 y0 x1 y1 as shares of the width and height of the true image.
+      plus_one: whether the network takes boxes that are `last_inside`.
     """
     del apply, levels, size
     sides = sizes[:, jnp.array([1, 0, 1, 0])].astype(given.dtype)
     boxes = jnp.clip(given, 0.0, 1.0) * sides[:, None, :]
     valid = box_ops.min_side(boxes) > 0
+    boxes = box_ops.last_inside(boxes) if plus_one else boxes
     return Proposals(boxes, jnp.zeros(valid.shape, boxes.dtype), valid)
 
 
@@ -200,6 +212,22 @@ def first_stage(
     return run
 
 
+def with_edges(first: Callable[..., FirstStage], plus_one: bool) -> Callable[..., FirstStage]:
+    """Returns a first stage whose proposals have edges, for those who look at them.
+
+    Args:
+      first: the result of `first_stage`.
+      plus_one: whether its proposals are `last_inside`.
+    """
+
+    def run(*arguments: Any) -> FirstStage:
+        stage = first(*arguments)
+        boxes = box_ops.with_edges(stage.proposals.boxes)
+        return stage._replace(proposals=stage.proposals._replace(boxes=boxes))
+
+    return run if plus_one else first
+
+
 def proposals_alone(
     first: Callable[..., FirstStage], count: int
 ) -> Callable[..., dict[str, jax.Array]]:
@@ -208,7 +236,7 @@ def proposals_alone(
     All are of class 1, with the sigmoids of their logits as scores.
 
     Args:
-      first: the result of `first_stage`.
+      first: the result of `first_stage`, `with_edges`.
       count: D, their largest number for an image.
     """
 

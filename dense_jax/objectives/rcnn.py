@@ -44,7 +44,7 @@ class AnchorRule:
       inside: anchors that cross the edge of the image do not train (py-faster-rcnn, Detectron).
       fixed_count: divides by `sample` times the number of images (detectron2), not by the number
         of anchors drawn.
-      plus_one: whether widths are x1 - x0 + 1, as in Caffe.
+      plus_one: as in py-faster-rcnn; see `dense_jax.ops.boxes`. The anchors are `last_inside` then.
       box_weight: factor of the box loss.
     """
 
@@ -69,7 +69,8 @@ class RoiRule:
       sample: number of proposals drawn from an image.
       max_foreground: largest number of them with a class.
       beta: width of the quadratic part of the smooth L1 loss; 0 is the L1 loss.
-      plus_one: whether widths are x1 - x0 + 1, as in Caffe.
+      plus_one: as in py-faster-rcnn. The boxes of `sample_rois`, which gets proposals that are
+        `last_inside`, are so too.
       class_weight, box_weight: factors of the two losses.
       hinge: the loss of classes is the sum of max(0, 1 - y s) over the classes, with y = 1 for the
         class of a box and -1 for others: support vector machines, one against the rest.
@@ -107,6 +108,7 @@ def match_anchors(
       rule: which anchors train.
     """
     candidates = None
+    boxes = box_ops.last_inside(boxes) if rule.plus_one else boxes
     if rule.inside:
         height, width = size.astype(anchors.dtype)
         candidates = box_ops.inside(anchors, (height, width), plus_one=rule.plus_one)
@@ -156,8 +158,9 @@ def anchor_losses(
         drawn = targets.sample(matches.label, uniform, rule.sample, rule.max_foreground)
         own = logits[drawn.index]
         entropy = jax.nn.softplus(jnp.where(drawn.foreground, -own, own))
+        own_boxes = box_ops.last_inside(boxes) if rule.plus_one else boxes
         wanted = box_ops.encode(
-            boxes[matches.index[drawn.index]],
+            own_boxes[matches.index[drawn.index]],
             anchors[drawn.index],
             weights=RPN_WEIGHTS,
             plus_one=rule.plus_one,
@@ -219,6 +222,7 @@ def sample_rois(
         valid: jax.Array,
         uniform: jax.Array,
     ) -> RoiTargets:
+        truth = box_ops.last_inside(truth) if rule.plus_one else truth
         boxes = jnp.concatenate([boxes, truth])
         matches = targets.match(
             box_ops.iou(boxes, truth, plus_one=rule.plus_one),
@@ -339,13 +343,13 @@ def head_objective(rule: RoiRule, anchors_of: AnchorsOf | None = None) -> LossFn
     def losses(apply: Callable[..., Any], batch: Batch, rng: jax.Array) -> Losses:
         levels = apply(batch["images"], method="features")
         if anchors_of is None:
-            given = batch["proposals"]
-            scores = jnp.zeros(given["valid"].shape, given["boxes"].dtype)
-            proposals = Proposals(given["boxes"], scores, given["valid"])
+            boxes, valid = batch["proposals"]["boxes"], batch["proposals"]["valid"]
+            boxes = box_ops.last_inside(boxes) if rule.plus_one else boxes
+            proposals = Proposals(boxes, jnp.zeros(valid.shape, boxes.dtype), valid)
         else:
             grids = [level.shape[1:3] for level in levels]
             anchors = anchors_of(batch["images"].shape[1:3], grids)
-            proposals = whole_grid(anchors, _sizes(batch))
+            proposals = whole_grid(anchors, _sizes(batch), plus_one=rule.plus_one)
         return _head_losses(apply, levels, proposals, batch, rng, rule)
 
     return losses

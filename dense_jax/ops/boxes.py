@@ -5,7 +5,8 @@ row 0 and column 0 fills (0, 0, 1, 1), so x1 - x0 is the width. Boxes are arrays
 function works in JAX if one of its arrays does, else in NumPy.
 
 With `plus_one`, x1 and y1 are the last column and row inside the box, as in Caffe's detectors, and
-x1 - x0 + 1 is the width.
+x1 - x0 + 1 is the width. `last_inside` makes such boxes of those with edges, and `with_edges` is
+its inverse.
 """
 
 import math
@@ -23,6 +24,7 @@ Weights = tuple[float, float, float, float]
 # Decoded boxes are at most 62.5 times as wide or high as their anchors (facebookresearch/Detectron:
 # detectron/core/config.py, BBOX_XFORM_CLIP).
 MAX_LOG_SCALE = math.log(1000 / 16)
+_ENDS: Weights = (0, 0, 1, 1)
 
 
 def sides(boxes: ArrayT, *, plus_one: bool = False) -> ArrayT:
@@ -39,10 +41,22 @@ def area(boxes: ArrayT, *, plus_one: bool = False) -> ArrayT:
     return lengths[..., 0] * lengths[..., 1]
 
 
-def min_side(boxes: ArrayT) -> ArrayT:
+def min_side(boxes: ArrayT, *, plus_one: bool = False) -> ArrayT:
     """Returns the shorter side, [...]."""
-    lengths: Any = sides(boxes)
+    lengths: Any = sides(boxes, plus_one=plus_one)
     return lengths.min(axis=-1)
+
+
+def last_inside(boxes: ArrayT) -> ArrayT:
+    """Returns boxes whose x1 and y1 are the last column and row inside, not the edges behind."""
+    xp = _library(boxes)
+    return boxes - _row(xp, _ENDS, boxes)
+
+
+def with_edges(boxes: ArrayT) -> ArrayT:
+    """Returns boxes whose x1 and y1 are edges, of boxes where these are inside."""
+    xp = _library(boxes)
+    return boxes + _row(xp, _ENDS, boxes)
 
 
 def iou(boxes: ArrayT, others: Array, *, plus_one: bool = False) -> ArrayT:
@@ -130,10 +144,25 @@ def inside(boxes: ArrayT, size: tuple[Any, Any], *, plus_one: bool = False) -> A
     return (x0 >= 0) & (y0 >= 0) & ends
 
 
-def clip(boxes: ArrayT, size: tuple[Any, Any]) -> ArrayT:
+def decode_inside(
+    deltas: ArrayT, anchors: Array, size: tuple[Any, Any], *, weights: Weights, plus_one: bool
+) -> ArrayT:
+    """Returns the parts of decoded boxes inside an image of `size` (height, width).
+
+    With `plus_one`, all is as in py-faster-rcnn: nothing limits dw and dh, and 1 is not subtracted.
+    """
+    limit = None if plus_one else MAX_LOG_SCALE
+    moved = decode(
+        deltas, anchors, weights=weights, max_log_scale=limit, plus_one=plus_one, subtract_one=False
+    )
+    return clip(moved, size, plus_one=plus_one)
+
+
+def clip(boxes: ArrayT, size: tuple[Any, Any], *, plus_one: bool = False) -> ArrayT:
     """Returns the part of each box inside an image of `size` (height, width)."""
     xp, (height, width) = _library(boxes), size
     limits = [xp.asarray(limit, boxes.dtype) for limit in (width, height, width, height)]
+    limits = [limit - 1 for limit in limits] if plus_one else limits
     return xp.stack([xp.clip(boxes[..., i], 0, limits[i]) for i in range(4)], axis=-1)
 
 

@@ -50,7 +50,7 @@ class ProposalRule:
       count: R.
       max_iou: of two proposals of a level with a larger IoU the lower score is dropped.
       min_side: proposals with a shorter side than this, in pixels, are dropped.
-      plus_one: whether widths are x1 - x0 + 1, as in Caffe.
+      plus_one: as in py-faster-rcnn; see `dense_jax.ops.boxes`. The boxes are `last_inside` then.
       is_ranked: False takes anchors by random numbers in place of their scores, the same ones for
         every image, and suppresses none (Ren et al., Section 4.1, "no cls").
       is_moved: False takes the anchors themselves ("no reg").
@@ -92,14 +92,18 @@ def propose(
         if not rule.is_moved:
             moves = jnp.zeros_like(moves)
         best, index = lax.top_k(own, min(rule.candidates, own.shape[0]))
-        moved = box_ops.decode(
-            moves[index], jnp.asarray(places)[index], weights=RPN_WEIGHTS, plus_one=rule.plus_one
+        moved = box_ops.decode_inside(
+            moves[index],
+            jnp.asarray(places)[index],
+            tuple(size.astype(moves.dtype)),
+            weights=RPN_WEIGHTS,
+            plus_one=rule.plus_one,
         )
-        moved = box_ops.clip(moved, tuple(size.astype(moved.dtype)))
         boxes.append(moved)
         scores.append(best)
         finite = jnp.isfinite(best) & jnp.all(jnp.isfinite(moved), axis=-1)
-        valid.append(finite & (box_ops.min_side(moved) >= rule.min_side))
+        sides = box_ops.min_side(moved, plus_one=rule.plus_one)
+        valid.append(finite & (sides >= rule.min_side))
         levels.append(jnp.full(best.shape, level, jnp.int32))
     kept = [
         nms(own, ok, rule.max_iou if rule.is_ranked else 1.0, plus_one=rule.plus_one)
@@ -125,7 +129,9 @@ def propose_each(
     return each(logits, deltas, anchors, sizes)
 
 
-def whole_grid(anchors: Sequence[jax.Array], sizes: jax.Array) -> Proposals:
+def whole_grid(
+    anchors: Sequence[jax.Array], sizes: jax.Array, *, plus_one: bool = False
+) -> Proposals:
     """Returns all anchors as the proposals of each image, cut at its edges, with scores of 0.
 
     This is sliding windows, as of one-stage detectors (Ren et al., Section 4.1, Table 10).
@@ -133,8 +139,13 @@ def whole_grid(anchors: Sequence[jax.Array], sizes: jax.Array) -> Proposals:
     Args:
       anchors: of each level, [N_l, 4].
       sizes: int32 [B, 2], heights and widths of the true images.
+      plus_one: whether x1 and y1 of the anchors are inside them.
     """
     every = jnp.concatenate([jnp.asarray(own) for own in anchors])
-    boxes = jax.vmap(lambda size: box_ops.clip(every, tuple(size.astype(every.dtype))))(sizes)
-    valid = box_ops.min_side(boxes) >= _LEAST_PROPOSAL
+
+    def cut(size: jax.Array) -> jax.Array:
+        return box_ops.clip(every, tuple(size.astype(every.dtype)), plus_one=plus_one)
+
+    boxes = jax.vmap(cut)(sizes)
+    valid = box_ops.min_side(boxes, plus_one=plus_one) >= _LEAST_PROPOSAL
     return Proposals(boxes, jnp.zeros(valid.shape, boxes.dtype), valid)

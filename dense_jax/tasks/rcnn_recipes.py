@@ -50,7 +50,8 @@ RECIPES = {
         ProposalRule(2000, 1000, min_side=0.0), ProposalRule(1000, 1000, min_side=0.0),
         DetectionRule(min_side=0.0), roi_aligned=True, roi_samples=None,
     ),
-    # py-faster-rcnn, end to end: models/pascal_voc/VGG16/faster_rcnn_end2end.
+    # py-faster-rcnn, end to end: models/pascal_voc/VGG16/faster_rcnn_end2end. There, 16 pixels and
+    # the 1 of `plus_one` of known boxes are of the image before it is resized; here, after.
     "paper": Recipe(
         "caffe", AnchorRule(inside=True, plus_one=True),
         RoiRule(sample=128, max_foreground=32, beta=1.0, plus_one=True),
