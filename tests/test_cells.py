@@ -55,6 +55,8 @@ class FromRed:
 
     config = dataclasses.replace(SAME, normalisation="none", eval_batch_size=4)
 
+    antialias = True
+
     def input_size(self, size):
         return size
 

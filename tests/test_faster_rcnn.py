@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dense_jax.data.detection import ResizeShortSide
+from dense_jax.data.normalise import normalise
+from dense_jax.data.transforms import resize_image
 from dense_jax.errors import UserError
+from dense_jax.evaluation.batches import eval_batches
 from dense_jax.tasks.rcnn_recipes import RECIPES, anchors
 from experiments import faster_rcnn as script
 
@@ -83,6 +87,35 @@ def test_recipes_are_those_of_the_codes():
     zf = script.FasterRCNN(2, backbone="zf", neck="c5", anchor_sizes=(32,))
     (own,) = anchors(zf, "torchvision", (608, 1024), [(39, 65)])
     np.testing.assert_array_equal((own[-1, :2] + own[-1, 2:]) / 2, [1024, 608])
+
+
+class Stripes:
+    """One image whose columns are white, black and black."""
+
+    def __len__(self):
+        return 1
+
+    def size(self, index):
+        return 96, 96
+
+    def __getitem__(self, index):
+        image = np.zeros((96, 96, 3), np.uint8)
+        image[:, ::3] = 255
+        return {"image": image, "label": image[..., 0], "name": "stripes"}
+
+
+@pytest.mark.parametrize("recipe", ["torchvision", "detectron2", "paper"])
+def test_images_are_resized_as_in_the_code_of_the_recipe(recipe):
+    """Pillow smooths what shrinks; torchvision and py-faster-rcnn do not."""
+    task, source = built("smoke", recipe=recipe, roi_op="align"), Stripes()
+    training: Any = next(t for t in task.transforms if isinstance(t, ResizeShortSide))
+    trained = training(source[0], np.random.default_rng(0))["image"]
+    expected = resize_image(source[0]["image"], (32, 32), antialias=recipe == "detectron2")
+    np.testing.assert_array_equal(trained, expected)
+    (batch,) = eval_batches(source, task)
+    normalised = normalise(expected, task.config.normalisation)
+    np.testing.assert_array_equal(batch["images"][0], normalised)
+    assert (expected.max() == 0) == (recipe != "detectron2")  # one column of three is seen
 
 
 @pytest.mark.parametrize(

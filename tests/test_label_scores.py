@@ -50,6 +50,8 @@ class Brightness:
     num_classes: int
     config: RunConfig = dataclasses.field(default_factory=lambda: RunConfig(normalisation="none"))
 
+    antialias = True
+
     def input_size(self, size):
         return size
 

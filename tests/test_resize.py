@@ -9,7 +9,7 @@ from PIL import Image
 
 from dense_jax.layers import init
 from dense_jax.layers.conv import up_conv
-from dense_jax.ops.resize import resize_antialiased, resize_bilinear, resize_nearest
+from dense_jax.ops.resize import resize_bilinear, resize_nearest, resize_uint8
 
 SIZES = [
     ((5, 7), (10, 14)),
@@ -61,13 +61,24 @@ def test_antialiased_is_pillows_to_the_last_bit(before, after):
                 for own in expected
             ]
             expected = np.stack([np.asarray(own) for own in pictures])
-        resize = functools.partial(resize_antialiased, size=after, height_first=height_first)
+        resize = functools.partial(resize_uint8, size=after, height_first=height_first)
         np.testing.assert_array_equal(jax.jit(resize)(x), expected)
+        np.testing.assert_array_equal(resize(x), expected)
 
 
-def test_antialiased_takes_bytes_alone():
+@pytest.mark.parametrize(("before", "after"), [*SIZES, ((37, 211), (36, 20)), ((9, 9), (9, 30))])
+def test_without_antialiasing_bytes_are_the_bilinear_ones_rounded(before, after):
+    x = np.random.default_rng(0).integers(0, 256, (2, *before, 3), np.uint8)
+    resize = functools.partial(resize_uint8, size=after, antialias=False)
+    found, expected = resize(x), slow_bilinear(x.astype(np.float32), after, align_corners=False)
+    # Columns are rounded before rows are weighed.
+    assert np.abs(found.astype(np.float32) - expected).max() <= 1.0
+    np.testing.assert_array_equal(jax.jit(resize)(x), found)
+
+
+def test_only_bytes_are_resized_to_bytes():
     with pytest.raises(ValueError, match="Expected uint8, received float32"):
-        resize_antialiased(jnp.zeros((1, 2, 2, 3)), (1, 1))
+        resize_uint8(jnp.zeros((1, 2, 2, 3)), (1, 1))
 
 
 @pytest.mark.parity

@@ -63,6 +63,8 @@ class Unsure:
 
     config = RunConfig(normalisation="none", eval_batch_size=4)
 
+    antialias = True
+
     def input_size(self, size):
         return size
 

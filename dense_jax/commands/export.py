@@ -195,7 +195,11 @@ def _program(
             )
     dtypes = {"images": dtype} | {n: np.dtype(spec.dtype) for n, spec in task.inputs.items()}
     inputs = _arguments(specs, dtypes)
-    steps: dict[str, Any] = {"input_size": task.input_size, "in_pixels": task.in_pixels}
+    steps: dict[str, Any] = {
+        "input_size": task.input_size,
+        "antialias": task.antialias,
+        "in_pixels": task.in_pixels,
+    }
     sizes = _ANY_SIZE
     if shape:
         steps["padded_side"] = task.padded_side

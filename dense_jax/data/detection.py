@@ -68,19 +68,21 @@ class ResizeShortSide:
       short: possible lengths of the shorter side, in pixels.
       longest: limit of the longer side, in pixels.
       rounding: see `short_side_size`.
+      antialias: see `dense_jax.data.transforms.resize_image`.
     """
 
     short: Sequence[int]
     longest: int
     rounding: Rounding = "nearest"
+    antialias: bool = True
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Returns the resized example."""
         short = (
             self.short[int(rng.integers(len(self.short)))] if len(self.short) > 1 else self.short[0]
         )
-        size = example["image"].shape[:2]
-        return resize_example(example, short_side_size(size, short, self.longest, self.rounding))
+        size = short_side_size(example["image"].shape[:2], short, self.longest, self.rounding)
+        return resize_example(example, size, antialias=self.antialias)
 
     def largest(self, size: Size) -> Size:
         """Returns the largest size that an image of ``size`` can get."""
@@ -97,6 +99,7 @@ class LargeScaleJitter:
       size: height and width of training images.
       low: least factor.
       high: largest factor.
+      antialias: see `dense_jax.data.transforms.resize_image`.
 
     Reference: Ghiasi et al., "Simple copy-paste is a strong data augmentation method for instance
     segmentation", CVPR 2021, arXiv:2012.07177, Section 3 (0.1 to 2).
@@ -105,15 +108,15 @@ class LargeScaleJitter:
     size: Size
     low: float = 0.1
     high: float = 2.0
+    antialias: bool = True
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Returns the resized example."""
         height, width = example["image"].shape[:2]
         factor = rng.uniform(self.low, self.high)
         factor *= min(self.size[0] / height, self.size[1] / width)
-        return resize_example(
-            example, (max(1, round(height * factor)), max(1, round(width * factor)))
-        )
+        size = max(1, round(height * factor)), max(1, round(width * factor))
+        return resize_example(example, size, antialias=self.antialias)
 
 
 @dataclasses.dataclass(frozen=True)

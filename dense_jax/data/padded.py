@@ -108,7 +108,12 @@ def _grouped(sizes: Iterable[Size], multiple: int) -> dict[Size, list[Size]]:
 
 
 def prepare(
-    image: np.ndarray, normalisation: str, shape: Size, size: Size | None = None
+    image: np.ndarray,
+    normalisation: str,
+    shape: Size,
+    size: Size | None = None,
+    *,
+    antialias: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Resizes, normalises and pads one image.
 
@@ -117,12 +122,13 @@ def prepare(
       normalisation: a name in `dense_jax.data.normalise.NORMALISATIONS`.
       shape: height and width after padding, not less than those of the resized image.
       size: height and width to which the image is resized; None keeps its own.
+      antialias: see `dense_jax.data.transforms.resize_image`.
 
     Returns:
       A batch of one: float32 [1, *shape, C], and int32 [1, 2], height and width before padding.
     """
     height, width = size or image.shape[:2]
-    inputs = normalise(resize_image(image, (height, width)), normalisation)
+    inputs = normalise(resize_image(image, (height, width), antialias=antialias), normalisation)
     return pad({"image": inputs}, shape)["image"][None], np.array([[height, width]], np.int32)
 
 

@@ -19,6 +19,7 @@ from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example
 from dense_jax.data.normalise import Normalise, luma
 from dense_jax.data.objects import Objects
+from dense_jax.ops.resize import resize_uint8
 
 Transform = Callable[[Example, np.random.Generator], Example]
 
@@ -78,13 +79,16 @@ class ResizeBy:
 
     Attributes:
       size_of: (height, width) to (height, width).
+      antialias: see `resize_image`.
     """
 
     size_of: Callable[[tuple[int, int]], tuple[int, int]]
+    antialias: bool = True
 
     def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
         """Returns the resized example."""
-        return resize_example(example, self.size_of(example["image"].shape[:2]))
+        size = self.size_of(example["image"].shape[:2])
+        return resize_example(example, size, antialias=self.antialias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,8 +382,13 @@ def _refuse_objects(example: Example, transform: Transform) -> None:
         raise ValueError(f"{type(transform).__name__} moves no boxes: put it before ReadObjects")
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes a uint8 image [H, W, 3] to `size` (height, width): bilinear, antialiased.
+def resize_image(image: np.ndarray, size: tuple[int, int], *, antialias: bool = True) -> np.ndarray:
+    """Resizes a uint8 image [H, W, 3] to `size` (height, width) by linear interpolation.
+
+    Args:
+      image: the image.
+      size: the size.
+      antialias: see `dense_jax.ops.resize.resize_uint8`.
 
     Raises:
       ValueError: the image is normalised already.
@@ -388,13 +397,15 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         raise ValueError("images are resized as uint8: put Normalise after Resize or RandomScale")
     if image.shape[:2] == size:
         return image
+    if not antialias:
+        return resize_uint8(image[None], size, antialias=False)[0]
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
-def resize_example(example: Example, size: tuple[int, int]) -> Example:
-    """Resizes the uint8 image, bilinear and antialiased, its maps to the nearest, and objects."""
+def resize_example(example: Example, size: tuple[int, int], *, antialias: bool = True) -> Example:
+    """Resizes the image by `resize_image`, its maps to the nearest pixel, and its objects."""
     old = example["image"].shape[:2]
-    resized = {"image": resize_image(example["image"], size)}
+    resized = {"image": resize_image(example["image"], size, antialias=antialias)}
     resized |= _objects(example, lambda own: own.resize(old, size))
     if example["label"].shape == size:
         return example

@@ -33,6 +33,11 @@ class Predicts(Protocol):
         """Returns the size to which an image is resized."""
         ...
 
+    @property
+    def antialias(self) -> bool:
+        """How images are resized; see `dense_jax.data.transforms.resize_image`."""
+        ...
+
     def padded_side(self, side: int) -> int:
         """Returns the side to which zeros may pad images without an effect."""
         ...
@@ -51,7 +56,7 @@ def eval_batches(
     size = -(-config.eval_batch_size // jax.device_count()) * devices
     return pipeline.eval_batches(
         source,
-        [ResizeBy(task.input_size), Normalise(config.normalisation)],
+        [ResizeBy(task.input_size, task.antialias), Normalise(config.normalisation)],
         size,
         shapes=shapes or config.eval_shapes,
         padded_side=task.padded_side,

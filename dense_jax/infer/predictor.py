@@ -99,6 +99,7 @@ class Predictor:
       shapes: of the network's inputs, each compiled once; see `dense_jax.data.padded`.
       padded_side: the side to which the network pads a side of an image.
       input_size: the size to which an image of a size is resized.
+      antialias: how it is resized; see `dense_jax.data.transforms.resize_image`.
     """
 
     answer: Answer
@@ -107,6 +108,7 @@ class Predictor:
     shapes: Shapes = "exact"
     padded_side: Callable[[int], int] = lambda side: side
     input_size: Callable[[Size], Size] = lambda size: size
+    antialias: bool = True
 
     def shapes_of(self, sizes: Iterable[Size]) -> dict[Size, Size]:
         """Returns the shape of the network's input for each size of an image."""
@@ -125,7 +127,9 @@ class Predictor:
         """
         size = image.shape[:2]
         shape = shape or self.shapes_of([size])[size]
-        arrays = prepare(image, self.normalisation, shape, self.input_size(size))
+        arrays = prepare(
+            image, self.normalisation, shape, self.input_size(size), antialias=self.antialias
+        )
         answers = self.answer(*arrays, **inputs)
         return self.read({name: x[0] for name, x in jax.device_get(answers).items()}, image)
 

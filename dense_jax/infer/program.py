@@ -13,7 +13,7 @@ import numpy as np
 from dense_jax.data.normalise import normalise_batch
 from dense_jax.data.padded import Size, run_padded
 from dense_jax.data.transforms import resize_image
-from dense_jax.ops.resize import resize_antialiased
+from dense_jax.ops.resize import resize_uint8
 
 Arrays = dict[str, jax.Array]
 
@@ -24,6 +24,7 @@ def program(
     *,
     padded_side: Callable[[int], int] = lambda side: side,
     input_size: Callable[[Size], Size] = lambda size: size,
+    antialias: bool = True,
     in_pixels: Callable[[Arrays, Size], Arrays] = lambda answers, size: answers,
 ) -> Callable[..., Arrays]:
     """Returns a function of RGB images [B, H, W, 3] with values from 0 to 255, any H, W >= 1.
@@ -34,6 +35,7 @@ def program(
       padded_side: images are padded at the bottom and on the right with the mean colour, to these
         sides; answers of the padded size are cut to the size of the images.
       input_size: the size to which images of a size are resized before.
+      antialias: how they are resized; see `dense_jax.data.transforms.resize_image`.
       in_pixels: (answers, size of the images) -> answers in pixels of the images as they came.
     """
 
@@ -42,20 +44,20 @@ def program(
             return answer(images, sizes, *inputs)
 
         size = (images.shape[1], images.shape[2])
-        resized = _resized(images, input_size(size))
+        resized = _resized(images, input_size(size), antialias)
         answers = run_padded(padded, normalise_batch(resized, normalisation), padded_side)
         return in_pixels(answers, size)
 
     return run
 
 
-def _resized(images: jax.Array, size: Size) -> jax.Array:
+def _resized(images: jax.Array, size: Size, antialias: bool) -> jax.Array:
     """Resizes as files are: as uint8, to which floats are rounded."""
     if (images.shape[1], images.shape[2]) == size:
         return images
     whole = jnp.clip(jnp.round(images), 0, 255) if images.dtype != jnp.uint8 else images
-    first = _height_is_first((images.shape[1], images.shape[2]), size)
-    return resize_antialiased(whole.astype(jnp.uint8), size, height_first=first)
+    first = antialias and _height_is_first((images.shape[1], images.shape[2]), size)
+    return resize_uint8(whole.astype(jnp.uint8), size, antialias=antialias, height_first=first)
 
 
 def _height_is_first(old: Size, new: Size) -> bool:

@@ -1,7 +1,7 @@
 """Resizing with the corner convention in the argument's name."""
 
 import fractions
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.export
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Pair = tuple[int, int]
+Array = np.ndarray | jax.Array
+ArrayT = TypeVar("ArrayT", bound=Array)
 
 _WEIGHT_BITS = 22  # of Pillow's weights, so that 255 of them fit in 32 bits with a sign
 
@@ -76,13 +78,18 @@ def resize_nearest(x: jax.Array, size: Pair) -> jax.Array:
     return x
 
 
-def resize_antialiased(x: jax.Array, size: Pair, *, height_first: bool = False) -> jax.Array:
-    """Resizes uint8 [B, H, W, C] to [B, *size, C] as Pillow's `Image.resize` does with BILINEAR.
+def resize_uint8(
+    x: ArrayT, size: Pair, *, antialias: bool = True, height_first: bool = False
+) -> ArrayT:
+    """Resizes uint8 [B, H, W, C], of NumPy or JAX, to [B, *size, C] by linear interpolation.
 
-    Where an image shrinks, the hat function is as wide as two output pixels, so that each input
-    pixel counts. Each axis is rounded to uint8, with weights of 22 bits, as in Pillow: a program
-    that resizes images itself sees the same pixels as one that gets them from files. Which axis is
-    first changes some pixels by 1; Pillow's choice depends on the sizes and on its version.
+    With ``antialias``, it is Pillow's `Image.resize` with BILINEAR: where an image shrinks, the hat
+    function is as wide as two output pixels, so that each input pixel counts. Without, the hat is
+    always as wide as two input pixels, as in torch's `interpolate`, but for rounding.
+
+    Each axis is rounded to uint8, with weights of 22 bits, as in Pillow: a program that resizes
+    images itself sees the same pixels as one that gets them from files. Which axis is first changes
+    some pixels by 1; Pillow's choice depends on the sizes and on its version.
 
     Reference: python-pillow/Pillow: src/libImaging/Resample.c.
 
@@ -90,23 +97,28 @@ def resize_antialiased(x: jax.Array, size: Pair, *, height_first: bool = False) 
       ValueError: x is not uint8 [B, H, W, C].
     """
     _check(x)
-    if x.dtype != jnp.uint8:
+    if x.dtype != np.uint8:
         raise ValueError(f"Expected uint8, received {x.dtype}.")
+    xp: Any = jnp if isinstance(x, jax.Array) else np
+    pixels: Any = x
     for axis in (1, 2) if height_first else (2, 1):
-        out = size[axis - 1]
-        index, weights = _antialiased_taps(x.shape[axis], out)
-        taps = jnp.take(x, index, axis=axis).astype(jnp.int32)
-        shape = [1] * taps.ndim
-        shape[axis : axis + 2] = weights.shape
-        total = jnp.sum(taps * weights.reshape(shape), axis=axis + 1, dtype=jnp.int32)
-        x = jnp.clip((total + (1 << _WEIGHT_BITS - 1)) >> _WEIGHT_BITS, 0, 255).astype(jnp.uint8)
-    return x
+        index, weights = _taps(pixels.shape[axis], size[axis - 1], antialias)
+        weights = weights.reshape(*[1] * axis, *weights.shape, *[1] * (3 - axis))
+        if antialias:
+            taps = xp.take(pixels, index, axis=axis).astype(np.int32)
+            total = xp.sum(taps * weights, axis=axis + 1, dtype=np.int32)
+        else:  # one or two of them: no need to write them side by side
+            each = (xp.take(pixels, own, axis=axis).astype(np.int32) for own in index.T)
+            total = sum(own * xp.take(weights, i, axis=axis + 1) for i, own in enumerate(each))
+        pixels = xp.clip((total + (1 << _WEIGHT_BITS - 1)) >> _WEIGHT_BITS, 0, 255)
+        pixels = pixels.astype(np.uint8)
+    return pixels
 
 
-def _antialiased_taps(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
+def _taps(size: int, out: int, antialias: bool) -> tuple[np.ndarray, np.ndarray]:
     """Returns which pixels make each output pixel, and their weights, both int32 [out, taps]."""
     scale = size / out
-    reach = max(scale, 1.0)
+    reach = max(scale, 1.0) if antialias else 1.0
     centres = (np.arange(out) + 0.5)[:, None] * scale
     first = np.maximum((centres - reach + 0.5).astype(int), 0)
     last = np.minimum((centres + reach + 0.5).astype(int), size)
@@ -117,6 +129,6 @@ def _antialiased_taps(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(pixels, size - 1).astype(np.int32), whole.astype(np.int32)
 
 
-def _check(x: jax.Array) -> None:
+def _check(x: Array) -> None:
     if x.ndim != 4:
         raise ValueError(f"Expected [B, H, W, C], received {x.shape}.")

@@ -84,6 +84,11 @@ class DetectionConfig(RunConfig):
         """How the sides of resized images are rounded; see `short_side_size`."""
         return "nearest"
 
+    @property
+    def antialias(self) -> bool:
+        """Whether images that shrink are smoothed; see `dense_jax.data.transforms.resize_image`."""
+        return True
+
     def resized(self, size: Size, short: int) -> Size:
         """Returns the size of an image whose shorter side becomes ``short``, but for --max-side."""
         return short_side_size(size, short, self.max_side, self.rounding)
@@ -102,8 +107,9 @@ class DetectionConfig(RunConfig):
         return chosen(
             ReadObjects(masks=masks),
             proposals is not None and GiveProposals(proposals, num_proposals),
-            has_jitter and LargeScaleJitter(square),
-            not has_jitter and ResizeShortSide(self.short_side, self.max_side, self.rounding),
+            has_jitter and LargeScaleJitter(square, antialias=self.antialias),
+            not has_jitter
+            and ResizeShortSide(self.short_side, self.max_side, self.rounding, self.antialias),
             Normalise(self.normalisation),
             has_jitter and RandomCrop(square),
             self.flip == "on" and RandomFlip(),
@@ -168,6 +174,11 @@ class Detection(Task):
         """Returns the size to which an image is resized."""
         side = self.config.test_side or self.config.short_side[-1]
         return self.config.resized(size, side)
+
+    @property
+    def antialias(self) -> bool:
+        """As the configuration says."""
+        return self.config.antialias
 
     @property
     def export_size(self) -> Size:
@@ -358,7 +369,8 @@ class Detection(Task):
         size = image.shape[:2]
         inputs = self.input_size(size)
         shape = self.padded_side(inputs[0]), self.padded_side(inputs[1])
-        arrays = prepare(image, self.config.normalisation, shape, inputs)
+        normalisation = self.config.normalisation
+        arrays = prepare(image, normalisation, shape, inputs, antialias=self.antialias)
         _, anchors, found = first_stage(variables, *arrays)
         boxes, logits, valid = (x[0] for x in jax.device_get(found))
         return self.in_pixels({"boxes": boxes[valid]}, size)["boxes"], logits[valid], anchors

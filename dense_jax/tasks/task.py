@@ -77,6 +77,11 @@ class Task(abc.ABC):
         return size
 
     @property
+    def antialias(self) -> bool:
+        """Whether images that shrink are smoothed; see `dense_jax.data.transforms.resize_image`."""
+        return True
+
+    @property
     def train_size(self) -> Callable[[Size], Size] | None:
         """The largest size of a training image, by its size in the dataset.
 

@@ -104,6 +104,7 @@ class Run:
             config.eval_shapes,
             self.task.padded_side,
             self.task.input_size,
+            self.task.antialias,
         )
 
     def predict(self, images: Picture | Sequence[Picture], **inputs: Any) -> Any:
