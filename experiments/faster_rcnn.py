@@ -105,7 +105,8 @@ class Config(DetectionConfig):
     test_proposals: Count | None = None
     """Number of proposals in evaluation (Table 2). Default: as the recipe."""
     trained_stages: Literal[0, 1, 2, 3, 4, 5] = 3
-    """Parts of the trunk that train, counted from the last one (Fast R-CNN, Section 4.5)."""
+    """Parts of the trunk that train, counted from the last one, if --learn names the trunk (Fast
+    R-CNN, Section 4.5)."""
     bn: Literal["frozen", "train"] = "frozen"
     """Batch normalisation of the trunk; train uses the statistics over all devices."""
     bn_epsilon: float = 1e-5
@@ -132,10 +133,18 @@ class Config(DetectionConfig):
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
         super().__post_init__()
-        self.needs("train_mode", "alternating", proposal_source="rpn")
-        self.needs("head_steps", train_mode="alternating")
         has_rpn, learns = self.proposal_source == "rpn", set(self.learn)
         is_alternating = self.train_mode == "alternating"
+        refuse(
+            is_alternating and (not has_rpn or bool(self.proposals)),
+            "--train-mode=alternating makes its own proposals: leave out --proposal-source and "
+            "--proposals",
+        )
+        self.needs("head_steps", train_mode="alternating")
+        refuse(
+            len(learns) < len(self.learn),
+            f"--learn {' '.join(self.learn)}: a part is named twice",
+        )
         refuse(
             is_alternating and (learns != set(PARTS) or self.head_loss in ("box", "svm")),
             "--train-mode=alternating trains all parts in turn: leave out --learn and "
@@ -155,6 +164,11 @@ class Config(DetectionConfig):
             "head" not in learns and of_head != ("both", "moved", (1.0,)),
             "--head-loss, --test-boxes and --test-scales are of the head: leave them out, or add "
             "head to --learn",
+        )
+        refuse(
+            self.head_loss in ("box", "svm") and self.init is None,
+            f"--head-loss={self.head_loss} trains the last layer of a trained network alone: give "
+            "--init=run:DIR",
         )
         from_file = self.proposal_source == "file"
         refuse(
@@ -207,7 +221,7 @@ PRESETS = {
     "paper": _PAPER,
     # The release trains proposals on one image at a time, and the head on two.
     "paper_alternating": replace(
-        _PAPER, train_mode="alternating", num_steps=80_000, head_steps=40_000, step_at=(3 / 4,)
+        _PAPER, train_mode="alternating", num_steps=80_000, step_at=(3 / 4,)
     ),
     "demo": replace(_SCRATCH, num_steps=1200, eval_every=400, batch_size=8),
     "smoke": smoke(replace(_SCRATCH, width=1 / 32, short_side=(32,))),

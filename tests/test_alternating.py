@@ -160,6 +160,15 @@ def check_the_command_writes_proposals_of_splits_and_folders(runs, tmp_path, cap
     propose.run(run=run, output=images / "proposals.json", input=images)
     found = proposal_file.read(images / "proposals.json")
     np.testing.assert_array_equal(found["x"], table[source[0]["name"]])
+    (images / "broken.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        propose.run(run=run, output=images / "others.json", input=images)
+    assert "1 images, " in (words := capsys.readouterr().out)
+    assert f"1 failed\n{images / 'broken.png'}: not an image or damaged" in words
+    assert proposal_file.read(images / "others.json")["x"].tolist() == found["x"].tolist()
+    with pytest.raises(UserError, match=r"no image of .*broken.png could be read: .*damaged"):
+        propose.run(run=run, output=tmp_path / "x.json", input=images / "broken.png")
+    (images / "broken.png").unlink()
     with pytest.raises(UserError, match="leave out --split"):
         propose.run(run=run, output=tmp_path / "x.json", input=images, split=("val",))
     propose.run(run=run, output=tmp_path / "new" / "x.json", input=images, checkpoint="best")
@@ -191,7 +200,9 @@ def test_boxes_without_an_area_are_not_written(tmp_path):
     [
         ({"learn": ("trunk",)}, "add rpn or head"),
         ({"learn": ("trunk",), "proposal_source": "grid"}, "add head"),
-        ({"train_mode": "alternating", "proposal_source": "grid"}, "--proposal-source=rpn"),
+        ({"train_mode": "alternating", "proposal_source": "grid"}, "makes its own proposals"),
+        ({"train_mode": "alternating", "proposals": "a.json"}, "and --proposals"),
+        ({"learn": ("rpn", "head", "rpn")}, "--learn rpn head rpn: a part is named twice"),
         (
             {"train_mode": "alternating", "learn": ("head",)},
             "all parts in turn: leave out",

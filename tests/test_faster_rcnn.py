@@ -129,6 +129,8 @@ def test_images_are_resized_as_in_the_code_of_the_recipe(recipe):
         ({"proposals": "a.json"}, "--proposals is not read with --proposal-source=rpn"),
         ({"rpn_reg": "off", "proposal_source": "grid"}, "leave them out"),
         ({"rpn_lambda": 2.0, "proposal_source": "grid"}, "leave them out"),
+        ({"head_loss": "svm"}, "--head-loss=svm trains the last layer .* give --init=run:DIR"),
+        ({"head_loss": "box"}, "--head-loss=box trains the last layer"),
         ({"num_proposals": 7}, "--num-proposals counts boxes of a file"),
         ({"test_proposals": 7, "proposal_source": "grid"}, "have no order"),
     ],

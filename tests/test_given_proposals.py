@@ -171,7 +171,8 @@ def test_training_takes_the_given_boxes(boxes_file, tmp_path):
 
 @pytest.mark.parametrize("flags", [{"head_loss": "class"}, {"head_loss": "box"}])
 def test_one_of_the_losses_alone(flags):
-    own = task(proposal_source="grid", optimizer="sgd", momentum=0.0, weight_decay=0.0, **flags)
+    flags = {"init": "run:trained", "optimizer": "sgd", **flags}
+    own = task(proposal_source="grid", momentum=0.0, weight_decay=0.0, **flags)
     left_out = {"class": "box", "box": "class"}[flags["head_loss"]]
     _, scalars = one_step(own, batch_of(own), 1)
     assert scalars[left_out] == 0
@@ -181,7 +182,7 @@ def test_one_of_the_losses_alone(flags):
 
 @pytest.mark.parametrize(("loss", "layer"), [("box", "bbox_pred"), ("svm", "cls_score")])
 def test_only_a_last_layer_learns_in_stages(loss, layer):
-    groups = script.build(config(head_loss=loss), NUM_CLASSES).groups
+    groups = script.build(config(head_loss=loss, init="run:trained"), NUM_CLASSES).groups
     params: Any = traverse_util.flatten_dict(variables_of(task())["params"], sep="/")
     learns = {
         name
@@ -221,7 +222,7 @@ def test_support_vector_machines_by_hand():
     np.testing.assert_allclose(found["scores"][found["valid"]], expected, rtol=1e-6)
     programs = []
     for loss in ("svm", "class"):
-        own = task(head_loss=loss, neck="c5", anchor_sizes=(16, 32))
+        own = task(head_loss=loss, neck="c5", anchor_sizes=(16, 32), init="run:trained")
         arrays = variables_of(own), jnp.zeros((1, 64, 64, 3)), jnp.array([[60, 50]])
         programs.append(re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(own.forward)(*arrays))))
     assert programs[0] != programs[1]  # svm is scored so

@@ -3,16 +3,13 @@
 import itertools
 import pathlib
 import sys
-from collections.abc import Iterator
 from typing import Literal
 
 import jax
 
 from dense_jax import runs
-from dense_jax.data.dataset import Example
-from dense_jax.data.pictures import decode_image
 from dense_jax.errors import UserError, refuse
-from dense_jax.infer.predictor import find_images
+from dense_jax.infer.predictor import read_images
 from dense_jax.tasks import trained
 from dense_jax.train.config import Count
 
@@ -53,32 +50,22 @@ def run(
             "predict"
         )
     if input is not None:
-        examples = _from_files(input)
+        examples = read_images(input)
     else:
         source = trained.dataset_of(opened, data_dir).split(split or "val")
-        examples = ((source[i]["name"], source[i]) for i in range(len(source)))
+        examples = (source[i] for i in range(len(source)))
     runs.make_folder(output)
     variables, drawn, failures = jax.device_put(opened.variables), [], []
-    for name, example in itertools.islice(examples, images):
+    for example in itertools.islice(examples, images):
         if isinstance(example, UserError):
             failures.append(str(example))
             continue
         for kind, picture in offered.draw(variables, example).items():
-            runs.write_png(output / f"{name.replace('/', '_')}-{kind}.png", picture)
+            name = example["name"].replace("/", "_")
+            runs.write_png(output / f"{name}-{kind}.png", picture)
             drawn.append(kind)
     for kind in dict.fromkeys(drawn):
         print(f"*-{kind}.png: {offered.words[kind]}")
     print("\n".join([f"{len(drawn)} pictures in {output}; {len(failures)} failed", *failures]))
     if failures:
         sys.exit(1)
-
-
-def _from_files(path: pathlib.Path) -> Iterator[tuple[str, Example | UserError]]:
-    """Yields name and example of each image, or what is wrong with it."""
-    for file in find_images(path):
-        try:
-            yield file.stem, {"image": decode_image(file.read_bytes(), file).pixels}
-        except UserError as error:
-            yield file.stem, error
-        except OSError as error:
-            yield file.stem, UserError(f"{file} cannot be read ({error.strerror}): give an image")

@@ -2,17 +2,16 @@
 
 import functools
 import pathlib
+import sys
 from typing import Literal
 
 import jax
 import numpy as np
 
 from dense_jax import runs
-from dense_jax.data.dataset import Example
-from dense_jax.data.pictures import decode_image
-from dense_jax.errors import UserError, refuse
+from dense_jax.errors import UserError, printable, refuse
 from dense_jax.evaluation import proposals
-from dense_jax.infer.predictor import find_images
+from dense_jax.infer.predictor import read_images
 from dense_jax.tasks import trained
 
 
@@ -46,32 +45,27 @@ def run(
     propose = opened.task.proposer()
     if propose is None:
         raise UserError(f"{run}: this run has no network of proposals: give one of Faster R-CNN")
-    if input is not None:
-        sources: list[proposals.Examples] = [_Files(input)]
-    else:
-        dataset = trained.dataset_of(opened, data_dir)
-        sources = [dataset.split(name) for name in dict.fromkeys(split or dataset.splits)]
     refuse(output.is_dir(), f"{output} is a folder: give a file to write")
-    runs.make_folder(output.parent)
-    variables = jax.device_put(opened.variables)
-    boxes = proposals.of_sources(functools.partial(propose, variables), sources)
+    propose = functools.partial(propose, jax.device_put(opened.variables))
+    boxes: dict[str, np.ndarray] = {}
+    failures: list[str] = []
+    if input is None:
+        dataset = trained.dataset_of(opened, data_dir)
+        runs.make_folder(output.parent)
+        sources = [dataset.split(name) for name in dict.fromkeys(split or dataset.splits)]
+        boxes = proposals.of_sources(propose, sources)
+    else:
+        images = read_images(input)
+        runs.make_folder(output.parent)
+        for example in images:
+            if isinstance(example, UserError):
+                failures.append(str(example))
+            else:
+                boxes[example["name"]] = propose(example["image"])
+    refuse(not boxes, f"no image of {input} could be read: {failures[0] if failures else ''}")
     proposals.write(output, boxes)
     mean = np.mean([len(own) for own in boxes.values()])
-    print(f"{output}: {len(boxes)} images, {mean:.0f} proposals each on average")
-
-
-class _Files:
-    """The images of a folder as a split without labels."""
-
-    def __init__(self, folder: pathlib.Path):
-        self._files = find_images(folder)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> Example:
-        file = self._files[index]
-        try:
-            return {"name": file.stem, "image": decode_image(file.read_bytes(), file).pixels}
-        except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}): give an image") from error
+    words = f"{output}: {len(boxes)} images, {mean:.0f} proposals each on average"
+    print("\n".join([f"{words}; {len(failures)} failed", *map(printable, failures)]))
+    if failures:
+        sys.exit(1)

@@ -36,12 +36,14 @@ def write(path: str | os.PathLike[str], boxes: Mapping[str, np.ndarray]) -> None
     Raises:
       UserError: the file cannot be written.
     """
-    table = {}
-    for name, own in boxes.items():
-        own = np.round(np.asarray(own, float), 2)
-        table[name] = own[(own[:, :2] < own[:, 2:]).all(axis=1)].tolist()
     try:
-        runs.write_text(pathlib.Path(path), json.dumps(table))
+        with runs.replacing(pathlib.Path(path)) as stream:
+            for i, (name, own) in enumerate(boxes.items()):
+                own = np.round(np.asarray(own, float), 2)
+                kept = own[(own[:, :2] < own[:, 2:]).all(axis=1)]
+                entry = f"{json.dumps(name)}: {json.dumps(kept.tolist())}"
+                stream.write((",\n" if i else "{").encode() + entry.encode())
+            stream.write(b"}" if boxes else b"{}")
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}): give another file"
@@ -64,9 +66,11 @@ def of_sources(
     found = []
     for source, i in pairs[jax.process_index() :: jax.process_count()]:
         example = source[i]
-        found.append((example["name"], propose(example["image"]).tolist()))
-    found = [pair for some in processes.from_all(found) for pair in some]
-    table = {name: np.array(boxes, float).reshape(-1, 4) for name, boxes in found}
+        found.append((example["name"], propose(example["image"])))
+    if jax.process_count() > 1:
+        lists = processes.from_all([(name, boxes.tolist()) for name, boxes in found])
+        found = [(name, np.array(x, float).reshape(-1, 4)) for own in lists for name, x in own]
+    table = dict(found)
     if len(table) < len(found):
         names = [name for name, _ in found]
         twice = next(name for name in names if names.count(name) > 1)

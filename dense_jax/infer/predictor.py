@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -13,6 +13,7 @@ from PIL import Image
 
 from dense_jax import runs, viz
 from dense_jax.data.classes import ClassTable
+from dense_jax.data.dataset import Example
 from dense_jax.data.files import check_name, pictures_of_any_name
 from dense_jax.data.padded import (
     Shapes,
@@ -235,6 +236,19 @@ def predict_folder(
     notes = tuple(map(printable, turned_in_words(orientations)))
     failed = tuple(map(printable, failures))
     return Summary(tuple(predicted), failed, frozenset(shapes), notes)
+
+
+def read_images(path: pathlib.Path) -> Iterator[Example | UserError]:
+    """Yields name and image of each file of `find_images`, or what is wrong with it."""
+    sizes, failures = _read_sizes(find_images(path))
+    yield from map(UserError, failures)
+    for file in sizes:
+        try:
+            yield {"name": file.stem, "image": decode_image(file.read_bytes(), file).pixels}
+        except UserError as error:
+            yield error
+        except OSError as error:
+            yield UserError(f"{file} cannot be read ({error.strerror}): give an image")
 
 
 def find_images(path: pathlib.Path) -> list[pathlib.Path]:
