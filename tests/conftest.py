@@ -14,6 +14,7 @@ os.environ.setdefault("NPROC", "16")
 # Both settings stand in the environment, so that processes that tests start give the same bits.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # lines of ours in each operation
+os.environ.setdefault("FLAX_PROFILE", "0")  # names of modules in each operation
 # XLA ends a process that gives it a flag of another version. Programs this small are not worth
 # splitting among the threads of the compiler.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
@@ -29,7 +30,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = (
     if "PYTEST_XDIST_WORKER" in os.environ
     else tempfile.mkdtemp(prefix="dense_jax-tests-")
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 import hypothesis
 import jax

@@ -198,6 +198,7 @@ def test_pictures_are_reduced_by_means():
     np.testing.assert_allclose(small[1, 1, 2], large[1, 4:8, 8:].mean((0, 1)), atol=1e-6)
 
 
+@pytest.mark.slow  # the smoke preset, whose parts are tried above
 def test_comparison_leaves_table_plot_and_pictures(tmp_path, capsys):
     config = dataclasses.replace(
         conv_arithmetic.COMMANDS["smoke"][1],

@@ -28,7 +28,7 @@ from dense_jax.train import step
 from dense_jax.train.schedules import build_optimizer
 from dense_jax.train.state import TrainState
 from experiments import faster_rcnn as script
-from tests import contract, test_eval_shapes
+from tests import contract, members, test_eval_shapes
 
 NUM_CLASSES = 6
 SHAPES = ShapesSpec(size=(48, 40), num_train=12, num_val=5, num_test=1)
@@ -86,20 +86,23 @@ def variables_of(own, shape=(64, 64, 3)):
     )
 
 
-def one_step(own, batch, devices, accumulate=1):
+def steps(own, batches, devices):
+    """Yields the parameters after one step on each batch, and its losses."""
     chosen = jax.devices()[:devices]
     tx = build_optimizer(own.config, own.groups)
-    state = TrainState.init(own.model.clone(axis_name=None), tx, batch["images"].shape[1:])
+    shape = batches[0]["images"].shape[1:]
+    state = TrainState.init(own.model.clone(axis_name=None), tx, shape)
     state = state.replace(apply_fn=own.model.apply)
     run = step.train_step(own.loss(data()), devices=chosen)
-    new, scalars = run(step.replicate(state, chosen), step.shard(batch, accumulate, chosen))
-    return jax.device_get((new.params, scalars))
+    for batch in batches:
+        new, scalars = run(step.replicate(state, chosen), step.shard(batch, 1, chosen))
+        yield jax.device_get((new.params, scalars))
 
 
 def test_one_device_equals_four():
     own = task(optimizer="sgd", momentum=0.0)
     batch = batch_of(own)
-    one, four = one_step(own, batch, 1), one_step(own, batch, 4)
+    one, four = next(steps(own, (batch,), 1)), next(steps(own, (batch,), 4))
     assert set(one[1]) == {"loss", "rpn_class", "rpn_box", "class", "box"}
     chex.assert_trees_all_close(one, four, rtol=1e-4, atol=1e-6)
 
@@ -108,7 +111,7 @@ def test_padded_objects_and_images_have_no_effect():
     """More slots for objects, and zeros below and beside images, up to the same cells."""
     own = task(optimizer="sgd", momentum=0.0)
     batch = batch_of(own)
-    expected = one_step(own, batch, 1)
+    expected = next(steps(own, (batch,), 1))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected[0]))
     more = dict(batch, objects={
         key: np.pad(value, [(0, 0), (0, 5)] + [(0, 0)] * (value.ndim - 2), constant_values=bad)
@@ -116,7 +119,7 @@ def test_padded_objects_and_images_have_no_effect():
     })  # fmt: skip
     assert more["objects"]["valid"].shape[1] == batch["objects"]["valid"].shape[1] + 5
     # The random numbers of proposals are as many as proposals and objects together.
-    found = one_step(own, more, 1)
+    found = next(steps(own, (more,), 1))
     chex.assert_trees_all_close(found[1]["rpn_class"], expected[1]["rpn_class"], rtol=1e-5)
     chex.assert_trees_all_close(found[1]["rpn_box"], expected[1]["rpn_box"], rtol=1e-5)
 
@@ -199,7 +202,7 @@ def test_a_folder_of_any_sizes_is_predicted(run, tmp_path):
     assert (out / "overlays" / "c.png").exists()
 
 
-@pytest.mark.parametrize("shape", [None, (2, 30, 100)])
+@pytest.mark.parametrize("shape", members([None, (2, 30, 100)], [None]))
 def test_an_exported_program_finds_what_the_run_finds(run, tmp_path, shape, monkeypatch, capsys):
     """Of images of one size, which it resizes and pads itself; None is the size of a default."""
     opened = trained.load(run, task=task())
@@ -361,6 +364,7 @@ class OneObject(test_eval_shapes.Mixed):
         return {**super().__getitem__(index), "label": label}
 
 
+@pytest.mark.slow  # test_eval_shapes counts labels that padding changes
 def test_shared_shapes_say_what_padding_changes(monkeypatch):
     """The share in the protocol is that between two evaluations, one at shapes of each image."""
     mixed = dataclasses.replace(data(), splits={"val": OneObject()})

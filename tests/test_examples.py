@@ -194,6 +194,7 @@ def test_resnet20_agrees_at_each_stage(weights_root):
     assert difference(logits, known["logits"]) > 0.1
 
 
+@pytest.mark.slow  # its stages are compared above
 def test_resnet20_names_objects_that_it_was_not_trained_on(weights_root, data_root, capsys):
     path = weights_root / "resnet20_cifar10/resnet20-12fca82f.th"
     resnet20_cifar.main(path, data_root / "voc2012_sample")
@@ -238,6 +239,7 @@ def test_tensorflows_padding():
     assert mobilenet_deeplab.same_padding(33, 1, 2, 1) == (0, 0)
 
 
+@pytest.mark.slow  # test_nuclei_are_measured
 def test_deeplab_is_measured(deeplab, data_root):
     root = data_root / "voc2012_sample/VOCdevkit/VOC2012"
     names = (root / "ImageSets/Segmentation/val.txt").read_text().split()[:6]

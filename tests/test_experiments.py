@@ -22,7 +22,7 @@ from dense_jax.tasks import training
 from dense_jax.train.checkpoint import Checkpoints
 from dense_jax.train.log import read_metrics
 from dense_jax.train.step import AXIS
-from tests import ROOT, SCRIPTS, script
+from tests import ROOT, SCRIPTS, members, script
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,8 @@ def test_script_documents_its_paper(name):
     assert {"paper", "demo", "smoke"} <= set(module.PRESETS)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+# test_detection_task and test_box_masks look at runs of detectors and of boxes.
+@pytest.mark.parametrize("name", members(SCRIPTS, ("fcn",)))
 def test_smoke_run_leaves_scores_pictures_and_report(name, smoke_runs):
     workdir = smoke_runs(name)
     evaluation = json.loads((workdir / "evaluation.json").read_text())

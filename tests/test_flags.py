@@ -24,12 +24,13 @@ from dense_jax.train import config as configs
 from dense_jax.train.schedules import build_optimizer
 from dense_jax.train.state import TrainState
 from dense_jax.train.step import shard, train_step
-from tests import ROOT, SCRIPTS, script
+from tests import ROOT, SCRIPTS, members, script
 
 # Flags that each script's `build` reads; the other shared ones are tried with one script.
 READ_BY_BUILD = {"width", "augment", "crop", "dtype", "normalisation", "scale"}
 READ_BY_BUILD |= set(DetectionConfig.__annotations__)
 ONE_SCRIPT = "segnet"
+FAST = (ONE_SCRIPT, "faster_rcnn")  # one of each task
 
 _SHAPES = ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2)
 
@@ -175,10 +176,11 @@ def flags_of(name):
 
 
 def marked(flags):
-    """The flags as parameters; of a choice, all values but the first are slow."""
+    """The flags as parameters; slow are all but two scripts, and all but one value of a choice."""
     seen = set()
     for name, field, value in flags:
-        marks = [pytest.mark.slow] if (name, field) in seen else []
+        is_slow = (name, field) in seen or name not in FAST
+        marks = [pytest.mark.slow] if is_slow else []
         seen.add((name, field))
         yield pytest.param(name, field, value, marks=marks)
 
@@ -313,7 +315,7 @@ def test_another_value_does_something(name, field, value):
         assert next(different(before, after), None), f"--{field}={value} does nothing"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", members(SCRIPTS, FAST))
 def test_equal_values_make_equal_runs(name):
     """Without this, a name or an address in a program's text would pass for an effect."""
     with jax.numpy_dtype_promotion("standard"):

@@ -27,13 +27,14 @@ from dense_jax.tasks import trained, training
 from dense_jax.tasks.detection import truth_of
 from dense_jax.tasks.rcnn_recipes import head_rule
 from experiments import faster_rcnn as script
+from tests import contract, members
 from tests.test_detection_task import (
     NUM_CLASSES,
     Trunk,
     batch_of,
     config,
     data,
-    one_step,
+    steps,
     task,
     variables_of,
 )
@@ -44,6 +45,9 @@ def _small(monkeypatch):
     monkeypatch.setattr(models.FasterRCNN, "_trunk", lambda self: Trunk(name="backbone"))
     with jax.numpy_dtype_promotion("standard"):  # AdamW raises a float to an integer power
         yield
+
+
+BOX = {"head_loss": "box"}
 
 
 @pytest.fixture
@@ -163,18 +167,18 @@ def test_training_takes_the_given_boxes(boxes_file, tmp_path):
     other.write_text(json.dumps(outside))
     more = batch_of(task(proposals=str(other), **flags))
     assert more["proposals"]["valid"].sum() == batch["proposals"]["valid"].sum()
-    expected, found = (one_step(own, x, 1)[1] for x in (batch, more))
+    expected, found = (scalars for _, scalars in steps(own, (batch, more), 1))
     assert set(expected) == {"loss", "class", "box"}
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
 
 
-@pytest.mark.parametrize("flags", [{"head_loss": "class"}, {"head_loss": "box"}])
+@pytest.mark.parametrize("flags", members([{"head_loss": "class"}, BOX], [BOX]))
 def test_one_of_the_losses_alone(flags):
     flags = {"init": "run:trained", "optimizer": "sgd", **flags}
     own = task(proposal_source="grid", momentum=0.0, weight_decay=0.0, **flags)
     left_out = {"class": "box", "box": "class"}[flags["head_loss"]]
-    _, scalars = one_step(own, batch_of(own), 1)
+    ((_, scalars),) = steps(own, (batch_of(own),), 1)
     assert scalars[left_out] == 0
     assert scalars[flags["head_loss"]] > 0
     assert not hasattr(own.model, "rpn")
@@ -223,7 +227,8 @@ def test_support_vector_machines_by_hand():
     programs = []
     for loss in ("svm", "class"):
         own = task(head_loss=loss, neck="c5", anchor_sizes=(16, 32), init="run:trained")
-        arrays = variables_of(own), jnp.zeros((1, 64, 64, 3)), jnp.array([[60, 50]])
+        variables = contract.shapes_of(own.model.clone(axis_name=None), (1, 64, 64, 3))[1]
+        arrays = variables, jnp.zeros((1, 64, 64, 3)), jnp.array([[60, 50]])
         programs.append(re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(own.forward)(*arrays))))
     assert programs[0] != programs[1]  # svm is scored so
 

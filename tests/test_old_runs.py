@@ -18,6 +18,7 @@ from dense_jax.commands import evaluate, predict
 from dense_jax.evaluation import report
 from dense_jax.tasks import trained, training
 from dense_jax.train.checkpoint import Checkpoints
+from tests import members
 
 RECORDS = pathlib.Path(__file__).parent / "old_runs"
 # What the record is of, and what it is resumed by.
@@ -57,9 +58,7 @@ def make_old(folder, name, workdir):
         Image.new("RGB", (4, 4)).save(folder / picture["triplet"])
 
 
-@pytest.mark.parametrize(
-    "name", ["fcn", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != "fcn")]
-)
+@pytest.mark.parametrize("name", members(RUNS, ("fcn",)))
 def test_an_old_run_opens_evaluates_predicts_and_resumes(name, tmp_path, capsys):
     workdir = tmp_path / "run"
     folder = train(name, workdir, 1)

@@ -21,7 +21,7 @@ from dense_jax.releases import faster_rcnn as releases
 from dense_jax.releases import resnet as resnet_releases
 from dense_jax.releases import vgg as vgg_releases
 from dense_jax.weights import rules
-from tests import contract
+from tests import contract, members
 from tests.parity import zoo
 
 V1, V1_2019, V2 = releases.TORCHVISION
@@ -132,7 +132,7 @@ TRUNKS: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=[pytest.mark.slow] if case == "fpn" else []) for case in TRUNKS],
+    members(TRUNKS, TRUNKS.keys() - {"fpn"}),
 )
 def test_a_detector_starts_from_a_classifier(case, tmp_path):
     build, trunk, release, normalisation = TRUNKS[case]

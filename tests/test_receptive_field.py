@@ -32,7 +32,7 @@ from dense_jax.models import (
 )
 from dense_jax.ops.pool import max_pool
 from dense_jax.ops.resize import resize_bilinear, resize_nearest
-from tests import contract
+from tests import contract, members
 
 # ---------------------------------------------------------------- the literature's numbers
 
@@ -302,12 +302,10 @@ ZOO = {
 }
 
 
-FAST = ("fcn8s", "unet", "segnet_basic", "hypercolumns", "resnet50")
+FAST = ("fcn8s", "segnet_basic")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[] if x in FAST else [pytest.mark.slow]) for x in ZOO]
-)
+@pytest.mark.parametrize("name", members(ZOO, FAST))
 def test_a_box_is_the_support_of_the_gradient(name, monkeypatch):
     model, output, size = ZOO[name]
     monkeypatch.setattr(segnet, "max_unpool", spread_out)

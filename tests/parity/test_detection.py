@@ -6,10 +6,11 @@ import os
 import pytest
 
 from dense_jax.objectives import rcnn
+from tests import members
 from tests.parity import detection
 
 
-@pytest.mark.parametrize("name", detection.NAMES)
+@pytest.mark.parametrize("name", members(detection.NAMES, ("fasterrcnn_resnet50_fpn",)))
 def test_proposals_detections_and_losses_are_torchvisions(name, monkeypatch):
     monkeypatch.setattr(rcnn, "uniforms", detection.given_uniforms)
     monkeypatch.setattr(rcnn, "sample_rois", detection.sample_by_place)

@@ -6,15 +6,12 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from tests import members
 from tests.parity import training
 from tests.parity.training import RUNS
 
-SLOW = ("FCN-ResNet50", "front end + context")
 
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in RUNS]
-)
+@pytest.mark.parametrize("name", members(RUNS, ("FCN-8s", "SegNet-Basic")))
 def test_losses_are_torchs_at_each_step(name):
     reference = training.kept()[name]
     assert len(set(reference)) == training.NUM_STEPS

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dense_jax.models import resnet
+from tests import members
 from tests.parity import drawn, zoo
 
 TOLERANCE = 1e-4  # of the largest magnitude; docs/parity.md has what was measured
@@ -40,10 +41,8 @@ def test_references_are_small():
 
 
 # Others differ in depth, width or the head alone.
-FAST = ("resnet50", "deeplabv3_resnet50", "vgg16", "fasterrcnn_resnet50_fpn_v2")
-NAMES = [
-    pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in zoo.NETWORKS
-]
+FAST = ("deeplabv3_resnet50", "vgg16", "fasterrcnn_resnet50_fpn_v2")
+NAMES = members(zoo.NETWORKS, FAST)
 
 
 @pytest.mark.parametrize("name", NAMES)
