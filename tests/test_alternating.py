@@ -50,6 +50,7 @@ def _small():
         yield
 
 
+@pytest.mark.slow  # four runs one after another; their parts are tried in test_given_proposals
 def test_four_short_runs(tmp_path, capsys):
     """One test, so that one process trains them."""
     own = config(**RUNS, workdir=str(tmp_path / "all"))

@@ -131,9 +131,11 @@ def test_gradient_of_the_lattice_is_its_transpose():
     rng = np.random.default_rng(1)
     features = rng.uniform(0, 2, (30, 5)).astype(np.float32)
     weights = rng.normal(size=(30, 30)).astype(np.float32)
-    value = jax.grad(
-        lambda v: jnp.sum(
-            weights * permutohedral.with_filter(jnp.asarray(features), lambda f: f(v))
+    value = jax.jit(
+        jax.grad(
+            lambda v: jnp.sum(
+                weights * permutohedral.with_filter(jnp.asarray(features), lambda f: f(v))
+            )
         )
     )(jnp.zeros((30, 30)))
     np.testing.assert_allclose(value, lattice_matrix(features).T @ weights, rtol=1e-4, atol=1e-4)

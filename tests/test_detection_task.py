@@ -92,7 +92,7 @@ def steps(own, batches, devices):
     tx = build_optimizer(own.config, own.groups)
     shape = batches[0]["images"].shape[1:]
     state = TrainState.init(own.model.clone(axis_name=None), tx, shape)
-    state = state.replace(apply_fn=own.model.apply)
+    state = jax.device_get(state.replace(apply_fn=own.model.apply))  # a step frees what it gets
     run = step.train_step(own.loss(data()), devices=chosen)
     for batch in batches:
         new, scalars = run(step.replicate(state, chosen), step.shard(batch, 1, chosen))

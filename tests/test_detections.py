@@ -163,15 +163,16 @@ def test_boxes_of_py_faster_rcnn_by_hand():
     anchors = jnp.array([[0.0, 0, 15, 15], [0, 0, 15, 15], [20, 20, 27, 35]])
     deltas = jnp.array([[0.25, 0, 0, 0], [0, 0, 5, 5], [0, 0, 0, 0]])
     logits, rule = jnp.array([3.0, 2, 1]), ProposalRule(3, 3, 1.0, 10.0, plus_one=True)
-    found = propose([logits], [deltas], [anchors], jnp.array([1000, 2000]), rule)
+    proposed = jax.jit(propose, static_argnames="rule")
+    found = proposed([logits], [deltas], [anchors], jnp.array([1000, 2000]), rule=rule)
     wide = 16 * np.exp(5) / 2 + 8
     expected = [[4, 0, 20, 16], [0, 0, wide, 999]]
     np.testing.assert_allclose(found.boxes[:2], expected, rtol=1e-5)
     assert found.valid.tolist() == [True, True, False]
-    still = propose([logits], [0 * deltas], [anchors], jnp.array([30, 40]), rule)
+    still = proposed([logits], [0 * deltas], [anchors], jnp.array([30, 40]), rule=rule)
     assert still.boxes[1].tolist() == [0, 0, 16, 16]  # 17 wide: at least 17 pixels stay
     least = dataclasses.replace(rule, min_side=17.0)
-    narrow = propose([logits], [0 * deltas], [anchors], jnp.array([30, 40]), least)
+    narrow = proposed([logits], [0 * deltas], [anchors], jnp.array([30, 40]), rule=least)
     assert narrow.valid.tolist() == [True, True, False]
 
     # A detection of the same move; its edges are one further.
@@ -179,7 +180,8 @@ def test_boxes_of_py_faster_rcnn_by_hand():
     moves = jnp.array([[[0.0] * 4, [2.5, 0, 0, 0]]])
     one, size = DetectionRule(count=1, plus_one=True), jnp.array([16, 2000])
     box, ok = jnp.array([[0.0, 0, 15, 15]]), jnp.ones(1, bool)
-    seen = detections.detect(scores, moves, box, ok, size, one)
+    detect = jax.jit(detections.detect, static_argnames="rule")
+    seen = detect(scores, moves, box, ok, size, rule=one)
     np.testing.assert_allclose(seen["boxes"], [[4, 0, 21, 16]], rtol=1e-6)
 
 

@@ -155,6 +155,7 @@ def test_vessels_need_flipped_kernels(weights_root, capsys):
     assert "kernels not flipped: largest difference 0.99" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # another network of Keras is compared above
 def test_cells_of_keras_agree_in_every_pixel(weights_root, capsys):
     folder = weights_root / "unet_pancreatic_keras2"
     file = "unet_pancreatic_cell_segmentation.h5"

@@ -155,6 +155,7 @@ def test_contract():
     )
 
 
+@pytest.mark.slow  # FCN-8s, with fewer layers
 def test_contract_of_alexnet():
     contract.check_model(
         fcn.fcn_alexnet(num_classes=21),
@@ -181,7 +182,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", members(VARIANTS, ("8s same learned",)))
+@pytest.mark.parametrize("name", members(VARIANTS, ()))
 def test_contract_of_variants(name):
     model, image_shape, skips = VARIANTS[name]
     contract.check_thin(model, image_shape=image_shape, num_classes=3, skips=skips)

@@ -30,7 +30,6 @@ from tests import ROOT, SCRIPTS, members, script
 READ_BY_BUILD = {"width", "augment", "crop", "dtype", "normalisation", "scale"}
 READ_BY_BUILD |= set(DetectionConfig.__annotations__)
 ONE_SCRIPT = "segnet"
-FAST = (ONE_SCRIPT, "faster_rcnn")  # one of each task
 
 _SHAPES = ShapesSpec(size=(32, 32), num_train=16, num_val=6, num_test=2)
 
@@ -176,10 +175,10 @@ def flags_of(name):
 
 
 def marked(flags):
-    """The flags as parameters; slow are all but two scripts, and all but one value of a choice."""
+    """The flags as parameters; slow are all but one script, and all but one value of a choice."""
     seen = set()
     for name, field, value in flags:
-        is_slow = (name, field) in seen or name not in FAST
+        is_slow = (name, field) in seen or name != ONE_SCRIPT
         marks = [pytest.mark.slow] if is_slow else []
         seen.add((name, field))
         yield pytest.param(name, field, value, marks=marks)
@@ -315,7 +314,7 @@ def test_another_value_does_something(name, field, value):
         assert next(different(before, after), None), f"--{field}={value} does nothing"
 
 
-@pytest.mark.parametrize("name", members(SCRIPTS, FAST))
+@pytest.mark.parametrize("name", members(SCRIPTS, (ONE_SCRIPT,)))
 def test_equal_values_make_equal_runs(name):
     """Without this, a name or an address in a program's text would pass for an effect."""
     with jax.numpy_dtype_promotion("standard"):

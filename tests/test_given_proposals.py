@@ -224,6 +224,10 @@ def test_support_vector_machines_by_hand():
     assert found["classes"][found["valid"]].tolist() == [1, 2, 1]
     expected = 1 / (1 + np.exp(-np.array([0.5, 0.25, -2])))
     np.testing.assert_allclose(found["scores"][found["valid"]], expected, rtol=1e-6)
+
+
+@pytest.mark.slow  # detections by hand above
+def test_support_vector_machines_score_detections():
     programs = []
     for loss in ("svm", "class"):
         own = task(head_loss=loss, neck="c5", anchor_sizes=(16, 32), init="run:trained")

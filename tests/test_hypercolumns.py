@@ -106,6 +106,7 @@ def test_contract():
     )
 
 
+@pytest.mark.slow  # four networks; test_contract has one of the scales
 def test_tap_scales():
     images = random_images((2, 32, 32, 3))
     plain, fixed, l2, bn = (

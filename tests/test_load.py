@@ -252,6 +252,7 @@ def test_a_users_own_experiments_do_not_stand_in_front_of_ours(run, tmp_path):
     assert python(code, tmp_path).strip() == "dense_jax.models.fcn"
 
 
+@pytest.mark.slow  # by path is tried above
 def test_runs_of_typed_programs_say_how_to_open_them(tmp_path):
     workdir = str(tmp_path / "run")
     reopened = OPEN.format(workdir)  # in the program itself, as in a notebook, they open
