@@ -108,7 +108,7 @@ def roi_align(
     table = _Maps.of(maps, strides, boxes)
     corners = boxes.reshape(-1, 4) * table.scale[:, None] - (0.5 if aligned else 0.0)
     along = functools.partial(
-        _points, bins=bins, samples=samples, max_samples=max_samples, widen=not aligned
+        axis_points, bins=bins, samples=samples, max_samples=max_samples, widen=not aligned
     )
     rows, row_weights, has_row = along(corners[:, 1], corners[:, 3], table.height)
     columns, column_weights, has_column = along(corners[:, 0], corners[:, 2], table.width)
@@ -131,7 +131,7 @@ class _Points(NamedTuple):
     exists: jax.Array  # bool [..., points]; the others are left out.
 
 
-def _points(
+def axis_points(
     start: jax.Array,
     end: jax.Array,
     size: jax.Array,

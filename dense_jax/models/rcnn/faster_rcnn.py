@@ -71,7 +71,7 @@ _PLAIN = {
     "zf": _Plain(zf.zf, ("pool1", "pool2", "conv3", "conv4", "conv5"), 256, 6),
 }
 _NUM_PARTS = 5  # of a trunk: conv1 and four stages; of plain ones, what `_Plain.ends` end
-_MOMENTUM = 0.9
+MOMENTUM = 0.9
 
 
 class FasterRCNN(nn.Module):
@@ -181,7 +181,7 @@ class FasterRCNN(nn.Module):
         """
         self.check()
         norm = functools.partial(
-            BatchNorm, momentum=_MOMENTUM, epsilon=self.bn_epsilon, axis_name=self.axis_name
+            BatchNorm, momentum=MOMENTUM, epsilon=self.bn_epsilon, axis_name=self.axis_name
         )
         self.trunk = self._trunk()
         if self.neck == "fpn":
@@ -235,7 +235,7 @@ class FasterRCNN(nn.Module):
         return build(
             output_stride=16 if self.neck == "dc5" else 32,
             bn=self.bn if self.trunk_learns else "frozen",
-            bn_momentum=_MOMENTUM,
+            bn_momentum=MOMENTUM,
             bn_epsilon=self.bn_epsilon,
             num_frozen=num_frozen,
             remat=self.remat,
@@ -314,10 +314,13 @@ class FasterRCNN(nn.Module):
         logits, deltas = self.box_predictor(self.box_head(rois, train=train))
         return logits.reshape(*boxes.shape[:2], -1), deltas.reshape(*boxes.shape[:2], -1, 4)
 
-    def _crop(self, features: Sequence[jax.Array], boxes: jax.Array) -> jax.Array:
-        """Returns the RoIs of all images, [B R, P, P, C]."""
-        bins = _PLAIN[self.backbone].bins if self.backbone in _PLAIN else 7
-        bins *= self.res5_stride if self.neck == "c4" else 1
+    def _crop(
+        self, features: Sequence[jax.Array], boxes: jax.Array, bins: int | None = None
+    ) -> jax.Array:
+        """Returns the RoIs of all images, [B R, P, P, C]; by default those of the box head."""
+        if bins is None:
+            bins = _PLAIN[self.backbone].bins if self.backbone in _PLAIN else 7
+            bins *= self.res5_stride if self.neck == "c4" else 1
         if self.roi_op == "align":
             rois = roi.roi_align(
                 features[: len(self.roi_strides)],
@@ -354,8 +357,14 @@ class FasterRCNN(nn.Module):
             outputs["anchor_deltas"] = jnp.concatenate(deltas, axis=1)
         whole = jnp.array([0, 0, width, height], jnp.float32)
         boxes = jnp.broadcast_to(whole, (len(images), 1, 4))
-        outputs["class_logits"], outputs["box_deltas"] = self.classify(levels, boxes, train=train)
-        return outputs
+        return outputs | self._branches(levels, boxes, train=train)
+
+    def _branches(
+        self, levels: Sequence[jax.Array], boxes: jax.Array, *, train: bool
+    ) -> dict[str, jax.Array]:
+        """Returns what the network says of boxes, by name."""
+        logits, deltas = self.classify(levels, boxes, train=train)
+        return {"class_logits": logits, "box_deltas": deltas}
 
 
 fasterrcnn_resnet50_fpn = FasterRCNN

@@ -1,6 +1,6 @@
-"""Heads on regions of interest (RoIs): box heads, and the predictor of classes and boxes.
+"""Heads on regions of interest (RoIs): box heads, mask heads, and their predictors.
 
-Each box head maps RoIs [R, P, P, C] to features.
+Each head maps RoIs [R, P, P, C] to features, which predictors map to classes, boxes and masks.
 
 References: Girshick, "Fast R-CNN", ICCV 2015, arXiv:1504.08083, Section 2 (two dense layers); He,
 Gkioxari, Dollar, Girshick, "Mask R-CNN", ICCV 2017, arXiv:1703.06870, Figure 4 (both forms); Li,
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dense_jax.layers import init
-from dense_jax.layers.conv import Conv
+from dense_jax.layers.conv import Conv, UpConv
 from dense_jax.layers.dropout import Dropout
 from dense_jax.models import resnet
 from dense_jax.ops.precision import at_least_float32
@@ -117,6 +117,93 @@ class Res5(nn.Module):
             last_scale_init=jax.nn.initializers.ones,
         )
         return resnet.stage(block, x, 4, self.depth, resnet.Geometry(self.stride))
+
+
+class MaskConvs(nn.Module):
+    """Four 3x3 convolutions with ReLUs, "mask_fcn1" to "mask_fcn4" (Mask R-CNN, Figure 4 right).
+
+    Attributes:
+      channels: channels of the convolutions.
+      norm: function that builds a normalisation, which then follows each convolution in place of
+        its bias: (*, use_running_average, name). None: no normalisation.
+      dtype: computation dtype.
+    """
+
+    channels: int = 256
+    norm: Callable[..., nn.Module] | None = None
+    dtype: jax.typing.DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [R, P, P, C] to [R, P, P, channels]."""
+        conv = functools.partial(
+            Conv,
+            self.channels,
+            3,
+            use_bias=self.norm is None,
+            kernel_init=init.he_fan_out,
+            dtype=self.dtype,
+        )
+        for i in range(1, 5):
+            x = conv(name=f"mask_fcn{i}")(x)
+            if self.norm is not None:
+                x = self.norm(use_running_average=not train, name=f"bn{i}")(x)
+            x = nn.relu(x)
+        return x
+
+
+class MaskPredictor(nn.Module):
+    """An up-convolution "conv5_mask" to twice the side, a ReLU, and "mask_fcn_logits".
+
+    Attributes:
+      num_masks: masks of each RoI: one for each class, with background, or 1.
+      channels: channels of the up-convolution.
+      dtype: computation dtype of the up-convolution; logits are float32.
+    """
+
+    num_masks: int
+    channels: int = 256
+    dtype: jax.typing.DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [R, P, P, C] to logits [R, 2 P, 2 P, num_masks]."""
+        up = UpConv(
+            self.channels, 2, 2, kernel_init=init.he_fan_out, dtype=self.dtype, name="conv5_mask"
+        )
+        x = at_least_float32(nn.relu(up(x)))
+        return Conv(self.num_masks, 1, kernel_init=init.he_fan_out, name="mask_fcn_logits")(x)
+
+
+class MaskDense(nn.Module):
+    """Dense layers in place of convolutions (Mask R-CNN, Table 2e, MLP).
+
+    Attributes:
+      num_masks: as in `MaskPredictor`.
+      bins: M, cells along each side of a mask.
+      num_layers: hidden layers.
+      features: their channels.
+      dtype: computation dtype of the hidden layers; logits are float32.
+    """
+
+    num_masks: int
+    bins: int = 28
+    num_layers: int = 2
+    features: int = 1024
+    dtype: jax.typing.DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [R, P, P, C] to logits [R, M, M, num_masks]."""
+        x = nn.relu(_dense_on_map(self.features, dtype=self.dtype, name="fc1")(x))
+        dense = functools.partial(
+            nn.Dense, self.features, kernel_init=init.xavier_fan_in, dtype=self.dtype
+        )
+        for i in range(2, self.num_layers + 1):
+            x = nn.relu(dense(name=f"fc{i}")(x))
+        shape = (self.bins, self.bins, self.num_masks)
+        x = at_least_float32(x)
+        return nn.DenseGeneral(shape, kernel_init=init.normal(0.001), name="mask_logits")(x)
 
 
 class BoxPredictor(nn.Module):

@@ -1,0 +1,77 @@
+"""The loss of masks of Mask R-CNN.
+
+Reference: He, Gkioxari, Dollar, Girshick, ICCV 2017, arXiv:1703.06870, Section 3; what torchvision
+and detectron2 do differently is in `MaskRule`.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from dense_jax.objectives.rcnn import Losses, RoiTargets
+from dense_jax.ops.masks import crop_masks
+
+MaskTarget = Literal["soft", "bitmap"]
+MaskLoss = Literal["sigmoid", "softmax"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskRule:
+    """How masks train.
+
+    Attributes:
+      target: "soft": the share of a cell that the object fills (torchvision). "bitmap": whether the
+        object fills half of the cell, whose centre is half a pixel from soft ones (detectron2).
+      loss: "sigmoid": each cell of the object's own class is in the object or not. "softmax": each
+        cell has one of all classes (Table 2b).
+    """
+
+    target: MaskTarget = "soft"
+    loss: MaskLoss = "sigmoid"
+
+
+def mask_targets(masks: jax.Array, wanted: RoiTargets, bins: int, rule: MaskRule) -> jax.Array:
+    """Returns the masks of the objects of boxes, float32 [B, F, bins, bins].
+
+    Args:
+      masks: [B, G, H, W], of the objects.
+      wanted: the boxes, [B, F, ...].
+      bins: cells along each side.
+      rule: how masks train.
+    """
+
+    def one(masks: jax.Array, boxes: jax.Array, index: jax.Array) -> jax.Array:
+        return crop_masks(masks, boxes, index, bins=bins, aligned=rule.target == "bitmap")
+
+    found = jnp.stack([one(*x) for x in zip(masks, wanted.boxes, wanted.object_index, strict=True)])
+    return (found >= 0.5).astype(jnp.float32) if rule.target == "bitmap" else found
+
+
+def mask_losses(
+    logits: jax.Array, targets: jax.Array, classes: jax.Array, rule: MaskRule
+) -> Losses:
+    """Returns {"mask": (sum, count)}; the count is that of the cells of boxes with a class.
+
+    Args:
+      logits: [B, F, M, M, K], or 1 in place of K for masks that classes share.
+      targets: float [B, F, M, M].
+      classes: int32 [B, F], 0 for boxes that do not train.
+      rule: how masks train.
+    """
+    is_object = (classes > 0)[..., None, None]
+    if rule.loss == "softmax":
+        ids = jnp.where(targets >= 0.5, classes[..., None, None], 0)
+        if logits.shape[-1] == 1:
+            raise ValueError("A softmax over classes needs a mask for each class.")
+        log_p = jax.nn.log_softmax(logits)
+        losses = -jnp.take_along_axis(log_p, ids[..., None], axis=-1)[..., 0]
+    else:
+        own = logits[..., 0]
+        if logits.shape[-1] > 1:
+            index = classes[..., None, None, None]
+            own = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+        losses = jax.nn.softplus(own) - targets * own
+    count = jnp.sum(classes > 0) * targets.shape[-1] ** 2
+    return {"mask": (jnp.sum(jnp.where(is_object, losses, 0.0)), count)}

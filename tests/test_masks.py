@@ -1,0 +1,167 @@
+"""Masks of objects: cropped for training, pasted back into images; and the loss of masks."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dense_jax.infer.pasting import paste
+from dense_jax.objectives.masks import MaskRule, mask_losses, mask_targets
+from dense_jax.objectives.rcnn import RoiTargets
+from dense_jax.ops.masks import crop_masks
+
+RNG = np.random.default_rng
+
+
+def slow_crop(mask, box, bins, aligned):
+    """RoIAlign of one mask, sample by sample, with as many of them as a bin has pixels."""
+    offset = 0.5 if aligned else 0.0
+    (x0, y0), (x1, y1) = box[:2] - offset, box[2:] - offset
+    sides = np.array([y1 - y0, x1 - x0])
+    sides = sides if aligned else np.maximum(sides, 1)
+    step = sides / bins
+    counts = [math.ceil(s) for s in step]
+    result = np.zeros((bins, bins))
+    for v, u in np.ndindex(bins, bins):
+        total = 0.0
+        for j, i in np.ndindex(*counts):
+            y = y0 + (v + (j + 0.5) / counts[0]) * step[0]
+            x = x0 + (u + (i + 0.5) / counts[1]) * step[1]
+            total += bilinear(mask, y, x)
+        result[v, u] = total / max(counts[0] * counts[1], 1)
+    return result
+
+
+def bilinear(mask, y, x):
+    height, width = mask.shape
+    if not (-1 <= y <= height and -1 <= x <= width):
+        return 0.0
+    y, x = max(y, 0), max(x, 0)
+    top, left = min(int(y), height - 1), min(int(x), width - 1)
+    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+    b, a = (y - top if top < height - 1 else 0), (x - left if left < width - 1 else 0)
+    upper = (1 - a) * mask[top, left] + a * mask[top, right]
+    lower = (1 - a) * mask[bottom, left] + a * mask[bottom, right]
+    return (1 - b) * upper + b * lower
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_crops_are_roi_align_of_the_mask(aligned):
+    rng = RNG(0)
+    masks = rng.random((3, 40, 30)) < 0.5
+    corner, sides = rng.uniform(-2, 20, (12, 2)), rng.uniform(0.3, 25, (12, 2))
+    boxes = np.concatenate([corner, corner + sides], axis=1).astype(np.float32)
+    index = rng.integers(0, 3, 12).astype(np.int32)
+    found = jax.jit(lambda *x: crop_masks(*x, bins=7, aligned=aligned))(masks, boxes, index)
+    for one, box, i in zip(found, boxes, index, strict=True):
+        np.testing.assert_allclose(one, slow_crop(masks[i], box, 7, aligned), atol=1e-4)
+
+
+def wanted(boxes, index=(0,), classes=(1,)):
+    boxes = jnp.asarray(boxes, jnp.float32)[None]
+    index, classes = (jnp.array(x, jnp.int32)[None] for x in (index, classes))
+    return RoiTargets(boxes, classes, jnp.zeros_like(boxes), index, jnp.ones(index.shape, bool))
+
+
+def test_targets_of_a_mask_of_ones_by_hand():
+    """Of a box that begins 14 pixels outside: soft targets begin a cell before half, bits half."""
+    masks = jnp.ones((1, 1, 40, 40), bool)
+    soft = mask_targets(masks, wanted([[-14, -14, 14, 14]]), 28, MaskRule("soft"))[0, 0]
+    inside = np.arange(28) >= 13
+    np.testing.assert_array_equal(soft, np.outer(inside, inside))
+    bits = mask_targets(masks, wanted([[-14, -14, 14, 14]]), 28, MaskRule("bitmap"))[0, 0]
+    assert float(bits.sum()) == 15**2
+
+
+def test_each_box_has_the_mask_of_its_own_object_in_its_own_image():
+    masks = np.zeros((2, 2, 20, 20), bool)
+    masks[0, 0, :, :10], masks[0, 1, :10] = True, True
+    masks[1, 0, 10:] = True
+    box = [0, 0, 20, 20]
+    given = wanted([box, box, box], (1, 0, 0), (3, 1, 2))
+    given = jax.tree.map(lambda x: jnp.concatenate([x, x]), given)
+    found = mask_targets(jnp.asarray(masks), given, 20, MaskRule("bitmap"))
+    np.testing.assert_array_equal(found[0], masks[0, [1, 0, 0]])
+    np.testing.assert_array_equal(found[1], masks[1, [1, 0, 0]])
+
+
+def test_losses_of_masks_by_hand():
+    """Cells of the boxes with a class count, each in the mask of its own class."""
+    logits = jnp.array([[[[[9.0, 0.0, 2.0]]], [[[9.0, 1.0, 9.0]]], [[[9.0, 9.0, 9.0]]]]])
+    targets, classes = jnp.array([[[[1.0]], [[0.25]], [[1.0]]]]), jnp.array([[2, 1, 0]])
+    total, count = mask_losses(logits, targets, classes, MaskRule())["mask"]
+    expected = math.log1p(math.exp(-2)) + math.log1p(math.e) - 0.25
+    assert math.isclose(float(total), expected, rel_tol=1e-6)
+    assert int(count) == 2
+    shared, _ = mask_losses(logits[..., 2:], targets, classes, MaskRule())["mask"]
+    assert math.isclose(
+        float(shared), math.log1p(math.exp(-2)) + math.log1p(math.exp(9)) - 0.25 * 9, rel_tol=1e-6
+    )
+    # Softmax: the first cell has class 2, the second is background.
+    total, _ = mask_losses(logits, targets, classes, MaskRule(loss="softmax"))["mask"]
+    sums = [np.log(np.exp(row).sum()) for row in ([9.0, 0, 2], [9.0, 1, 9])]
+    assert math.isclose(float(total), sums[0] - 2 + sums[1] - 9, rel_tol=1e-5)
+    none = mask_losses(logits, targets, 0 * classes, MaskRule())["mask"]
+    assert [float(x) for x in none] == [0, 0]
+
+
+def slow_paste(grid, box, size, convention):
+    """The definitions, pixel by pixel."""
+    cells, (height, width) = len(grid), size
+    result = np.zeros(size)
+    if convention == "detectron2":
+        padded = np.pad(grid, 1)
+        for i, j in np.ndindex(*size):
+            y = (i + 0.5 - box[1]) / (box[3] - box[1]) * cells + 0.5
+            x = (j + 0.5 - box[0]) / (box[2] - box[0]) * cells + 0.5
+            if 0 <= y <= cells + 1 and 0 <= x <= cells + 1:
+                result[i, j] = bilinear(padded, y, x)
+        return result
+    centre = (box[:2] + box[2:]) / 2
+    half = (box[2:] - box[:2]) / 2 * (cells + 2) / cells
+    (x0, y0), (x1, y1) = (centre - half).astype(int), (centre + half).astype(int)
+    h, w = max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1)
+    padded = np.pad(grid, 1)
+    for i, j in np.ndindex(h, w):
+        if 0 <= y0 + i < height and 0 <= x0 + j < width:
+            y = min((i + 0.5) * (cells + 2) / h - 0.5, cells + 1)
+            x = min((j + 0.5) * (cells + 2) / w - 0.5, cells + 1)
+            result[y0 + i, x0 + j] = bilinear(padded, max(y, 0), max(x, 0))
+    return result
+
+
+@pytest.mark.parametrize("convention", ["torchvision", "detectron2"])
+def test_pasted_masks_equal_the_slow_twin(convention):
+    rng, size = RNG(1), (23, 31)
+    for _ in range(12):
+        grid = rng.random((5, 5)).astype(np.float32)
+        corner, sides = rng.uniform(-6, 20, 2), rng.uniform(0.7, 18, 2)
+        box = np.concatenate([corner, corner + sides]).astype(np.float32)
+        window = paste(grid, box, size, convention)
+        whole = np.zeros(size)
+        height, width = window.values.shape
+        whole[window.top : window.top + height, window.left : window.left + width] = window.values
+        expected = slow_paste(grid, box.astype(float), size, convention)
+        np.testing.assert_allclose(whole, expected, atol=2e-5)
+        clear = abs(expected - 0.5) > 1e-4
+        np.testing.assert_array_equal(window.mask(size)[clear], (expected >= 0.5)[clear])
+
+
+def test_a_mask_of_ones_covers_its_box_by_each_convention():
+    ones, box = np.ones((28, 28), np.float32), np.array([10, 10, 38, 38], np.float32)
+    assert paste(ones, box, (60, 60), "detectron2").mask((60, 60)).sum() == 784
+    assert paste(ones, box, (60, 60), "torchvision").mask((60, 60)).sum() == 841
+    window = paste(ones, np.array([10, 10, 38, 66], np.float32), (90, 90), "torchvision")
+    assert (window.left, window.top) == (9, 8)
+    assert window.values.shape == (61, 31)  # up to 39 and 68
+
+
+@pytest.mark.parametrize("convention", ["torchvision", "detectron2"])
+def test_boxes_outside_or_without_an_area_paste_nothing_or_little(convention):
+    ones = np.ones((4, 4), np.float32)
+    outside = paste(ones, np.array([50, 50, 60, 60]), (20, 20), convention)
+    assert not outside.mask((20, 20)).any()
+    for box in ([5, 5, 5, 5], [5, 5, 5, 9], [-9, -9, -8, -8]):
+        assert paste(ones, np.array(box), (20, 20), convention).mask((20, 20)).sum() <= 8
