@@ -12,9 +12,9 @@ release in Caffe). Results: docs/results.md.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from dense_jax.data.detection import Rounding
 from dense_jax.errors import refuse
@@ -29,16 +29,19 @@ from dense_jax.infer.detections import (
     with_edges,
 )
 from dense_jax.models.rcnn.faster_rcnn import Backbone, FasterRCNN, Neck
+from dense_jax.objectives.masks import MaskRule
 from dense_jax.objectives.rcnn import head_objective, objective
 from dense_jax.ops.roi import Reduce, RoiOp
 from dense_jax.tasks import training
 from dense_jax.tasks.alternating import PARTS, Part, four_runs
 from dense_jax.tasks.detection import Detection, DetectionConfig
-from dense_jax.tasks.rcnn_recipes import RECIPES, HeadLoss, anchors, frozen_by, head_rule
+from dense_jax.tasks.rcnn_recipes import RECIPES, HeadLoss, Recipe, anchors, frozen_by, head_rule
+from dense_jax.tasks.segmentation import InstanceSegmentation
 from dense_jax.train.config import AtLeastZero, Count, Factor, Shares, from_scratch, smoke
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.step import AXIS
 
+NetworkT = TypeVar("NetworkT", bound=FasterRCNN)
 _NUM_GIVEN = 2000  # Boxes of an image, about as many as selective search finds.
 
 
@@ -121,14 +124,19 @@ class Config(DetectionConfig):
         yield from four_runs(self) if self.train_mode == "alternating" else (self,)
 
     @property
+    def differences(self) -> Recipe:
+        """What the code of the recipe does differently."""
+        return RECIPES[self.recipe]
+
+    @property
     def rounding(self) -> Rounding:
-        """Sides of resized images are rounded as in the code of the recipe."""
-        return "down" if self.recipe == "torchvision" else "nearest"
+        """As in the code of the recipe."""
+        return self.differences.rounding
 
     @property
     def antialias(self) -> bool:
-        """detectron2 resizes by Pillow, the others by interpolation between four pixels."""
-        return self.recipe == "detectron2"
+        """As in the code of the recipe."""
+        return self.differences.antialias
 
     def __post_init__(self) -> None:
         """Raises UserError for flags that do not go together."""
@@ -230,18 +238,30 @@ PRESETS = {
 
 def build(config: Config, num_classes: int) -> Detection:
     """Returns the task: the network, its losses and its use."""
-    recipe, source = RECIPES[config.recipe], config.proposal_source
-    has_rpn, is_given, has_head = source == "rpn", source == "file", "head" in config.learn
-    model = FasterRCNN(
+    return detection(config, network(config, num_classes, FasterRCNN))
+
+
+def network(
+    config: Config, num_classes: int, kind: Callable[..., NetworkT], **options: Any
+) -> NetworkT:
+    """Returns the network, a `FasterRCNN` or one with more options."""
+    recipe, has_rpn = config.differences, config.proposal_source == "rpn"
+    return kind(
         num_classes, backbone=config.backbone, neck=config.neck, heads=config.heads,
         anchor_sizes=config.anchor_sizes if has_rpn else (), anchor_ratios=config.anchor_ratios,
-        objectness="softmax" if config.recipe == "paper" else "sigmoid",
-        bn=config.bn, bn_epsilon=config.bn_epsilon, trained_stages=config.trained_stages,
-        trunk_learns="trunk" in config.learn,
+        objectness=recipe.objectness, bn=config.bn, bn_epsilon=config.bn_epsilon,
+        trained_stages=config.trained_stages, trunk_learns="trunk" in config.learn,
         roi_op=config.roi_op or recipe.roi_op, roi_reduce=config.roi_reduce,
         roi_aligned=recipe.roi_aligned, roi_samples=recipe.roi_samples,
         remat=config.remat == "on", width=config.width, axis_name=AXIS, dtype=config.dtype,
+        **options,
     )  # fmt: skip
+
+
+def detection(config: Config, model: FasterRCNN, mask_rule: MaskRule | None = None) -> Detection:
+    """Returns the task of a network; with a rule for masks, one that draws them."""
+    recipe, source = config.differences, config.proposal_source
+    has_rpn, is_given, has_head = source == "rpn", source == "file", "head" in config.learn
     with_anchors = model.clone(anchor_sizes=config.anchor_sizes)
     with_anchors.check()
     anchors_of = functools.partial(anchors, with_anchors, recipe.anchors)
@@ -270,29 +290,37 @@ def build(config: Config, num_classes: int) -> Detection:
             is_moved=config.test_boxes == "moved",
             one_against_rest=config.head_loss == "svm",
         )
-        forward = two_stages(model, first, detections, config.test_scales)
+        forward = two_stages(
+            model, first, detections, config.test_scales, mask_rule.loss if mask_rule else None
+        )
 
     # What learns.
     anchor_rule = replace(recipe.anchor_rule, box_weight=config.rpn_lambda)
     roi_rule = head_rule(recipe.roi_rule, config.head_loss, config.rois_per_image)
-    losses = head_objective(roi_rule, anchors_of if source == "grid" else None)
+    losses = head_objective(roi_rule, anchors_of if source == "grid" else None, mask_rule)
     if has_rpn:
         losses = objective(
             anchors_of,
             anchor_rule if "rpn" in config.learn else None,
             recipe.train,
             roi_rule if has_head else None,
+            mask_rule,
         )
     frozen = [*model.frozen, *frozen_by(config.head_loss)]
     frozen += ["^rpn/"] if has_rpn and "rpn" not in config.learn else []
-    frozen += [] if has_head else ["^box_(head|predictor)/"]
+    frozen += [] if has_head else ["^(box|mask)_(head|predictor)/"]
 
     num_given = config.num_proposals or _NUM_GIVEN
-    return Detection(
+    kind, draws = Detection, mask_rule is not None and has_head
+    if draws:
+        kind = functools.partial(InstanceSegmentation, convention=recipe.paste)
+    return kind(
         config,
         model,
         config.transforms(
-            proposals=config.proposals if is_given else None, num_proposals=num_given
+            masks=draws,
+            proposals=config.proposals if is_given else None,
+            num_proposals=num_given,
         ),
         groups=[ParamGroup(pattern, lr=0.0) for pattern in frozen],
         objective=losses,

@@ -9,7 +9,6 @@ import pytest
 
 from dense_jax.infer.pasting import paste
 from dense_jax.objectives.masks import MaskRule, mask_losses, mask_targets
-from dense_jax.objectives.rcnn import RoiTargets
 from dense_jax.ops.masks import crop_masks
 
 RNG = np.random.default_rng
@@ -59,19 +58,14 @@ def test_crops_are_roi_align_of_the_mask(aligned):
         np.testing.assert_allclose(one, slow_crop(masks[i], box, 7, aligned), atol=1e-4)
 
 
-def wanted(boxes, index=(0,), classes=(1,)):
-    boxes = jnp.asarray(boxes, jnp.float32)[None]
-    index, classes = (jnp.array(x, jnp.int32)[None] for x in (index, classes))
-    return RoiTargets(boxes, classes, jnp.zeros_like(boxes), index, jnp.ones(index.shape, bool))
-
-
 def test_targets_of_a_mask_of_ones_by_hand():
     """Of a box that begins 14 pixels outside: soft targets begin a cell before half, bits half."""
     masks = jnp.ones((1, 1, 40, 40), bool)
-    soft = mask_targets(masks, wanted([[-14, -14, 14, 14]]), 28, MaskRule("soft"))[0, 0]
+    box, index = jnp.array([[[-14.0, -14, 14, 14]]]), jnp.zeros((1, 1), jnp.int32)
+    soft = mask_targets(masks, box, index, 28, MaskRule("soft"))[0, 0]
     inside = np.arange(28) >= 13
     np.testing.assert_array_equal(soft, np.outer(inside, inside))
-    bits = mask_targets(masks, wanted([[-14, -14, 14, 14]]), 28, MaskRule("bitmap"))[0, 0]
+    bits = mask_targets(masks, box, index, 28, MaskRule("bitmap"))[0, 0]
     assert float(bits.sum()) == 15**2
 
 
@@ -79,10 +73,8 @@ def test_each_box_has_the_mask_of_its_own_object_in_its_own_image():
     masks = np.zeros((2, 2, 20, 20), bool)
     masks[0, 0, :, :10], masks[0, 1, :10] = True, True
     masks[1, 0, 10:] = True
-    box = [0, 0, 20, 20]
-    given = wanted([box, box, box], (1, 0, 0), (3, 1, 2))
-    given = jax.tree.map(lambda x: jnp.concatenate([x, x]), given)
-    found = mask_targets(jnp.asarray(masks), given, 20, MaskRule("bitmap"))
+    boxes, index = jnp.tile(jnp.array([0.0, 0, 20, 20]), (2, 3, 1)), jnp.array([[1, 0, 0]] * 2)
+    found = mask_targets(jnp.asarray(masks), boxes, index, 20, MaskRule("bitmap"))
     np.testing.assert_array_equal(found[0], masks[0, [1, 0, 0]])
     np.testing.assert_array_equal(found[1], masks[1, [1, 0, 0]])
 

@@ -10,7 +10,7 @@ torchvision/models/detection/roi_heads.py.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -266,10 +266,12 @@ def two_stages(
     first: Callable[..., FirstStage],
     rule: DetectionRule,
     scales: Sequence[float] = (1.0,),
+    masks: Literal["sigmoid", "softmax"] | None = None,
 ) -> Callable[..., dict[str, jax.Array]]:
     """Returns (variables, images [B, H, W, C], sizes [B, 2], *inputs) -> arrays of `detect`.
 
-    The arrays are [B, ...].
+    The arrays are [B, ...]. With masks there is also "masks", float32 [B, D, M, M], the probability
+    that a cell of the box is in the object.
 
     Args:
       model: a `dense_jax.models.rcnn.faster_rcnn.FasterRCNN`.
@@ -277,7 +279,18 @@ def two_stages(
       rule: how detections are chosen.
       scales: factors, at most 1, of the sizes of images from which boxes are classified; see
         `classify_at_scales`.
+      masks: how the logits of a `dense_jax.models.rcnn.mask_rcnn.MaskRCNN` become probabilities;
+        None leaves masks out.
     """
+
+    def draw(apply: Any, levels: Any, found: dict[str, jax.Array]) -> jax.Array:
+        boxes = box_ops.last_inside(found["boxes"]) if rule.plus_one else found["boxes"]
+        logits = apply(levels, boxes, method="draw")
+        own = found["classes"][..., None, None, None] if logits.shape[-1] > 1 else 0
+        whole = jax.nn.softmax(logits) if masks == "softmax" else jax.nn.sigmoid(logits)
+        index = jnp.broadcast_to(own, (*logits.shape[:-1], 1))
+        drawn = jnp.take_along_axis(whole, index, axis=-1)[..., 0]
+        return jnp.where(found["valid"][..., None, None], drawn, 0.0)
 
     def predict(
         variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
@@ -286,7 +299,8 @@ def two_stages(
         apply: Any = functools.partial(model.apply, variables, train=False)
         scores, moves = classify_at_scales(apply, images, levels, proposals.boxes, scales)
         choose = functools.partial(detect, rule=rule)
-        return jax.vmap(choose)(scores, moves, proposals.boxes, proposals.valid, sizes)
+        found = jax.vmap(choose)(scores, moves, proposals.boxes, proposals.valid, sizes)
+        return found | ({"masks": draw(apply, levels, found)} if masks else {})
 
     return predict
 

@@ -11,6 +11,8 @@ from dense_jax import runs, viz
 from dense_jax.data import rle
 from dense_jax.data.box_masks import paste
 from dense_jax.data.classes import ClassTable, voc_colours
+from dense_jax.infer import pasting
+from dense_jax.infer.pasting import Convention
 
 _COLOURS = 20
 
@@ -28,6 +30,8 @@ class Instances:
       heatmaps: float32 [N, S, S], the probability that a cell of the box lies in the object; None
         if only boxes are predicted.
       threshold: a pixel belongs to a mask if its probability is at least this.
+      convention: how heat maps are pasted; see `dense_jax.infer.pasting`. None: each pixel takes
+        the cell that contains its centre.
     """
 
     image: np.ndarray
@@ -37,6 +41,7 @@ class Instances:
     classes: ClassTable
     heatmaps: np.ndarray | None = None
     threshold: float = 0.5
+    convention: Convention | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -46,12 +51,16 @@ class Instances:
         """The pixels of each object, bool [N, H, W]; None if only boxes are predicted."""
         if self.heatmaps is None:
             return None
-        size = self.image.shape[:2]
-        pasted = [
-            paste(heatmap, box, size) >= self.threshold
-            for heatmap, box in zip(self.heatmaps, self.boxes, strict=True)
-        ]
-        return np.stack(pasted) if pasted else np.zeros((0, *size), bool)
+        pasted = [self.mask(i) for i in range(len(self))]
+        return np.stack(pasted) if pasted else np.zeros((0, *self.image.shape[:2]), bool)
+
+    def mask(self, index: int) -> np.ndarray:
+        """Returns the pixels of an object, bool [H, W]."""
+        assert self.heatmaps is not None
+        heatmap, box, size = self.heatmaps[index], self.boxes[index], self.image.shape[:2]
+        if self.convention is None:
+            return paste(heatmap, box, size) >= self.threshold
+        return pasting.paste(heatmap, box, size, self.convention).mask(size, self.threshold)
 
     def overlay(self) -> np.ndarray:
         """Returns the image with box, name, score and mask in one colour for each object."""
@@ -68,15 +77,15 @@ class Instances:
 
     def results(self) -> list[dict[str, Any]]:
         """Returns the objects in COCO's results format (box, class, mask, score), without image."""
-        rows, masks = [], self.masks
+        rows = []
         for i, (x0, y0, x1, y1) in enumerate(self.boxes):
             row: dict[str, Any] = {
                 "category_id": int(self.class_ids[i]),
                 "bbox": [round(float(x), 2) for x in (x0, y0, x1 - x0, y1 - y0)],
                 "score": round(float(self.scores[i]), 6),
             }
-            if masks is not None:
-                row["segmentation"] = rle.encode(masks[i])
+            if self.heatmaps is not None:
+                row["segmentation"] = rle.encode(self.mask(i))
             rows.append(row)
         return rows
 
@@ -86,13 +95,12 @@ class Instances:
         Its pixels are object numbers from 1; the highest score is on top. With ``probabilities``,
         it also writes the heat maps (float16) to ``probabilities/STEM.npz``.
         """
-        masks = self.masks
-        if masks is None or self.heatmaps is None:
+        if self.heatmaps is None:
             return self.results()
         runs.make_inner_folder(folder / "masks")
         numbers = np.zeros(self.image.shape[:2], np.uint16)
         for i in reversed(range(len(self))):
-            numbers[masks[i]] = i + 1
+            numbers[self.mask(i)] = i + 1
         runs.write_png(folder / "masks" / f"{stem}.png", numbers)
         if probabilities:
             runs.make_inner_folder(folder / "probabilities")

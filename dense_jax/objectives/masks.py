@@ -5,14 +5,15 @@ and detectron2 do differently is in `MaskRule`.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from dense_jax.objectives.rcnn import Losses, RoiTargets
 from dense_jax.ops.masks import crop_masks
 
+Losses = dict[str, tuple[jax.Array, jax.Array]]
 MaskTarget = Literal["soft", "bitmap"]
 MaskLoss = Literal["sigmoid", "softmax"]
 
@@ -32,20 +33,20 @@ class MaskRule:
     loss: MaskLoss = "sigmoid"
 
 
-def mask_targets(masks: jax.Array, wanted: RoiTargets, bins: int, rule: MaskRule) -> jax.Array:
-    """Returns the masks of the objects of boxes, float32 [B, F, bins, bins].
+def mask_targets(
+    masks: jax.Array, boxes: jax.Array, index: jax.Array, bins: int, rule: MaskRule
+) -> jax.Array:
+    """Returns what the masks of boxes should be, float32 [B, F, bins, bins].
 
     Args:
       masks: [B, G, H, W], of the objects.
-      wanted: the boxes, [B, F, ...].
+      boxes: float32 [B, F, 4].
+      index: int32 [B, F], the object of each box.
       bins: cells along each side.
       rule: how masks train.
     """
-
-    def one(masks: jax.Array, boxes: jax.Array, index: jax.Array) -> jax.Array:
-        return crop_masks(masks, boxes, index, bins=bins, aligned=rule.target == "bitmap")
-
-    found = jnp.stack([one(*x) for x in zip(masks, wanted.boxes, wanted.object_index, strict=True)])
+    crop = functools.partial(crop_masks, bins=bins, aligned=rule.target == "bitmap")
+    found = jnp.stack([crop(*own) for own in zip(masks, boxes, index, strict=True)])
     return (found >= 0.5).astype(jnp.float32) if rule.target == "bitmap" else found
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from dense_jax.data import objects as object_lib
 from dense_jax.data import proposals as proposal_file
+from dense_jax.data import rle
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset, Example, Part, Source
 from dense_jax.data.detection import (
@@ -33,6 +34,7 @@ from dense_jax.evaluation.record import Record
 from dense_jax.infer import rcnn_pictures
 from dense_jax.infer.detections import FirstStage
 from dense_jax.infer.instances import Instances
+from dense_jax.metrics.coco import Kind
 from dense_jax.metrics.detections import Detections, Truth
 from dense_jax.objectives.rcnn import AnchorRule, match_anchors
 from dense_jax.objectives.targets import FOREGROUND
@@ -153,6 +155,7 @@ class Detection(Task):
     anchor_rule: AnchorRule | None = None
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    kinds: ClassVar[Sequence[Kind]] = ("box",)
     headline: ClassVar[str] = "box_ap"
     reads: ClassVar[Sequence[str]] = ("boxes", "classes", "scores", "valid")
     meanings: ClassVar[Mapping[str, str]] = {
@@ -433,7 +436,9 @@ class Detection(Task):
                 image_ids[index] = example.get("image_id", index)
                 num_cut += int(found["overflow"])
                 size = example["image"].shape[:2]
-                truth = truth_of(example, any_class=self.finds_any_class)
+                truth = truth_of(
+                    example, any_class=self.finds_any_class, masks="mask" in self.kinds
+                )
                 collected.add(index, truth, self._detections(found, size))
             collected.gather()
             ids = dict(pair for some in processes.from_all([*image_ids.items()]) for pair in some)
@@ -441,7 +446,7 @@ class Detection(Task):
                 collected,
                 dataset,
                 split,
-                kinds=("box",),
+                kinds=self.kinds,
                 voc_boxes="devkit" if dataset.name.startswith("voc") else None,
                 image_ids=[ids[index] for index in sorted(ids)],
                 category_ids=dataset.category_ids or None,
@@ -521,16 +526,20 @@ def as_shares(boxes: np.ndarray, size: Size) -> np.ndarray:
     return box_ops.scale(box_ops.clip(boxes.astype(np.float32), size), (1 / size[0], 1 / size[1]))
 
 
-def truth_of(example: Example, *, any_class: bool = False) -> Truth:
+def truth_of(example: Example, *, any_class: bool = False, masks: bool = False) -> Truth:
     """Returns the true objects of an example, as metrics take them; class 0 is the background.
 
     Args:
       example: has objects.
       any_class: whether all objects have class 1.
+      masks: whether they have masks.
     """
-    objects = object_lib.find(example, 0, masks=False)
+    objects = object_lib.find(example, 0, masks=masks)
     classes = np.ones_like(objects.classes) if any_class else objects.classes
-    return Truth.build(objects.boxes, classes, crowd=objects.crowd, area=objects.areas)
+    codes = None
+    if objects.masks is not None:
+        codes = [rle.encode(m) if isinstance(m, np.ndarray) else m for m in objects.masks]
+    return Truth.build(objects.boxes, classes, crowd=objects.crowd, area=objects.areas, masks=codes)
 
 
 def proposals_of_run(config: RunConfig) -> pathlib.Path:

@@ -9,7 +9,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+from dense_jax.data.detection import Rounding
 from dense_jax.infer.detections import DetectionRule
+from dense_jax.infer.pasting import Convention
+from dense_jax.objectives.masks import MaskTarget
 from dense_jax.objectives.rcnn import AnchorRule, RoiRule
 from dense_jax.ops import anchors as anchor_ops
 from dense_jax.ops.proposals import ProposalRule
@@ -27,6 +30,11 @@ class Recipe(NamedTuple):
       test: proposals in evaluation.
       detections: the final choice.
       roi_op, roi_aligned, roi_samples: how boxes are cropped; see `FasterRCNN`.
+      objectness: see `dense_jax.models.rcnn.rpn.ProposalHead`.
+      rounding: of the sides of resized images; see `dense_jax.data.detection.short_side_size`.
+      antialias: of resized images; see `dense_jax.data.transforms.resize_image`.
+      mask_target: see `dense_jax.objectives.masks.MaskRule`.
+      paste: how masks come into images; see `dense_jax.infer.pasting`.
     """
 
     anchors: anchor_ops.Convention
@@ -38,17 +46,30 @@ class Recipe(NamedTuple):
     roi_op: RoiOp = "align"
     roi_aligned: bool = False
     roi_samples: int | None = 2
+    objectness: Literal["sigmoid", "softmax"] = "sigmoid"
+    rounding: Rounding = "nearest"
+    antialias: bool = False
+    mask_target: MaskTarget = "soft"
+    paste: Convention = "torchvision"
 
 
 RECIPES = {
     "torchvision": Recipe(
         "torchvision", AnchorRule(), RoiRule(),
-        ProposalRule(2000, 2000), ProposalRule(1000, 1000), DetectionRule(),
+        ProposalRule(2000, 2000), ProposalRule(1000, 1000), DetectionRule(), rounding="down",
     ),
     "detectron2": Recipe(
         "detectron2", AnchorRule(beta=0.0, fixed_count=True), RoiRule(beta=0.0),
         ProposalRule(2000, 1000, min_side=0.0), ProposalRule(1000, 1000, min_side=0.0),
-        DetectionRule(min_side=0.0), roi_aligned=True, roi_samples=None,
+        DetectionRule(min_side=0.0), roi_aligned=True, roi_samples=None, antialias=True,
+        mask_target="bitmap", paste="detectron2",
+    ),
+    # The paper of Mask R-CNN and its release, Detectron, but for its widths with "+ 1". It draws
+    # targets as polygons; half of a cell is closest to that.
+    "detectron": Recipe(
+        "detectron2", AnchorRule(inside=True), RoiRule(beta=1.0),
+        ProposalRule(2000, 2000, min_side=0.0), ProposalRule(1000, 1000, min_side=0.0),
+        DetectionRule(), mask_target="bitmap",
     ),
     # py-faster-rcnn, end to end: models/pascal_voc/VGG16/faster_rcnn_end2end. There, 16 pixels and
     # the 1 of `plus_one` of known boxes are of the image before it is resized; here, after.
@@ -57,7 +78,7 @@ RECIPES = {
         RoiRule(sample=128, max_foreground=32, beta=1.0, plus_one=True),
         ProposalRule(12_000, 2000, min_side=16.0, plus_one=True),
         ProposalRule(6000, 300, min_side=16.0, plus_one=True),
-        DetectionRule(max_iou=0.3, plus_one=True), roi_op="pool",
+        DetectionRule(max_iou=0.3, plus_one=True), roi_op="pool", objectness="softmax",
     ),
 }  # fmt: skip
 

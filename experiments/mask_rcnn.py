@@ -1,0 +1,104 @@
+"""Mask R-CNN (He, Gkioxari, Dollar, Girshick, ICCV 2017, arXiv:1703.06870).
+
+    python -m experiments.mask_rcnn demo
+    python -m experiments.mask_rcnn coco --data-dir=/data/coco --init=file:resnet50.pth
+    python -m experiments.mask_rcnn paper_r101_fpn --data-dir=/data/coco --init=file:resnet101.pth
+    python -m experiments.mask_rcnn coco --mask-branch=off --recipe=detectron2 ...
+
+--recipe chooses as a whole what codes do differently: torchvision, detectron2, or paper (the paper
+with its release, Detectron). Results: docs/results.md.
+
+Differences: residual blocks have their strides in the 3x3 convolution, as torchvision's; the
+paper's ResNet-50 and 101 have it in the 1x1 convolution before.
+"""
+
+import dataclasses
+from dataclasses import replace
+from typing import Any, Literal
+
+from dense_jax.errors import refuse
+from dense_jax.models.rcnn.mask_rcnn import MaskClass, MaskLayers, MaskRCNN
+from dense_jax.objectives.masks import MaskLoss, MaskRule
+from dense_jax.tasks import training
+from dense_jax.tasks.detection import Detection
+from dense_jax.tasks.rcnn_recipes import RECIPES, Recipe
+from dense_jax.train.config import smoke
+from experiments import faster_rcnn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(faster_rcnn.Config):
+    """The masks; then the flags of Faster R-CNN and of every detector."""
+
+    mask_branch: Literal["on", "off"] = "on"
+    """off: Faster R-CNN with the same flags, which Table 3 compares."""
+    mask_head: MaskLayers = "fcn"
+    """fcn: convolutions. mlp, mlp3: two or three dense layers (Table 2e). c4 has fcn alone, on
+    the maps that classify boxes."""
+    mask_class: MaskClass = "specific"
+    """Whether each class has a mask of its own, or all share one (Section 4.1)."""
+    mask_loss: MaskLoss = "sigmoid"
+    """sigmoid: in the object or not. softmax: each cell has one of all classes (Table 2b)."""
+
+    @property
+    def differences(self) -> Recipe:
+        """What the code of the recipe does differently; of the paper, Detectron."""
+        return RECIPES["detectron" if self.recipe == "paper" else self.recipe]
+
+    def __post_init__(self) -> None:
+        """Raises UserError for flags that do not go together."""
+        super().__post_init__()
+        refuse(
+            self.mask_loss == "softmax" and self.mask_class == "agnostic",
+            "--mask-loss=softmax chooses among classes: give --mask-class=specific",
+        )
+        own = self.mask_head, self.mask_class, self.mask_loss
+        refuse(
+            self.mask_branch == "off" and own != ("fcn", "specific", "sigmoid"),
+            "--mask-branch=off: leave out --mask-head, --mask-class and --mask-loss",
+        )
+
+
+def _with_masks(config: faster_rcnn.Config) -> Config:
+    values: Any = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return Config(**values)
+
+
+_COCO = _with_masks(faster_rcnn.PRESETS["coco"])
+# 160,000 steps of 16 images; the paper does not say how it warms up, Detectron does.
+_PAPER = replace(_COCO, recipe="paper", num_steps=160_000, step_at=(3 / 4,), warmup_steps=500)
+_DEMO = _with_masks(faster_rcnn.PRESETS["demo"])
+
+PRESETS = {
+    "coco": _COCO,
+    "paper": _PAPER,  # ResNet-50 with a pyramid, as in most rows of Table 2
+    "paper_r101_fpn": replace(_PAPER, backbone="resnet101"),
+    "paper_r101_c4": replace(
+        _PAPER, backbone="resnet101", neck="c4", rois_per_image=64, test_proposals=300
+    ),
+    # One image of each of 8 devices.
+    "paper_x101_fpn": replace(
+        _PAPER, backbone="resnext101_64x4d", batch_size=8, learning_rate=0.01
+    ),
+    "nuclei": replace(
+        _DEMO, dataset="nuclei", short_side=(256,), max_side=384, max_objects=100,
+        anchor_sizes=(8, 16, 32, 64, 128), rois_per_image=128, batch_size=4,
+    ),
+    "demo": _DEMO,
+    "smoke": smoke(replace(_DEMO, width=1 / 32, short_side=(32,))),
+}  # fmt: skip
+
+
+def build(config: Config, num_classes: int) -> Detection:
+    """Returns the task: the network, its losses and its use."""
+    if config.mask_branch == "off":
+        return faster_rcnn.build(config, num_classes)
+    model = faster_rcnn.network(
+        config, num_classes, MaskRCNN, mask_layers=config.mask_head, mask_class=config.mask_class
+    )
+    rule = MaskRule(config.differences.mask_target, config.mask_loss)
+    return faster_rcnn.detection(config, model, rule)
+
+
+if __name__ == "__main__":
+    training.main(build, PRESETS, __doc__)
