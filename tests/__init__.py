@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 _FILES = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
 SCRIPTS = [name for name in _FILES if name != "conv_arithmetic"]  # those that train
 
-LABELLING = [name for name in SCRIPTS if name != "faster_rcnn"]  # those that label pixels
+LABELLING = [name for name in SCRIPTS if not name.endswith("_rcnn")]  # those that label pixels
 
 
 def script(name: str) -> types.ModuleType:

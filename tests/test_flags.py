@@ -116,8 +116,9 @@ ELSEWHERE = configs.FREE_ON_RESUME - {"num_steps"} | {"dataset", "init", "propos
 ELSEWHERE |= {("deconvnet", "proposal_source", "file")}
 ELSEWHERE |= {("segnet", "class_balance", "published")}  # of CamVid
 ELSEWHERE |= {("faster_rcnn", "proposal_source", "file")}  # test_given_proposals
-ELSEWHERE |= {("faster_rcnn", "empty_images", "keep")}  # shapes counts no objects
-ELSEWHERE |= {("faster_rcnn", "test_side", 24)}  # images are resized before the program
+for _name in ("faster_rcnn", "mask_rcnn"):
+    ELSEWHERE |= {(_name, "empty_images", "keep")}  # shapes counts no objects
+    ELSEWHERE |= {(_name, "test_side", 24)}  # images are resized before the program
 
 
 def changed(name, flags):
