@@ -411,9 +411,9 @@ HEADS = [
          f"roi_heads.mask_head.mask_fcn{i + 1}", (3, 3, 256, 256), (256, 256, 3, 3))
         for i in range(4)
     ),
-    ("mask_head/conv5_mask", *["roi_heads.mask_predictor.conv5_mask"] * 2, (2, 2, 256, 256),
+    ("mask_predictor/conv5_mask", *["roi_heads.mask_predictor.conv5_mask"] * 2, (2, 2, 256, 256),
      (256, 256, 2, 2)),
-    ("mask_head/mask_fcn_logits", *["roi_heads.mask_predictor.mask_fcn_logits"] * 2,
+    ("mask_predictor/mask_fcn_logits", *["roi_heads.mask_predictor.mask_fcn_logits"] * 2,
      (1, 1, 256, 91), (91, 256, 1, 1)),
 ]  # fmt: skip
 
