@@ -67,7 +67,7 @@ def _with_masks(config: faster_rcnn.Config) -> Config:
 _COCO = _with_masks(faster_rcnn.PRESETS["coco"])
 # 160,000 steps of 16 images; the paper does not say how it warms up, Detectron does.
 _PAPER = replace(_COCO, recipe="paper", num_steps=160_000, step_at=(3 / 4,), warmup_steps=500)
-_DEMO = _with_masks(faster_rcnn.PRESETS["demo"])
+_DEMO = replace(_with_masks(faster_rcnn.PRESETS["demo"]), num_steps=600, eval_every=300)
 
 PRESETS = {
     "coco": _COCO,

@@ -86,7 +86,7 @@ NAMES = [
     *("dilation10", "deeplab_largefov", "deeplab_vgg16", "deeplab_resnet101", "resnet50"),
     *("resnet101", "resnext101_32x8d", "resnext101_64x4d", "fcn_resnet50", "fcn_resnet101"),
     *("deeplabv3_resnet50", "deeplabv3_resnet101", "fasterrcnn_resnet50_fpn"),
-    "fasterrcnn_resnet50_fpn_v2",
+    *("fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2"),
 ]
 
 
@@ -101,7 +101,11 @@ def test_every_name_is_found():
         *(name for _, name, *_ in RELEASES.values()),
         *(f"torchvision's {kind}" for kind in ("vgg16", "vgg16, features alone", "vgg16_bn")),
         *(f"torchvision's {kind}" for kind in ("ResNet", "FCN on ResNet", "DeepLabv3")),
-        *(f"torchvision's Faster R-CNN{kind}" for kind in ("", " of 2019", " v2")),
+        *(
+            f"torchvision's {name}{kind}"
+            for name in ("Faster R-CNN", "Mask R-CNN")
+            for kind in ("", " of 2019", " v2")
+        ),
         "Caffe's ZF",
     }
     with pytest.raises(UserError, match=r"unknown network 'vgg'; .* fcn32s, fcn16s, .* vgg16"):
