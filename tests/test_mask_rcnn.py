@@ -22,6 +22,7 @@ from dense_jax.tasks import trained, training
 from dense_jax.tasks.detection import truth_of
 from experiments import faster_rcnn
 from experiments import mask_rcnn as script
+from tests import members
 from tests.test_detection_task import NUM_CLASSES, SHAPES, Trunk, batch_of, data, steps
 from tests.test_faster_rcnn import OTHER, REFUSED
 
@@ -95,12 +96,16 @@ def test_without_masks_it_is_faster_rcnn():
     assert "masks" not in batch_of(own)["objects"]
 
 
+@pytest.mark.slow  # test_detection_task has the same of boxes; losses by hand are in test_masks
 def test_one_device_equals_four_and_padding_has_no_effect():
     """More slots for objects, which would need more memory for their masks, change no loss."""
     own = task(optimizer="sgd", momentum=0.0)
     batch = batch_of(own)
     assert batch["objects"]["masks"].shape == (4, own.config.max_objects, 64, 64)
-    one, four = next(steps(own, (batch,), 1)), next(steps(own, (batch,), 4))
+    none = dict(batch, objects={key: np.zeros_like(x) for key, x in batch["objects"].items()})
+    (one, empty), four = steps(own, (batch, none), 1), next(steps(own, (batch,), 4))
+    assert empty[1]["mask"] == empty[1]["box"] == 0  # no objects, no loss of masks
+    assert empty[1]["class"] > 0
     assert set(one[1]) == {"loss", "rpn_class", "rpn_box", "class", "box", "mask"}
     chex.assert_trees_all_close(one, four, rtol=1e-4, atol=1e-6)
     more = dict(batch, objects={
@@ -115,15 +120,6 @@ def test_one_device_equals_four_and_padding_has_no_effect():
     assert np.isfinite(found[1]["mask"])
 
 
-def test_a_batch_without_objects_has_no_loss_of_masks():
-    own = task(optimizer="sgd", momentum=0.0)
-    batch = batch_of(own)
-    none = dict(batch, objects={key: np.zeros_like(x) for key, x in batch["objects"].items()})
-    _, scalars = next(steps(own, (none,), 1))
-    assert scalars["mask"] == scalars["box"] == 0
-    assert scalars["class"] > 0
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished smoke run on the small trunk."""
@@ -134,7 +130,12 @@ def run(tmp_path_factory):
     return workdir
 
 
-def test_a_run_leaves_scores_of_masks_and_of_boxes(run):
+def test_a_run_leaves_scores_and_the_masks_that_predict_draws(run, tmp_path):
+    check_scores_of_masks_and_of_boxes(run)
+    check_evaluation_and_prediction_see_the_same_masks(run, tmp_path)
+
+
+def check_scores_of_masks_and_of_boxes(run):
     record = json.loads((run / "evaluation.json").read_text())
     assert record["headline"] == "mask_ap"
     scores = record["scores"]
@@ -159,7 +160,7 @@ def test_truth_has_the_masks_of_the_dataset():
     assert truth_of(example).masks is None
 
 
-def test_evaluation_and_prediction_see_the_same_masks(run, tmp_path):
+def check_evaluation_and_prediction_see_the_same_masks(run, tmp_path):
     """A folder of any sizes: masks, boxes and one picture with the number of each object."""
     opened = trained.load(run, task=task())
     images, out = tmp_path / "images", tmp_path / "out"
@@ -224,7 +225,7 @@ def test_an_exported_program_draws_what_the_run_draws(run, tmp_path, monkeypatch
     np.testing.assert_allclose(found["masks"][0][valid], expected.heatmaps, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("loss", members(["sigmoid", "softmax"], ["softmax"]))
 def test_probabilities_of_masks_are_those_of_the_loss(loss):
     own = task(mask_loss=loss, rois_per_image=4)
     model: Any = own.model.clone(axis_name=None)
