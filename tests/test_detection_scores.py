@@ -295,6 +295,21 @@ def test_pictures_show_small_objects_on_top_of_large_ones():
         assert (picture[y0:y1, x0] == colour).all()
 
 
+def test_masks_of_one_class_have_colours_of_their_own():
+    """Touching objects of a class would look like one."""
+    masks = np.zeros((2, *SIZE), bool)
+    masks[0, 10:20, 10:20], masks[1, 10:20, 20:30] = True, True
+    boxes, codes = [[10, 10, 20, 20], [20, 10, 30, 20]], [rle.encode(mask) for mask in masks]
+    image = (
+        Truth.build(boxes, [1, 1], masks=codes),
+        Detections.build(boxes, [1] * 2, [0.9] * 2, codes),
+    )
+    picture = compute(collect({0: image}), 1, ["mask"]).pictures[0].draw()
+    for part in np.split(picture[:, : 2 * FACTOR * SIZE[1] + 4], [FACTOR * SIZE[1] + 4], axis=1):
+        left, right = (part[FACTOR * 17, FACTOR * x].astype(int) for x in (17, 27))
+        assert abs(left - right).max() > 30
+
+
 def test_the_ap_of_an_image_is_that_of_a_set_of_one():
     for truth, found in random_images(20).values():
         expected = coco.average_precision([truth], [found], 4, "mask").ap

@@ -18,6 +18,7 @@ from dense_jax.data.dataset import Dataset, Source
 from dense_jax.errors import UserError
 from dense_jax.evaluation.labels import Top
 from dense_jax.evaluation.record import Column, Findings, Picture, Record, Score, Table
+from dense_jax.infer.instances import object_colours
 from dense_jax.metrics import coco, voc
 from dense_jax.metrics.detections import Detections, Truth
 from dense_jax.train import processes
@@ -300,8 +301,9 @@ def _compare(
         if objects.masks is not None:
             masks = np.array([rle.decode(objects.masks[i]) for i in rows], bool)
             masks = masks.reshape(-1, *image.shape[:2])
-        ids = objects.classes[rows]
-        boxes, colours = objects.boxes[rows], palette[ids]
+        boxes, ids = objects.boxes[rows], objects.classes[rows]
+        # Masks of one class touch and overlap.
+        colours = palette[ids] if masks is None else object_colours(len(rows))
         options: dict[str, Any] = {"scores": scores, "masks": masks, "factor": factor}
         return viz.objects(image, boxes, ids, classes.names, colours, **options)
 

@@ -17,6 +17,12 @@ from dense_jax.infer.pasting import Convention
 _COLOURS = 20
 
 
+def object_colours(count: int) -> np.ndarray:
+    """Returns colours that tell objects apart, uint8 [count, 3]; the 21st is the first again."""
+    palette = np.array(voc_colours(1 + _COLOURS)[1:], np.uint8)
+    return palette[np.arange(count) % _COLOURS]
+
+
 @dataclasses.dataclass(frozen=True)
 class Instances:
     """The objects of an image, the highest score first.
@@ -64,13 +70,12 @@ class Instances:
 
     def overlay(self) -> np.ndarray:
         """Returns the image with box, name, score and mask in one colour for each object."""
-        palette = np.array(voc_colours(1 + _COLOURS)[1:], np.uint8)
         return viz.objects(
             self.image,
             self.boxes,
             self.class_ids,
             self.classes.names,
-            palette[np.arange(len(self)) % _COLOURS],
+            object_colours(len(self)),
             scores=self.scores,
             masks=self.masks,
         )
