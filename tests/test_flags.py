@@ -76,6 +76,8 @@ NEEDED = {
     ("dilated", "augment"): {"crop": (24, 24)},
     ("dilated", "tile"): {"front_pad": "valid_reflect", "crop": (404, 404)},
     ("dilated", "train_mode", "context"): {"first": configs.Stage("front", 1)},
+    ("faster_rcnn", "head_loss", "box"): {"init": "run:trained"},
+    ("faster_rcnn", "head_loss", "svm"): {"init": "run:trained"},
     ("fcn", "backbone"): {"stride": 32, "pad_mode": "100"},
     ("fcn", "single_skip"): {"stride": 16},
     ("fcn", "stage_lr"): {"train": "staged", "stride": 16},
