@@ -14,6 +14,7 @@ from dense_jax.data.normalise import normalise
 from dense_jax.data.transforms import resize_image
 from dense_jax.errors import UserError
 from dense_jax.evaluation.batches import eval_batches
+from dense_jax.infer import predictor
 from dense_jax.tasks.rcnn_recipes import RECIPES, anchors
 from experiments import faster_rcnn as script
 
@@ -116,6 +117,15 @@ def test_images_are_resized_as_in_the_code_of_the_recipe(recipe):
     normalised = normalise(expected, task.config.normalisation)
     np.testing.assert_array_equal(batch["images"][0], normalised)
     assert (expected.max() == 0) == (recipe != "detectron2")  # one column of three is seen
+    read: Any = lambda answers, image: answers["images"]  # noqa: E731
+    predict: Any = predictor.Predictor(
+        lambda images, sizes: {"images": images},
+        read,
+        task.config.normalisation,
+        input_size=task.input_size,
+        antialias=task.antialias,
+    )
+    np.testing.assert_array_equal(predict(source[0]["image"]), normalised)
 
 
 @pytest.mark.parametrize(

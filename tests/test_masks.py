@@ -1,6 +1,7 @@
 """Masks of objects: cropped for training, pasted back into images; and the loss of masks."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from dense_jax.infer.pasting import paste
 from dense_jax.objectives.masks import MaskRule, mask_losses, mask_targets
+from dense_jax.objectives.rcnn import RoiRule, head_objective
 from dense_jax.ops.masks import crop_masks
 
 RNG = np.random.default_rng
@@ -157,3 +159,45 @@ def test_boxes_outside_or_without_an_area_paste_nothing_or_little(convention):
     assert not outside.mask((20, 20)).any()
     for box in ([5, 5, 5, 5], [5, 5, 5, 9], [-9, -9, -8, -8]):
         assert paste(ones, np.array(box), (20, 20), convention).mask((20, 20)).sum() <= 8
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_each_box_learns_the_mask_and_the_class_of_its_own_object(plus_one):
+    """A network that draws each object as it is, in the mask of its class alone, has no loss."""
+    masks = np.zeros((1, 2, 32, 32), bool)
+    masks[0, 0, :16, :8], masks[0, 1, 16:24, 16:] = True, True  # a left half, an upper half
+    boxes = jnp.array([[[0.0, 0, 16, 16], [16, 16, 32, 32]]])
+    rule = RoiRule(sample=8, max_foreground=4, plus_one=plus_one)
+
+    def apply(_, boxes: Any = None, num: int = 0, *, method):
+        if method == "features":
+            return [jnp.zeros((1, 8, 8, 1))]
+        drawn = jnp.full((1, num, 4, 4, 3), 30.0)  # wrong in the masks of other classes
+        is_first = (boxes[:, :num, 0] == 0)[..., None, None]
+        left, top = jnp.arange(4)[None, None, None] < 2, jnp.arange(4)[None, None, :, None] < 2
+        drawn = drawn.at[..., 1].set(jnp.where(jnp.where(is_first, left, ~left), 30.0, -30.0))
+        drawn = drawn.at[..., 2].set(jnp.where(jnp.where(is_first, ~top, top), 30.0, -30.0))
+        shape = (1, boxes.shape[1], 3)
+        return jnp.zeros(shape), jnp.zeros((*shape, 4)), drawn
+
+    def loss(classes):
+        batch = {
+            "images": jnp.zeros((1, 32, 32, 3)),
+            "index": jnp.zeros(1, jnp.int32),
+            "objects": {
+                "boxes": boxes, "classes": jnp.array([classes]), "masks": jnp.asarray(masks),
+                "valid": jnp.ones((1, 2), bool),
+            },
+            "proposals": {  # background comes first
+                "boxes": jnp.concatenate([jnp.array([[[0.0, 20, 10, 30]]]), boxes], axis=1),
+                "valid": jnp.ones((1, 3), bool),
+            },
+        }  # fmt: skip
+        losses = head_objective(rule, mask_rule=MaskRule("bitmap"))
+        found = jax.jit(lambda key: losses(apply, batch, key))(jax.random.key(0))
+        return [float(x) for x in found["mask"]]
+
+    total, count = loss([1, 2])
+    assert count == 4 * 16  # two objects, and a proposal like each
+    assert total < 1e-3
+    assert loss([2, 1])[0] > 100

@@ -1,6 +1,5 @@
 """``python -m dense_jax debug-pictures``: draws what happens inside a run's network."""
 
-import itertools
 import pathlib
 import sys
 from typing import Literal
@@ -55,11 +54,14 @@ def run(
         source = trained.dataset_of(opened, data_dir).split(split or "val")
         examples = (source[i] for i in range(len(source)))
     runs.make_folder(output)
-    variables, drawn, failures = jax.device_put(opened.variables), [], []
-    for example in itertools.islice(examples, images):
+    variables, drawn, failures, num_done = jax.device_put(opened.variables), [], [], 0
+    for example in examples:
         if isinstance(example, UserError):
             failures.append(str(example))
             continue
+        if num_done == images:
+            break
+        num_done += 1
         for kind, picture in offered.draw(variables, example).items():
             name = example["name"].replace("/", "_")
             runs.write_png(output / f"{name}-{kind}.png", picture)
