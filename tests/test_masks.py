@@ -60,14 +60,27 @@ def test_crops_are_roi_align_of_the_mask(aligned):
         np.testing.assert_allclose(one, slow_crop(masks[i], box, 7, aligned), atol=1e-4)
 
 
+@pytest.mark.parametrize("aligned", [False, True])
+def test_padding_of_masks_is_not_read(aligned):
+    """Boxes that end at the lower and right edge repeat the last pixel, however far masks go on."""
+    masks = RNG(0).random((2, 21, 17)) < 0.6
+    boxes = np.array([[3.2, 4, 17, 21], [0, 0, 17, 9.5], [16.4, 2, 17, 21]], np.float32)
+    index = np.array([0, 1, 1], np.int32)
+    padded = jnp.pad(masks, [(0, 0), (0, 11), (0, 15)])
+    found = crop_masks(padded, boxes, index, jnp.array([21, 17]), bins=14, aligned=aligned)
+    for one, box, i in zip(found, boxes, index, strict=True):
+        np.testing.assert_allclose(one, slow_crop(masks[i], box, 14, aligned), atol=1e-4)
+
+
 def test_targets_of_a_mask_of_ones_by_hand():
     """Of a box that begins 14 pixels outside: soft targets begin a cell before half, bits half."""
     masks = jnp.ones((1, 1, 40, 40), bool)
     box, index = jnp.array([[[-14.0, -14, 14, 14]]]), jnp.zeros((1, 1), jnp.int32)
-    soft = mask_targets(masks, box, index, 28, MaskRule("soft"))[0, 0]
+    size = jnp.array([[40, 40]])
+    soft = mask_targets(masks, box, index, size, 28, MaskRule("soft"))[0, 0]
     inside = np.arange(28) >= 13
     np.testing.assert_array_equal(soft, np.outer(inside, inside))
-    bits = mask_targets(masks, box, index, 28, MaskRule("bitmap"))[0, 0]
+    bits = mask_targets(masks, box, index, size, 28, MaskRule("bitmap"))[0, 0]
     assert float(bits.sum()) == 15**2
 
 
@@ -76,7 +89,8 @@ def test_each_box_has_the_mask_of_its_own_object_in_its_own_image():
     masks[0, 0, :, :10], masks[0, 1, :10] = True, True
     masks[1, 0, 10:] = True
     boxes, index = jnp.tile(jnp.array([0.0, 0, 20, 20]), (2, 3, 1)), jnp.array([[1, 0, 0]] * 2)
-    found = mask_targets(jnp.asarray(masks), boxes, index, 20, MaskRule("bitmap"))
+    sizes = jnp.full((2, 2), 20)
+    found = mask_targets(jnp.asarray(masks), boxes, index, sizes, 20, MaskRule("bitmap"))
     np.testing.assert_array_equal(found[0], masks[0, [1, 0, 0]])
     np.testing.assert_array_equal(found[1], masks[1, [1, 0, 0]])
 

@@ -34,7 +34,12 @@ class MaskRule:
 
 
 def mask_targets(
-    masks: jax.Array, boxes: jax.Array, index: jax.Array, bins: int, rule: MaskRule
+    masks: jax.Array,
+    boxes: jax.Array,
+    index: jax.Array,
+    sizes: jax.Array,
+    bins: int,
+    rule: MaskRule,
 ) -> jax.Array:
     """Returns what the masks of boxes should be, float32 [B, F, bins, bins].
 
@@ -42,11 +47,12 @@ def mask_targets(
       masks: [B, G, H, W], of the objects.
       boxes: float32 [B, F, 4].
       index: int32 [B, F], the object of each box.
+      sizes: int32 [B, 2], height and width of each image without padding.
       bins: cells along each side.
       rule: how masks train.
     """
     crop = functools.partial(crop_masks, bins=bins, aligned=rule.target == "bitmap")
-    found = jnp.stack([crop(*own) for own in zip(masks, boxes, index, strict=True)])
+    found = jnp.stack([crop(*own) for own in zip(masks, boxes, index, sizes, strict=True)])
     return (found >= 0.5).astype(jnp.float32) if rule.target == "bitmap" else found
 
 

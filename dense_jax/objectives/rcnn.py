@@ -384,7 +384,8 @@ def _head_losses(
     first = jax.tree.map(lambda x: x[:, :num], wanted)
     boxes = box_ops.with_edges(first.boxes) if rule.plus_one else first.boxes
     bins = masks.shape[2]
-    drawn = mask_targets(objects["masks"], boxes, first.object_index, bins, mask_rule)
+    index, sizes = first.object_index, _sizes(batch)
+    drawn = mask_targets(objects["masks"], boxes, index, sizes, bins, mask_rule)
     return roi_losses(scores, moves, wanted, rule) | mask_losses(
         masks, drawn, first.classes, mask_rule
     )
