@@ -2,8 +2,10 @@
 
     python -m benchmarks.train_step --model fasterrcnn_r50_fpn --size 320
 
+    python -m benchmarks.train_step --model maskrcnn_r50_fpn --size 320
+
 Batch normalisation and the first two parts of the trunk are frozen on both sides. A step has the
-four losses on the same sample of anchors and boxes, their gradients, and SGD with momentum.
+four or five losses on the same sample of anchors and boxes, their gradients, and SGD with momentum.
 torchvision needs its compiled operators; see `tests.parity.make`.
 """
 
@@ -24,7 +26,10 @@ from benchmarks import timing
 from dense_jax.objectives import rcnn
 from tests.parity import detection, zoo
 
-MODELS = {"fasterrcnn_r50_fpn": "fasterrcnn_resnet50_fpn"}
+MODELS = {
+    "fasterrcnn_r50_fpn": "fasterrcnn_resnet50_fpn",
+    "maskrcnn_r50_fpn": "maskrcnn_resnet50_fpn",
+}
 _RATE, _MOMENTUM = 1e-4, 0.9
 
 
@@ -33,7 +38,7 @@ class Side(NamedTuple):
 
     Attributes:
       forward: returns the scores of the detections.
-      gradients: returns the four losses, and the norm of the gradient.
+      gradients: returns the losses, and the norm of the gradient.
       step: makes a training step.
       memory: returns bytes that a step takes besides the parameters, or 0 before the first step.
     """
@@ -70,7 +75,7 @@ def ours(name: str, tensors: dict[str, np.ndarray], size: int) -> Side:
     @jax.jit
     def differentiate(params: Any, batch: Any) -> jax.Array:
         (_, values), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        losses = [values[key] for key in detection.LOSSES]
+        losses = [values[key] for key in detection.losses_of(name)]
         return jnp.stack([*losses, optax.global_norm(grads)])
 
     def update(params: Any, state: Any, batch: Any) -> Any:
@@ -114,7 +119,7 @@ def torchvisions(name: str, tensors: dict[str, np.ndarray], size: int) -> Side:
     pixels = torch.from_numpy(batch["images"]).permute(0, 3, 1, 2)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     sizes = [(size, size)]
-    targets = detection.targets()
+    targets = detection.targets(size, size)
 
     def run(train: bool) -> Any:
         network.rpn.training = network.roi_heads.training = train
@@ -137,8 +142,7 @@ def torchvisions(name: str, tensors: dict[str, np.ndarray], size: int) -> Side:
     def differentiate() -> np.ndarray:
         losses = [float(loss.detach()) for loss in backward()]
         squares = [float((p.grad**2).sum()) for p in trained if p.grad is not None]
-        order = dict(zip(("rpn_class", "rpn_box", "class", "box"), losses, strict=True))
-        return np.array([*(order[key] for key in detection.LOSSES), np.sqrt(sum(squares))])
+        return np.array([*losses, np.sqrt(sum(squares))])
 
     def step() -> None:
         nonlocal peak

@@ -66,8 +66,9 @@ def test_padding_of_masks_is_not_read(aligned):
     masks = RNG(0).random((2, 21, 17)) < 0.6
     boxes = np.array([[3.2, 4, 17, 21], [0, 0, 17, 9.5], [16.4, 2, 17, 21]], np.float32)
     index = np.array([0, 1, 1], np.int32)
-    padded = jnp.pad(masks, [(0, 0), (0, 11), (0, 15)])
-    found = crop_masks(padded, boxes, index, jnp.array([21, 17]), bins=14, aligned=aligned)
+    padded: Any = jnp.pad(masks, [(0, 0), (0, 11), (0, 15)])
+    given: Any = padded, boxes, index, np.array([21, 17])
+    found = jax.jit(lambda *x: crop_masks(*x, bins=14, aligned=aligned))(*given)
     for one, box, i in zip(found, boxes, index, strict=True):
         np.testing.assert_allclose(one, slow_crop(masks[i], box, 14, aligned), atol=1e-4)
 

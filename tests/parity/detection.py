@@ -1,4 +1,4 @@
-"""What Faster R-CNN proposes, finds and loses in one image: torchvision's, and ours."""
+"""What Faster and Mask R-CNN propose, find and lose in one image: torchvision's, and ours."""
 
 import dataclasses
 import functools
@@ -11,15 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dense_jax.infer.pasting import paste
 from dense_jax.objectives import rcnn
 from dense_jax.ops.proposals import propose
 from dense_jax.tasks import rcnn_recipes
 from dense_jax.tasks.detection import Detection
-from experiments import faster_rcnn as script
+from experiments import faster_rcnn, mask_rcnn
 from tests.parity import drawn, zoo
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "detections.npz"
-NAMES: dict[str, Any] = {"fasterrcnn_resnet50_fpn": "v1", "fasterrcnn_resnet50_fpn_v2": "v2"}
+_HEADS: dict[str, Any] = {"resnet50_fpn": "v1", "resnet50_fpn_v2": "v2"}
+NAMES = {
+    f"{kind}_{layers}": (script, heads)
+    for kind, script in (("fasterrcnn", faster_rcnn), ("maskrcnn", mask_rcnn))
+    for layers, heads in _HEADS.items()
+}
 NUM_CLASSES = 91
 PADDED, TRUE = (128, 160), (117, 150)  # height and width with and without padding
 BOXES = np.array(
@@ -28,7 +34,22 @@ BOXES = np.array(
 CLASSES = np.array([3, 17, 90, 3])
 NUM_PROPOSALS, NUM_ROIS = 256, 128  # of the first stage in evaluation; that train the head
 _TIE = 1e-6  # of logits and probabilities
-LOSSES = ("rpn_class", "rpn_box", "class", "box")
+NUM_PASTED = 4  # detections whose masks are compared in pixels
+LOSSES = ("rpn_class", "rpn_box", "class", "box", "mask")  # the last of Mask R-CNN alone
+
+
+def losses_of(name: str) -> tuple[str, ...]:
+    """Returns the names of the losses of a network."""
+    return LOSSES if name.startswith("mask") else LOSSES[:-1]
+
+
+def masks_in(height: int, width: int) -> np.ndarray:
+    """Returns an ellipse in each of the boxes, bool [4, height, width]; the last is a rectangle."""
+    y, x = np.arange(height)[:, None] + 0.5, np.arange(width) + 0.5
+    x0, y0, x1, y1 = (side[:, None, None] for side in BOXES.T)
+    across, down = (2 * x - x0 - x1) / (x1 - x0), (2 * y - y0 - y1) / (y1 - y0)
+    limit = np.array([1, 1, 1, 2])[:, None, None]
+    return (across**2 + down**2 <= limit) & (abs(across) <= 1) & (abs(down) <= 1)
 
 
 def batch_of(padded: tuple[int, int], true: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -38,19 +59,22 @@ def batch_of(padded: tuple[int, int], true: tuple[int, int] | None = None) -> di
     pixels[:, height:] = 0
     pixels[:, :, width:] = 0
     valid = np.ones((1, len(BOXES)), bool)
+    masks = np.zeros((1, len(BOXES), *padded), bool)
+    masks[0, :, :height, :width] = masks_in(height, width)
     return {
         "images": pixels,
         "size": np.array([[height, width]]),
         "index": np.array([0]),
-        "objects": {"boxes": BOXES[None], "classes": CLASSES[None], "valid": valid},
+        "objects": {"boxes": BOXES[None], "classes": CLASSES[None], "valid": valid, "masks": masks},
     }
 
 
-def targets() -> list[dict[str, Any]]:
-    """Returns the objects as torchvision takes them."""
+def targets(height: int, width: int) -> list[dict[str, Any]]:
+    """Returns the objects of an image of a size as torchvision takes them."""
     import torch
 
-    return [{"boxes": torch.from_numpy(BOXES), "labels": torch.from_numpy(CLASSES)}]
+    arrays = {"boxes": BOXES, "labels": CLASSES, "masks": masks_in(height, width).astype(np.uint8)}
+    return [{name: torch.from_numpy(array) for name, array in arrays.items()}]
 
 
 def uniform(name: str, count: int) -> np.ndarray:
@@ -99,8 +123,10 @@ def differences(
 
     What is ranked must be in the same order, but where our scores are nearer than a rounding error.
     """
-    result = {name: float(abs(found[name] / reference[name] - 1)) for name in LOSSES}
-    for ranks, arrays in {"logits": ("proposals",), "scores": ("boxes", "classes")}.items():
+    of_detections = [key for key in ("boxes", "classes", "masks") if key in reference]
+    losses = [key for key in LOSSES if key in reference]
+    result = {key: float(abs(found[key] / reference[key] - 1)) for key in losses}
+    for ranks, arrays in {"logits": ["proposals"], "scores": of_detections}.items():
         count = len(reference[arrays[0]])
         assert np.all(found[ranks][count:] == 0) or ranks == "logits"
         gaps = np.abs(np.diff(found[ranks][:count], prepend=np.inf, append=-np.inf))
@@ -110,29 +136,36 @@ def differences(
             ours, theirs = found[name][:count][is_alone], reference[name][is_alone]
             result[name] = zoo.apart(ours, theirs)
     result["scores"] = zoo.apart(found["scores"][: len(reference["scores"])], reference["scores"])
+    if "pasted" in reference:
+        result["pixels"] = float(np.mean(found["pasted"] != reference["pasted"]))
     return result
 
 
 def build(name: str, **flags: Any) -> Detection:
     """Returns our task with torchvision's conventions."""
-    config = dataclasses.replace(script.PRESETS["coco"], heads=NAMES[name], **flags)
-    return script.build(config, NUM_CLASSES)
+    script, heads = NAMES[name]
+    config = dataclasses.replace(script.PRESETS["coco"], heads=heads, **flags)
+    build_task: Any = script.build
+    return build_task(config, NUM_CLASSES)
 
 
 def parameters(name: str) -> dict[str, np.ndarray]:
-    """Returns a state dict of torchvision's network, with smaller scores and moves of anchors.
+    """Returns a state dict of torchvision's network; logits whose sigmoid counts are smaller.
 
     torchvision ranks proposals by the sigmoid of logits, which is 1 from about 17 on.
     """
     tensors = drawn.parameters(zoo.kept(name)[0])
+    smaller = "rpn.head.cls_logits", "rpn.head.bbox_pred", "roi_heads.mask_predictor.mask_fcn"
     for key, values in tensors.items():
-        if key.startswith(("rpn.head.cls_logits", "rpn.head.bbox_pred")):
+        if key.startswith(smaller):
             tensors[key] = values * np.float32(0.1)
     return tensors
 
 
 def ours(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns "proposals" [256, 4] and their "logits", "boxes", "classes", "scores" and losses.
+
+    Of Mask R-CNN also "masks" [100, 28], cells of their diagonals, and "pasted", bool [4, H, W].
 
     Args:
       name: of torchvision's network.
@@ -163,7 +196,12 @@ def ours(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = {"proposals": proposals.boxes, "logits": proposals.scores, **found}
         return outputs | losses(variables, batch)
 
-    return jax.device_get(run(zoo.loaded(name, tensors, model), batch_of(PADDED, TRUE)))
+    found = jax.device_get(run(zoo.loaded(name, tensors, model), batch_of(PADDED, TRUE)))
+    if "masks" in found:
+        some = zip(found["masks"][:NUM_PASTED], found["boxes"][:NUM_PASTED], strict=True)
+        found["pasted"] = np.stack([paste(*x, TRUE, "torchvision").mask(TRUE) for x in some])
+        found["masks"] = np.diagonal(found["masks"], axis1=1, axis2=2)
+    return found
 
 
 def given_uniforms(rng: Any, index: jax.Array, count: int) -> jax.Array:
@@ -176,7 +214,7 @@ def theirs(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     """Returns the same of torchvision, which needs compiled operators; without "logits"."""
     import torch
 
-    from tests.parity.theirs import detector
+    from tests.parity.theirs import detector, pasting
 
     network, lists = detector(name, tensors, NUM_PROPOSALS, NUM_ROIS)
     pixels = torch.from_numpy(batch_of(PADDED, TRUE)["images"]).permute(0, 3, 1, 2)
@@ -185,16 +223,21 @@ def theirs(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
         levels = network.backbone(pixels)
         proposals, _ = network.rpn(images, levels)
         detections, _ = network.roi_heads(levels, proposals, [TRUE])
+        found = dict(detections[0])
+        if "masks" in found:
+            some = found["masks"][:NUM_PASTED], found["boxes"][:NUM_PASTED]
+            found["pasted"] = pasting(*some, TRUE)[:, 0] >= 0.5
+            found["masks"] = torch.diagonal(found["masks"][:, 0], dim1=1, dim2=2)
         network.rpn.train()
         network.roi_heads.training = True  # its batch normalisation stays as it is
-        some, first = network.rpn(images, levels, targets())
-        _, second = network.roi_heads(levels, some, [TRUE], targets())
+        some, first = network.rpn(images, levels, targets(*TRUE))
+        _, second = network.roi_heads(levels, some, [TRUE], targets(*TRUE))
     values = [*first.values(), *second.values()]
-    order = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
-    assert (*first, *second) == (*order[:2], *order[2:]), (first, second)
-    result = {"proposals": proposals[0], **dict(zip(LOSSES, values, strict=True))}
-    result |= {key: detections[0][key] for key in ("boxes", "scores")}
-    return {key: x.numpy() for key, x in {**result, "classes": detections[0]["labels"]}.items()}
+    order = "loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"
+    assert (*first, *second) == order[: len(values)], (first, second)
+    result = {"proposals": proposals[0], **dict(zip(losses_of(name), values, strict=True))}
+    result |= {**found, "classes": found.pop("labels")}
+    return {key: x.numpy() for key, x in result.items()}
 
 
 class Sampler:

@@ -16,7 +16,9 @@ Shape = tuple[int, ...]
 # of 1e-5 is seen: it is about a thousandth of the variance.
 _BEFORE_NORM = 0.1
 # What no normalisation follows.
-_PLAIN = re.compile(r"(fc|(aux_)?classifier\.4|rpn|roi_heads\.box_(predictor|head\.(fc.|5)))\.")
+_PLAIN = re.compile(
+    r"(fc|(aux_)?classifier\.4|rpn|roi_heads\.(mask_predictor|box_(predictor|head\.(fc.|5))))\."
+)
 
 
 def uniform(name: str, shape: Shape) -> np.ndarray:
@@ -61,8 +63,9 @@ def parameters(shapes: Mapping[str, Shape]) -> dict[str, np.ndarray]:
     """Returns a whole state dict from its shapes."""
     parts = {name.split(".")[1] for name in shapes if name.endswith("running_var")}
 
-    def is_normalised(name: str) -> bool:  # a pyramid may not be, on a trunk that is
-        return "fpn" in parts if name.startswith("backbone.fpn.") else bool(parts)
+    def is_normalised(name: str) -> bool:  # these may not be, on a trunk that is
+        part = name.split(".")[1]
+        return part in parts if part in ("fpn", "mask_head") else bool(parts)
 
     return {name: parameter(name, shape, is_normalised(name)) for name, shape in shapes.items()}
 

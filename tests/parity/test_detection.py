@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN as a whole: the same proposals, detections and losses."""
+"""torchvision's Faster and Mask R-CNN as wholes: the same proposals, detections and losses."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ from tests import members
 from tests.parity import detection
 
 
-@pytest.mark.parametrize("name", members(detection.NAMES, ("fasterrcnn_resnet50_fpn",)))
+@pytest.mark.parametrize("name", members(detection.NAMES, ("maskrcnn_resnet50_fpn",)))
 def test_proposals_detections_and_losses_are_torchvisions(name, monkeypatch):
     monkeypatch.setattr(rcnn, "uniforms", detection.given_uniforms)
     monkeypatch.setattr(rcnn, "sample_rois", detection.sample_by_place)

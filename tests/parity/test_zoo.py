@@ -41,7 +41,7 @@ def test_references_are_small():
 
 
 # Others differ in depth, width or the head alone.
-FAST = ("deeplabv3_resnet50", "fasterrcnn_resnet50_fpn_v2")
+FAST = ("deeplabv3_resnet50", "maskrcnn_resnet50_fpn_v2")
 NAMES = members(zoo.NETWORKS, FAST)
 
 

@@ -41,7 +41,7 @@ def build(name: str) -> torch.nn.Module:
     """Returns a network of torchvision, its tensors without memory yet."""
     models = import_torchvision().models
     with torch.device("meta"):
-        if name.startswith("fasterrcnn"):
+        if "rcnn" in name:
             build = getattr(models.detection, name)
             return build(weights=None, weights_backbone=None)
         if "_resnet" in name:
@@ -61,9 +61,9 @@ def stages(name: str, network: torch.nn.Module, tensors: Mapping[str, np.ndarray
     network.load_state_dict(state_dict, strict=True, assign=True)
     network.eval()
     images = torch.from_numpy(drawn.image(*zoo.NETWORKS[name].size)).permute(0, 3, 1, 2)
-    if name.startswith("fasterrcnn"):
+    if "rcnn" in name:
         with torch.inference_mode():
-            return _detected(network, images)
+            return _detected(name, network, images)
     seen: dict[str, Any] = {}
 
     def keep(ours: str):
@@ -83,7 +83,7 @@ def stages(name: str, network: torch.nn.Module, tensors: Mapping[str, np.ndarray
     }
 
 
-def _detected(network: Any, images: torch.Tensor) -> dict[str, np.ndarray]:
+def _detected(name: str, network: Any, images: torch.Tensor) -> dict[str, np.ndarray]:
     """Returns what the parts of a detector give, without choosing proposals or detections."""
     rpn = importlib.import_module("torchvision.models.detection.rpn")
     # Without compiled operators, torchvision would compile its form in Python, which warns.
@@ -96,7 +96,17 @@ def _detected(network: Any, images: torch.Tensor) -> dict[str, np.ndarray]:
     outputs = [np.moveaxis(level.numpy(), 1, -1) for level in levels.values()]
     outputs += [proposals[0].reshape(1, -1).numpy(), proposals[1].reshape(1, -1, 4).numpy()]
     outputs += [logits[None].numpy(), deltas.reshape(1, len(boxes), -1, 4).numpy()]
-    return dict(zip(zoo.NETWORKS["fasterrcnn_resnet50_fpn"].stages, outputs, strict=True))
+    if network.roi_heads.has_mask():
+        rois = network.roi_heads.mask_roi_pool(levels, [boxes], [tuple(images.shape[2:])])
+        masks = network.roi_heads.mask_predictor(network.roi_heads.mask_head(rois))
+        outputs.append(np.moveaxis(masks.numpy(), 1, -1)[None])
+    return dict(zip(zoo.NETWORKS[name].stages, outputs, strict=True))
+
+
+def pasting(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Returns torchvision's probabilities of the pixels of an image, [N, 1, H, W]."""
+    heads: Any = importlib.import_module("torchvision.models.detection.roi_heads")
+    return heads.paste_masks_in_image(masks, boxes, size)
 
 
 def detector(

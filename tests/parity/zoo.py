@@ -13,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from dense_jax.models import deeplabv3, resnet, segnet, vgg
-from dense_jax.models.rcnn import faster_rcnn
+from dense_jax.models.rcnn import faster_rcnn, mask_rcnn
 from dense_jax.releases import catalogue
 from dense_jax.weights import rules
 from tests.parity import drawn
@@ -67,23 +67,27 @@ BOXES = np.array(
 )
 _LEVELS = tuple(f"p{i}" for i in range(2, 7))
 _PROPOSALS = ("anchor_logits", "anchor_deltas")
-_DETECTIONS = ("class_logits", "box_deltas")
+_DETECTIONS = ("class_logits", "box_deltas", "mask_logits")  # the last of Mask R-CNN alone
 
 
 def _detect(model: nn.Module, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
     def steps(detector: Any) -> dict[str, jax.Array]:
         levels = detector.features(images, train=False)
         proposals = [jnp.concatenate(parts, axis=1) for parts in detector.propose(levels)]
-        detections = detector.classify(levels, jnp.asarray(BOXES[None]), train=False)
+        boxes = jnp.asarray(BOXES[None])
+        detections = detector.classify(levels, boxes, train=False)
+        if hasattr(detector, "draw"):
+            detections = (*detections, detector.draw(levels, boxes))
         names = (*_LEVELS, *_PROPOSALS, *_DETECTIONS)
-        return dict(zip(names, (*levels, *proposals, *detections), strict=True))
+        return dict(zip(names, (*levels, *proposals, *detections), strict=False))
 
     return nn.apply(steps, model)(variables)
 
 
-def _detector(heads: Literal["v1", "v2"]) -> Network:
-    build = functools.partial(faster_rcnn.FasterRCNN, 91, heads=heads)
-    stages = dict.fromkeys((*_LEVELS, *_PROPOSALS, *_DETECTIONS))
+def _detector(heads: Literal["v1", "v2"], *, masks: bool = False) -> Network:
+    kind = mask_rcnn.MaskRCNN if masks else faster_rcnn.FasterRCNN
+    build = functools.partial(kind, 91, heads=heads)
+    stages = dict.fromkeys((*_LEVELS, *_PROPOSALS, *_DETECTIONS[: 3 if masks else 2]))
     return Network(build, (128, 160), stages, _detect)
 
 
@@ -110,6 +114,8 @@ NETWORKS = {
     },
     "fasterrcnn_resnet50_fpn": _detector("v1"),
     "fasterrcnn_resnet50_fpn_v2": _detector("v2"),
+    "maskrcnn_resnet50_fpn": _detector("v1", masks=True),
+    "maskrcnn_resnet50_fpn_v2": _detector("v2", masks=True),
 }
 
 
