@@ -227,6 +227,7 @@ def strings(svg):
     return collections.Counter(e.text for e in root.iter() if e.tag.endswith("text"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_figure_is_compact_alone_and_the_one_in_the_documentation(name, drawn):
     svg, _ = drawn[name]
@@ -269,6 +270,7 @@ def test_animation_shows_every_output():
     assert all(np.any(frame != frames[0]) for frame in frames[1:])
 
 
+@pytest.mark.slow
 def test_figures_are_saved_as_svg_png_and_gif(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FIGURES", {"wiring": figures.FIGURES["wiring"]})
     monkeypatch.setattr(figures, "ANIMATIONS", ("transposed_full",))

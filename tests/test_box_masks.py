@@ -245,6 +245,7 @@ def test_boxes_are_scaled_with_the_images():
     np.testing.assert_allclose(at_half.heatmaps, at_full.heatmaps / 2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_box_run_is_evaluated_again_as_any_other(smoke_run):
     evaluate.run(run=smoke_run)
     again = json.loads((smoke_run / "evaluate-val-last" / "evaluation.json").read_text())
@@ -344,6 +345,7 @@ def test_a_box_run_predicts_the_objects_in_given_boxes(smoke_run, tmp_path):
     assert json.loads((tmp_path / "again" / "results.json").read_text()) == results
 
 
+@pytest.mark.slow
 def test_a_box_run_leaves_as_a_program_of_images_boxes_and_classes(smoke_run, tmp_path):
     file = tmp_path / "x.stablehlo"
     export.run(run=smoke_run, to="stablehlo", out=file)
@@ -407,6 +409,7 @@ def test_a_box_is_drawn_on_the_image():
     assert rim.sum() == 16
 
 
+@pytest.mark.slow
 def test_frozen_trunk_and_rates_of_the_release():
     config = dataclasses.replace(
         script.PRESETS["sds_vgg"], width=1 / 64, heatmap=4, learning_rate=1.0, weight_decay=0.0

@@ -160,6 +160,7 @@ def test_gradient_of_a_strided_convolution_is_the_overlap_map():
     np.testing.assert_array_equal(gradient[0, :, :, 0], checkerboard.overlap_map(3, 2, 4))
 
 
+@pytest.mark.slow
 def test_gradients_that_show_a_pattern():
     levels = checkerboard.gradient_levels(2)
     ones = {name: ones for name, (_, ones) in levels.items() if ones is not None}

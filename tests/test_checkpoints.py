@@ -200,6 +200,7 @@ def _save_many(workdir, num_steps):
             time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_reading_beside_a_training_never_fails(tmp_path, capsys):
     context = multiprocessing.get_context("spawn")
     training = context.Process(target=_save_many, args=(tmp_path, 30))

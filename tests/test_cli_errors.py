@@ -158,6 +158,7 @@ def test_only_what_resumes_promises_to_go_on(capsys):
         assert capsys.readouterr().err == f"{said}\n"
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_on_is_no_error():
     code = (
         "from dense_jax.train import cli\nwith cli.exit_on_user_error():\n  print('x\\n' * 2**20)"

@@ -298,6 +298,7 @@ def test_gradients_outside_of_jit_compile_once(function):
     assert CompileCounter.programs == before
 
 
+@pytest.mark.slow
 def test_gradients_in_bfloat16_stay_close():
     x, kernel = normal(1, 6, 6, 4), normal(4, 4, 4, 4, seed=1)
 

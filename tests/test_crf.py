@@ -117,6 +117,7 @@ def lattice_matrix(features):
     )
 
 
+@pytest.mark.slow
 def test_lattice_is_nearly_gaussian_where_points_are_dense():
     places = np.indices((18, 18)).reshape(2, -1).T.astype(np.float32) / 3
     middle = np.all((places >= 2.4) & (places <= 3.4), axis=1)
@@ -127,6 +128,7 @@ def test_lattice_is_nearly_gaussian_where_points_are_dense():
     np.testing.assert_allclose(own[middle], np.diag(matrix)[middle], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_lattice_is_its_transpose():
     rng = np.random.default_rng(1)
     features = rng.uniform(0, 2, (30, 5)).astype(np.float32)

@@ -131,6 +131,7 @@ class Unary(nn.Module):
         return {"logits": Conv(3, 3, padding=0, name="score")(images)}
 
 
+@pytest.mark.slow
 def test_a_network_is_refined_and_its_parameters_keep_their_names(exact):
     rng = np.random.default_rng(3)
     pixels = rng.integers(0, 256, (2, 8, 9, 3)).astype(np.float32)
@@ -159,6 +160,7 @@ def test_a_network_is_refined_and_its_parameters_keep_their_names(exact):
         assert np.all(np.isfinite(grad))
 
 
+@pytest.mark.slow
 def test_sizes_keep_padding_out_and_the_lattice_hands_gradients_on(monkeypatch):
     monkeypatch.setattr(permutohedral, "_SHARES", (1,))  # one program to compile, not five
 

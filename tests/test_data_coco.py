@@ -238,6 +238,7 @@ def test_annotations_anywhere(tmp_path, content):
     assert [pair.split for pair in own.pairs] == ["train", "train", "val", "val"]
 
 
+@pytest.mark.slow
 def test_real_images(data_root, tmp_path):
     data = dataset.load("coco", data_root / "coco_subset")
     assert {split: len(source) for split, source in data.splits.items()} == {

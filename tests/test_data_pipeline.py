@@ -160,6 +160,7 @@ class _Raises:
         raise UserError(f"bad.png is bad: mend {rng is not None}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_errors_of_users_pass_through_threads_and_workers(source, num_workers):
     batches = pipeline.train_batches(source, [_Raises()], 2, 0, num_workers=num_workers)

@@ -65,6 +65,7 @@ def child(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_module_in_the_folder_is_a_choice_of_every_command(child):
     checked = child("check-data", "--dataset", "dropped_in")
     assert checked.returncode == 0, checked.stderr
@@ -74,6 +75,7 @@ def test_a_module_in_the_folder_is_a_choice_of_every_command(child):
     assert trained.stdout == "trains on dropped_in\n", trained.stderr
 
 
+@pytest.mark.slow
 def test_other_names_are_refused_with_the_known_ones(child):
     refused = child("smoke", "--dataset=no_such_set")
     assert refused.returncode == 2

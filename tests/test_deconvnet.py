@@ -150,6 +150,7 @@ def test_contract():
     )
 
 
+@pytest.mark.slow
 def test_every_image_size_is_kept():
     for height, width in [(1, 1), (31, 33), (225, 2), (64, 96)]:
         outputs, _ = contract.shapes_of(thin(), (1, height, width, 3))
@@ -170,6 +171,7 @@ def evaluated():
     return jax.jit(functools.partial(contract.apply, model)), variables
 
 
+@pytest.mark.slow
 def test_filling_up_is_zeros_and_cut_off():
     apply, variables = evaluated()
     image = np.random.default_rng(0).standard_normal((1, 64, 64, 3)).astype(np.float32)
@@ -180,6 +182,7 @@ def test_filling_up_is_zeros_and_cut_off():
     )
 
 
+@pytest.mark.slow
 def test_overlapping_copies_are_averaged():
     """fc6-deconv of a constant fc7 is what one copy gives, summed over its kernel's places."""
     rng = np.random.default_rng(0)
@@ -201,6 +204,7 @@ def test_overlapping_copies_are_averaged():
     np.testing.assert_allclose(apply(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_unpooling_kinds():
     x = np.arange(1, 5, dtype=np.float32).reshape(1, 2, 2, 1)
     image = np.zeros((1, 4, 4, 1), np.float32)
@@ -216,6 +220,7 @@ def test_unpooling_kinds():
     np.testing.assert_allclose(unpool("bilinear")[0], [1, 1.25, 1.75, 2])
 
 
+@pytest.mark.slow
 def test_one_image_would_be_normalised_away_at_the_1x1_maps():
     model = thin()
     variables = contract.random_variables(model, (1, 32, 32, 3))
@@ -231,6 +236,7 @@ def test_one_image_would_be_normalised_away_at_the_1x1_maps():
         changed(batch_size=8, accumulate=8)
 
 
+@pytest.mark.slow
 def test_initial_values_are_those_of_the_release():
     @functools.partial(jax.jit, static_argnums=1)
     def draw(key, decoder_init):
@@ -360,6 +366,7 @@ def labelled():
     return variables, source
 
 
+@pytest.mark.slow
 def test_one_box_is_one_pass_of_an_image_of_the_input_size(labelled):
     variables, source = labelled
     images = np.stack([np.float32(source[i]["image"]) / 128 - 1 for i in range(2)])
@@ -402,6 +409,7 @@ def test_inference_flags_reach_the_aggregation(monkeypatch, flags, num, num_vali
     script.build(config, 6).predict({}, jnp.zeros((2, 32, 32, 3)), sizes)
 
 
+@pytest.mark.slow
 def test_scores_with_boxes_known_for_a_dataset(labelled, tmp_path, monkeypatch):
     variables, source = labelled
     dataset = training.load_dataset(SMOKE)

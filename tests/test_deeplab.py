@@ -208,6 +208,7 @@ def test_max_fusion_does_not_ask_for_the_order_and_leaves_one_scale_alone():
     np.testing.assert_array_equal(fused, np.max(larger, axis=0))
 
 
+@pytest.mark.slow
 def test_scales_see_the_image_resized_and_share_their_weights():
     images = noise(1, 41, 36, 3)
     model = thin(scales=(1.0, 0.75, 0.5))
@@ -236,6 +237,7 @@ def test_every_eighth_pixel_has_the_score_of_its_unit(size):
     assert np.max(np.abs(half["logits"][:, ::8, ::8] - units)) > 1e-3
 
 
+@pytest.mark.slow
 def test_every_image_size_is_kept():
     for height, width in [(1, 1), (1, 70), (9, 2), (31, 33)]:
         for model in (thin(scales=(1.0, 0.5)), thin(msc_features=True)):
@@ -265,6 +267,7 @@ def test_contract():
     )
 
 
+@pytest.mark.slow
 def test_every_multi_scale_feature_is_used_and_learned():
     images, model = noise(2, 17, 17, 3), thin(rates=(1,), msc_features=True, width=1 / 32)
     params = contract.random_variables(model, images.shape)["params"]
@@ -300,6 +303,7 @@ def test_resnet_is_frozen_unless_it_is_to_be_trained():
     assert not statistics_of(thin_resnet(bn="train"))
 
 
+@pytest.mark.slow
 def test_resnet_of_the_paper_strides_in_1x1_convolutions():
     """The first convolution of a block sees the stride, and the whole stage the new dilation."""
     images = noise(1, 33, 33, 3)

@@ -40,6 +40,7 @@ def rates(config):
     return {name: -float(update) for name, update in flat.items()}
 
 
+@pytest.mark.slow
 def test_classifiers_learn_ten_and_their_biases_twenty_times_as_fast():
     found = rates(PRESETS["paper_vgg"])
     special = {name: rate for name, rate in found.items() if name.startswith("fc8")}

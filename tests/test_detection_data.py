@@ -234,6 +234,7 @@ def test_all_images_come_before_one_comes_again():
     assert counts[9] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [{"num_threads": 1}, {"num_workers": 2}])
 def test_threads_workers_and_positions_do_not_change_a_batch(workers):
     expected = take(batches(), 9)

@@ -99,6 +99,7 @@ def steps(own, batches, devices):
         yield jax.device_get((new.params, scalars))
 
 
+@pytest.mark.slow
 def test_one_device_equals_four():
     own = task(optimizer="sgd", momentum=0.0)
     batch = batch_of(own)
@@ -202,6 +203,7 @@ def test_a_folder_of_any_sizes_is_predicted(run, tmp_path):
     assert (out / "overlays" / "c.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", members([None, (2, 30, 100)], [None]))
 def test_an_exported_program_finds_what_the_run_finds(run, tmp_path, shape, monkeypatch, capsys):
     """Of images of one size, which it resizes and pads itself; None is the size of a default."""
@@ -235,6 +237,7 @@ def test_a_detector_has_no_scores_of_pixels_to_export(run, tmp_path, monkeypatch
         export.run(run=run, to="stablehlo", out=tmp_path / "x", scores="logits")
 
 
+@pytest.mark.slow
 def test_debug_pictures_of_a_dataset_and_of_a_folder(run, tmp_path, monkeypatch, capsys):
     """Anchors are drawn where objects are known; bad files are told and do not stop the others."""
     opened = trained.load(run, task=task())
@@ -269,6 +272,7 @@ def test_debug_pictures_of_a_dataset_and_of_a_folder(run, tmp_path, monkeypatch,
         debug_pictures.run(run=run, output=tmp_path / "x", input=folder, split="val")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["torchvision", "paper"])
 def test_anchors_drawn_are_those_that_train(recipe, monkeypatch):
     """As a slow twin matches them, and of an image without objects none."""
@@ -411,6 +415,7 @@ def iou_of(one, other):
     return shared / (sum(sizes) - shared)
 
 
+@pytest.mark.slow
 def test_images_with_more_candidates_than_take_part_are_told(run, capsys):
     plain = task()
     opened = trained.load(run, task=plain)

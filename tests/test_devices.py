@@ -72,6 +72,7 @@ def results(request):
     return train(1), train(4)
 
 
+@pytest.mark.slow
 def test_dropout_and_uneven_labels_do_not_tell_the_number_of_devices(results):
     (expected, one), (values, state) = results
     assert np.ptp(expected) > 1e-4

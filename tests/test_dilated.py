@@ -153,6 +153,7 @@ def points(side, places):
     return images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pools", "field", "stride", "context"),
     [("removed", 380, 8, 186), ("kept_stride1", 404, 8, 198), ("strided", 404, 32, 186)],
@@ -172,6 +173,7 @@ def test_fact_3_field_and_place_of_the_front_end(pools, field, stride, context):
     np.testing.assert_array_equal(seen, expected)
 
 
+@pytest.mark.slow
 def test_fact_3_field_of_both_is_908():
     side, places = 372 + 8 * 69, [7, 8, 915, 916]
     model = thin(1, context="basic", context_pad="per_layer", context_init="random")
@@ -252,6 +254,7 @@ def test_fact_5_fields_of_stacked_dilations():
         assert int(jnp.count_nonzero(x)) == field == 2 ** (n + 1) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pools", members(["removed", "kept_stride1", "strided"], ["removed"]))
 @pytest.mark.parametrize("pad", ["valid_reflect", "same"])
 def test_fact_6_units_cover_images_of_every_size(pools, pad):
@@ -283,6 +286,7 @@ def test_fact_9_centre_taps_know_no_dilation():
         np.testing.assert_array_equal(result, results[0])
 
 
+@pytest.mark.slow
 def test_both_paddings_differ_only_near_the_edge():
     layers, reach = 7, 17
     scores = np.random.default_rng(0).uniform(0, 1, (1, 45, 40, 2)).astype(np.float32)
@@ -317,6 +321,7 @@ def test_what_is_padded_once_is_run_without_padding():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dense_pooling_is_vgg_at_every_fourth_place():
     """Same weights: dense units, sampled, and those of the plain table of VGG-16."""
     plain = tuple(layer._replace(padding=0) for layer in vgg.vgg16_layers())
@@ -331,6 +336,7 @@ def test_dense_pooling_is_vgg_at_every_fourth_place():
     assert np.std(strided) > 1e-3
 
 
+@pytest.mark.slow
 def test_dense_pooling_keeps_the_size_where_layers_are_padded():
     x = np.zeros((1, 5, 5, 1), np.float32)
     x[0, 2, 2] = 1

@@ -161,6 +161,7 @@ def predict_in_tiles(batch, sizes, **changes):
     return model, variables, np.asarray(jax.jit(task.predict)(variables, batch, sizes)["logits"])
 
 
+@pytest.mark.slow
 def test_tiles_give_what_one_pass_over_an_image_and_its_surroundings_does():
     images, batch, sizes = padded_images([(21, 40), (40, 17)])
     model, variables, logits = predict_in_tiles(batch, sizes, tile=388, context="none")
@@ -173,6 +174,7 @@ def test_tiles_give_what_one_pass_over_an_image_and_its_surroundings_does():
     assert np.std(expected) > 1e-3
 
 
+@pytest.mark.slow
 def test_tiles_of_any_size_agree_behind_the_context_module():
     _, batch, sizes = padded_images([(21, 40), (40, 17)])
     flags = dict(context="basic", context_layers=7, upsample_loss="on")

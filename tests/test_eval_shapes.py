@@ -57,7 +57,7 @@ def predicted(task, variables, source):
         pytest.param(
             "deeplab", {"backbone": "resnet50", "head": "deeplabv3"}, marks=pytest.mark.slow
         ),
-        ("segnet", {"scale": 0.5, "dropout": "none"}),
+        pytest.param("segnet", {"scale": 0.5, "dropout": "none"}, marks=pytest.mark.slow),
     ],
 )
 def test_logits_are_the_same_bits_in_any_company(name, flags):
@@ -89,6 +89,7 @@ def test_networks_pad_as_they_say(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [

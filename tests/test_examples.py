@@ -61,6 +61,7 @@ def name_of(value):
     return value.__name__ if hasattr(value, "__name__") else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "network", "channels", "num_params", "name", "shape"), NETWORKS, ids=name_of
 )
@@ -111,6 +112,7 @@ def difference(ours, theirs):
     return np.abs(np.asarray(ours) - theirs).max()
 
 
+@pytest.mark.slow
 def test_nuclei_are_found_as_its_authors_do(weights_root):
     folder = weights_root / "unet2d_nuclei_broad"
     variables = real(nuclei_unet, folder, "tensors.npz", 36)
@@ -124,6 +126,7 @@ def test_nuclei_are_found_as_its_authors_do(weights_root):
     assert error(changed(variables, "params/decoders_._0/kernel", rolled())) > 0.1
 
 
+@pytest.mark.slow
 def test_nuclei_are_measured(weights_root, data_root):
     root = data_root / "dsb2018_nuclei"
     with (root / "image_info.csv").open(newline="") as lines:
@@ -139,6 +142,7 @@ def test_nuclei_are_measured(weights_root, data_root):
     np.testing.assert_allclose(ious, [0.7079, 0.6378, 0.8202, 0.5011, 0.4592], atol=5e-4)
 
 
+@pytest.mark.slow
 def test_vessels_need_flipped_kernels(weights_root, capsys):
     folder = weights_root / "retina_unet_drive"
     variables = real(retina_unet, folder, "test_best_weights.h5", 22)
@@ -209,6 +213,7 @@ def deeplab(weights_root):
     )
 
 
+@pytest.mark.slow
 def test_deeplab_gives_every_class_of_tensorflow_lite(deeplab, weights_root):
     known = npz(weights_root / "deeplabv3_mobilenetv2_dm05_voc/reference_io.npz")
     images = known["images_uint8_nhwc"].astype(np.float32)
@@ -282,6 +287,7 @@ def test_training_starts_from_the_weights_and_another_head(tmp_path, capsys, mon
     finetune_camvid.main(dataclasses.replace(smoke, weights=str(path), workdir=workdir))
 
 
+@pytest.mark.slow
 def test_arrays_of_another_kind_are_refused(weights_root, tmp_path, data_root):
     folder = weights_root / "retina_unet_drive"
     file = folder / "test_best_weights.h5"
@@ -305,6 +311,7 @@ def test_arrays_of_another_kind_are_refused(weights_root, tmp_path, data_root):
         resnet20_cifar.objects(voc)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
     flags = [f"--weights={tmp_path}/no.h5", "--reference=x"]
     command = [sys.executable, "-m", "examples.retina_unet", *flags]

@@ -209,6 +209,7 @@ def test_a_users_mistake_is_one_line_without_traceback(tmp_path, capsys):
         assert "Traceback" not in stderr
 
 
+@pytest.mark.slow
 def test_a_run_decides_with_itself_as_it_does_alone(smoke_runs):
     workdir = smoke_runs("fcn")
     alone = json.loads((workdir / "evaluation.json").read_text())
@@ -222,6 +223,7 @@ def test_a_run_decides_with_itself_as_it_does_alone(smoke_runs):
     assert np.sum(json.loads(path.read_text())["confusion"]) == np.sum(alone["confusion"])
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_decide_together_are_refused(smoke_runs, tmp_path):
     workdir = smoke_runs("fcn")
     with pytest.raises(UserError, match="joins two runs"):

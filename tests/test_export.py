@@ -156,6 +156,7 @@ def test_programs_label_as_the_runs_do_without_this_library(names, run_of, tmp_p
             assert found["labels"].dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_the_description_says_what_goes_in_and_comes_out(run_of, tmp_path, capsys):
     file = tmp_path / "new" / "x.stablehlo"
     export.run(run=run_of("deeplab"), to="stablehlo", out=file, dtype="float32")

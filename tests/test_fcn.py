@@ -58,6 +58,7 @@ def test_names_are_those_of_the_release_and_coarser_nets_share_them():
         assert {name: fine[name] for name in coarse} == coarse
 
 
+@pytest.mark.slow
 def test_sizes_of_the_published_figures():
     outputs, _ = contract.shapes_of(fcn.fcn8s(num_classes=21), (1, 500, 500, 3))
     sizes = {"conv1_1": 698, "pool1": 349, "pool2": 175, "pool3": 88, "pool4": 44, "pool5": 22}
@@ -127,6 +128,7 @@ def test_alexnet_field_and_centre():
     assert vgg.grids(fcn.ALEXNET_LAYERS)["fc7"] == vgg.Grid(13.0, 32, 355)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad_mode", ["100", "same"])
 @pytest.mark.parametrize("stride", members([32, 16, 8], [8]))
 def test_every_image_size_is_kept(pad_mode, stride):
@@ -137,6 +139,7 @@ def test_every_image_size_is_kept(pad_mode, stride):
         assert outputs["logits"].shape == (1, height, width, 3)
 
 
+@pytest.mark.slow
 def test_alexnet_keeps_every_image_size():
     for height, width in [(1, 1), (31, 33), (225, 2)]:
         outputs, _ = contract.shapes_of(fcn.fcn_alexnet(num_classes=3), (1, height, width, 3))
@@ -216,6 +219,7 @@ def test_normal_scores_have_the_deviation_of_caffe():
         assert not np.any(layer["bias"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse", ["sum", "max"])
 def test_16s_joins_the_scores_of_32s_with_those_of_pool4(fuse):
     """From 32s with a new, zero score_pool4: the same coarse scores, enlarged in two steps."""

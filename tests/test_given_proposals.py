@@ -77,6 +77,7 @@ def test_proposals_move_with_their_image(tmp_path):
         GiveProposals(str(path), 2)({**example, "name": "b"})
 
 
+@pytest.mark.slow
 def test_a_run_on_given_boxes_trains_scores_and_predicts(boxes_file, tmp_path):
     flags: Any = {"proposal_source": "file", "proposals": str(boxes_file), "num_proposals": 12}
     workdir = tmp_path / "run"
@@ -173,6 +174,7 @@ def test_training_takes_the_given_boxes(boxes_file, tmp_path):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", members([{"head_loss": "class"}, BOX], [BOX]))
 def test_one_of_the_losses_alone(flags):
     flags = {"init": "run:trained", "optimizer": "sgd", **flags}
@@ -184,6 +186,7 @@ def test_one_of_the_losses_alone(flags):
     assert not hasattr(own.model, "rpn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "layer"), [("box", "bbox_pred"), ("svm", "cls_score")])
 def test_only_a_last_layer_learns_in_stages(loss, layer):
     groups = script.build(config(head_loss=loss, init="run:trained"), NUM_CLASSES).groups
@@ -196,6 +199,7 @@ def test_only_a_last_layer_learns_in_stages(loss, layer):
     assert learns == {f"box_predictor/{layer}/kernel", f"box_predictor/{layer}/bias"}
 
 
+@pytest.mark.slow
 def test_support_vector_machines_by_hand():
     """Objects against boxes that hardly touch them; margins below 1 cost what they lack."""
     rule = head_rule(RoiRule(), "svm", 8)
@@ -237,6 +241,7 @@ def test_support_vector_machines_score_detections():
     assert programs[0] != programs[1]  # svm is scored so
 
 
+@pytest.mark.slow
 def test_each_box_is_classified_at_the_size_that_suits_it():
     """Where it is closest to 224 pixels, as a pass over the image of this size alone sees it."""
     own = task(neck="c5", anchor_sizes=(16, 32))
@@ -283,6 +288,7 @@ def test_all_anchors_are_proposals():
     assert found.valid.tolist() == [[True, False, True]]
 
 
+@pytest.mark.slow
 def test_proposals_without_scores_or_moves():
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 40, (50, 2)).astype(np.float32)

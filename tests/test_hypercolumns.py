@@ -51,6 +51,7 @@ def test_alexnet_hypercolumn_has_4736_values():
     assert outputs["logits"].shape == (1, 97, 131, 21)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["vgg16", "alexnet"])
 def test_split_classifiers_equal_one_classifier_of_the_concatenation(backbone):
     model = thin(backbone=backbone)
@@ -68,6 +69,7 @@ def test_split_classifiers_equal_one_classifier_of_the_concatenation(backbone):
     )
 
 
+@pytest.mark.slow
 def test_upsampling_puts_units_where_they_lie_on_the_image():
     """A unit of pool2 is the mean position of 4 x 4 pixels: half-pixel bilinear resizing."""
     x = random_images((1, 8, 8, 2))
@@ -146,6 +148,7 @@ def shared_grid(params, cells):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", ["after_prob", "before_prob"])
 @pytest.mark.parametrize("cells", [2, 5])
 def test_equal_classifiers_do_not_depend_on_the_grid(cells, mix):
@@ -161,6 +164,7 @@ def test_equal_classifiers_do_not_depend_on_the_grid(cells, mix):
     np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_independent_cells_train_each_classifier_on_its_own_cell():
     """The classifier of the upper left quarter sees no pixel of another, unlike end to end."""
     images = random_images((1, 32, 32, 3))
@@ -186,6 +190,7 @@ def test_independent_cells_train_each_classifier_on_its_own_cell():
     np.testing.assert_array_equal(reached["independent_cells", False], reached["end_to_end", False])
 
 
+@pytest.mark.slow
 def test_the_grid_spans_the_true_size_of_a_padded_image():
     images = random_images((2, 32, 64, 3))
     model = thin(taps="pool2_conv4", grid=2)
@@ -200,6 +205,7 @@ def test_the_grid_spans_the_true_size_of_a_padded_image():
     assert np.all(np.any(half[1, :, 8:46] != logits[1, :, 8:46], axis=-1))
 
 
+@pytest.mark.slow
 def test_parameters_of_the_release():
     trunk, features = 14_714_688, 119_545_856
     for cells, heads in ((5, 3_457_500), (10, 13_830_000)):
@@ -249,6 +255,7 @@ def slow_box_network(model, outputs, image, box, category, hard=False):
     return probability
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hard", [False, True])
 def test_box_network_against_the_formulas(hard):
     """Also when each classifier is trained on its own cell."""
@@ -266,6 +273,7 @@ def test_box_network_against_the_formulas(hard):
         np.testing.assert_allclose(np.exp(log_p[b, n, ..., 1]), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_box_network_gives_gradients_to_all_parameters():
     model = thin_box(tap_scale="none")
     images = random_images((2, 40, 33, 3))
@@ -284,6 +292,7 @@ def test_box_network_gives_gradients_to_all_parameters():
         assert np.any(grad), f"no gradient reaches {jax.tree_util.keystr(path)}"
 
 
+@pytest.mark.slow
 def test_box_grid_with_equal_classifiers_is_one_classifier():
     images = random_images((2, 32, 32, 3))
     one = thin_box(grid=1, tap_kernels=(1, 1, 1), taps="pool2_conv4", heatmap=10)

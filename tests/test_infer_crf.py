@@ -113,6 +113,7 @@ def test_impossible_parameters_name_themselves(values, match):
         check_crf(CrfParams(**values), "torchvision")
 
 
+@pytest.mark.slow
 def test_padding_and_neighbours_in_the_batch_change_nothing(monkeypatch):
     monkeypatch.setattr(permutohedral, "_SHARES", (1,))  # one program to compile, not five
     images, sizes, pixels = batch_of("torchvision", [(17, 20), (SIDE, 9), (0, 0)])
@@ -127,6 +128,7 @@ def test_padding_and_neighbours_in_the_batch_change_nothing(monkeypatch):
     np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_crf_without_weights_or_iterations_is_the_softmax(exact):
     images, sizes, _ = batch_of("torchvision", [(SIDE, SIDE)])
     logits = noisy(VARIABLES, images, sizes)["logits"]
@@ -155,6 +157,7 @@ def test_the_command_decides_or_leaves_it_to_the_run(run):
     assert [found(own_crf(run), *choice) for choice in choices] == [PARAMS, None, other]
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_refined_as_a_whole(run):
     images, sizes, _ = batch_of("torchvision", [(SIDE, SIDE)])
     members, names = [own_crf(run), run.task], ["a", "b"]

@@ -117,6 +117,7 @@ def test_images_without_a_label_have_no_boundary():
     assert counted(source).num_images == 3
 
 
+@pytest.mark.slow
 def test_one_class_is_not_trained(tmp_path):
     config = dataclasses.replace(script("fcn").PRESETS["smoke"], workdir=str(tmp_path / "run"))
     table = ClassTable(["foreground"])

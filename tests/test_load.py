@@ -105,6 +105,7 @@ def test_pictures_of_more_than_8_bits_are_refused_as_files_are(run, dtype):
         dense_jax.load(run).predict(picture)
 
 
+@pytest.mark.slow
 def test_a_network_that_the_script_does_not_build_is_asked_for(tmp_path):
     config = dataclasses.replace(fcn.PRESETS["smoke"], workdir=str(tmp_path), num_steps=1)
     task = fcn.build(config, 6)
@@ -171,6 +172,7 @@ OPEN = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["path", pytest.param("module", marks=pytest.mark.slow)])
 def test_runs_of_a_script_outside_of_the_library_open_from_anywhere(how, tmp_path):
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
@@ -244,6 +246,7 @@ def test_an_edited_record_imports_nothing_else(run, tmp_path):
     assert not (tmp_path / "imported").exists()
 
 
+@pytest.mark.slow
 def test_a_users_own_experiments_do_not_stand_in_front_of_ours(run, tmp_path):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "__init__.py").touch()

@@ -225,6 +225,7 @@ def test_an_exported_program_draws_what_the_run_draws(run, tmp_path, monkeypatch
     np.testing.assert_allclose(found["masks"][0][valid], expected.heatmaps, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", members(["sigmoid", "softmax"], ["softmax"]))
 def test_probabilities_of_masks_are_those_of_the_loss(loss):
     own = task(mask_loss=loss, rois_per_image=4)

@@ -128,6 +128,7 @@ def check_against_slow_twins(example, min_side=8):
             assert found.areas[i] == np.count_nonzero(found.mask(i))
 
 
+@pytest.mark.slow
 def test_slow_twins(examples):
     for example in examples:
         small = {key: example[key][::3, ::3] for key in ("label", "instances") if key in example}

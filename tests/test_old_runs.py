@@ -58,6 +58,7 @@ def make_old(folder, name, workdir):
         Image.new("RGB", (4, 4)).save(folder / picture["triplet"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", members(RUNS, ("fcn",)))
 def test_an_old_run_opens_evaluates_predicts_and_resumes(name, tmp_path, capsys):
     workdir = tmp_path / "run"
@@ -89,6 +90,7 @@ def test_an_old_run_opens_evaluates_predicts_and_resumes(name, tmp_path, capsys)
     assert (saved["step"], position) == (2, {"next_batch": 2})
 
 
+@pytest.mark.slow
 def test_old_settings_that_changed_are_named(tmp_path):
     workdir = tmp_path / "run"
     folder = train("fcn", workdir, 1)

@@ -116,6 +116,7 @@ def outside(truth: pathlib.Path, results: pathlib.Path):
     return evaluation.stats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_pycocotools_gives_the_numbers_of_a_run(tmp_path, seed):
     rng, run = np.random.default_rng(seed), tmp_path / "run"

@@ -110,6 +110,7 @@ def _prepare(root, started):
     content(root)
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_leaves_nothing(own):
     for delay in (0.0, 0.3):
         context = multiprocessing.get_context("spawn")
@@ -129,6 +130,7 @@ def test_a_killed_preparation_leaves_nothing(own):
     assert not list(datasets.glob("*/*/incomplete*"))
 
 
+@pytest.mark.slow
 def test_processes_prepare_a_dataset_once(own):
     context = multiprocessing.get_context("spawn")
     started = context.Event()

@@ -56,25 +56,32 @@ def rows_of(workdir, name):
         return list(csv.DictReader(file))
 
 
-def test_two_processes_are_one_run_of_four_devices(tmp_path):
-    """Stopped by a signal to one of them, killed, and resumed."""
+def stop_and_kill(workdir):
+    """Stops two processes by a signal to one of them, starts them again, and kills one."""
+    with started(script(workdir), 2) as children:
+        wait_for(workdir, 3, children)
+        children[1].send_signal(signal.SIGTERM)
+        output, silent = (child.communicate()[0] for child in children)
+        assert [child.returncode for child in children] == [0, 0]
+    begun = last_step(workdir)
+    assert f"stopped and saved at step {begun};" in output
+    assert "step" not in silent
+    assert begun < STEPS
+    with started(script(workdir), 2) as children:
+        wait_for(workdir, begun + 2, children)
+        children[1].kill()
+
+
+@pytest.mark.parametrize("troubled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_are_one_run_of_four_devices(troubled, tmp_path):
+    """In one go; and after they were stopped and killed."""
     one, two = tmp_path / "one", tmp_path / "two"
     config = dataclasses.replace(fcn.PRESETS["smoke"], workdir=str(one), **FLAGS)
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by integers
         training.run(fcn.build, config)
 
-    with started(script(two), 2) as children:
-        wait_for(two, 3, children)
-        children[1].send_signal(signal.SIGTERM)
-        output, silent = (child.communicate()[0] for child in children)
-        assert [child.returncode for child in children] == [0, 0]
-    assert f"stopped and saved at step {last_step(two)};" in output
-    assert "step" not in silent
-    begun = last_step(two)
-    assert begun < STEPS
-    with started(script(two), 2) as children:
-        wait_for(two, begun + 2, children)
-        children[1].kill()
+    if troubled:
+        stop_and_kill(two)
     finish(script(two), 2)
 
     expected, actual = final_state(one, STEPS), final_state(two, STEPS)

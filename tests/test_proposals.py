@@ -96,6 +96,7 @@ def test_cutting_resizes_as_pillow_does(image):
             np.testing.assert_allclose(got[..., channel], np.asarray(pillow), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_box_of_the_size_of_the_network_is_not_resampled(image):
     box = jnp.array([[5.0, 6.0, 13.0, 14.0]])
     crop = proposals.crop_boxes(jnp.asarray(image[None]), box, SIZE)

@@ -106,6 +106,7 @@ def test_a_detector_starts_from_a_file_and_says_what_it_needs(tmp_path, monkeypa
     chex.assert_trees_all_equal(start.initial(f"run:{tmp_path / 'out'}", None)[0], variables)
 
 
+@pytest.mark.slow
 def test_a_file_of_v2_does_not_fit_v1(tmp_path):
     v2 = faster_rcnn.fasterrcnn_resnet50_fpn_v2(**THIN)
     variables = contract.random_variables(v2, (1, 32, 32, 3))

@@ -56,6 +56,7 @@ def test_vgg_poolings(number):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "options", "name", "size", "stride", "first"),
     [
@@ -213,6 +214,7 @@ def positive(model, size, channels=1):
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(st.lists(LAYER, min_size=1, max_size=4))
 def test_every_unit_of_a_random_network_against_brute_force(layers):
@@ -327,6 +329,7 @@ def offsets(model):
     return [m.offset for m in rf.analyse(model).meetings]
 
 
+@pytest.mark.slow
 def test_fcn_crops_are_right():
     for stride, number in ((32, 0), (16, 1), (8, 2)):
         model = fcn.FCN(num_classes=21, stride=stride)
@@ -360,6 +363,7 @@ def test_a_crop_one_unit_off_is_found(monkeypatch, wrong, expected, first):
     assert (logits.rows.first, logits.columns.first) == (first, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [
@@ -552,6 +556,7 @@ def test_kernels_that_start_at_zero_are_drawn():
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
     picture, photo = tmp_path / "field.png", tmp_path / "photo.png"
     Image.fromarray(np.full((40, 80, 3), 128, np.uint8)).save(photo)

@@ -126,6 +126,7 @@ def test_sizes(build, side, stride, expected):
     assert sizes(build(output_stride=stride), side)[0] == expected
 
 
+@pytest.mark.slow
 def test_parameters_do_not_depend_on_the_output_stride():
     trees = [sizes(resnet.resnet50(output_stride=stride), 64)[1] for stride in (32, 16, 8)]
     assert trees[0] == trees[1] == trees[2]
@@ -260,6 +261,7 @@ def test_rgb_and_bgr_swap():
         np.testing.assert_allclose(outputs[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_frozen_normalisation_trains_kernels_alone():
     model, images = thin(depths=(1, 1, 1, 1), bn="frozen"), random_images(2, 33, 46, 3)
     variables = contract.random_variables(model, images.shape)
@@ -293,6 +295,7 @@ def gradient_of(model, variables, images) -> tuple[dict[str, Any], str]:
     return grads, str(program)
 
 
+@pytest.mark.slow
 def test_a_network_may_end_early_and_its_first_parts_may_be_frozen():
     images = random_images(2, 33, 46, 3)
     model = thin(depths=(1, 1, 1), num_frozen=2)
@@ -309,6 +312,7 @@ def test_a_network_may_end_early_and_its_first_parts_may_be_frozen():
             np.testing.assert_allclose(grads[path], grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_computed_again_give_the_same_gradients():
     model, images = thin(depths=(1, 1), bn="frozen"), random_images(2, 33, 46, 3)
     variables = contract.random_variables(model, images.shape)
@@ -321,6 +325,7 @@ def test_blocks_computed_again_give_the_same_gradients():
         np.testing.assert_allclose(again[path], grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_does_not_depend_on_the_number_of_devices():
     images = random_images(4, 33, 46, 3)
     variables = contract.random_variables(thin(), images.shape)

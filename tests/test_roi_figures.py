@@ -1,11 +1,13 @@
 """The figure of a moving box shows steps of RoIPool and RoIWarp and a line of RoIAlign."""
 
 import numpy as np
+import pytest
 
 from dense_jax.analysis import roi_figures
 from dense_jax.analysis.roi_figures import SHIFTS, STRIDE
 
 
+@pytest.mark.slow
 def test_only_align_follows_the_box(tmp_path):
     ramp, _ = roi_figures.FEATURES.values()
     lines = roi_figures.curves(ramp)

@@ -174,6 +174,7 @@ def test_pooling_undoes_unpooling_of_what_is_not_negative(size):
 # Fact 5: receptive fields.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "pool", "stride", "field", "unit"),
     [(thin(), "pool5", 32, 212, 5), (thin_basic(), "pool4", 16, 106, 4)],
@@ -349,6 +350,7 @@ def test_lrn_comes_first():
 # Dropout.
 
 
+@pytest.mark.slow
 def test_dropout_follows_the_coarse_stages():
     images, key = random_images((2, 64, 64, 3)), {"dropout": jax.random.key(0)}
     model = SegNet(3, width=1 / 4, decoder_relu=False)
@@ -364,6 +366,7 @@ def test_dropout_follows_the_coarse_stages():
         assert alive[1] / alive[0] == pytest.approx(share, abs=0.1), name
 
 
+@pytest.mark.slow
 def test_dropout_of_basic():
     images, key = random_images((2, 32, 32, 3)), {"dropout": jax.random.key(0)}
     model = SegNetBasic(3, width=1 / 2, dropout_rate=0.5, sample_dropout=True)

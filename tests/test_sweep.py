@@ -367,6 +367,7 @@ def test_a_signal_is_passed_on_to_the_child(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 def test_two_processes_never_share_a_folder(tmp_path):
     log = tmp_path / "log.txt"
     children = command.Children()

@@ -142,6 +142,7 @@ def confident(apply, batch, rng):
     return {"labels": labels, "sharp": sharp}
 
 
+@pytest.mark.slow
 def test_counts_of_the_network_do_not_tell_devices_and_micro_batches_either():
     config = RunConfig(learning_rate=0.1, batch_size=8)
     batch, start = make_batch(0), jax.device_get(make_state(config))
@@ -163,6 +164,7 @@ def test_counts_of_the_network_do_not_tell_devices_and_micro_batches_either():
         chex.assert_trees_all_close(other, (scalars, params), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_counts_of_labels_cost_no_second_pass_of_the_network():
     """With micro-batches the counts come first; the compiler drops the network from that pass."""
 
@@ -228,6 +230,7 @@ class Seven(nn.Module):
         return {"logits": jnp.broadcast_to(w.reshape(1, 1, 1, 6), (*images.shape[:3], 6))}
 
 
+@pytest.mark.slow
 def test_mean_of_device_means_would_be_another_loss():
     """The batch of the test above can tell the two apart."""
     batch, config = make_batch(0), RunConfig()

@@ -37,6 +37,7 @@ def test_fact_2_parameters(model, channels, num_params):
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == num_params
 
 
+@pytest.mark.slow
 def test_same_padding_keeps_size_and_parameters():
     model = unet.unet_same(num_classes=21)
     contract.check_model(
@@ -148,6 +149,7 @@ CONTRACTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "image_shape", "skips"), CONTRACTS.values(), ids=CONTRACTS)
 def test_contract_of_variants(model, image_shape, skips):
     contract.check_thin(model, image_shape=image_shape, num_classes=3, skips=skips)
@@ -186,6 +188,7 @@ def test_batch_norm_uses_its_batch_in_training_and_its_average_afterwards():
     assert not np.allclose(mean, variables["batch_stats"]["bn_d0b"]["mean"], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_dropout_is_on_the_last_two_levels_of_the_contracting_path():
     images = np.ones((1, 16, 16, 3), np.float32)
     model = thin(padding="same", dropout_rate=0.5, width=8, depth=2)

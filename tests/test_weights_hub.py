@@ -38,6 +38,7 @@ def download(name, cache, **env):
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_cache_is_read_without_a_connection(tmp_path):
     repo = tmp_path / "models--timm--resnet101.tv_in1k"
     snapshot = repo / "snapshots" / COMMIT
@@ -80,6 +81,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_a_file_is_downloaded_once(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -68,6 +68,7 @@ def wait_for_end(group):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_ends_in_one_line(tmp_path):
     """Of a training that has made steps."""
     words = ["-m", "experiments.fcn", "smoke", f"--workdir={tmp_path / 'run'}", *FLAGS.split()]

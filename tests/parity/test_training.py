@@ -19,6 +19,7 @@ def test_losses_are_torchs_at_each_step(name):
     assert max(training.apart(losses, reference)) < 1e-8
 
 
+@pytest.mark.slow
 def test_float32_goes_the_same_way():
     losses, _ = training.ours(RUNS["DeepLab-LargeFOV"], np.float32)
     apart = training.apart(losses, training.kept()["DeepLab-LargeFOV"])
