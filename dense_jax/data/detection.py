@@ -17,6 +17,7 @@ from dense_jax.data.dataset import Example
 from dense_jax.data.padded import Size
 from dense_jax.data.transforms import resize_example
 from dense_jax.ops import boxes as box_ops
+from dense_jax.ops.masks import cells_of
 
 Rounding = Literal["nearest", "down"]
 
@@ -172,14 +173,17 @@ class PadObjects:
     """Turns objects into arrays of a fixed number of slots; the last transform.
 
     "objects" becomes a dict of "boxes" float32 [G, 4], "classes" int32 [G] and "valid" bool [G], if
-    there are masks also "masks" bool [G, H, W]. Crowds are left out, since nobody knows where
-    their objects end. Of more objects than slots, the largest are kept.
+    there are masks also "masks" bool [G, H, W] or "cells" uint8 [G, S, S]. Crowds are left out,
+    since nobody knows where their objects end. Of more objects than slots, the largest are kept.
 
     Attributes:
       slots: G.
+      cells: S, cells along each side of an object's box, which take the place of its mask; see
+        `dense_jax.ops.masks.cells_of`. None keeps whole masks.
     """
 
     slots: int
+    cells: int | None = None
 
     def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
         """Returns the example with arrays in place of objects."""
@@ -190,8 +194,13 @@ class PadObjects:
             objects = objects.select(np.sort(largest))
         free = self.slots - len(objects)
         arrays = {"boxes": objects.boxes, "classes": objects.classes}
-        if objects.masks is not None:
+        side = self.cells
+        if objects.masks is not None and side is None:
             arrays["masks"] = objects.masks
+        elif objects.masks is not None and side is not None:
+            each = zip(objects.masks, objects.boxes, strict=True)
+            cells = [cells_of(mask, box, side) for mask, box in each]
+            arrays["cells"] = np.array(cells, np.uint8).reshape(-1, side, side)
         padded = {
             key: np.pad(array, [(0, free)] + [(0, 0)] * (array.ndim - 1))
             for key, array in arrays.items()

@@ -6,12 +6,13 @@ and detectron2 do differently is in `MaskRule`.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from dense_jax.ops.masks import crop_masks
+from dense_jax.ops.masks import crop_cells, crop_masks
 
 Losses = dict[str, tuple[jax.Array, jax.Array]]
 MaskTarget = Literal["soft", "bitmap"]
@@ -34,7 +35,7 @@ class MaskRule:
 
 
 def mask_targets(
-    masks: jax.Array,
+    objects: Mapping[str, jax.Array],
     boxes: jax.Array,
     index: jax.Array,
     sizes: jax.Array,
@@ -44,15 +45,22 @@ def mask_targets(
     """Returns what the masks of boxes should be, float32 [B, F, bins, bins].
 
     Args:
-      masks: [B, G, H, W], of the objects.
+      objects: their masks as "masks" [B, G, H, W], or as "cells" [B, G, S, S] and "boxes"
+        [B, G, 4]; see `dense_jax.data.detection.PadObjects`.
       boxes: float32 [B, F, 4].
       index: int32 [B, F], the object of each box.
       sizes: int32 [B, 2], height and width of each image without padding.
       bins: cells along each side.
       rule: how masks train.
     """
-    crop = functools.partial(crop_masks, bins=bins, aligned=rule.target == "bitmap")
-    found = jnp.stack([crop(*own) for own in zip(masks, boxes, index, sizes, strict=True)])
+    options = {"bins": bins, "aligned": rule.target == "bitmap"}
+    if "cells" in objects:
+        crop = functools.partial(crop_cells, **options)
+        each = zip(objects["cells"], objects["boxes"], boxes, index, strict=True)
+    else:
+        crop = functools.partial(crop_masks, **options)
+        each = zip(objects["masks"], boxes, index, sizes, strict=True)
+    found = jnp.stack([crop(*arrays) for arrays in each])
     return (found >= 0.5).astype(jnp.float32) if rule.target == "bitmap" else found
 
 

@@ -385,7 +385,7 @@ def _head_losses(
     boxes = box_ops.with_edges(first.boxes) if rule.plus_one else first.boxes
     bins = masks.shape[2]
     index, sizes = first.object_index, _sizes(batch)
-    drawn = mask_targets(objects["masks"], boxes, index, sizes, bins, mask_rule)
+    drawn = mask_targets(objects, boxes, index, sizes, bins, mask_rule)
     return roi_losses(scores, moves, wanted, rule) | mask_losses(
         masks, drawn, first.classes, mask_rule
     )

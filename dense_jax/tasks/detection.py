@@ -91,6 +91,11 @@ class DetectionConfig(RunConfig):
         """Whether images that shrink are smoothed; see `dense_jax.data.transforms.resize_image`."""
         return True
 
+    @property
+    def mask_cells(self) -> int | None:
+        """Cells along each side of the masks that train; None: they are whole; see `PadObjects`."""
+        return None
+
     def resized(self, size: Size, short: int) -> Size:
         """Returns the size of an image whose shorter side becomes ``short``, but for --max-side."""
         return short_side_size(size, short, self.max_side, self.rounding)
@@ -116,7 +121,7 @@ class DetectionConfig(RunConfig):
             has_jitter and RandomCrop(square),
             self.flip == "on" and RandomFlip(),
             proposals is not None and PadProposals(num_proposals),
-            PadObjects(self.max_objects),
+            PadObjects(self.max_objects, self.mask_cells),
         )
 
 
