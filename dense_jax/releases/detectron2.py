@@ -125,7 +125,7 @@ DETECTORS = tuple(
 )
 # What detectron2 makes of torchvision's files, tools/convert-torchvision-to-d2.py: for RGB images.
 TORCHVISION = Release(
-    "torchvision's ResNet in detectron2",
+    "detectron2's form of torchvision's ResNet",
     (*_trunk("", "", "conv", None), *rules.dense("stem.fc", "fc")),
     resnet.TRUNK,
     normalisation="torchvision",

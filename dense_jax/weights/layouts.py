@@ -39,7 +39,6 @@ import numpy as np
 
 from dense_jax.weights.account import Shape
 
-
 _NUM_RATIOS = 3  # heights over widths of anchors in all releases
 
 

@@ -100,8 +100,8 @@ class FasterRCNN(nn.Module):
       roi_aligned: whether features are in the centres of cells for "align" (detectron2); if not,
         they are at the upper left corners (torchvision, Detectron).
       res5_stride: stride of layer4 as a box head (C4): 1 on RoIs of 7x7, 2 on RoIs of 14x14.
-      stride_in: the convolution of residual blocks that has the stride, see `resnet.ResNet`: "1x1" in
-        the papers' ResNets (MSRA, Detectron, detectron2), "3x3" in torchvision and in ResNeXts.
+      stride_in: the convolution of residual blocks that has the stride, see `resnet.ResNet`: "1x1"
+        in the papers' ResNets (MSRA, Detectron, detectron2), "3x3" in torchvision and in ResNeXts.
       bn: "frozen" freezes the trunk's batch normalisation; the heads' always trains.
       bn_epsilon: constant added to the variance.
       trained_stages: number of parts of the trunk that train, counted from the last, of conv1 with
