@@ -29,6 +29,7 @@ from dense_jax.infer.detections import (
     with_edges,
 )
 from dense_jax.models.rcnn.faster_rcnn import Backbone, FasterRCNN, Neck
+from dense_jax.models.resnet import StrideIn
 from dense_jax.objectives.masks import MaskRule
 from dense_jax.objectives.rcnn import head_objective, objective
 from dense_jax.ops.roi import Reduce, RoiOp
@@ -56,6 +57,9 @@ class Config(DetectionConfig):
     """Trunk."""
     neck: Neck = "fpn"
     """Maps of proposals and boxes: a feature pyramid, layer3 (c4), or the last map (c5, dc5)."""
+    stride_in: StrideIn = "3x3"
+    """Convolution of residual blocks that has the stride: 3x3 (torchvision, ResNeXt) or the 1x1
+    before it (the ResNets of MSRA, Detectron and detectron2)."""
     heads: Literal["v1", "v2"] = "v1"
     """v2: torchvision's second version: more convolutions in the heads, normalised (needs fpn)."""
     width: Factor = 1.0
@@ -248,6 +252,7 @@ def network(
     recipe, has_rpn = config.differences, config.proposal_source == "rpn"
     return kind(
         num_classes, backbone=config.backbone, neck=config.neck, heads=config.heads,
+        stride_in=config.stride_in,
         anchor_sizes=config.anchor_sizes if has_rpn else (), anchor_ratios=config.anchor_ratios,
         objectness=recipe.objectness, bn=config.bn, bn_epsilon=config.bn_epsilon,
         trained_stages=config.trained_stages, trunk_learns="trunk" in config.learn,

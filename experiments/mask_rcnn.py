@@ -2,14 +2,13 @@
 
     python -m experiments.mask_rcnn demo
     python -m experiments.mask_rcnn coco --data-dir=/data/coco --init=file:resnet50.pth
-    python -m experiments.mask_rcnn paper_r101_fpn --data-dir=/data/coco --init=file:resnet101.pth
+    python -m experiments.mask_rcnn paper_r101_fpn --data-dir=/data/coco --init=file:R-101.pkl
     python -m experiments.mask_rcnn coco --mask-branch=off --recipe=detectron2 ...
 
 --recipe chooses as a whole what codes do differently: torchvision, detectron2, or paper (the paper
-with its release, Detectron). Results: docs/results.md.
-
-Differences: residual blocks have their strides in the 3x3 convolution, as torchvision's; the
-paper's ResNet-50 and 101 have it in the 1x1 convolution before.
+with its release, Detectron). The paper's ResNets have the stride of a block in its first
+convolution (--stride-in=1x1); R-50.pkl and R-101.pkl of detectron2 do too, torchvision's files do
+not. Results: docs/results.md.
 """
 
 import dataclasses
@@ -75,7 +74,9 @@ def _with_masks(config: faster_rcnn.Config) -> Config:
 
 _COCO = _with_masks(faster_rcnn.PRESETS["coco"])
 # 160,000 steps of 16 images; the paper does not say how it warms up, Detectron does.
-_PAPER = replace(_COCO, recipe="paper", num_steps=160_000, step_at=(3 / 4,), warmup_steps=500)
+_PAPER = replace(
+    _COCO, recipe="paper", stride_in="1x1", num_steps=160_000, step_at=(3 / 4,), warmup_steps=500
+)
 _DEMO = replace(_with_masks(faster_rcnn.PRESETS["demo"]), num_steps=600, eval_every=300)
 
 PRESETS = {
@@ -87,7 +88,7 @@ PRESETS = {
     ),
     # One image of each of 8 devices.
     "paper_x101_fpn": replace(
-        _PAPER, backbone="resnext101_64x4d", batch_size=8, learning_rate=0.01
+        _PAPER, backbone="resnext101_64x4d", stride_in="3x3", batch_size=8, learning_rate=0.01
     ),
     "nuclei": replace(
         _DEMO, dataset="nuclei", short_side=(256,), max_side=384, max_objects=100,

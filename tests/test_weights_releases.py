@@ -87,6 +87,12 @@ NAMES = [
     *("resnet101", "resnext101_32x8d", "resnext101_64x4d", "fcn_resnet50", "fcn_resnet101"),
     *("deeplabv3_resnet50", "deeplabv3_resnet101", "fasterrcnn_resnet50_fpn"),
     *("fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2"),
+    *(  # detectron2's
+        f"{kind}_rcnn_{trunk}_{neck}"
+        for kind in ("faster", "mask")
+        for trunk in ("R_50", "R_101", "X_101_32x8d", "X_101_64x4d")
+        for neck in ("C4", "DC5", "FPN")
+    ),
 ]
 
 
@@ -107,6 +113,18 @@ def test_every_name_is_found():
             for kind in ("", " of 2019", " v2")
         ),
         "Caffe's ZF",
+        *(
+            f"{code}'s R-CNN on {trunk}-{neck}"
+            for code in ("Detectron", "detectron2")
+            for trunk in ("ResNet", "ResNeXt")
+            for neck in ("C4", "DC5", "FPN")
+        ),
+        *(
+            f"{code}'s {trunk} for ImageNet"
+            for code in ("Detectron", "detectron2")
+            for trunk in ("ResNet", "ResNeXt")
+        ),
+        "detectron2's form of torchvision's ResNet",
     }
     with pytest.raises(UserError, match=r"unknown network 'vgg'; .* fcn32s, fcn16s, .* vgg16"):
         catalogue.build("vgg")

@@ -33,6 +33,7 @@ from dense_jax.tasks.task import Task
 from dense_jax.weights import rules
 
 Format = Literal["stablehlo", "safetensors", "onnx"]
+Names = Literal["torchvision", "detectron2", "dense_jax"]
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _ANY_SIZE = "any batch, height and width from 1 up"
@@ -47,6 +48,7 @@ def run(
     scores: Literal["probabilities", "logits"] = "probabilities",
     dtype: Literal["uint8", "float32"] = "uint8",
     shape: tuple[int, int, int] | None = None,
+    names: Names | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a run as a file for other programs, and a JSON file that describes it.
@@ -54,8 +56,8 @@ def run(
     stablehlo holds the network with weights, normalisation and class map, for JAX on CPUs, CUDA and
     TPUs and images of any size; a detector with anchors, resizing and suppression, for images of
     one size. onnx holds the same for ONNX runtimes and images of one size. safetensors holds the
-    parameters alone, under torchvision's names if torchvision has the network. A CRF after the
-    network is left out.
+    parameters alone, under torchvision's names if torchvision has the network, or detectron2's. A
+    CRF after the network is left out.
 
     Args:
       run: folder of a training run.
@@ -66,6 +68,8 @@ def run(
       dtype: dtype of the images, RGB from 0 to 255.
       shape: batch, height and width, if they are fixed; onnx needs them. Default for detectors: one
         image as large as the network takes without resizing it.
+      names: names and layouts in safetensors. Default: torchvision's if it has the network,
+        otherwise those of this library.
       overwrite: replace an existing file.
     """
     out = out or run / f"model.{to}"
@@ -81,6 +85,8 @@ def run(
         raise UserError(
             "--to=safetensors holds parameters only: leave out --scores, --dtype and --shape"
         )
+    if to != "safetensors" and names is not None:
+        raise UserError(f"--names={names} is for --to=safetensors: leave it out")
     if to == "onnx" and shape is None:
         raise UserError("--to=onnx needs images of one size: give --shape BATCH HEIGHT WIDTH")
     if shape is not None and min(shape) < 1:
@@ -88,7 +94,7 @@ def run(
     opened = trained.load(run, checkpoint)
     record = _origin(opened) | {"format": to}
     if to == "safetensors":
-        file, facts = parameters(opened, record)
+        file, facts = parameters(opened, record, names)
     else:
         file, facts = _program(opened, to, scores, np.dtype(dtype), shape)
     runs.make_folder(out.parent)
@@ -117,7 +123,9 @@ def _origin(opened: trained.Run) -> dict[str, Any]:
     }
 
 
-def parameters(opened: trained.Run, record: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+def parameters(
+    opened: trained.Run, record: dict[str, Any], names: Names | None = None
+) -> tuple[bytes, dict[str, Any]]:
     """Returns a run's parameters as a safetensors file, and facts for its description.
 
     If torchvision has the network, names and layouts are torchvision's, and the file includes the
@@ -128,27 +136,38 @@ def parameters(opened: trained.Run, record: dict[str, Any]) -> tuple[bytes, dict
     Args:
       opened: the run.
       record: facts to store in the file as JSON.
+      names: whose names; None for torchvision's, or ours.
+
+    Raises:
+      UserError: nobody of this name has the network.
     """
-    names, tensors = _under_torchvisions_names(opened) or (
+    found = None if names == "dense_jax" else _under_names_of(names or "torchvision", opened)
+    if found is None and names not in (None, "dense_jax"):
+        raise UserError(f"--names={names}: {names} has no such network; leave the flag out")
+    named, tensors = found or (
         "dense_jax",
         traverse_util.flatten_dict(opened.variables, sep="/"),
     )
-    facts = {"names": names}
+    facts = {"names": named}
     metadata = {"dense_jax": json.dumps(record | facts)}
-    if names != "dense_jax":
+    if found:
         metadata["format"] = "pt"  # the usual mark of torch's layouts
-    print(f"names and layouts: {names}; the file holds no normalisation and no network")
+    print(f"names and layouts: {named}; the file holds no normalisation and no network")
     ordered = {name: np.asarray(values, order="C") for name, values in tensors.items()}
     return safetensors.numpy.save(ordered, metadata), facts
 
 
-def _under_torchvisions_names(opened: trained.Run) -> tuple[str, dict[str, np.ndarray]] | None:
+def _under_names_of(code: Names, opened: trained.Run) -> tuple[str, dict[str, np.ndarray]] | None:
+    prefix = {"torchvision": "torchvision", "detectron2": "detectron2's R-CNN"}[code]
     for release in catalogue.releases():
-        if not release.name.startswith("torchvision"):
+        if not release.name.startswith(prefix):
             continue
         with contextlib.suppress(UserError):  # the release lacks one of the parameters
             tensors = rules.unload(opened.variables, release.rules)
-            for name in [name for name in tensors if name.endswith(".running_mean")]:
+            if release.sign is not None and not release.sign(tensors):
+                continue
+            norms = [name for name in tensors if name.endswith(".running_mean")]
+            for name in norms if code == "torchvision" else ():
                 count = name.replace("running_mean", "num_batches_tracked")
                 tensors[count] = np.array(opened.step, np.int64)
             return release.name, tensors

@@ -1,10 +1,13 @@
 """Anchors: the boxes that a region proposal network refines, in three published conventions.
 
-| convention | base anchors | order within a location |
-|---|---|---|
-| torchvision | sides rounded to even halves | ratio outer, size inner |
-| detectron2 | not rounded | size outer, ratio inner |
-| caffe | rounded for a cell of a stride, then scaled; with `plus_one` | ratio outer, size inner |
+| convention | base anchors |
+|---|---|
+| torchvision | sides rounded to even halves |
+| detectron2 | not rounded |
+| caffe | rounded for a cell of a stride, then scaled; with `plus_one` |
+
+Within a location, all sizes of a ratio are neighbours. detectron2 has all ratios of a size instead;
+its weights are permuted when they are imported, so that weights mean the same in each convention.
 
 "caffe" is py-faster-rcnn and Detectron, where x1 and y1 are inside the box (`plus_one` in
 `dense_jax.ops.boxes`). Its base anchors are centred on the first cell, the others on the upper left
@@ -57,7 +60,7 @@ def base_anchors(
     root = np.sqrt(np.array(ratios, np.float64))[:, None]
     sides = np.stack([np.array(sizes) / root, np.array(sizes) * root], axis=-1)  # [ratio, size, 2]
     # NumPy rounds halves to even numbers, as torch does.
-    half = np.rint(sides / 2) if convention == "torchvision" else sides.swapaxes(0, 1) / 2
+    half = np.rint(sides / 2) if convention == "torchvision" else sides / 2
     return np.concatenate([-half, half], axis=-1).reshape(-1, 4).astype(np.float32)
 
 

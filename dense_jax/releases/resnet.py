@@ -47,7 +47,7 @@ MSRA_101 = (
     ("a", *(f"b{i}" for i in range(1, 23))),
     "abc",
 )
-_BRANCHES = {
+BRANCHES = {
     "branch1": ("downsample_0", "downsample_1"),
     **{f"branch2{letter}": (f"conv{i}", f"bn{i}") for i, letter in enumerate("abc", 1)},
 }
@@ -63,7 +63,7 @@ def msra_rules(blocks: Sequence[Sequence[str]]) -> tuple[Rule, ...]:
     table += rules.caffe_batch_norm("bn_conv1", "scale_conv1", "bn1")
     for stage, names in enumerate(blocks, start=2):
         for i, name in enumerate(names):
-            for branch, (conv, norm) in _BRANCHES.items():
+            for branch, (conv, norm) in BRANCHES.items():
                 if branch == "branch1" and i > 0:
                     continue  # only the first block has a convolution on the shortcut
                 block, layer = f"layer{stage - 1}_{i}", f"{stage}{name}_{branch}"
@@ -89,7 +89,37 @@ MSRA = tuple(
     )
 )
 
-RELEASES = (TORCHVISION, *MSRA)
+
+def of_detectors(release: Release, needs: str) -> tuple[Release, Release]:
+    """Returns a release of classifiers under the names of networks that use them as a trunk.
+
+    Args:
+      release: the release; its rules name each stage.
+      needs: see `Release`.
+
+    Returns:
+      The release with all stages in "backbone", and with the last one in "box_head", as in C4.
+    """
+
+    def moved(rule: Rule, last: str) -> Rule:
+        kind, _, name = (rule.target or "").partition("/")
+        if not name.startswith(("conv1/", "bn1/", "layer")):
+            return rule
+        place = last if name.startswith("layer4") else "backbone"
+        return rule._replace(target=f"{kind}/{place}/{name}")
+
+    def release_of(last: str, *more: str) -> Release:
+        table = tuple(moved(rule, last) for rule in release.rules)
+        return release._replace(rules=table, trunk=("*/backbone/*", *more), needs=needs)
+
+    return release_of("backbone"), release_of("box_head", "*/box_head/layer4_*")
+
+
+RELEASES = (
+    TORCHVISION,
+    *MSRA,
+    *(moved for release in MSRA for moved in of_detectors(release, "--stride-in=1x1")),
+)
 NETWORKS = {  # ImageNet's classes
     "resnet50": Network(resnet.resnet50, num_classes=1000),
     "resnet101": Network(resnet.resnet101, num_classes=1000),

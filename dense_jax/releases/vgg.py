@@ -4,6 +4,10 @@ References: pytorch/vision: torchvision/models/vgg.py; the authors' VGG_ILSVRC_1
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from dense_jax.models import vgg
 from dense_jax.releases.catalogue import Network
@@ -41,6 +45,11 @@ def torchvision_rules(norm: str | None = None) -> tuple[Rule, ...]:
     return tuple(table)
 
 
+def _has_no_scores(tensors: Mapping[str, Any]) -> bool:
+    bias = tensors.get("classifier.6.bias")
+    return bias is not None and bool(np.isnan(np.sum(bias)))
+
+
 # Names of the 13 convolutions, which other families share.
 CONVS = tuple(layer.name for layer in vgg.vgg16_layers() if layer.name.startswith("conv"))
 # One pattern for each block: a network may end before conv5 and leave conv5 in the file.
@@ -55,7 +64,7 @@ TORCHVISION_FEATURES = TORCHVISION._replace(
     ),
     normalisation="torchvision_vgg16_features",
     absent=("*/fc[67]/*",),
-    hollow=("classifier.6.bias",),
+    sign=_has_no_scores,
 )
 # conv1_1 to fc7 in Caffe, which the authors' file shares with the files derived from it. There fc6
 # and fc7 are dense layers or, in fully convolutional networks, convolutions.

@@ -24,6 +24,7 @@ from dense_jax.weights.tensors import Lazy, damaged
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
+_PICKLES = tuple(b"\x80%c" % protocol for protocol in range(2, 6))
 _TORCH = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the pickled magic number
 # Torch's wrappers put these in front of all names of what they wrap. Those with an underscore are
 # wrappers wherever they stand; a network can have a part "module".
@@ -45,7 +46,7 @@ class WeightFile:
 
     Attributes:
       path: the file.
-      format: "safetensors", "npz", "torch", "caffe" or "keras".
+      format: "safetensors", "npz", "torch", "pickle", "caffe" or "keras".
       tensors: name to array, in the order and the layout of the file. Each access maps or reads
         one array anew. Arrays may be read-only and unaligned.
       info: other facts: versions, the prefix that the reader removed from the names, and what it
@@ -169,6 +170,8 @@ def _kind(path: pathlib.Path) -> str:
         return "torch" if _has_pickle(path) else "npz"
     if _TORCH in head:
         return "torch"
+    if head.startswith(_PICKLES):
+        return "pickle"
     length = int.from_bytes(head[:8], "little")  # bytes of a safetensors header
     if head[8:9] == b"{" and (length < size or path.suffix != ".caffemodel"):
         return "safetensors"
@@ -176,7 +179,7 @@ def _kind(path: pathlib.Path) -> str:
         return "caffe"
     raise UserError(
         f"{path} is not a weight file of a known format: give safetensors, NumPy .npz, "
-        "PyTorch .pth, Caffe .caffemodel or Keras .h5"
+        "PyTorch .pth, detectron2 .pkl, Caffe .caffemodel or Keras .h5"
     )
 
 

@@ -23,6 +23,12 @@ In front of one of these, or alone:
                   [o, c, h, w]; leaves kernels as they are
   diagonal        reduces [c, c, h, w], zero between different channels, to [c, 1, h, w]
   minus           changes the sign
+  background_last rows of classes, the last one background, which is first here
+  objects         rows of classes without background, which is a row of zeros here; a single row is
+                  for all classes
+  object_boxes    the same with four rows for each class
+  ratios_inner    rows of anchors of three ratios for each size; here, sizes for each ratio
+  ratios_inner_boxes  the same with four rows for each anchor
   half            divides by two: the layer's input was dropped without a scale in training
 """
 
@@ -32,6 +38,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dense_jax.weights.account import Shape
+
+_NUM_RATIOS = 3  # heights over widths of anchors in all releases
 
 
 class UnfitError(ValueError):
@@ -98,6 +106,33 @@ def _on_diagonal(x: np.ndarray) -> np.ndarray:
     return x * np.eye(len(x), dtype=x.dtype)[:, :, None, None]
 
 
+def _background(rows: int) -> _Step:
+    """Adds rows of zeros for background in front; nothing reads them."""
+
+    def load(x: np.ndarray, shape: Shape) -> np.ndarray:
+        is_shared = x.shape[:1] == shape[-1:] == (rows,)  # one mask for all classes
+        return x if is_shared else np.concatenate([np.zeros((rows, *x.shape[1:]), x.dtype), x])
+
+    name = "background added"
+    return _Step(name, load, lambda x: x if len(x) == rows else x[rows:])
+
+
+def _anchors(rows: int) -> _Step:
+    """Changes the order of anchors between sizes outside and ratios outside."""
+
+    def swap(x: np.ndarray, *, outer: int, inner: int) -> np.ndarray:
+        if x.size % (_NUM_RATIOS * rows):
+            raise UnfitError(f"the anchors have other than {_NUM_RATIOS} ratios")
+        apart = x.reshape(outer, inner, rows, *x.shape[1:])
+        return apart.swapaxes(0, 1).reshape(x.shape)
+
+    return _Step(
+        "anchors permuted",
+        lambda x, _: swap(x, outer=-1, inner=_NUM_RATIOS),
+        lambda x: swap(x, outer=_NUM_RATIOS, inner=-1),
+    )
+
+
 LAYOUTS: dict[str, _Step] = {
     "conv": _permuted(2, 3, 1, 0),
     "conv_ohwi": _permuted(1, 2, 3, 0),
@@ -112,6 +147,13 @@ LAYOUTS: dict[str, _Step] = {
     "ones": _Step("reshaped", _without_ones, _itself),
     "rows": _Step("reshaped", _kernels_of_rows, _itself),
     "diagonal": _Step("reshaped", _diagonal, _on_diagonal),
+    "background_last": _Step(
+        "background first", lambda x, _: np.roll(x, 1, 0), lambda x: np.roll(x, -1, 0)
+    ),
+    "objects": _background(1),
+    "object_boxes": _background(4),
+    "ratios_inner": _anchors(1),
+    "ratios_inner_boxes": _anchors(4),
     "minus": _Step("negated", lambda x, _: -x, np.negative),
     "half": _Step("halved", lambda x, _: x / 2, lambda x: x * 2),
 }

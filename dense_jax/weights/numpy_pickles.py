@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dense_jax.weights.pickles import Built
+from dense_jax.weights.pickles import Built, Piece
 
 _NUMBER = re.compile(r"[biufc]\d{1,2}")
 
@@ -50,7 +50,9 @@ def _dtype(stand_in: Any) -> np.dtype:
     return np.dtype(stand_in.order + stand_in.code)
 
 
-def _bytes(content: Any) -> bytes:
+def _bytes(content: Any) -> bytes | Piece:
+    if isinstance(content, Piece):
+        return content
     return content.encode("latin-1") if type(content) is str else bytes(memoryview(content))
 
 
@@ -58,11 +60,18 @@ def _reconstruct(*_: Any) -> NumpyArray:
     return NumpyArray()
 
 
+def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> NumpyArray:
+    """Stands for the function that protocol 5 calls."""
+    array = NumpyArray()
+    array.set_state((1, shape, dtype, order == "F", content))
+    return array
+
+
 def _scalar(dtype: Any, content: Any) -> Any:
     return np.frombuffer(_bytes(content), _dtype(dtype), 1)[0].item()
 
 
-def _encode(text: Any, *_: Any) -> bytes:
+def _encode(text: Any, *_: Any) -> bytes | Piece:
     """Stands for `_codecs.encode`; old pickles hold bytes as text and call it."""
     return _bytes(text)
 
@@ -71,9 +80,13 @@ NUMPY: dict[str, Callable[..., Any] | None] = {
     "_codecs.encode": _encode,
     "numpy.dtype": _Dtype,
     "numpy.ndarray": None,
-    **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), _scalar),
-    **dict.fromkeys(
-        ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
-        _reconstruct,
-    ),
+    **{
+        f"numpy.{core}.{name}": stand_in
+        for core in ("core", "_core")
+        for name, stand_in in (
+            ("multiarray.scalar", _scalar),
+            ("multiarray._reconstruct", _reconstruct),
+            ("numeric._frombuffer", _from_buffer),
+        )
+    },
 }

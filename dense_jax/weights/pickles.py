@@ -15,14 +15,16 @@ import re
 from collections.abc import Callable, Mapping
 from typing import IO, Any, NamedTuple, cast
 
+import numpy as np
+
 _LONGEST_LINE = 4096
-_LONGEST_TEXT = 2**24  # bytes of one text or number
+_FROM_LENGTH = 2**16  # bytes of a text or a number from which it is a `Piece`
 _MOST_STEPS = 2**22
 _LONGEST_KEY = 32  # plain values in a tuple
 
 _KEYS = (str, int, float, bool, type(None))
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_VALUES = re.compile(r"(SHORT_)?(BIN)?(INT|LONG|FLOAT|STRING|UNICODE|BYTES)[1248]?")
+_VALUES = re.compile(r"(SHORT_)?(BIN)?(INT|LONG|FLOAT|STRING|UNICODE|BYTES|BYTEARRAY)[1248]?")
 
 
 class RefusedError(ValueError):
@@ -47,8 +49,19 @@ class Built:
         raise NotImplementedError
 
 
+class Piece(np.ndarray):
+    """A long part of the file, uint8, which is mapped and not read.
+
+    Arrays are such parts. Python 2 writes their bytes as text, and `pickletools` decodes that.
+    """
+
+    def decode(self, *_: Any) -> "Piece":
+        """Returns itself in place of a text."""
+        return self
+
+
 class Stream:
-    """A file for `pickletools` that limits the length of each piece.
+    """A file for `pickletools` that reads nothing beyond its end, and no array.
 
     Attributes:
       position: position of the next byte.
@@ -58,16 +71,20 @@ class Stream:
         self.data, self.position = data, position
         self.end = len(data) if end is None else end
 
-    def read(self, size: int) -> bytes:
-        """Returns the next bytes; fewer if the stream ends or the piece is too long."""
-        stop = min(self.position + min(size, _LONGEST_TEXT), self.end)
-        piece, self.position = self.data[self.position : stop], stop
-        return piece
+    def read(self, size: int) -> bytes | Piece:
+        """Returns the next bytes; fewer if the stream ends."""
+        start, stop = self.position, min(self.position + size, self.end)
+        self.position = stop
+        if stop - start < _FROM_LENGTH:
+            return self.data[start:stop]
+        return np.frombuffer(self.data, np.uint8, stop - start, start).view(Piece)
 
     def readline(self) -> bytes:
         """Returns the bytes up to the end of the line, or the first ones of a line too long."""
         stop = min(self.position + _LONGEST_LINE, self.end)
-        return self.read((self.data.find(b"\n", self.position, stop) + 1 or stop) - self.position)
+        stop = self.data.find(b"\n", self.position, stop) + 1 or stop
+        line, self.position = self.data[self.position : stop], stop
+        return line
 
 
 def follow(

@@ -42,6 +42,7 @@ class Rule(NamedTuple):
         other files. "part": its values are added to the parameter. `unload` uses "whole" alone.
       constant: for layers that are fixed in some networks: a function from the shape here to the
         fixed values. A network with the fixed layer rejects a tensor of other values.
+      reason: why a tensor without a counterpart stays in the file, for the user.
     """
 
     source: str
@@ -49,6 +50,7 @@ class Rule(NamedTuple):
     layout: str = "same"
     role: Literal["whole", "alias", "part"] = "whole"
     constant: Callable[[Shape], Any] | None = None
+    reason: str = ""
 
 
 class Release(NamedTuple):
@@ -63,7 +65,8 @@ class Release(NamedTuple):
         `dense_jax.data.normalise.NORMALISATIONS`. Images are RGB; rules permute BGR weights.
       absent: patterns of the parameters that its files never have; these keep their initial values.
       needs: options with which a network reproduces the published outputs, as text for the user.
-      hollow: patterns of tensors that its files, and no others, fill with NaN.
+      sign: whether a file has the tensors of this release and not of another one with the same
+        names: (name to tensor) -> bool. None: the names are enough.
     """
 
     name: str
@@ -72,7 +75,7 @@ class Release(NamedTuple):
     normalisation: str
     absent: tuple[str, ...] = ()
     needs: str = ""
-    hollow: tuple[str, ...] = ()
+    sign: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 def conv(source: str, target: str, layout: str = "conv") -> tuple[Rule, Rule]:
@@ -204,7 +207,8 @@ def match(
         rule = found[0] if found else None
         if rule is None or rule.target is None:
             known = rule or _matches(name, ignore)
-            rows.append(row if known else row._replace(status="unexpected"))
+            note = rule.reason if rule else ""
+            rows.append(row._replace(note=note) if known else row._replace(status="unexpected"))
             continue
         target = _renamed(name, rule.source, rule.target)
         if target not in leaves:
@@ -319,7 +323,7 @@ def choose(
     The release with rules for the most tensors wins; then the one whose tensors match the most
     parameters of the network; then the one with the fewest rules that the file does not use. The
     texts of `name` and `trunk` break the last ties, so that the order of the releases does not
-    matter. Only names count, and NaN in the tensors of `Release.hollow`.
+    matter. Only names count, and `Release.sign`.
 
     Args:
       releases: the known releases.
@@ -340,12 +344,12 @@ def choose(
         num_pairs = sum(target in leaves for target in targets)
         is_of_use = num_pairs > 0 or (template is None and bool(known))
         num_unused = len(release.rules) - len(used)
-        return is_of_use, len(known), bool(release.hollow), num_pairs, -num_unused
+        return is_of_use, len(known), release.sign is not None, num_pairs, -num_unused
 
     fits = [
         (fit(release), release)
         for release in releases
-        if not release.hollow or _is_hollow(release, tensors)
+        if release.sign is None or release.sign(tensors)
     ]
     best_fit, best = max(fits, key=lambda pair: (pair[0], pair[1].name, pair[1].trunk))
     is_of_use, num_known = best_fit[:2]
@@ -368,11 +372,6 @@ def num_known(releases: Sequence[Release], names: Iterable[str]) -> int:
     names = list(names)
     finders = [_finder(release.rules) for release in releases]
     return max(sum(bool(find(name)) for name in names) for find in finders)
-
-
-def _is_hollow(release: Release, tensors: Mapping[str, Any]) -> bool:
-    found = [name for name in tensors if _matches(name, release.hollow)]
-    return bool(found) and all(np.isnan(np.sum(tensors[name])) for name in found)
 
 
 def _finder(

@@ -45,6 +45,7 @@ _COUNT_BYTES = 8
 # weights, states of optimisers and the like.
 _CONTAINERS = (
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module"),
+    "blobs",  # of Detectron
 )
 _MOST_NAMED = 10
 # Bounds for hostile files: depth of containers, number of entries, letters of a name.
@@ -160,9 +161,24 @@ def read_tensors(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str
     Raises:
       UserError: the file is damaged, or holds anything but tensors and plain values.
     """
+
+    def parse(data: mmap.mmap) -> tuple[Any, _Places]:
+        return _read_zip(path, data) if data[:2] == b"PK" else _read_old(data)
+
+    return _tensors_of(path, parse)
+
+
+def read_arrays(path: pathlib.Path) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
+    """Does the same for a pickle without tensors, whose arrays are inside."""
+    return _tensors_of(path, lambda data: (follow(Stream(data), _ADMITTED), {}))
+
+
+def _tensors_of(
+    path: pathlib.Path, parse: Callable[[mmap.mmap], tuple[Any, _Places]]
+) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
     data = map_file(path)
     try:
-        content, places = _read_zip(path, data) if data[:2] == b"PK" else _read_old(data)
+        content, places = parse(data)
         tensors = {
             name: leaf if isinstance(leaf, np.ndarray) else _array(data, leaf, places)
             for name, leaf in _leaves(content)

@@ -100,6 +100,8 @@ class FasterRCNN(nn.Module):
       roi_aligned: whether features are in the centres of cells for "align" (detectron2); if not,
         they are at the upper left corners (torchvision, Detectron).
       res5_stride: stride of layer4 as a box head (C4): 1 on RoIs of 7x7, 2 on RoIs of 14x14.
+      stride_in: the convolution of residual blocks that has the stride, see `resnet.ResNet`: "1x1"
+        in the papers' ResNets (MSRA, Detectron, detectron2), "3x3" in torchvision and in ResNeXts.
       bn: "frozen" freezes the trunk's batch normalisation; the heads' always trains.
       bn_epsilon: constant added to the variance.
       trained_stages: number of parts of the trunk that train, counted from the last, of conv1 with
@@ -125,6 +127,7 @@ class FasterRCNN(nn.Module):
     roi_samples: int | None = 2
     roi_aligned: bool = False
     res5_stride: Literal[1, 2] = 2
+    stride_in: resnet.StrideIn = "3x3"
     bn: Literal["frozen", "train"] = "frozen"
     bn_epsilon: float = 1e-5
     trained_stages: Literal[0, 1, 2, 3, 4, 5] = 3
@@ -207,7 +210,10 @@ class FasterRCNN(nn.Module):
             is_plain and self.neck != "c5",
             f"{self.backbone} has no {self.neck}: give neck=c5, or a ResNet",
         )
-        refuse(is_plain and self.remat, f"{self.backbone} has no residual blocks: leave remat out")
+        refuse(
+            is_plain and (self.remat or self.stride_in == "1x1"),
+            f"{self.backbone} has no residual blocks: leave remat and stride_in out",
+        )
         refuse(
             self.heads == "v2" and not on_pyramid,
             f"heads=v2 needs a pyramid, and neck={self.neck} has none: give neck=fpn, or heads=v1",
@@ -234,6 +240,9 @@ class FasterRCNN(nn.Module):
             options["depths"] = build.keywords["depths"][:3]
         return build(
             output_stride=16 if self.neck == "dc5" else 32,
+            stride_in=self.stride_in,
+            # Behind the stride, the 3x3 convolution reads the finer grid.
+            first_block_dilation="new" if self.stride_in == "1x1" else "previous",
             bn=self.bn if self.trunk_learns else "frozen",
             bn_momentum=MOMENTUM,
             bn_epsilon=self.bn_epsilon,
@@ -266,6 +275,7 @@ class FasterRCNN(nn.Module):
             features=features,
             groups=groups,
             stride=self.res5_stride,
+            stride_in=self.stride_in,
             remat=self.remat,
             dtype=self.dtype,
         )

@@ -90,6 +90,7 @@ class Res5(nn.Module):
       features: channels of the result.
       groups: groups of the 3x3 convolutions.
       stride: 1 on RoIs of 7x7 (the paper's Figure 4) or 2 on RoIs of 14x14 (its released code).
+      stride_in: the convolution with the stride; see `dense_jax.models.resnet.ResNet`.
       remat: whether to compute the inside of blocks again for gradients instead of storing it.
       dtype: computation dtype of convolutions.
     """
@@ -100,6 +101,7 @@ class Res5(nn.Module):
     features: int = 2048
     groups: int = 1
     stride: Literal[1, 2] = 2
+    stride_in: resnet.StrideIn = "3x3"
     remat: bool = False
     dtype: jax.typing.DTypeLike | None = None
 
@@ -113,7 +115,7 @@ class Res5(nn.Module):
             inner=self.inner,
             features=self.features,
             groups=self.groups,
-            stride_in="3x3",
+            stride_in=self.stride_in,
             last_scale_init=jax.nn.initializers.ones,
         )
         return resnet.stage(block, x, 4, self.depth, resnet.Geometry(self.stride))
