@@ -27,9 +27,7 @@ _HEAD = (
 )
 _release = functools.partial(Release, trunk=faster_rcnn.TRUNK, normalisation="torchvision")
 TORCHVISION = (
-    _release(
-        "torchvision's Keypoint R-CNN", (*faster_rcnn.V1, *_HEAD), needs=faster_rcnn.EPSILON
-    ),
+    _release("torchvision's Keypoint R-CNN", (*faster_rcnn.V1, *_HEAD), needs=faster_rcnn.EPSILON),
     _release(
         "torchvision's Keypoint R-CNN of 2019",
         (*faster_rcnn.V1_2019, *_HEAD),

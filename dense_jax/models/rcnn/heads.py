@@ -237,7 +237,7 @@ class KeypointConvs(nn.Module):
 
 
 class KeypointPredictor(nn.Module):
-    """An up-convolution "kps_score_lowres" to twice the side, then bilinear enlarging to twice that.
+    """An up-convolution "kps_score_lowres" to twice the side, and interpolation to twice that.
 
     Attributes:
       num_keypoints: K.
@@ -250,9 +250,7 @@ class KeypointPredictor(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [R, P, P, C] to logits [R, 4 P, 4 P, K] of the cell of each keypoint."""
-        up = UpConv(
-            self.num_keypoints, 4, 2, padding=1, dtype=self.dtype, name="kps_score_lowres"
-        )
+        up = UpConv(self.num_keypoints, 4, 2, padding=1, dtype=self.dtype, name="kps_score_lowres")
         x = at_least_float32(up(x))
         return resize_bilinear(x, (2 * x.shape[1], 2 * x.shape[2]), align_corners=False)
 
