@@ -87,6 +87,7 @@ NAMES = [
     *("resnet101", "resnext101_32x8d", "resnext101_64x4d", "fcn_resnet50", "fcn_resnet101"),
     *("deeplabv3_resnet50", "deeplabv3_resnet101", "fasterrcnn_resnet50_fpn"),
     *("fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2"),
+    "keypointrcnn_resnet50_fpn",
 ]
 
 
@@ -106,6 +107,7 @@ def test_every_name_is_found():
             for name in ("Faster R-CNN", "Mask R-CNN")
             for kind in ("", " of 2019", " v2")
         ),
+        *(f"torchvision's Keypoint R-CNN{kind}" for kind in ("", " of 2019")),
         "Caffe's ZF",
     }
     with pytest.raises(UserError, match=r"unknown network 'vgg'; .* fcn32s, fcn16s, .* vgg16"):

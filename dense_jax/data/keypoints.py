@@ -47,7 +47,9 @@ class KeypointTable:
         if not names or len(set(names)) != len(names):
             raise ValueError(f"names of keypoints must differ, got {', '.join(names) or 'none'}")
         if wrong := [edge for edge in edges if not 0 <= min(edge) <= max(edge) < len(names)]:
-            raise ValueError(f"a line between keypoints {wrong[0]} of {len(names)}")
+            raise ValueError(
+                f"a line from keypoint {wrong[0][0] + 1} to {wrong[0][1] + 1} of {len(names)}"
+            )
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "edges", edges)
 

@@ -169,7 +169,8 @@ _DTYPES = {
 def without_classes(boxes: np.ndarray) -> Objects:
     """Returns boxes [N, 4] of class 0, without masks."""
     zeros: dict[str, Any] = {name: np.zeros(len(boxes), dtype) for name, dtype in _DTYPES.items()}
-    return Objects(**{**zeros, "boxes": boxes.astype(np.float32)})
+    zeros["boxes"] = boxes.astype(np.float32)
+    return Objects(**zeros)
 
 
 def number(example: Example, background: int | None, *, by_class: bool = True) -> np.ndarray:

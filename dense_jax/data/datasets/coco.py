@@ -210,7 +210,7 @@ class _Part:
                 if "id" in annotation:
                     counts["annotations with the id of another one"] += annotation["id"] in seen
                     seen.add(annotation["id"])
-                for reason in _flaws(annotation, entry.size, keypoints is not None):
+                for reason in _flaws(annotation, entry.size, len(keypoints or ())):
                     counts[reason] += 1
                 entry.annotations.append(annotation)
         notes = [f"{split}: {count} {reason}" for reason, count in counts.items() if count]
@@ -266,7 +266,7 @@ def _image_folder(
     )
 
 
-def _flaws(annotation: Mapping[str, Any], size: tuple[int, int], has_keypoints: bool) -> list[str]:
+def _flaws(annotation: Mapping[str, Any], size: tuple[int, int], num_keypoints: int) -> list[str]:
     """Returns what is wrong with an annotation, in words that count."""
     box = _box(annotation, size)
     if box is None:
@@ -277,16 +277,17 @@ def _flaws(annotation: Mapping[str, Any], size: tuple[int, int], has_keypoints: 
         flaws.append("boxes that leave their image, cut at its edges")
     if not _has_mask(annotation):
         flaws.append("objects without a polygon of three points: their boxes are their masks")
-    return flaws + (_keypoint_flaws(annotation, size) if has_keypoints else [])
+    return flaws + (_keypoint_flaws(annotation, size, num_keypoints) if num_keypoints else [])
 
 
-def _keypoint_flaws(annotation: Mapping[str, Any], size: tuple[int, int]) -> list[str]:
-    numbers = annotation.get("keypoints") or ()
-    if len(numbers) % 3:
+def _keypoint_flaws(annotation: Mapping[str, Any], size: tuple[int, int], count: int) -> list[str]:
+    try:
+        points = from_coco(annotation.get("keypoints") or [0] * 3 * count, count)
+    except (ValueError, TypeError):
         return []  # an error where the image is read
-    labelled = [(x, y) for x, y, v in zip(*[iter(numbers)] * 3, strict=True) if v > 0]
+    labelled = points[points[:, 2] > 0, :2]
     flaws = []
-    if any(not (0 <= x < size[1] and 0 <= y < size[0]) for x, y in labelled):
+    if not ((labelled >= 0) & (labelled <= (size[1], size[0]))).all():
         flaws.append("objects with keypoints outside of their image")
     if annotation.get("num_keypoints", len(labelled)) != len(labelled):
         flaws.append("objects whose num_keypoints is not the number of labelled ones, which counts")

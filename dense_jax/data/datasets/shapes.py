@@ -147,8 +147,8 @@ def _tips(
     if CLASSES.names[kind] != "star":
         return points
     (y, x), (cos, sin) = centre, turn
-    # Where two of the five lines cross that are not neighbours.
-    reach = 0.42 * radius / round(math.cos(math.pi * 2 / 5), 6)
+    # Two of the five lines that are not neighbours cross there; a tenth less is inside of the star.
+    reach = 0.9 * 0.42 * radius / round(math.cos(math.pi * 2 / 5), 6)
     for k in range(5):
         angle = 2 * math.pi * k / 5
         u, v = reach * round(math.cos(angle), 6), reach * round(math.sin(angle), 6)
