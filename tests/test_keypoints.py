@@ -609,7 +609,8 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="lengths of an image's objects differ"):
         Truth.build([[0, 0, 1, 1]], [1], keypoints=np.zeros((2, 3, 3)))
     some = Detections.build([[0, 0, 1, 1]] * 2, [1, 1], [0.5, 0.2], keypoints=np.ones((2, 3, 3)))
-    assert some.select(np.array([False, True])).keypoints.shape == (1, 3, 3)
+    second: Any = some.select(np.array([False, True]))
+    assert second.keypoints.shape == (1, 3, 3)
 
 
 def test_numbers_of_coco_come_back():

@@ -150,7 +150,7 @@ def test_published_counts_of_keypoints(name):
 
 @pytest.mark.parametrize("neck", members(["fpn", "c4"], ("fpn",)))
 def test_the_loss_of_keypoints_reaches_every_parameter_of_their_branch_and_the_trunk(neck):
-    sizes = {} if neck == "fpn" else {"anchor_sizes": (16, 32)}
+    sizes: dict[str, Any] = {} if neck == "fpn" else {"anchor_sizes": (16, 32)}
     model = thin(neck=neck, draws_masks=False, num_keypoints=3, **sizes)
     variables = contract.random_variables(model, (1, 64, 64, 3))
     images = np.random.default_rng(0).uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32)

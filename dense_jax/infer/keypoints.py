@@ -21,32 +21,27 @@ def decode(logits: np.ndarray, box: np.ndarray) -> np.ndarray:
     box = np.asarray(box, np.float32)
     corner, sides = box[:2], np.maximum(box[2:] - box[:2], 1)
     width, height = (int(side) for side in np.ceil(sides))
-    rows, columns = (_cubic(count, len(logits)) for count in (height, width))
-    maps = rows @ np.moveaxis(logits, -1, 0) @ columns.T
-    flat = maps.reshape(len(maps), -1)
-    best = flat.argmax(axis=1)
+    wide = _resized(logits.swapaxes(0, 1), width)
+    flat = _resized(wide.swapaxes(0, 1), height).reshape(height * width, -1)
+    best = flat.argmax(axis=0)
     cell = np.stack([best % width, best // width], axis=1).astype(np.float32)
     at = corner + (cell + np.float32(0.5)) * (sides / np.array([width, height], np.float32))
-    return np.concatenate([at, flat.max(axis=1, keepdims=True)], axis=1).astype(np.float32)
+    return np.concatenate([at, flat.max(axis=0)[:, None]], axis=1).astype(np.float32)
 
 
-def _cubic(count: int, cells: int) -> np.ndarray:
-    """Returns the weights of cells in each of ``count`` pixels over them, float32 [count, cells].
+def _resized(cells: np.ndarray, count: int) -> np.ndarray:
+    """Returns the values of ``count`` pixels that cover cells [M, ...], float32 [count, ...].
 
     Beyond the ends, the outermost cells are repeated.
 
     Reference: Keys, "Cubic convolution interpolation for digital image processing", IEEE ASSP 1981.
     """
-    at = (np.arange(count) + 0.5) * (cells / count) - 0.5
-    first = np.floor(at).astype(int)
-    weights = np.zeros((count, cells))
-    for tap in range(-1, 3):
-        t, a = np.abs(at - (first + tap)), _SHARPNESS
-        near = ((a + 2) * t - (a + 3)) * t * t + 1
-        far = a * (((t - 5) * t + 8) * t - 4)
-        np.add.at(
-            weights,
-            (np.arange(count), np.clip(first + tap, 0, cells - 1)),
-            np.where(t <= 1, near, np.where(t < 2, far, 0)),
-        )
-    return weights.astype(np.float32)
+    at = (np.arange(count) + 0.5) * (len(cells) / count) - 0.5
+    taps = np.floor(at).astype(int) + np.arange(-1, 3)[:, None]
+    t, a = np.abs(at - taps), _SHARPNESS
+    near = ((a + 2) * t - (a + 3)) * t * t + 1
+    far = a * (((t - 5) * t + 8) * t - 4)
+    weights = np.where(t <= 1, near, far).astype(np.float32)
+    taps = np.clip(taps, 0, len(cells) - 1)
+    # Sums of four, not a product of matrices: that takes longer, and all cores.
+    return np.einsum("tn,tn...->n...", weights, cells[taps])
