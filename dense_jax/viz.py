@@ -76,10 +76,12 @@ def objects(
     *,
     scores: np.ndarray | None = None,
     masks: np.ndarray | None = None,
+    keypoints: np.ndarray | None = None,
+    edges: Sequence[tuple[int, int]] = (),
     alpha: float = 0.55,
     factor: int = 1,
 ) -> np.ndarray:
-    """Returns the image with a mask, box, name and score for each object, the first one on top.
+    """Returns the image with mask, keypoints, box, name and score of each object, the first on top.
 
     Args:
       image: uint8 [H, W, 3].
@@ -89,6 +91,8 @@ def objects(
       colours: uint8 [N, 3], the colour of each object.
       scores: [N]; None writes none.
       masks: bool [N, H, W]; None draws none.
+      keypoints: [N, K, 3], x and y in pixels, and 0 for one that is not known; None draws none.
+      edges: pairs of keypoints to join by lines.
       alpha: share of the colour in a mask, 0..1.
       factor: the picture is this many times larger than the image, so that names hide less of it.
     """
@@ -103,6 +107,8 @@ def objects(
         x0, y0, x1, y1 = (int(edge) for edge in np.rint(factor * boxes[i]))
         colour = tuple(int(channel) for channel in colours[i])
         draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour)
+        if keypoints is not None:
+            _skeleton(draw, factor * keypoints[i, :, :2], keypoints[i, :, 2] != 0, edges, colour)
         class_id = int(class_ids[i])
         text, font = lettering(names[class_id], class_id, 11)
         text = text if scores is None else f"{text} {scores[i]:.2f}"
@@ -114,6 +120,24 @@ def objects(
         is_bright = colours[i] @ np.array([0.299, 0.587, 0.114]) > 150
         draw.text((x, y), text, fill=_INK if is_bright else "white", font=font)
     return np.asarray(drawn)
+
+
+def _skeleton(
+    draw: ImageDraw.ImageDraw,
+    points: np.ndarray,
+    known: np.ndarray,
+    edges: Sequence[tuple[int, int]],
+    colour: tuple[int, ...],
+) -> None:
+    """Draws the lines between keypoints [K, 2], and a dot on each."""
+    # The centre of the first pixel is (0.5, 0.5) here, and (0, 0) for Pillow.
+    places = [(float(x), float(y)) for x, y in points - 0.5]
+    for a, b in edges:
+        if known[a] and known[b]:
+            draw.line((places[a], places[b]), fill=colour, width=2)
+    for (x, y), is_known in zip(places, known, strict=True):
+        if is_known:
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour, outline="white")
 
 
 def errors(

@@ -36,6 +36,7 @@ from dense_jax.ops.roi import Reduce, RoiOp
 from dense_jax.tasks import training
 from dense_jax.tasks.alternating import PARTS, Part, four_runs
 from dense_jax.tasks.detection import Detection, DetectionConfig
+from dense_jax.tasks.keypoints import KeypointDetection, KeypointsAndMasks
 from dense_jax.tasks.rcnn_recipes import RECIPES, HeadLoss, Recipe, anchors, frozen_by, head_rule
 from dense_jax.tasks.segmentation import InstanceSegmentation
 from dense_jax.train.config import AtLeastZero, Count, Factor, Shares, from_scratch, smoke
@@ -263,8 +264,10 @@ def network(
     )  # fmt: skip
 
 
-def detection(config: Config, model: FasterRCNN, mask_rule: MaskRule | None = None) -> Detection:
-    """Returns the task of a network; with a rule for masks, one that draws them."""
+def detection(
+    config: Config, model: FasterRCNN, mask_rule: MaskRule | None = None, num_keypoints: int = 0
+) -> Detection:
+    """Returns the task of a network; with a rule for masks, one that draws them; or keypoints."""
     recipe, source = config.differences, config.proposal_source
     has_rpn, is_given, has_head = source == "rpn", source == "file", "head" in config.learn
     with_anchors = model.clone(anchor_sizes=config.anchor_sizes)
@@ -296,34 +299,43 @@ def detection(config: Config, model: FasterRCNN, mask_rule: MaskRule | None = No
             one_against_rest=config.head_loss == "svm",
         )
         forward = two_stages(
-            model, first, detections, config.test_scales, mask_rule.loss if mask_rule else None
-        )
+            model, first, detections, config.test_scales, mask_rule.loss if mask_rule else None,
+            num_keypoints > 0,
+        )  # fmt: skip
 
     # What learns.
     anchor_rule = replace(recipe.anchor_rule, box_weight=config.rpn_lambda)
     roi_rule = head_rule(recipe.roi_rule, config.head_loss, config.rois_per_image)
-    losses = head_objective(roi_rule, anchors_of if source == "grid" else None, mask_rule)
+    branches = mask_rule, num_keypoints > 0
+    losses = head_objective(roi_rule, anchors_of if source == "grid" else None, *branches)
     if has_rpn:
         losses = objective(
             anchors_of,
             anchor_rule if "rpn" in config.learn else None,
             recipe.train,
             roi_rule if has_head else None,
-            mask_rule,
+            *branches,
         )
     frozen = [*model.frozen, *frozen_by(config.head_loss)]
     frozen += ["^rpn/"] if has_rpn and "rpn" not in config.learn else []
-    frozen += [] if has_head else ["^(box|mask)_(head|predictor)/"]
+    frozen += [] if has_head else ["^(box|mask|keypoint)_(head|predictor)/"]
 
     num_given = config.num_proposals or _NUM_GIVEN
-    kind, draws = Detection, mask_rule is not None and has_head
-    if draws:
-        kind = functools.partial(InstanceSegmentation, convention=recipe.paste)
+    draws, locates = mask_rule is not None and has_head, num_keypoints > 0 and has_head
+    kind: Callable[..., Detection] = {
+        (False, False): Detection,
+        (True, False): InstanceSegmentation,
+        (False, True): KeypointDetection,
+        (True, True): KeypointsAndMasks,
+    }[draws, locates]
+    own: dict[str, Any] = {"convention": recipe.paste} if draws else {}
+    own |= {"num_keypoints": num_keypoints} if locates else {}
     return kind(
         config,
         model,
         config.transforms(
             masks=draws,
+            keypoints=locates,
             proposals=config.proposals if is_given else None,
             num_proposals=num_given,
         ),
@@ -336,6 +348,7 @@ def detection(config: Config, model: FasterRCNN, mask_rule: MaskRule | None = No
         anchor_rule=anchor_rule if has_rpn else None,
         given=config.proposals if is_given else None,
         num_given=min(num_given, config.test_proposals or num_given),
+        **own,
     )
 
 

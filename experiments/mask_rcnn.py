@@ -4,6 +4,7 @@
     python -m experiments.mask_rcnn coco --data-dir=/data/coco --init=file:resnet50.pth
     python -m experiments.mask_rcnn paper_r101_fpn --data-dir=/data/coco --init=file:R-101.pkl
     python -m experiments.mask_rcnn coco --mask-branch=off --recipe=detectron2 ...
+    python -m experiments.mask_rcnn keypoints --data-dir=/data/coco --init=file:resnet50.pth
 
 --recipe chooses as a whole what codes do differently: torchvision, detectron2, or paper (the paper
 with its release, Detectron). The paper's ResNets have the stride of a block in its first
@@ -21,13 +22,13 @@ from dense_jax.objectives.masks import MaskLoss, MaskRule
 from dense_jax.tasks import training
 from dense_jax.tasks.detection import Detection
 from dense_jax.tasks.rcnn_recipes import RECIPES, Recipe
-from dense_jax.train.config import smoke
+from dense_jax.train.config import Count, smoke
 from experiments import faster_rcnn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(faster_rcnn.Config):
-    """The masks; then the flags of Faster R-CNN and of every detector."""
+    """Masks and keypoints; then the flags of Faster R-CNN and of every detector."""
 
     mask_branch: Literal["on", "off"] = "on"
     """off: Faster R-CNN with the same flags, which Table 3 compares."""
@@ -38,6 +39,11 @@ class Config(faster_rcnn.Config):
     """Whether each class has a mask of its own, or all share one (Section 4.1)."""
     mask_loss: MaskLoss = "sigmoid"
     """sigmoid: in the object or not. softmax: each cell has one of all classes (Table 2b)."""
+    keypoint_branch: Literal["off", "on"] = "off"
+    """on: find the keypoints of objects too (Section 5); Table 5 compares it with and without
+    --mask-branch. Needs a dataset with keypoints."""
+    num_keypoints: Count | None = None
+    """Keypoints of an object, as many as the dataset has. Default: 17, those of COCO's people."""
 
     train_masks: Literal["whole", "cells"] = "whole"
     """whole: masks of the size of the image. cells: each as 112 x 112 cells of its object's box, a
@@ -65,6 +71,7 @@ class Config(faster_rcnn.Config):
             self.mask_branch == "off" and own != ("fcn", "specific", "sigmoid", "whole"),
             "--mask-branch=off: leave out --mask-head, --mask-class, --mask-loss and --train-masks",
         )
+        self.needs("num_keypoints", keypoint_branch="on")
 
 
 def _with_masks(config: faster_rcnn.Config) -> Config:
@@ -73,6 +80,7 @@ def _with_masks(config: faster_rcnn.Config) -> Config:
 
 
 _COCO = _with_masks(faster_rcnn.PRESETS["coco"])
+_PEOPLE = "annotations/person_keypoints_{}2017.json"
 # 160,000 steps of 16 images; the paper does not say how it warms up, Detectron does.
 _PAPER = replace(
     _COCO, recipe="paper", stride_in="1x1", num_steps=160_000, step_at=(3 / 4,), warmup_steps=500
@@ -90,24 +98,34 @@ PRESETS = {
     "paper_x101_fpn": replace(
         _PAPER, backbone="resnext101_64x4d", stride_in="3x3", batch_size=8, learning_rate=0.01
     ),
+    # Section 5: people, shorter sides drawn from 640 to 800, 90,000 steps.
+    "keypoints": replace(
+        _PAPER, keypoint_branch="on", mask_branch="off", num_steps=90_000, step_at=(2 / 3, 8 / 9),
+        short_side=(640, 672, 704, 736, 768, 800),
+        train_json=_PEOPLE.format("train"), val_json=_PEOPLE.format("val"),
+    ),
     "nuclei": replace(
         _DEMO, dataset="nuclei", short_side=(256,), max_side=384, max_objects=100,
         anchor_sizes=(8, 16, 32, 64, 128), rois_per_image=128, batch_size=4,
     ),
     "demo": _DEMO,
+    "demo_keypoints": replace(_DEMO, keypoint_branch="on", mask_branch="off", num_keypoints=5),
     "smoke": smoke(replace(_DEMO, width=1 / 32, short_side=(32,))),
 }  # fmt: skip
 
 
 def build(config: Config, num_classes: int) -> Detection:
     """Returns the task: the network, its losses and its use."""
-    if config.mask_branch == "off":
+    draws, locates = config.mask_branch == "on", config.keypoint_branch == "on"
+    if not (draws or locates):
         return faster_rcnn.build(config, num_classes)
+    num_keypoints = (config.num_keypoints or 17) if locates else 0
     model = faster_rcnn.network(
-        config, num_classes, MaskRCNN, mask_layers=config.mask_head, mask_class=config.mask_class
-    )
-    rule = MaskRule(config.differences.mask_target, config.mask_loss)
-    return faster_rcnn.detection(config, model, rule)
+        config, num_classes, MaskRCNN, draws_masks=draws, mask_layers=config.mask_head,
+        mask_class=config.mask_class, num_keypoints=num_keypoints,
+    )  # fmt: skip
+    rule = MaskRule(config.differences.mask_target, config.mask_loss) if draws else None
+    return faster_rcnn.detection(config, model, rule, num_keypoints)
 
 
 if __name__ == "__main__":

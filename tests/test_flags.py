@@ -100,6 +100,7 @@ ALSO = {
     ("faster_rcnn", "neck", "dc5"): {"anchor_sizes": (16, 32)},
     ("faster_rcnn", "recipe", "paper"): {"neck": "dc5", "anchor_sizes": (16, 32)},
     ("dilated", "front_pad", "valid_reflect"): {"crop": (404, 404)},
+    ("mask_rcnn", "keypoint_branch", "on"): {"num_keypoints": 5},  # of shapes
     ("unet", "padding", "valid"): _VALID_UNET,
 }
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from dense_jax.errors import UserError
+from dense_jax.models.rcnn import heads
 from dense_jax.models.rcnn.mask_rcnn import (
     MaskRCNN,
+    keypointrcnn_resnet50_fpn,
     maskrcnn_resnet50_fpn,
     maskrcnn_resnet50_fpn_v2,
 )
@@ -121,3 +123,71 @@ def test_the_loss_of_masks_reaches_their_branch_and_the_trunk(name):
 def test_a_head_that_shares_layer4_has_no_dense_layers():
     with pytest.raises(UserError, match="mask_layers=mlp needs RoIs of its own"):
         thin(neck="c4", anchor_sizes=(16, 32), mask_layers="mlp").check()
+
+
+KEYPOINT_HEAD = 256 * 512 * 9 + 512 + 7 * (512 * 512 * 9 + 512)  # eight convolutions
+KEYPOINT_PREDICTOR = 512 * 17 * 4 * 4 + 17
+WITH_KEYPOINTS = {
+    "keypoints": (keypointrcnn_resnet50_fpn(2), 59_137_258),  # torchvision, weights' metadata
+    "and masks": (
+        MaskRCNN(2, num_keypoints=17),
+        44_401_393 - 89 * (5 * 1025 + 257) + KEYPOINT_HEAD + KEYPOINT_PREDICTOR,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_KEYPOINTS)
+def test_published_counts_of_keypoints(name):
+    model, expected = WITH_KEYPOINTS[name]
+    outputs, variables = contract.shapes_of(model, (1, 64, 64, 3))
+    found = counts(variables["params"])
+    assert sum(n for path, n in found.items() if not NORM.search(path)) == expected
+    assert outputs["keypoint_logits"].shape == (1, 1, 56, 56, 17)
+    assert ("mask_logits" in outputs) == model.draws_masks
+    for part, count in (("head", KEYPOINT_HEAD), ("predictor", KEYPOINT_PREDICTOR)):
+        assert sum(n for p, n in found.items() if p.startswith(f"keypoint_{part}/")) == count
+
+
+@pytest.mark.parametrize("neck", members(["fpn", "c4"], ("fpn",)))
+def test_the_loss_of_keypoints_reaches_every_parameter_of_their_branch_and_the_trunk(neck):
+    sizes: dict[str, Any] = {} if neck == "fpn" else {"anchor_sizes": (16, 32)}
+    model = thin(neck=neck, draws_masks=False, num_keypoints=3, **sizes)
+    variables = contract.random_variables(model, (1, 64, 64, 3))
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32)
+    boxes = jnp.array([[[0.0, 0, 40, 40], [8, 16, 60, 50]]] * 2)
+
+    def loss(params):
+        apply: Any = functools.partial(model.apply, {**variables, "params": params})
+        levels = apply(images, train=False, method="features")
+        logits = apply(levels, boxes, method="locate")
+        return jnp.sum(logits[0] ** 2), logits
+
+    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    assert logits.shape == (2, 2, 56, 56, 3)
+    assert np.abs(logits[0] - logits[1]).max() > 0  # each image has its own
+    assert np.abs(logits[:, 0] - logits[:, 1]).max() > 0  # and each box
+    flat = jax.tree_util.tree_leaves_with_path(jax.tree.map(np.any, grads))
+    reached = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in flat}
+    branch = [x for path, x in reached.items() if path.startswith("keypoint_")]
+    assert len(branch) == 2 * 9
+    assert all(branch)
+    assert any(x for path, x in reached.items() if path.startswith("backbone/layer3"))
+    assert not any(x for p, x in reached.items() if p.startswith(("rpn/", "box_predictor/")))
+
+
+def test_keypoint_logits_are_enlarged_by_up_convolution_and_interpolation():
+    """A one in a map of zeros: 4 x 4 taps at stride 2, cropped by 1, then linear, half-pixel."""
+    predictor = heads.KeypointPredictor(1)
+    kernel = np.arange(16, dtype=np.float32).reshape(4, 4, 1, 1)
+    params = {"kps_score_lowres": {"kernel": kernel, "bias": np.ones(1, np.float32)}}
+    x = np.zeros((1, 3, 3, 1), np.float32)
+    x[0, 1, 1] = 1
+    found = np.asarray(predictor.apply({"params": params}, x))[0, ..., 0]
+    small = np.ones((6, 6))
+    small[1:5, 1:5] += kernel[..., 0, 0]
+    rows = np.zeros((12, 6))
+    for i in range(12):
+        at = np.clip((i + 0.5) / 2 - 0.5, 0, 5)
+        low = min(int(at), 4)
+        rows[i, low], rows[i, low + 1] = 1 - (at - low), at - low
+    np.testing.assert_allclose(found, rows @ small @ rows.T, rtol=1e-5, atol=1e-5)

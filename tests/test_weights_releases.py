@@ -93,6 +93,7 @@ NAMES = [
         for trunk in ("R_50", "R_101", "X_101_32x8d", "X_101_64x4d")
         for neck in ("C4", "DC5", "FPN")
     ),
+    "keypointrcnn_resnet50_fpn",
 ]
 
 
@@ -112,6 +113,7 @@ def test_every_name_is_found():
             for name in ("Faster R-CNN", "Mask R-CNN")
             for kind in ("", " of 2019", " v2")
         ),
+        *(f"torchvision's Keypoint R-CNN{kind}" for kind in ("", " of 2019")),
         "Caffe's ZF",
         *(
             f"{code}'s R-CNN on {trunk}-{neck}"

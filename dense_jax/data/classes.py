@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from dense_jax.data.keypoints import KeypointTable
+
 IGNORE_LABEL = 255
 """The label of a pixel that no loss and no metric counts, in every array of this library."""
 
@@ -53,6 +55,7 @@ class ClassTable:
       void_values: file values that mean "do not count this pixel"; they become `IGNORE_LABEL`.
       has_chosen_colours: whether somebody chose the colours, which may be those of PASCAL VOC;
         None for whether they are given.
+      keypoints: the keypoints of objects; None: there are none.
 
     Raises:
       ValueError: the lists differ in length, a name or a value occurs twice, or there are no
@@ -65,6 +68,7 @@ class ClassTable:
     void_values: Sequence[int] = (IGNORE_LABEL,)
     # Not part of what a table is: hashes and comparisons of earlier tables stay.
     has_chosen_colours: bool | None = dataclasses.field(default=None, repr=False, compare=False)
+    keypoints: KeypointTable | None = dataclasses.field(default=None, repr=False)
 
     ignore_label: ClassVar[int] = IGNORE_LABEL
 
@@ -92,6 +96,8 @@ class ClassTable:
             raise ValueError(
                 f"{num} names but {len(self.colours)} colours and {len(self.values)} values"
             )
+        if self.keypoints is not None and not isinstance(self.keypoints, KeypointTable):
+            raise ValueError("keypoints are part of annotations, not of a class table")
         if any(len(c) != 3 or not all(0 <= v <= 255 for v in c) for c in self.colours):
             raise ValueError(f"colours are three numbers in 0..255, got {self.colours}")
         values = (*self.values, *self.void_values)
@@ -196,12 +202,15 @@ class ClassTable:
         table = dataclasses.asdict(self)
         if not (self.has_chosen_colours and self._has_voc_colours):
             del table["has_chosen_colours"]  # the colours tell it
+        if self.keypoints is None:
+            del table["keypoints"]
         return table
 
     def as_file(self) -> str:
         """Returns the text of a ``classes.json``, in one line; colours are those somebody chose."""
         table = self.to_json()
         table.pop("has_chosen_colours", None)  # who writes colours into a file chose them
+        table.pop("keypoints", None)  # of annotations alone
         if not self.has_chosen_colours:
             del table["colours"]
         return json.dumps(table, ensure_ascii=False)
@@ -210,4 +219,6 @@ class ClassTable:
     def from_json(cls, table: Mapping[str, Any]) -> "ClassTable":
         """Builds a table from the result of `to_json`, or from some of its keys."""
         fields: dict[str, Any] = {"has_chosen_colours": False, **table}  # records of before lack it
+        if fields.get("keypoints") is not None:
+            fields["keypoints"] = KeypointTable(**fields["keypoints"])
         return cls(**fields)

@@ -29,19 +29,26 @@ class ReadObjects:
     Attributes:
       background: class that is not an object.
       masks: whether objects have masks.
+      keypoints: whether they have keypoints.
       min_side: objects with a shorter side than this, in pixels, are left out.
     """
 
     background: int | None = 0
     masks: bool = False
+    keypoints: bool = False
     min_side: int = 1
 
     def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
         """Returns the example with "objects", and without the form in which they came."""
         objects = object_lib.find(
-            example, self.background, min_side=self.min_side, masks=self.masks
+            example,
+            self.background,
+            min_side=self.min_side,
+            masks=self.masks,
+            keypoints=self.keypoints,
         )
-        rest = {k: x for k, x in example.items() if k not in ("instances", "annotations")}
+        forms = ("instances", "keypoints", "annotations")
+        rest = {k: x for k, x in example.items() if k not in forms}
         return {**rest, "objects": objects}
 
 
@@ -173,8 +180,9 @@ class PadObjects:
     """Turns objects into arrays of a fixed number of slots; the last transform.
 
     "objects" becomes a dict of "boxes" float32 [G, 4], "classes" int32 [G] and "valid" bool [G], if
-    there are masks also "masks" bool [G, H, W] or "cells" uint8 [G, S, S]. Crowds are left out,
-    since nobody knows where their objects end. Of more objects than slots, the largest are kept.
+    there are masks also "masks" bool [G, H, W] or "cells" uint8 [G, S, S], and of keypoints
+    "keypoints" float32 [G, K, 3], which are not labelled in free slots. Crowds are left out, since
+    nobody knows where their objects end. Of more objects than slots, the largest are kept.
 
     Attributes:
       slots: G.
@@ -201,6 +209,8 @@ class PadObjects:
             each = zip(objects.masks, objects.boxes, strict=True)
             cells = [cells_of(mask, box, side) for mask, box in each]
             arrays["cells"] = np.array(cells, np.uint8).reshape(-1, side, side)
+        if objects.keypoints is not None:
+            arrays["keypoints"] = objects.keypoints.points
         padded = {
             key: np.pad(array, [(0, free)] + [(0, 0)] * (array.ndim - 1))
             for key, array in arrays.items()

@@ -1,4 +1,4 @@
-"""The objects of an image: their boxes, classes and masks.
+"""The objects of an image: their boxes, classes, masks and keypoints.
 
 Datasets give them in one of three forms: as ``annotations`` (COCO, where objects overlap), as
 ``instances``, a map with the number of an object for each pixel, or as a label alone, whose
@@ -17,6 +17,7 @@ from scipy import ndimage
 from dense_jax.data import rle
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example
+from dense_jax.data.keypoints import Keypoints
 from dense_jax.ops import boxes as box_ops
 
 _LEAST_SIDE = 1.0  # Pixels; what a crop leaves of an object is dropped if a side is shorter.
@@ -33,6 +34,7 @@ class Objects:
       crowd: bool [N], whether the "object" is a region of many objects that nobody separated.
       areas: float32 [N], pixels of each object, as annotated.
       masks: bool [N, H, W], or N run-length codes (see `dense_jax.data.rle`), or None.
+      keypoints: of the N objects, or None.
     """
 
     boxes: np.ndarray
@@ -41,6 +43,7 @@ class Objects:
     crowd: np.ndarray
     areas: np.ndarray
     masks: np.ndarray | Sequence[Mapping[str, Any]] | None = None
+    keypoints: Keypoints | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -53,7 +56,8 @@ class Objects:
             is_array = isinstance(masks, np.ndarray)
             masks = masks[places] if is_array else [masks[i] for i in places]
         fields: dict[str, Any] = {name: getattr(self, name)[places] for name in _DTYPES}
-        return type(self)(**fields, masks=masks)
+        keypoints = self.keypoints and self.keypoints.select(places)
+        return type(self)(**fields, masks=masks, keypoints=keypoints)
 
     def mask(self, index: int) -> np.ndarray:
         """Returns the pixels of an object, labelled or not, bool [H, W]."""
@@ -76,7 +80,10 @@ class Objects:
                           width - self.boxes[:, 0], self.boxes[:, 3]], axis=1)  # fmt: skip
         masks = self._bitmaps()
         return dataclasses.replace(
-            self, boxes=boxes, masks=None if masks is None else masks[:, :, ::-1]
+            self,
+            boxes=boxes,
+            masks=None if masks is None else masks[:, :, ::-1],
+            keypoints=self.keypoints and self.keypoints.flip(width),
         )
 
     def resize(self, old: tuple[int, int], new: tuple[int, int]) -> Self:
@@ -93,7 +100,11 @@ class Objects:
             masks = np.array([np.asarray(m) for m in resized], bool).reshape(-1, *new)
         areas = (self.areas * (factors[0] * factors[1])).astype(np.float32)
         return dataclasses.replace(
-            self, boxes=box_ops.scale(self.boxes, factors), areas=areas, masks=masks
+            self,
+            boxes=box_ops.scale(self.boxes, factors),
+            areas=areas,
+            masks=masks,
+            keypoints=self.keypoints and self.keypoints.scale(factors),
         )
 
     def window(self, top: int, left: int, size: tuple[int, int]) -> Self:
@@ -114,7 +125,13 @@ class Objects:
             cut[:, y - top : y - top + part.shape[1], x - left : x - left + part.shape[2]] = part
             masks, areas = cut, np.count_nonzero(cut, axis=(1, 2))
             inside &= areas > 0
-        moved = dataclasses.replace(self, boxes=boxes, areas=areas.astype(np.float32), masks=masks)
+        moved = dataclasses.replace(
+            self,
+            boxes=boxes,
+            areas=areas.astype(np.float32),
+            masks=masks,
+            keypoints=self.keypoints and self.keypoints.window(top, left, size),
+        )
         return moved.select(inside)
 
     def _bitmaps(self) -> np.ndarray | None:
@@ -127,8 +144,10 @@ class Objects:
         masks = self.masks
         if isinstance(masks, np.ndarray):
             masks = [rle.encode(mask) for mask in masks]
-        fields = {name: getattr(self, name).tolist() for name in _DTYPES}
-        return json.dumps({**fields, "masks": masks}, separators=(",", ":"))
+        fields = {name: getattr(self, name).tolist() for name in _DTYPES} | {"masks": masks}
+        if self.keypoints is not None:  # texts without any stay as they were
+            fields["keypoints"] = self.keypoints.to_json()
+        return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -136,7 +155,10 @@ class Objects:
         fields = json.loads(text)
         arrays = {name: np.array(fields[name], dtype) for name, dtype in _DTYPES.items()}
         arrays["boxes"] = arrays["boxes"].reshape(-1, 4)
-        return cls(**arrays, masks=fields["masks"])
+        keypoints = fields.get("keypoints")
+        return cls(
+            **arrays, masks=fields["masks"], keypoints=keypoints and Keypoints.from_json(keypoints)
+        )
 
 
 _DTYPES = {
@@ -146,8 +168,9 @@ _DTYPES = {
 
 def without_classes(boxes: np.ndarray) -> Objects:
     """Returns boxes [N, 4] of class 0, without masks."""
-    zeros = {name: np.zeros(len(boxes), dtype) for name, dtype in _DTYPES.items()}
-    return Objects(**{**zeros, "boxes": boxes.astype(np.float32)})
+    zeros: dict[str, Any] = {name: np.zeros(len(boxes), dtype) for name, dtype in _DTYPES.items()}
+    zeros["boxes"] = boxes.astype(np.float32)
+    return Objects(**zeros)
 
 
 def number(example: Example, background: int | None, *, by_class: bool = True) -> np.ndarray:
@@ -180,22 +203,25 @@ def find(
     min_side: int = 1,
     background_votes: bool = False,
     masks: bool = True,
+    keypoints: bool = False,
 ) -> Objects:
     """Returns the objects of an example, in the order of their numbers.
 
     The class of an object is that of most of its pixels. An object without a vote is left out.
 
     Args:
-      example: with "label", and perhaps "annotations" or "instances".
+      example: with "label", and perhaps "annotations", or "instances" and "keypoints".
       background: class that is not an object; None: every class has objects.
       min_side: objects with a shorter side than this, in pixels, are left out.
       background_votes: whether background pixels of an object vote too. An object whose majority is
         background is left out.
       masks: whether to return masks, bool [N, H, W].
+      keypoints: whether to return keypoints, if the example has them.
     """
     label = example["label"]
     if (given := example.get("annotations")) is not None:
         objects = given.decoded(label.shape) if masks else dataclasses.replace(given, masks=None)
+        objects = objects if keypoints else dataclasses.replace(objects, keypoints=None)
         return objects.select(box_ops.min_side(objects.boxes) >= min_side)
     numbered = number(example, background)
     boxes, classes, numbers, areas = [], [], [], []
@@ -222,4 +248,5 @@ def find(
         np.zeros(len(ids), bool),
         np.array(areas, np.float32),
         numbered == ids[:, None, None] if masks else None,
+        example["keypoints"].select(ids) if keypoints and "keypoints" in example else None,
     )

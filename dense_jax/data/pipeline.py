@@ -38,7 +38,7 @@ Batch = dict[str, Any]
 _ENDLESS = 2**32  # Epochs; Grain's own endless repetition overflows with batches of one.
 
 # Keys of an example that do not become an array of a batch, or become one of another name.
-_OWN = ("image", "label", "name", "index", "instances", "annotations", "image_id")
+_OWN = ("image", "label", "name", "index", "instances", "keypoints", "annotations", "image_id")
 
 
 class TrainBatches(Iterator[Batch]):

@@ -272,6 +272,8 @@ def _key(files: Files) -> str:
     variant = (_VERSION, kept, files.classes, files.options)
     if "has_chosen_colours" in files.classes.to_json():  # not in repr, but labels must fit them
         variant += ("chosen colours",)
+    if files.classes.keypoints is not None:  # not in repr either
+        variant += (files.classes.keypoints,)
     state = hashlib.blake2b(repr(variant).encode(), digest_size=8)
     for pair in files.pairs:
         own = [path for path in (pair.image, pair.label, pair.objects) if path]

@@ -12,6 +12,7 @@ import numpy as np
 
 from dense_jax import viz
 from dense_jax.analysis.drawing import INK, Drawing
+from dense_jax.data import keypoints as keypoint_lib
 from dense_jax.data import rle
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset, Source
@@ -23,7 +24,7 @@ from dense_jax.metrics import coco, voc
 from dense_jax.metrics.detections import Detections, Truth
 from dense_jax.train import processes
 
-_KINDS = {"box": "Box", "mask": "Mask"}
+_KINDS = {"box": "Box", "mask": "Mask", "keypoint": "Keypoint"}
 _TITLES = {
     "ap": "AP",
     "ap50": "AP50",
@@ -34,9 +35,15 @@ _TITLES = {
     "ar_1": "AR of 1 detection",
     "ar_10": "AR of 10 detections",
     "ar_100": "AR of 100 detections",
+    "ar_20": "AR of 20 detections",
     "ar_small": "AR of small objects",
     "ar_medium": "AR of medium objects",
     "ar_large": "AR of large objects",
+}
+_NOT_OF = {  # scores that COCO does not have
+    "keypoint": ("ap_small", "ar_1", "ar_10", "ar_100", "ar_small"),
+    "box": ("ar_20",),
+    "mask": ("ar_20",),
 }
 _MAIN = ("ap", "ap50", "ap75")
 _OF_MASKS = typing.get_args(voc.MaskProtocol)
@@ -110,16 +117,17 @@ def findings(
 ) -> Findings:
     """Returns the metrics, a table of classes, pictures and results of a split.
 
-    COCO's metrics are "box_ap", "box_ap50", ... and, of masks, "mask_ap", ... VOC's are "voc_ap50"
-    of boxes, and "apr50", "apr70" and "apr_vol" of masks; each ends in "_area" (under the curve) or
-    "_points" (mean over 11 points). The files ``results_box.json`` and ``results_mask.json`` are in
-    COCO's results format; its tools compute the same from them.
+    COCO's metrics are "box_ap", "box_ap50", ..., of masks "mask_ap", ..., and of keypoints
+    "keypoint_ap", ... VOC's are "voc_ap50" of boxes, and "apr50", "apr70" and "apr_vol" of masks;
+    each ends in "_area" (under the curve) or "_points" (mean over 11 points). The files
+    ``results_box.json``, ``results_mask.json`` and ``results_keypoint.json`` are in COCO's results
+    format; its tools compute the same from them.
 
     Args:
       evaluator: the objects of all images.
       dataset: the scored dataset.
       split: name of the scored split.
-      kinds: what is scored, the main one first: ("mask", "box"), or ("box",) without masks.
+      kinds: what is scored, the main one first: such as ("mask", "box"), or ("box",) without masks.
       voc_boxes: protocol of VOC's metrics of boxes; None leaves them out.
       voc_masks: protocol of VOC's metrics of masks; None leaves them out.
       image_ids: the id in files of each image of the split; by default its index.
@@ -136,7 +144,7 @@ def findings(
     if all(truth.crowd.all() for truth in truths):
         raise UserError(f"no {split} image of {dataset.name} shows an object: give other data")
     compute = functools.partial(coco.average_precision, truths, detections, classes.num_classes)
-    summaries = {kind: compute(kind) for kind in kinds}
+    summaries = {kind: compute(kind, _sigmas(classes)) for kind in kinds}
     of_voc: dict[str, voc.VocScores] = {
         protocol: voc.average_precision(
             truths, detections, classes.num_classes, protocol, voc.VOLUME
@@ -150,9 +158,9 @@ def findings(
     pictures += [
         Picture(
             f"precision_{kind}_{split}.png",
-            functools.partial(_curves, summaries[kind], classes),
+            functools.partial(_curves, summaries[kind], classes, _measure(kind)),
             "Precision and recall",
-            f"{_KINDS[kind]} IoU; each class in its colour, their mean in black",
+            f"{_KINDS[kind]} {_measure(kind)}; each class in its colour, their mean in black",
         )
         for kind in kinds
     ]
@@ -192,6 +200,14 @@ def record(
     return Record(headline, found, protocol)
 
 
+def _measure(kind: coco.Kind) -> str:
+    return "OKS" if kind == "keypoint" else "IoU"
+
+
+def _sigmas(classes: ClassTable) -> np.ndarray | None:
+    return None if classes.keypoints is None else classes.keypoints.sigmas
+
+
 def _coco_scores(kind: coco.Kind, summary: coco.CocoScores) -> list[Score]:
     return [
         Score(
@@ -201,6 +217,7 @@ def _coco_scores(kind: coco.Kind, summary: coco.CocoScores) -> list[Score]:
             main=name in _MAIN,
         )
         for name, title in _TITLES.items()
+        if name not in _NOT_OF[kind]
     ]
 
 
@@ -262,7 +279,7 @@ def _extremes(
     """Returns pictures of the images with the lowest and the highest AP of their own."""
     best, worst = Top(), Top()
     for index, (truth, found) in images.items():
-        score = _own_ap(truth, found, kind)
+        score = _own_ap(truth, found, kind, _sigmas(classes))
         if not np.isnan(score):
             best.offer(score, index, None)
             worst.offer(-score, index, None)
@@ -279,15 +296,16 @@ def _extremes(
     ]
 
 
-def _own_ap(truth: Truth, found: Detections, kind: coco.Kind) -> float:
+def _own_ap(
+    truth: Truth, found: Detections, kind: coco.Kind, sigmas: np.ndarray | None = None
+) -> float:
     """Returns COCO's AP of one image: of the classes that it shows."""
     present, numbers = np.unique(truth.classes, return_inverse=True)
     rows = np.flatnonzero(np.isin(found.classes, present))
     ids = 1 + np.searchsorted(present, found.classes[rows])
-    masks = None if found.masks is None else [found.masks[i] for i in rows.tolist()]
-    relevant = Detections(found.boxes[rows], ids, found.scores[rows], masks)
+    relevant = dataclasses.replace(found.select(np.isin(found.classes, present)), classes=ids)
     renumbered = dataclasses.replace(truth, classes=1 + numbers)
-    return coco.average_precision([renumbered], [relevant], 1 + len(present), kind).ap
+    return coco.average_precision([renumbered], [relevant], 1 + len(present), kind, sigmas).ap
 
 
 def _compare(
@@ -305,6 +323,9 @@ def _compare(
         # Masks of one class touch and overlap.
         colours = palette[ids] if masks is None else object_colours(len(rows))
         options: dict[str, Any] = {"scores": scores, "masks": masks, "factor": factor}
+        if objects.keypoints is not None and classes.keypoints is not None:
+            options["keypoints"] = objects.keypoints[rows]
+            options["edges"] = classes.keypoints.edges
         return viz.objects(image, boxes, ids, classes.names, colours, **options)
 
     ranked = np.argsort(-found.scores, kind="stable")
@@ -314,8 +335,8 @@ def _compare(
     return viz.contact_sheet(pictures, columns=2)
 
 
-def _curves(summary: coco.CocoScores, classes: ClassTable) -> np.ndarray:
-    """Draws precision over recall at IoU 0.5 and 0.75."""
+def _curves(summary: coco.CocoScores, classes: ClassTable, measure: str) -> np.ndarray:
+    """Draws precision over recall at IoU or OKS 0.5 and 0.75."""
     side, left, top, gap = 300, 56, 34, 70
     drawing = Drawing(2 * (left + side) + gap, top + side + 48, "precision over recall")
     palette = classes.palette()
@@ -337,7 +358,7 @@ def _curves(summary: coco.CocoScores, classes: ClassTable) -> np.ndarray:
         for class_id in np.flatnonzero(~np.isnan(curves).any(axis=1)):
             line(curves[class_id], "#" + bytes(palette[class_id]).hex(), 1)
         line(mean, INK, 3)
-        title = f"precision, IoU {threshold}: mean {100 * mean.mean():.1f} %"
+        title = f"precision, {measure} {threshold}: mean {100 * mean.mean():.1f} %"
         drawing.text(x0 - 8, 14, title, anchor="start", bold=True)
         drawing.text(x0 + side, y0 + 34, "recall", anchor="end")
     return drawing.picture()
@@ -349,7 +370,7 @@ def _results(
     category_ids: Sequence[int] | None,
     kind: coco.Kind,
 ) -> list[dict[str, Any]]:
-    """Returns all detections in COCO's results format, boxes or masks.
+    """Returns all detections in COCO's results format, boxes, masks or keypoints.
 
     One file of both would have other areas of masks in COCO's tools: those of the boxes.
     """
@@ -364,6 +385,8 @@ def _results(
             }
             if kind == "box":
                 row["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+            elif kind == "keypoint" and found.keypoints is not None:
+                row["keypoints"] = keypoint_lib.to_coco(found.keypoints[i])
             elif found.masks is not None:
                 row["segmentation"] = found.masks[i]
             rows.append(row)

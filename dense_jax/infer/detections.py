@@ -267,11 +267,13 @@ def two_stages(
     rule: DetectionRule,
     scales: Sequence[float] = (1.0,),
     masks: Literal["sigmoid", "softmax"] | None = None,
+    keypoints: bool = False,
 ) -> Callable[..., dict[str, jax.Array]]:
     """Returns (variables, images [B, H, W, C], sizes [B, 2], *inputs) -> arrays of `detect`.
 
     The arrays are [B, ...]. With masks there is also "masks", float32 [B, D, M, M], the probability
-    that a cell of the box is in the object.
+    that a cell of the box is in the object; with keypoints, "keypoint_logits" [B, D, M', M', K] of
+    the cell of each; see `dense_jax.infer.keypoints`.
 
     Args:
       model: a `dense_jax.models.rcnn.faster_rcnn.FasterRCNN`.
@@ -281,11 +283,18 @@ def two_stages(
         `classify_at_scales`.
       masks: how the logits of a `dense_jax.models.rcnn.mask_rcnn.MaskRCNN` become probabilities;
         None leaves masks out.
+      keypoints: whether the network finds keypoints.
     """
 
+    def boxes_of(found: dict[str, jax.Array]) -> jax.Array:
+        return box_ops.last_inside(found["boxes"]) if rule.plus_one else found["boxes"]
+
+    def locate(apply: Any, levels: Any, found: dict[str, jax.Array]) -> jax.Array:
+        logits = apply(levels, boxes_of(found), method="locate")
+        return jnp.where(found["valid"][..., None, None, None], logits, 0.0)
+
     def draw(apply: Any, levels: Any, found: dict[str, jax.Array]) -> jax.Array:
-        boxes = box_ops.last_inside(found["boxes"]) if rule.plus_one else found["boxes"]
-        logits = apply(levels, boxes, method="draw")
+        logits = apply(levels, boxes_of(found), method="draw")
         own = found["classes"][..., None, None, None] if logits.shape[-1] > 1 else 0
         whole = jax.nn.softmax(logits) if masks == "softmax" else jax.nn.sigmoid(logits)
         index = jnp.broadcast_to(own, (*logits.shape[:-1], 1))
@@ -300,7 +309,10 @@ def two_stages(
         scores, moves = classify_at_scales(apply, images, levels, proposals.boxes, scales)
         choose = functools.partial(detect, rule=rule)
         found = jax.vmap(choose)(scores, moves, proposals.boxes, proposals.valid, sizes)
-        return found | ({"masks": draw(apply, levels, found)} if masks else {})
+        branches = {"masks": draw(apply, levels, found)} if masks else {}
+        if keypoints:
+            branches["keypoint_logits"] = locate(apply, levels, found)
+        return found | branches
 
     return predict
 

@@ -1,4 +1,4 @@
-"""Predicted objects of an image: boxes, classes, masks and scores, as pictures and as files."""
+"""Predicted objects of an image: boxes, classes, masks, keypoints, scores; drawn and as files."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ from dense_jax import runs, viz
 from dense_jax.data import rle
 from dense_jax.data.box_masks import paste
 from dense_jax.data.classes import ClassTable, voc_colours
+from dense_jax.data.keypoints import to_coco
 from dense_jax.infer import pasting
 from dense_jax.infer.pasting import Convention
 
@@ -38,6 +39,8 @@ class Instances:
       threshold: a pixel belongs to a mask if its probability is at least this.
       convention: how heat maps are pasted; see `dense_jax.infer.pasting`. None: each pixel takes
         the cell that contains its centre.
+      keypoints: float32 [N, K, 3], x and y in pixels, and the logit, of the names in
+        `classes.keypoints`; None if none are predicted.
     """
 
     image: np.ndarray
@@ -48,6 +51,7 @@ class Instances:
     heatmaps: np.ndarray | None = None
     threshold: float = 0.5
     convention: Convention | None = None
+    keypoints: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -69,7 +73,7 @@ class Instances:
         return pasting.paste(heatmap, box, size, self.convention).mask(size, self.threshold)
 
     def overlay(self) -> np.ndarray:
-        """Returns the image with box, name, score and mask in one colour for each object."""
+        """Returns the image with box, name, score, mask and keypoints, a colour for each object."""
         return viz.objects(
             self.image,
             self.boxes,
@@ -78,10 +82,15 @@ class Instances:
             object_colours(len(self)),
             scores=self.scores,
             masks=self.masks,
+            keypoints=self.keypoints,
+            edges=self.classes.keypoints.edges if self.classes.keypoints else (),
         )
 
     def results(self) -> list[dict[str, Any]]:
-        """Returns the objects in COCO's results format (box, class, mask, score), without image."""
+        """Returns the objects in COCO's results format (box, class, mask, ...), without image.
+
+        "keypoints" are COCO's numbers, which are those of pixels; "keypoint_scores" are logits.
+        """
         rows = []
         for i, (x0, y0, x1, y1) in enumerate(self.boxes):
             row: dict[str, Any] = {
@@ -91,6 +100,9 @@ class Instances:
             }
             if self.heatmaps is not None:
                 row["segmentation"] = rle.encode(self.mask(i))
+            if self.keypoints is not None:
+                row["keypoints"] = to_coco(self.keypoints[i])
+                row["keypoint_scores"] = [round(float(x), 4) for x in self.keypoints[i, :, 2]]
             rows.append(row)
         return rows
 

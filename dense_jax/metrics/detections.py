@@ -1,7 +1,7 @@
 """What the metrics of detection compare: the true objects of an image, and the predicted ones.
 
 Boxes are (x0, y0, x1, y1) in pixels, as in `dense_jax.ops.boxes`; masks are COCO's run lengths, as
-in `dense_jax.data.rle`.
+in `dense_jax.data.rle`; keypoints have the coordinates of boxes.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ class Truth:
       difficult: bool [N], whether VOC's metrics leave it out.
       area: [N], in square pixels; COCO's metrics sort objects by it into small, medium and large.
       masks: N masks, or None if there are none.
+      keypoints: [N, K, 3], x, y and visibility (0: not labelled), or None if there are none.
     """
 
     boxes: np.ndarray
@@ -37,6 +38,7 @@ class Truth:
     difficult: np.ndarray
     area: np.ndarray
     masks: Sequence[Rle] | None
+    keypoints: np.ndarray | None = None
 
     @classmethod
     def build(
@@ -48,6 +50,7 @@ class Truth:
         difficult: ArrayLike | None = None,
         area: ArrayLike | None = None,
         masks: Sequence[Rle] | None = None,
+        keypoints: ArrayLike | None = None,
     ) -> Self:
         """Checks and completes the objects of an image.
 
@@ -58,6 +61,7 @@ class Truth:
           difficult: bool [N]; by default no object is difficult.
           area: [N]; by default the areas of the masks or, without masks, of the boxes.
           masks: N masks.
+          keypoints: [N, K, 3].
 
         Raises:
           ValueError: the lengths differ.
@@ -73,6 +77,7 @@ class Truth:
             none if difficult is None else np.asarray(difficult, bool),
             box_ops.area(boxes) if area is None else np.asarray(area, float),
             masks,
+            None if keypoints is None else np.asarray(keypoints, float),
         )
         _check_lengths(truth)
         return truth
@@ -90,12 +95,14 @@ class Detections:
       classes: integers [N], from 1.
       scores: [N]; higher is more certain. Equal scores rank in the order of the arrays.
       masks: N masks, or None if there are none.
+      keypoints: [N, K, 3], x, y and a score, or None if there are none.
     """
 
     boxes: np.ndarray
     classes: np.ndarray
     scores: np.ndarray
     masks: Sequence[Rle] | None
+    keypoints: np.ndarray | None = None
 
     @classmethod
     def build(
@@ -104,21 +111,23 @@ class Detections:
         classes: ArrayLike,
         scores: ArrayLike,
         masks: Sequence[Rle] | None = None,
+        keypoints: ArrayLike | None = None,
     ) -> Self:
         """Checks the detections of an image.
 
         Raises:
           ValueError: the lengths differ.
-          UserError: a score or a box is not finite.
+          UserError: a score, a box or a keypoint is not finite.
         """
         boxes, classes = np.asarray(boxes, float).reshape(-1, 4), np.asarray(classes, int)
         scores = np.asarray(scores, float)
-        for numbers, name in ((scores, "score"), (boxes, "box")):
+        points = None if keypoints is None else np.asarray(keypoints, float)
+        for numbers, name in ((scores, "score"), (boxes, "box"), (points, "keypoint")):
             refuse(
-                not np.isfinite(numbers).all(),
+                numbers is not None and not np.isfinite(numbers).all(),
                 f"a predicted {name} is not finite: the network diverged, train it again",
             )
-        detections = cls(boxes, classes, scores, masks)
+        detections = cls(boxes, classes, scores, masks, points)
         _check_lengths(detections)
         return detections
 
@@ -127,7 +136,10 @@ class Detections:
         masks = self.masks
         if masks is not None:
             masks = [masks[i] for i in np.flatnonzero(index).tolist()]
-        return type(self)(self.boxes[index], self.classes[index], self.scores[index], masks)
+        keypoints = None if self.keypoints is None else self.keypoints[index]
+        return type(self)(
+            self.boxes[index], self.classes[index], self.scores[index], masks, keypoints
+        )
 
     def found_in(self, others: "Detections", min_iou: float) -> np.ndarray:
         """Returns whether each has one of its class, with at least an IoU of boxes, among others.

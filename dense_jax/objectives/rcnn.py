@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dense_jax.objectives import targets
+from dense_jax.objectives.keypoints import keypoint_losses, keypoint_targets
 from dense_jax.objectives.masks import Losses, MaskRule, mask_losses, mask_targets
 from dense_jax.ops import boxes as box_ops
 from dense_jax.ops.proposals import (
@@ -294,10 +295,11 @@ def objective(
     proposal_rule: ProposalRule,
     roi_rule: RoiRule | None,
     mask_rule: MaskRule | None = None,
+    keypoints: bool = False,
 ) -> LossFn:
     """Returns the losses of end-to-end training: "rpn_class", "rpn_box", "class" and "box".
 
-    With masks, there is also "mask".
+    With masks and keypoints, there are also "mask" and "keypoint".
 
     In alternating training (Ren et al., Section 3.2), the proposals or the head learn alone.
 
@@ -310,6 +312,7 @@ def objective(
       proposal_rule: which of them become proposals.
       roi_rule: which proposals train the box head; None: it does not learn.
       mask_rule: how masks train, of a `dense_jax.models.rcnn.mask_rcnn.MaskRCNN`; None: not at all.
+      keypoints: whether its keypoints train.
     """
 
     def losses(apply: Callable[..., Any], batch: Batch, rng: jax.Array) -> Losses:
@@ -330,14 +333,19 @@ def objective(
             return result
         fixed = lax.stop_gradient((logits, deltas))
         proposals = propose_each(*fixed, anchors, sizes, proposal_rule)
-        of_head = _head_losses(apply, levels, proposals, batch, for_rois, roi_rule, mask_rule)
+        of_head = _head_losses(
+            apply, levels, proposals, batch, for_rois, roi_rule, mask_rule, keypoints
+        )
         return result | of_head
 
     return losses
 
 
 def head_objective(
-    rule: RoiRule, anchors_of: AnchorsOf | None = None, mask_rule: MaskRule | None = None
+    rule: RoiRule,
+    anchors_of: AnchorsOf | None = None,
+    mask_rule: MaskRule | None = None,
+    keypoints: bool = False,
 ) -> LossFn:
     """Returns the losses of Fast R-CNN, whose proposals no network makes: "class" and "box".
 
@@ -346,6 +354,7 @@ def head_objective(
       anchors_of: as in `objective`; all anchors are proposals then. None: batches have "proposals",
         see `dense_jax.data.detection.PadProposals`.
       mask_rule: as in `objective`.
+      keypoints: as in `objective`.
     """
 
     def losses(apply: Callable[..., Any], batch: Batch, rng: jax.Array) -> Losses:
@@ -358,7 +367,7 @@ def head_objective(
             grids = [level.shape[1:3] for level in levels]
             anchors = anchors_of(batch["images"].shape[1:3], grids)
             proposals = whole_grid(anchors, _sizes(batch), plus_one=rule.plus_one)
-        return _head_losses(apply, levels, proposals, batch, rng, rule, mask_rule)
+        return _head_losses(apply, levels, proposals, batch, rng, rule, mask_rule, keypoints)
 
     return losses
 
@@ -371,24 +380,28 @@ def _head_losses(
     rng: jax.Array,
     rule: RoiRule,
     mask_rule: MaskRule | None,
+    keypoints: bool,
 ) -> Losses:
     objects = batch["objects"]
     count = proposals.boxes.shape[1] + objects["boxes"].shape[1]
     wanted = sample_rois(proposals, objects, uniforms(rng, batch["index"], count), rule)
-    if mask_rule is None:
-        scores, moves = apply(levels, wanted.boxes, method="classify")
-        return roi_losses(scores, moves, wanted, rule)
     # Boxes with a class come first.
     num = min(rule.max_foreground, wanted.boxes.shape[1])
-    scores, moves, masks = apply(levels, wanted.boxes, num, method="classify_and_draw")
     first = jax.tree.map(lambda x: x[:, :num], wanted)
     boxes = box_ops.with_edges(first.boxes) if rule.plus_one else first.boxes
-    bins = masks.shape[2]
-    index, sizes = first.object_index, _sizes(batch)
-    drawn = mask_targets(objects, boxes, index, sizes, bins, mask_rule)
-    return roi_losses(scores, moves, wanted, rule) | mask_losses(
-        masks, drawn, first.classes, mask_rule
-    )
+    if mask_rule is None:
+        scores, moves = apply(levels, wanted.boxes, method="classify")
+        result = {}
+    else:
+        scores, moves, masks = apply(levels, wanted.boxes, num, method="classify_and_draw")
+        index, sizes, bins = first.object_index, _sizes(batch), masks.shape[2]
+        drawn = mask_targets(objects, boxes, index, sizes, bins, mask_rule)
+        result = mask_losses(masks, drawn, first.classes, mask_rule)
+    if keypoints:
+        logits = apply(levels, first.boxes, method="locate")
+        cells = keypoint_targets(objects["keypoints"], boxes, first.object_index, logits.shape[2])
+        result |= keypoint_losses(logits, cells, first.classes)
+    return roi_losses(scores, moves, wanted, rule) | result
 
 
 def _sizes(batch: Batch) -> jax.Array:

@@ -101,18 +101,24 @@ class DetectionConfig(RunConfig):
         return short_side_size(size, short, self.max_side, self.rounding)
 
     def transforms(
-        self, *, masks: bool = False, proposals: str | None = None, num_proposals: int = 0
+        self,
+        *,
+        masks: bool = False,
+        keypoints: bool = False,
+        proposals: str | None = None,
+        num_proposals: int = 0,
     ) -> list[Transform]:
         """Returns the training transforms.
 
         Args:
           masks: whether objects have masks.
+          keypoints: whether they have keypoints.
           proposals: a file of proposals, if these are given.
           num_proposals: their largest number for an image.
         """
         has_jitter, square = self.jitter == "large_scale", (self.max_side, self.max_side)
         return chosen(
-            ReadObjects(masks=masks),
+            ReadObjects(masks=masks, keypoints=keypoints),
             proposals is not None and GiveProposals(proposals, num_proposals),
             has_jitter and LargeScaleJitter(square, antialias=self.antialias),
             not has_jitter
@@ -442,7 +448,10 @@ class Detection(Task):
                 num_cut += int(found["overflow"])
                 size = example["image"].shape[:2]
                 truth = truth_of(
-                    example, any_class=self.finds_any_class, masks="mask" in self.kinds
+                    example,
+                    any_class=self.finds_any_class,
+                    masks="mask" in self.kinds,
+                    keypoints="keypoint" in self.kinds,
                 )
                 collected.add(index, truth, self._detections(found, size))
             collected.gather()
@@ -531,20 +540,30 @@ def as_shares(boxes: np.ndarray, size: Size) -> np.ndarray:
     return box_ops.scale(box_ops.clip(boxes.astype(np.float32), size), (1 / size[0], 1 / size[1]))
 
 
-def truth_of(example: Example, *, any_class: bool = False, masks: bool = False) -> Truth:
+def truth_of(
+    example: Example, *, any_class: bool = False, masks: bool = False, keypoints: bool = False
+) -> Truth:
     """Returns the true objects of an example, as metrics take them; class 0 is the background.
 
     Args:
       example: has objects.
       any_class: whether all objects have class 1.
       masks: whether they have masks.
+      keypoints: whether they have keypoints.
     """
-    objects = object_lib.find(example, 0, masks=masks)
+    objects = object_lib.find(example, 0, masks=masks, keypoints=keypoints)
     classes = np.ones_like(objects.classes) if any_class else objects.classes
     codes = None
     if objects.masks is not None:
         codes = [rle.encode(m) if isinstance(m, np.ndarray) else m for m in objects.masks]
-    return Truth.build(objects.boxes, classes, crowd=objects.crowd, area=objects.areas, masks=codes)
+    return Truth.build(
+        objects.boxes,
+        classes,
+        crowd=objects.crowd,
+        area=objects.areas,
+        masks=codes,
+        keypoints=None if objects.keypoints is None else objects.keypoints.points,
+    )
 
 
 def proposals_of_run(config: RunConfig) -> pathlib.Path:

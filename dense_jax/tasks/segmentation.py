@@ -63,4 +63,4 @@ class InstanceSegmentation(Detection):
             for mask, box in zip(found["masks"], found["boxes"], strict=True)
         )
         masks = [rle.encode(window.mask(size)) for window in windows]
-        return Detections.build(found["boxes"], found["class_ids"], found["scores"], masks)
+        return dataclasses.replace(super()._detections(answers, size), masks=masks)

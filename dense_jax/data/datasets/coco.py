@@ -9,7 +9,8 @@ https://cocodataset.org/#format-data. Your own data can have this layout too:
   --train-json=FILE, --val-json=FILE                 any other names
 
 The class ids are 1, 2, ... in the order of the category ids, after 0, the background. The label map
-of an image shows its objects by area, the largest first, so that small ones stay visible.
+of an image shows its objects by area, the largest first, so that small ones stay visible. Where
+categories name keypoints (COCO's person_keypoints_train2017.json), objects have them too.
 """
 
 import collections
@@ -28,6 +29,7 @@ from dense_jax.data import prepared, rle
 from dense_jax.data.classes import IGNORE_LABEL, ClassTable
 from dense_jax.data.dataset import Dataset
 from dense_jax.data.files import Files, Pair, Sample
+from dense_jax.data.keypoints import Keypoints, KeypointTable, from_coco
 from dense_jax.data.objects import Objects
 from dense_jax.errors import UserError, refuse
 from dense_jax.ops import boxes as box_ops
@@ -84,16 +86,22 @@ def find(
                 f"{part.path}: other categories than in {first.path} (such as {min(other)}): give "
                 "files with the same ids and names"
             )
+        refuse(
+            part.keypoints != first.keypoints,
+            f"{part.path}: other keypoints than in {first.path}: give files with the same names "
+            "and lines",
+        )
     names = ("background", *first.categories.values())
     try:
-        classes = ClassTable(names)
+        classes = ClassTable(names, keypoints=first.keypoints)
     except ValueError as error:
         raise UserError(f"{first.path}: its categories are no class table ({error})") from None
+    points = f" with {len(first.keypoints)} keypoints" if first.keypoints else ""
     return Files(
         "coco",
         classes,
         [pair for part in parts.values() for pair in part.pairs],
-        f"{len(first.categories)} categories in COCO's format, {first.path.name}",
+        f"{len(first.categories)} categories{points} in COCO's format, {first.path.name}",
         functools.partial(_read, {split: part.objects for split, part in parts.items()}),
         has_annotations=True,
         category_ids=(0, *first.categories),
@@ -140,6 +148,7 @@ class _Part:
     categories: dict[int, str]
     pairs: list[Pair]
     objects: tuple[dict[str, _Entry], dict[int, int]]
+    keypoints: KeypointTable | None
     notes: list[str]
 
     @classmethod
@@ -168,6 +177,7 @@ class _Part:
         )
         refuse(not categories, f"{path}: no categories: add those of its annotations")
         class_of = {category: i for i, category in enumerate(sorted(categories), 1)}
+        keypoints = _keypoint_table(path, content["categories"])
         for image in content["images"]:
             file = pathlib.PurePosixPath(image["file_name"])
             refuse(
@@ -200,7 +210,7 @@ class _Part:
                 if "id" in annotation:
                     counts["annotations with the id of another one"] += annotation["id"] in seen
                     seen.add(annotation["id"])
-                for reason in _flaws(annotation, entry.size):
+                for reason in _flaws(annotation, entry.size, len(keypoints or ())):
                     counts[reason] += 1
                 entry.annotations.append(annotation)
         notes = [f"{split}: {count} {reason}" for reason, count in counts.items() if count]
@@ -208,7 +218,29 @@ class _Part:
         if empty and "annotations" in content:
             notes.append(f"{split}: {len(empty)} images without objects, such as {empty[0]}")
         ordered = {category: categories[category] for category in sorted(categories)}
-        return cls(path, ordered, pairs, (entries, class_of), notes)
+        return cls(path, ordered, pairs, (entries, class_of), keypoints, notes)
+
+
+def _keypoint_table(
+    path: pathlib.Path, categories: Sequence[Mapping[str, Any]]
+) -> KeypointTable | None:
+    """Returns the keypoints that categories name; those of all that have any must be the same."""
+    table = None
+    for category in categories:
+        if not category.get("keypoints"):
+            continue
+        try:
+            edges = [(int(a) - 1, int(b) - 1) for a, b in category.get("skeleton") or ()]
+            own = KeypointTable(category["keypoints"], edges)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the keypoints of {category['name']}: {error}") from None
+        refuse(
+            table is not None and own != table,
+            f"{path}: the keypoints of {category['name']} differ from those of other categories: "
+            "give a file for each",
+        )
+        table = own
+    return table
 
 
 def _unique(path: pathlib.Path, kind: str, items: Any) -> dict[int, str]:
@@ -223,7 +255,7 @@ def _image_folder(
     path: pathlib.Path, root: pathlib.Path, images: Sequence[Mapping[str, Any]]
 ) -> pathlib.Path:
     """Returns the first folder that holds an image of a JSON file."""
-    name = path.stem.removeprefix("instances_")
+    name = path.stem.removeprefix("instances_").removeprefix("person_keypoints_")
     folders = [root / name, root / "images" / name, root / "images", path.parent, root]
     for folder in folders:
         if any((folder / image["file_name"]).is_file() for image in images[:20]):
@@ -234,7 +266,7 @@ def _image_folder(
     )
 
 
-def _flaws(annotation: Mapping[str, Any], size: tuple[int, int]) -> list[str]:
+def _flaws(annotation: Mapping[str, Any], size: tuple[int, int], num_keypoints: int) -> list[str]:
     """Returns what is wrong with an annotation, in words that count."""
     box = _box(annotation, size)
     if box is None:
@@ -245,6 +277,20 @@ def _flaws(annotation: Mapping[str, Any], size: tuple[int, int]) -> list[str]:
         flaws.append("boxes that leave their image, cut at its edges")
     if not _has_mask(annotation):
         flaws.append("objects without a polygon of three points: their boxes are their masks")
+    return flaws + (_keypoint_flaws(annotation, size, num_keypoints) if num_keypoints else [])
+
+
+def _keypoint_flaws(annotation: Mapping[str, Any], size: tuple[int, int], count: int) -> list[str]:
+    try:
+        points = from_coco(annotation.get("keypoints") or [0] * 3 * count, count)
+    except (ValueError, TypeError):
+        return []  # an error where the image is read
+    labelled = points[points[:, 2] > 0, :2]
+    flaws = []
+    if not ((labelled >= 0) & (labelled <= (size[1], size[0]))).all():
+        flaws.append("objects with keypoints outside of their image")
+    if annotation.get("num_keypoints", len(labelled)) != len(labelled):
+        flaws.append("objects whose num_keypoints is not the number of labelled ones, which counts")
     return flaws
 
 
@@ -290,7 +336,6 @@ def _read(
     classes: ClassTable,
 ) -> Sample:
     """Reads an image, and draws its objects as a label map."""
-    del classes
     entries, class_of = objects[pair.split]
     entry = entries[pair.name]
     data, image = files_lib.read_image(pair.image)
@@ -300,7 +345,7 @@ def _read(
             f"{pair.image}: {width}x{height} pixels, but {pair.label.name} says "
             f"{entry.size[1]}x{entry.size[0]}; correct one"
         )
-    rows = []
+    rows, points = [], []
     for annotation in entry.annotations:
         box = _box(annotation, entry.size)
         if box is None:
@@ -315,6 +360,8 @@ def _read(
                 f"{pair.label}: the segmentation of annotation {number} ({pair.name}) cannot be "
                 f"read ({error}); correct it"
             ) from None
+        if classes.keypoints is not None:
+            points.append(_points(annotation, len(classes.keypoints), pair))
         area = float(annotation.get("area") or rle.area(mask))
         is_crowd = bool(annotation.get("iscrowd", 0))
         number = int(annotation.get("id", 0))
@@ -328,6 +375,9 @@ def _read(
         np.array(areas, np.float32),
         list(masks),
     )
+    if (table := classes.keypoints) is not None:
+        stacked = np.array(points, np.float32).reshape(-1, len(table), 3)
+        found = dataclasses.replace(found, keypoints=Keypoints(stacked, table.mirror))
     label = label_map(found, entry.size)
     digest = files_lib.digest(image.pixels)
     return Sample(
@@ -338,6 +388,20 @@ def _read(
         annotations=found,
         image_id=entry.image_id,
     )
+
+
+def _points(annotation: Mapping[str, Any], count: int, pair: Pair) -> np.ndarray:
+    """Returns the keypoints of an annotation, float32 [K, 3]; without any, none is labelled."""
+    numbers = annotation.get("keypoints")
+    if not numbers:
+        return np.zeros((count, 3), np.float32)
+    try:
+        return from_coco(numbers, count)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{pair.label}: the keypoints of annotation {annotation.get('id')} ({pair.name}) "
+            f"cannot be read ({error}); correct them"
+        ) from None
 
 
 def _filled(box: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:

@@ -16,8 +16,14 @@ import numpy as np
 
 from dense_jax.data.classes import IGNORE_LABEL, ClassTable
 from dense_jax.data.dataset import Dataset, Example
+from dense_jax.data.keypoints import Keypoints, KeypointTable
 from dense_jax.errors import UserError
 
+# The tips of a star, each in its fifth of the directions around the centre; the names go clockwise.
+TIPS = KeypointTable(
+    ("top", "upper right", "lower right", "lower left", "upper left"),
+    ((0, 2), (2, 4), (4, 1), (1, 3), (3, 0)),
+)
 CLASSES = ClassTable(
     names=("background", "disc", "square", "triangle", "star", "ring"),
     colours=(
@@ -28,6 +34,7 @@ CLASSES = ClassTable(
         (70, 140, 220),
         (170, 105, 205),
     ),
+    keypoints=TIPS,
 )
 _SPLITS = ("train", "val", "test")
 
@@ -90,21 +97,22 @@ class Shapes:
         if not 0 <= index < len(self):
             raise IndexError(index)
         rng = np.random.default_rng([self.spec.seed, _SPLITS.index(self.split), index])
-        image, label, instances = draw(self.spec, rng)
-        name = f"{self.split}_{index:05d}"
-        return {"image": image, "label": label, "instances": instances, "name": name}
+        example = draw(self.spec, rng)
+        return {**example, "name": f"{self.split}_{index:05d}"}
 
 
-def draw(spec: ShapesSpec, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw(spec: ShapesSpec, rng: np.random.Generator) -> Example:
     """Draws one example.
 
     Returns:
-      uint8 image [H, W, 3], uint8 label [H, W], int32 object numbers [H, W], 0 = background.
+      uint8 "image" [H, W, 3], uint8 "label" [H, W], int32 "instances" [H, W], 0 = background, and
+      the "keypoints" of each of their numbers: the tips of stars.
     """
     image = _ground(spec.size, rng)
     label = np.zeros(spec.size, np.uint8)
     instances = np.zeros(spec.size, np.int32)
     rows, columns = np.ogrid[: spec.size[0], : spec.size[1]]
+    points = [np.zeros((len(TIPS), 3), np.float32)]
     for number, (y, x, radius) in enumerate(_places(spec, rng), 1):
         kind = int(rng.integers(1, CLASSES.num_classes))
         angle = 2 * math.pi * rng.random()
@@ -121,8 +129,45 @@ def draw(spec: ShapesSpec, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
         inside = outside < 0
         label[inside], instances[inside] = kind, number
         label[np.abs(outside) < spec.void_border] = IGNORE_LABEL
+        points.append(_tips(kind, (y, x), (cos, sin), radius))
     image += spec.noise * (rng.random(image.shape) - 0.5)
-    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), label, instances
+    return {
+        "image": (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8),
+        "label": label,
+        "instances": instances,
+        "keypoints": Keypoints(_seen(np.stack(points), instances), TIPS.mirror),
+    }
+
+
+def _tips(
+    kind: int, centre: tuple[float, float], turn: tuple[float, float], radius: float
+) -> np.ndarray:
+    """Returns the tips of a star, float32 [5, 3], or zeros for another shape."""
+    points = np.zeros((len(TIPS), 3), np.float32)
+    if CLASSES.names[kind] != "star":
+        return points
+    (y, x), (cos, sin) = centre, turn
+    # Two of the five lines that are not neighbours cross there; a tenth less is inside of the star.
+    reach = 0.9 * 0.42 * radius / round(math.cos(math.pi * 2 / 5), 6)
+    for k in range(5):
+        angle = 2 * math.pi * k / 5
+        u, v = reach * round(math.cos(angle), 6), reach * round(math.sin(angle), 6)
+        right, down = cos * u - sin * v, sin * u + cos * v
+        place = round(math.atan2(right, -down) * 5 / (2 * math.pi)) % 5
+        points[place] = x + right + 0.5, y + down + 0.5, 2  # of pixels, x and y are the numbers
+    return points
+
+
+def _seen(points: np.ndarray, instances: np.ndarray) -> np.ndarray:
+    """Marks tips behind later objects as hidden, and drops those outside of the image."""
+    height, width = instances.shape
+    for number, k in np.argwhere(points[..., 2] > 0).tolist():
+        column, row = (math.floor(at) for at in points[number, k, :2])
+        if not (0 <= row < height and 0 <= column < width):
+            points[number, k] = 0
+        elif instances[row, column] > number:
+            points[number, k, 2] = 1
+    return points
 
 
 def _places(spec: ShapesSpec, rng: np.random.Generator) -> list[tuple[float, float, float]]:
@@ -209,8 +254,9 @@ def _paint(
 @functools.cache
 def _fingerprint(spec: ShapesSpec) -> str:
     """Returns a hash of the options and one example, which also changes with the drawing code."""
-    image, label, _ = draw(spec, np.random.default_rng(spec.seed))
-    return hashlib.blake2b(repr(spec).encode() + image.tobytes() + label.tobytes()).hexdigest()[:16]
+    example = draw(spec, np.random.default_rng(spec.seed))
+    drawn = example["image"].tobytes() + example["label"].tobytes()
+    return hashlib.blake2b(repr(spec).encode() + drawn).hexdigest()[:16]
 
 
 def load(data_dir: pathlib.Path | None = None, **options: Any) -> Dataset:

@@ -1,11 +1,11 @@
-"""Heads on regions of interest (RoIs): box heads, mask heads, and their predictors.
+"""Heads on regions of interest (RoIs): of boxes, masks and keypoints, and their predictors.
 
 Each head maps RoIs [R, P, P, C] to features, which predictors map to classes, boxes and masks.
 
 References: Girshick, "Fast R-CNN", ICCV 2015, arXiv:1504.08083, Section 2 (two dense layers); He,
 Gkioxari, Dollar, Girshick, "Mask R-CNN", ICCV 2017, arXiv:1703.06870, Figure 4 (both forms); Li,
 Xie, Dollar, He, Girshick, arXiv:2111.11429 (four convolutions); pytorch/vision:
-torchvision/models/detection/faster_rcnn.py.
+torchvision/models/detection/{faster_rcnn,keypoint_rcnn}.py.
 """
 
 import functools
@@ -21,6 +21,7 @@ from dense_jax.layers.conv import Conv, UpConv
 from dense_jax.layers.dropout import Dropout
 from dense_jax.models import resnet
 from dense_jax.ops.precision import at_least_float32
+from dense_jax.ops.resize import resize_bilinear
 
 # A dense layer on [..., h, w, c], whose kernel is [h, w, c, features].
 _dense_on_map = functools.partial(
@@ -206,6 +207,54 @@ class MaskDense(nn.Module):
         shape = (self.bins, self.bins, self.num_masks)
         x = at_least_float32(x)
         return nn.DenseGeneral(shape, kernel_init=init.normal(0.001), name="mask_logits")(x)
+
+
+class KeypointConvs(nn.Module):
+    """3x3 convolutions with ReLUs, "conv_fcn1", ... (Mask R-CNN, Section 5).
+
+    Attributes:
+      channels: channels of the convolutions.
+      num_convs: their number.
+      dtype: computation dtype.
+    """
+
+    channels: int = 512
+    num_convs: int = 8
+    dtype: jax.typing.DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [R, P, P, C] to [R, P, P, channels]."""
+        for i in range(1, self.num_convs + 1):
+            x = nn.relu(
+                Conv(
+                    self.channels,
+                    3,
+                    kernel_init=init.he_fan_out,
+                    dtype=self.dtype,
+                    name=f"conv_fcn{i}",
+                )(x)
+            )
+        return x
+
+
+class KeypointPredictor(nn.Module):
+    """An up-convolution "kps_score_lowres" to twice the side, and interpolation to twice that.
+
+    Attributes:
+      num_keypoints: K.
+      dtype: computation dtype of the up-convolution; logits are float32.
+    """
+
+    num_keypoints: int
+    dtype: jax.typing.DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [R, P, P, C] to logits [R, 4 P, 4 P, K] of the cell of each keypoint."""
+        up = UpConv(self.num_keypoints, 4, 2, padding=1, dtype=self.dtype, name="kps_score_lowres")
+        x = at_least_float32(up(x))
+        return resize_bilinear(x, (2 * x.shape[1], 2 * x.shape[2]), align_corners=False)
 
 
 class BoxPredictor(nn.Module):
