@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from dense_jax.data.detection import Rounding
 from dense_jax.errors import refuse
 from dense_jax.infer.detections import (
+    DetectionRule,
     ProposalsOf,
     first_stage,
     from_grid,
@@ -28,18 +29,28 @@ from dense_jax.infer.detections import (
     two_stages,
     with_edges,
 )
+from dense_jax.infer.views import View, merged
 from dense_jax.models.rcnn.faster_rcnn import Backbone, FasterRCNN, Neck
 from dense_jax.models.resnet import StrideIn
 from dense_jax.objectives.masks import MaskRule
 from dense_jax.objectives.rcnn import head_objective, objective
 from dense_jax.ops.roi import Reduce, RoiOp
 from dense_jax.tasks import training
-from dense_jax.tasks.alternating import PARTS, Part, four_runs
+from dense_jax.tasks.alternating import OF_HEAD, PARTS, Part, four_runs
 from dense_jax.tasks.detection import Detection, DetectionConfig
 from dense_jax.tasks.keypoints import KeypointDetection, KeypointsAndMasks
 from dense_jax.tasks.rcnn_recipes import RECIPES, HeadLoss, Recipe, anchors, frozen_by, head_rule
 from dense_jax.tasks.segmentation import InstanceSegmentation
-from dense_jax.train.config import AtLeastZero, Count, Factor, Shares, from_scratch, smoke
+from dense_jax.train.config import (
+    AtLeastZero,
+    Count,
+    Factor,
+    Rate,
+    Share,
+    Shares,
+    from_scratch,
+    smoke,
+)
 from dense_jax.train.schedules import ParamGroup
 from dense_jax.train.step import AXIS
 
@@ -108,8 +119,18 @@ class Config(DetectionConfig):
     roi_reduce: Reduce = "mean"
     """Mean or maximum of the samples in a bin, with align and warp."""
     test_scales: Shares = (1.0,)
-    """Sizes of an image in evaluation, as factors of its largest, --test-side. Each box is
-    classified where its area is closest to 224 x 224 pixels (Fast R-CNN, Table 7)."""
+    """Sizes of an image in evaluation, as factors of its largest, --test-side."""
+    test_merge: Literal["suitable", "union"] = "suitable"
+    """What several sizes are for. suitable: each box is classified where its area is closest to
+    224 x 224 pixels (Fast R-CNN, Table 7). union: each size has proposals and detections of its
+    own, which are suppressed together, and masks are averaged (Mask R-CNN, Appendix B)."""
+    test_flip: Literal["off", "on"] = "off"
+    """on: also see the mirror image in evaluation, as another size; needs --test-merge=union."""
+    test_nms: Share | None = None
+    """Of two detections of a class with a larger IoU, the one with the lower score is dropped.
+    Default: as the recipe (0.5; Faster R-CNN's paper: 0.3)."""
+    test_score: Rate = 0.05
+    """Detections have scores above this."""
     test_proposals: Count | None = None
     """Number of proposals in evaluation (Table 2). Default: as the recipe."""
     trained_stages: Literal[0, 1, 2, 3, 4, 5] = 3
@@ -172,11 +193,16 @@ class Config(DetectionConfig):
             not learns & ({"rpn", "head"} if has_rpn else {"head"}),
             f"--learn {' '.join(self.learn)}: add {'rpn or ' if has_rpn else ''}head",
         )
-        of_head = self.head_loss, self.test_boxes, self.test_scales
+        for name, value in OF_HEAD.items() if "head" not in learns else ():
+            refuse(
+                getattr(self, name) != value,
+                f"--{name.replace('_', '-')} is of the head: leave it out, or add head to --learn",
+            )
+        self.needs("test_flip", "on", test_merge="union")
         refuse(
-            "head" not in learns and of_head != ("both", "moved", (1.0,)),
-            "--head-loss, --test-boxes and --test-scales are of the head: leave them out, or add "
-            "head to --learn",
+            self.test_merge == "union" and (self.test_scales, self.test_flip) == ((1.0,), "off"),
+            "--test-merge=union merges several views of an image: give --test-scales or "
+            "--test-flip=on",
         )
         refuse(
             self.head_loss in ("box", "svm") and self.init is None,
@@ -290,18 +316,25 @@ def detection(
     first = first_stage(model, anchors_of, proposals_of)
     many = first_stage(model, anchors_of, from_network(anchors_of, recipe.train))
     first_seen, many_seen = with_edges(first, one), with_edges(many, one)
-    forward = proposals_alone(first_seen, config.max_detections)
+    forward, notes = proposals_alone(first_seen, config.max_detections), {}
     if has_head:
-        detections = replace(
+        rule = replace(
             recipe.detections,
             count=config.max_detections,
+            max_iou=config.test_nms or recipe.detections.max_iou,
+            min_score=config.test_score,
             is_moved=config.test_boxes == "moved",
             one_against_rest=config.head_loss == "svm",
         )
-        forward = two_stages(
-            model, first, detections, config.test_scales, mask_rule.loss if mask_rule else None,
-            num_keypoints > 0,
-        )  # fmt: skip
+        notes = _in_words(config, rule)
+        masks = mask_rule.loss if mask_rule else None
+        if config.test_merge == "union":
+            flips = (False, True) if config.test_flip == "on" else (False,)
+            views = [View(scale, flip) for scale in config.test_scales for flip in flips]
+            forward = merged(model, first, rule, views, masks)
+        else:
+            keypoints = num_keypoints > 0
+            forward = two_stages(model, first, rule, config.test_scales, masks, keypoints)
 
     # What learns.
     anchor_rule = replace(recipe.anchor_rule, box_weight=config.rpn_lambda)
@@ -346,10 +379,23 @@ def detection(
         first_stage=None if is_given else first_seen,
         many_proposals=many_seen if has_rpn else None,
         anchor_rule=anchor_rule if has_rpn else None,
+        notes=notes,
         given=config.proposals if is_given else None,
         num_given=min(num_given, config.test_proposals or num_given),
         **own,
     )
+
+
+def _in_words(config: Config, rule: DetectionRule) -> dict[str, str]:
+    """Returns lines of the protocol card: how detections are chosen."""
+    words = f"scores above {rule.min_score:g}, IoU within a class at most {rule.max_iou:g}, "
+    lines = {"detections": words + f"at most {rule.count} of an image"}
+    if config.test_scales != (1.0,) or config.test_flip == "on":
+        sizes = ", ".join(f"{scale:g}" for scale in config.test_scales)
+        flips = ", each also flipped" if config.test_flip == "on" else ""
+        how = {"union": "boxes suppressed together", "suitable": "one for each box"}
+        lines["views"] = f"sizes {sizes} of the largest{flips}; {how[config.test_merge]}"
+    return lines
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ class Config(faster_rcnn.Config):
             "--mask-branch=off: leave out --mask-head, --mask-class, --mask-loss and --train-masks",
         )
         self.needs("num_keypoints", keypoint_branch="on")
+        self.needs("keypoint_branch", "on", test_merge="suitable")
 
 
 def _with_masks(config: faster_rcnn.Config) -> Config:

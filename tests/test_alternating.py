@@ -211,7 +211,7 @@ def test_boxes_without_an_area_are_not_written(tmp_path):
         ({"train_mode": "alternating", "head_loss": "svm"}, "and --head-loss=svm"),
         ({"learn": ("rpn", "head"), "proposal_source": "grid"}, "there is no rpn"),
         ({"head_steps": 3}, "--train-mode=alternating"),
-        ({"learn": ("rpn",), "head_loss": "box"}, "are of the head: leave them out"),
+        ({"learn": ("rpn",), "head_loss": "box"}, "--head-loss is of the head: leave it out"),
         ({"learn": ("trunk", "head"), "rpn_lambda": 2.0}, "--rpn-lambda"),
     ],
 )

@@ -8,11 +8,14 @@ import pytest
 from dense_jax.errors import UserError
 from dense_jax.train.config import (
     NO_STAGE,
+    Count,
     Counts,
     Rate,
     RunConfig,
+    Shares,
     Sides,
     Stage,
+    changed,
     from_json,
     stage_by_stage,
 )
@@ -80,3 +83,29 @@ def test_each_stage_starts_from_the_one_before():
     ]
     assert [s.batch_size for s in stages] == [2, 2, 8]
     assert all((s.first, s.second) == (NO_STAGE, NO_STAGE) for s in stages)
+
+
+def test_a_trained_run_takes_other_settings_of_evaluation():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Tested(RunConfig):
+        test_side: Count | None = None
+        test_scales: Shares = (1.0,)
+        test_flip: Literal["on", "off"] = "off"
+
+    own = Tested()
+    assert changed(own, ()) == own
+    found = changed(own, ["test-side=7", "test-scales=1,0.75", "test-flip=on"])
+    assert found == Tested(test_side=7, test_scales=(1.0, 0.75), test_flip="on")
+    assert changed(own, ["test-scales=0.5"]).test_scales == (0.5,)
+    for change, words in {
+        "batch-size=7": r"give NAME=VALUE for a test setting \(test-side, test-scales, test-flip\)",
+        "test-flip": "give NAME=VALUE",
+        "test-flip=maybe": r"--change test-flip=maybe: 'maybe' is no Literal\['on', 'off'\]",
+        "test-side=1.5": "'1.5' is no int$",
+        "test-scales=2": "--test-scales 2: .* each in",
+        "test-scales=": "--test-scales.*one or more",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            changed(own, [change])
+    with pytest.raises(UserError, match=r"for a test setting \(it has none\)"):
+        changed(RunConfig(), ["test-flip=on"])

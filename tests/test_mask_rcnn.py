@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dense_jax.commands import export
+from dense_jax.commands import evaluate, export
 from dense_jax.data import rle
 from dense_jax.errors import UserError
 from dense_jax.infer import predictor
@@ -134,6 +134,7 @@ def run(tmp_path_factory):
 def test_a_run_leaves_scores_and_the_masks_that_predict_draws(run, tmp_path):
     check_scores_of_masks_and_of_boxes(run)
     check_evaluation_and_prediction_see_the_same_masks(run, tmp_path)
+    check_a_run_is_evaluated_with_other_settings(run, tmp_path)
 
 
 def check_scores_of_masks_and_of_boxes(run):
@@ -188,6 +189,24 @@ def check_evaluation_and_prediction_see_the_same_masks(run, tmp_path):
     first = rle.decode(rows[0]["segmentation"])
     assert (numbers[first] == 1).all()
     assert (out / "overlays" / "a.png").exists()
+
+
+def check_a_run_is_evaluated_with_other_settings(run, tmp_path):
+    changes = ("test-merge=union", "test-flip=on", "test-score=0.2")
+    opened = trained.load(run, changes=changes, task=script.build)
+    assert opened.task.config == config(
+        workdir=str(run), test_merge="union", test_flip="on", test_score=0.2
+    )
+    with pytest.raises(UserError, match="leave test-flip=on out"):
+        trained.load(run, changes=["test-flip=on"], task=task())
+    with pytest.raises(UserError, match=r"config.json: .*|--test-flip=on does not go"):
+        trained.load(run, changes=["test-flip=on"], task=script.build)
+    evaluate.run(run=run, change=changes)
+    record = json.loads(
+        (run / f"evaluate-val-last-{'-'.join(changes)}/evaluation.json").read_text()
+    )
+    assert record["protocol"]["views"].startswith("sizes 1 of the largest, each also flipped")
+    assert record["protocol"]["detections"].startswith("scores above 0.2")
 
 
 def test_masks_move_with_their_boxes_into_the_image():

@@ -28,6 +28,7 @@ def run(
     combine: Combine = "mean_prob",
     output: pathlib.Path | None = None,
     eval_shapes: Shapes | None = None,
+    change: tuple[str, ...] = (),
     crf: CrfFlag = None,
     crf_params: CrfFlags = CrfParams(),  # noqa: B008  (frozen)
     distributed: bool = False,
@@ -51,9 +52,11 @@ def run(
         (SegNet).
       bf_match: how to match boundary pixels; assignment is one to one and slow.
       output: folder to write. Default: RUN/evaluate-SPLIT-CHECKPOINT, or RUN/ensemble-..., with
-        the suffix -crf or -no-crf if the flag is given.
+        the suffix -crf or -no-crf if the flag is given, and with each change.
       eval_shapes: exact scores each image at its own size, and compiles each size; buckets pads
         images to at most four sizes, and measures what that changes. Default: as the run.
+      change: settings of evaluation that differ from the run's, such as test-flip=on
+        test-scales=1,0.75; see the flags --test-... of its script.
       crf: refine with a fully connected CRF, or not. Default: as the run's script does.
       crf_params: parameters of --crf; crf-search finds good ones.
       distributed: score with many processes: start the same command in each (docs/scale.md).
@@ -62,7 +65,7 @@ def run(
       num_processes: number of processes.
     """
     processes.start(distributed, coordinator, process_id, num_processes)
-    opened = trained.load(run, checkpoint)
+    opened = trained.load(run, checkpoint, changes=change)
     others = [trained.load(folder, checkpoint) for folder in ensemble]
     dataset = trained.dataset_of(opened, data_dir)
     task, variables = opened.task, opened.variables
@@ -72,6 +75,7 @@ def run(
     task = semantic.with_rules(task, absent, bf_match)
     kind = f"ensemble-{combine}" if others else "evaluate"
     suffix = {None: "", True: "-crf", False: "-no-crf"}[crf]
+    suffix += "".join(f"-{each}" for each in change)
     output = output or run / f"{kind}-{split}-{checkpoint}{suffix}"
     record = task.evaluator(dataset, split)(variables, True)
     record.tell(opened.step)

@@ -21,6 +21,7 @@ def run(
     overlays: bool = True,
     probabilities: bool = False,
     eval_shapes: Shapes | None = None,
+    change: tuple[str, ...] = (),
     crf: CrfFlag = None,
     crf_params: CrfFlags = CrfParams(),  # noqa: B008  (frozen)
 ) -> None:
@@ -38,10 +39,12 @@ def run(
       probabilities: also write the probabilities (.npz, float16).
       eval_shapes: exact labels each image at its own size, and compiles each size; buckets pads
         images to at most four sizes. Default: as the run.
+      change: settings of evaluation that differ from the run's, such as test-flip=on
+        test-scales=1,0.75; see the flags --test-... of its script.
       crf: refine with a fully connected CRF, or not. Default: as the run's script does.
       crf_params: parameters of --crf.
     """
-    opened = trained.load(run, checkpoint)
+    opened = trained.load(run, checkpoint, changes=change)
     task = with_flags(opened.task.with_shapes(eval_shapes), crf, crf_params)
     opened = dataclasses.replace(opened, task=task)
     summary = predictor.predict_folder(

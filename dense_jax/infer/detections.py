@@ -9,7 +9,7 @@ torchvision/models/detection/roi_heads.py.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -33,6 +33,9 @@ from dense_jax.ops.resize import rescaled, resize_bilinear
 ProposalsOf = Callable[..., Proposals]
 """(apply of the network, maps, size of the padded images, sizes of the images [B, 2], *inputs) ->
 the proposals of a batch."""
+
+MaskScores = Literal["sigmoid", "softmax"]
+"""How logits of masks become probabilities; see `dense_jax.objectives.masks.MaskRule`."""
 
 _LEAST_DETECTION = 1e-2  # pixels, of both sides
 _SUITABLE_SIDE = 224  # pixels of a box, as of ImageNet's images
@@ -87,7 +90,17 @@ def detect(
       size: int32 [2], height and width of the true image.
       rule: how to choose.
     """
-    num_classes = logits.shape[1]
+    scores, moved = score_boxes(logits, deltas, boxes, size, rule)
+    return choose(scores, moved, valid, rule)
+
+
+def score_boxes(
+    logits: jax.Array, deltas: jax.Array, boxes: jax.Array, size: jax.Array, rule: DetectionRule
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the score of each class but the background, [R, K - 1], and its box, [R, K - 1, 4].
+
+    The arguments are those of `detect`.
+    """
     scores = jax.nn.sigmoid(logits) if rule.one_against_rest else jax.nn.softmax(logits, axis=-1)
     scores = scores[:, 1:]
     one, limits = rule.plus_one, tuple(size.astype(boxes.dtype))
@@ -98,12 +111,20 @@ def detect(
     else:
         moved = box_ops.clip(boxes, limits, plus_one=one)[:, None]
         moved = jnp.broadcast_to(moved, (*scores.shape, 4))
+    return scores, moved
+
+
+def choose(
+    scores: jax.Array, moved: jax.Array, valid: jax.Array, rule: DetectionRule
+) -> dict[str, jax.Array]:
+    """Returns what `detect` does, of the results of `score_boxes`; valid is bool [R]."""
+    one, num_classes = rule.plus_one, scores.shape[1]
     good = valid[:, None] & (scores > rule.min_score)
     good &= box_ops.min_side(moved, plus_one=one) >= rule.min_side
     good &= jnp.all(jnp.isfinite(moved), axis=-1)
     ranked = jnp.where(good, scores, -jnp.inf).ravel()
     top, index = lax.top_k(ranked, min(rule.candidates, ranked.shape[0]))
-    places, classes = moved.reshape(-1, 4)[index], index % (num_classes - 1) + 1
+    places, classes = moved.reshape(-1, 4)[index], index % num_classes + 1
     takes_part = top > -jnp.inf
     kept = nms(places, takes_part, rule.max_iou, groups=classes, plus_one=one)
     places = box_ops.with_edges(places) if one else places
@@ -266,7 +287,7 @@ def two_stages(
     first: Callable[..., FirstStage],
     rule: DetectionRule,
     scales: Sequence[float] = (1.0,),
-    masks: Literal["sigmoid", "softmax"] | None = None,
+    masks: MaskScores | None = None,
     keypoints: bool = False,
 ) -> Callable[..., dict[str, jax.Array]]:
     """Returns (variables, images [B, H, W, C], sizes [B, 2], *inputs) -> arrays of `detect`.
@@ -294,12 +315,7 @@ def two_stages(
         return jnp.where(found["valid"][..., None, None, None], logits, 0.0)
 
     def draw(apply: Any, levels: Any, found: dict[str, jax.Array]) -> jax.Array:
-        logits = apply(levels, boxes_of(found), method="draw")
-        own = found["classes"][..., None, None, None] if logits.shape[-1] > 1 else 0
-        whole = jax.nn.softmax(logits) if masks == "softmax" else jax.nn.sigmoid(logits)
-        index = jnp.broadcast_to(own, (*logits.shape[:-1], 1))
-        drawn = jnp.take_along_axis(whole, index, axis=-1)[..., 0]
-        return jnp.where(found["valid"][..., None, None], drawn, 0.0)
+        return mask_scores(apply(levels, boxes_of(found), method="draw"), found, masks or "sigmoid")
 
     def predict(
         variables: Any, images: jax.Array, sizes: jax.Array, *inputs: jax.Array
@@ -315,6 +331,21 @@ def two_stages(
         return found | branches
 
     return predict
+
+
+def mask_scores(logits: jax.Array, found: Mapping[str, jax.Array], masks: MaskScores) -> jax.Array:
+    """Returns the probabilities [B, D, M, M] of the masks of detections; 0 where there is none.
+
+    Args:
+      logits: [B, D, M, M, K], or 1 in place of K for masks that classes share.
+      found: the detections' "classes" and "valid", [B, D].
+      masks: how logits become probabilities.
+    """
+    own = found["classes"][..., None, None, None] if logits.shape[-1] > 1 else 0
+    whole = jax.nn.softmax(logits) if masks == "softmax" else jax.nn.sigmoid(logits)
+    index = jnp.broadcast_to(own, (*logits.shape[:-1], 1))
+    drawn = jnp.take_along_axis(whole, index, axis=-1)[..., 0]
+    return jnp.where(found["valid"][..., None, None], drawn, 0.0)
 
 
 def classify_at_scales(
@@ -338,19 +369,16 @@ def classify_at_scales(
     Reference: Girshick, "Fast R-CNN", ICCV 2015, arXiv:1504.08083, Section 2.4; He, Zhang, Ren,
     Sun, "Spatial pyramid pooling", ECCV 2014, arXiv:1406.4729, Section 4.1.
     """
-    height, width = images.shape[1:3]
+    size: Any = images.shape[1:3]
     outputs, distances = [], []
     for scale in scales:
         if scale == 1:
             outputs.append(apply(levels, boxes, method="classify"))
             distances.append(_unsuitable(boxes))
             continue
-        size = max(1, rescaled(height, scale)), max(1, rescaled(width, scale))
-        smaller = resize_bilinear(images, size, align_corners=False)
-        edges = [(0, -side % BUCKET) for side in size]
-        smaller = jnp.pad(smaller, [(0, 0), *edges, (0, 0)])
-        own = box_ops.scale(boxes, (size[0] / height, size[1] / width))
-        outputs.append(apply(apply(smaller, method="features"), own, method="classify"))
+        own = box_ops.scale(boxes, factors(size, scale))
+        maps = apply(smaller(images, scale), method="features")
+        outputs.append(apply(maps, own, method="classify"))
         distances.append(_unsuitable(own))
     if len(outputs) == 1:
         return outputs[0]
@@ -363,6 +391,25 @@ def classify_at_scales(
 
     logits, deltas = zip(*outputs, strict=True)
     return chosen(logits), chosen(deltas)
+
+
+def smaller(images: jax.Array, scale: float) -> jax.Array:
+    """Returns images [B, H, W, C] of another size, padded at their ends to multiples of 32."""
+    size = _rescaled(images.shape[1:3], scale)
+    edges = [(0, -side % BUCKET) for side in size]
+    resized = resize_bilinear(images, size, align_corners=False)
+    return jnp.pad(resized, [(0, 0), *edges, (0, 0)])
+
+
+def factors(size: Any, scale: float) -> tuple[float, float]:
+    """Returns by what `smaller` changes height and width, which it rounds."""
+    height, width = _rescaled(size, scale)
+    return height / size[0], width / size[1]
+
+
+def _rescaled(size: Any, scale: float) -> tuple[int, int]:
+    height, width = (max(1, rescaled(side, scale)) for side in size)
+    return height, width
 
 
 def _unsuitable(boxes: jax.Array) -> jax.Array:

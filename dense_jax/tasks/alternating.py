@@ -22,7 +22,10 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 # Flags of what does not learn in a run, without an effect.
 _NO_RPN = {"rpn_cls": "on", "rpn_reg": "on", "rpn_lambda": 1.0}
-_NO_HEAD = {"head_loss": "both", "test_boxes": "moved", "test_scales": (1.0,)}
+OF_HEAD = {
+    "head_loss": "both", "test_boxes": "moved", "test_scales": (1.0,), "test_merge": "suitable",
+    "test_flip": "off", "test_nms": None, "test_score": 0.05,
+}  # fmt: skip
 
 
 def four_runs(config: ConfigT) -> Iterator[ConfigT]:
@@ -47,10 +50,10 @@ def four_runs(config: ConfigT) -> Iterator[ConfigT]:
         joint = {"train_mode": "joint", "head_steps": None, "learn": learn, "workdir": workdir}
         return dataclasses.replace(config, **joint, **changes)
 
-    first = run("1_proposals", "trunk", "rpn", **_NO_HEAD)
+    first = run("1_proposals", "trunk", "rpn", **OF_HEAD)
     given = {"proposal_source": "file", "proposals": str(proposals_of_run(first))}
     second = run("2_head", "trunk", "head", num_steps=of_head, **given, **_NO_RPN)
-    third = run("3_proposals", "rpn", init=f"run:{second.workdir}", **_NO_HEAD)
+    third = run("3_proposals", "rpn", init=f"run:{second.workdir}", **OF_HEAD)
     last = {"rpn_lambda": 1.0, "num_steps": of_head}
     fourth = run("4_detector", "head", init=f"run:{third.workdir}", **last)
     for before, after in itertools.pairwise((first, second, third, fourth)):

@@ -181,7 +181,7 @@ class Detection(Task):
     def card(self) -> dict[str, Any]:
         """How images are resized and what was chosen."""
         side = self.config.test_side or self.config.short_side[-1]
-        words = f"shorter side {side}, longer at most {self.config.max_side} pixels; no flips"
+        words = f"shorter side {side}, longer at most {self.config.max_side} pixels"
         return {"test_time_options": words, **self.notes}
 
     def input_size(self, size: Size) -> Size:

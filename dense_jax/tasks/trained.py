@@ -24,7 +24,7 @@ from dense_jax.infer.predictor import Prediction, Predictor
 from dense_jax.tasks import training
 from dense_jax.tasks.task import Task
 from dense_jax.train.checkpoint import read_variables
-from dense_jax.train.config import RunConfig, from_json
+from dense_jax.train.config import RunConfig, changed, from_json
 
 Picture = np.ndarray | Image.Image | str | os.PathLike[str]
 
@@ -154,6 +154,7 @@ def load(
     workdir: str | os.PathLike[str],
     checkpoint: str = "last",
     *,
+    changes: Sequence[str] = (),
     task: Task | Callable[[Any, int], Task] | None = None,
 ) -> Run:
     """Opens a run folder.
@@ -161,11 +162,12 @@ def load(
     Args:
       workdir: the folder.
       checkpoint: which parameters: "last" or "best".
+      changes: settings of evaluation that differ from the run's, such as "test-flip=on".
       task: the task of the run if its script is not available: a `Task`, or the function
         (configuration, number of classes) -> task that built it.
 
     Raises:
-      UserError: the folder holds no run, or its script cannot be imported.
+      UserError: the folder holds no run, its script cannot be imported, or it has no such setting.
     """
     folder = pathlib.Path(workdir).expanduser()
     record = runs.read_config(folder)
@@ -187,11 +189,13 @@ def load(
         else:
             build, config_class = task, _config_class(task)
         path = folder / "config.json"
-        config = from_json(config_class, record["config"], path)
+        config = changed(from_json(config_class, record["config"], path), changes)
         try:
             task = build(config, classes.num_classes)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+    elif changes:
+        raise UserError(f"task: it has its settings; leave {changes[0]} out")
     variables, step = read_variables(folder, checkpoint, task.headline)
     return Run(folder, task, variables, step, classes, record["script"])
 

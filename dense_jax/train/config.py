@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import sys
 import types
 import typing
@@ -282,6 +283,42 @@ def from_json(cls: type[ConfigT], values: dict[str, Any], where: object = "confi
     if absent := list(_absent(config.to_json(), values)):
         print(f"{where} lacks {', '.join(absent)}: the defaults are taken", file=sys.stderr)
     return config
+
+
+def changed(config: ConfigT, changes: Sequence[str]) -> ConfigT:
+    """Returns a configuration with other settings of evaluation: those named test_...
+
+    Args:
+      config: the configuration.
+      changes: texts such as "test-flip=on"; commas are between several values.
+
+    Raises:
+      UserError: there is no such setting, or it has no such value.
+    """
+    hints = typing.get_type_hints(type(config))
+    names = {name.replace("_", "-"): name for name in hints if name.startswith("test_")}
+    values = {}
+    for change in changes:
+        flag, sign, text = change.partition("=")
+        known = ", ".join(names) or "it has none"
+        if not sign or flag not in names:
+            raise UserError(f"--change {change}: give NAME=VALUE for a test setting ({known})")
+        values[names[flag]] = _read(text, hints[names[flag]], f"--change {change}")
+    return dataclasses.replace(config, **values)
+
+
+def _read(text: str, hint: Any, name: str) -> Any:
+    """Returns the value that a text stands for: a word, a number, or several numbers."""
+    values: list[Any] = [text]
+    with contextlib.suppress(ValueError):
+        numbers = json.loads(f"[{text}]")
+        values += [numbers, *numbers[: len(numbers) == 1]]
+    for value in values:
+        with contextlib.suppress(ValueError):
+            return from_plain(value, hint, name)
+    words = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    words = re.sub(r"^Optional\[(.*)\]$", r"\1", words)
+    raise UserError(f"{name}: {text!r} is no {words}")
 
 
 def _absent(whole: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
