@@ -13,6 +13,7 @@ not. Results: docs/results.md.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -115,14 +116,18 @@ PRESETS = {
 }  # fmt: skip
 
 
-def build(config: Config, num_classes: int) -> Detection:
-    """Returns the task: the network, its losses and its use."""
+def build(config: Config, num_classes: int, kind: Callable[..., MaskRCNN] = MaskRCNN) -> Detection:
+    """Returns the task: the network, its losses and its use.
+
+    Args:
+      config: the flags.
+      num_classes: number of classes with background.
+      kind: builds the network; one with another trunk extends `MaskRCNN`.
+    """
     draws, locates = config.mask_branch == "on", config.keypoint_branch == "on"
-    if not (draws or locates):
-        return faster_rcnn.build(config, num_classes)
     num_keypoints = (config.num_keypoints or 17) if locates else 0
     model = faster_rcnn.network(
-        config, num_classes, MaskRCNN, draws_masks=draws, mask_layers=config.mask_head,
+        config, num_classes, kind, draws_masks=draws, mask_layers=config.mask_head,
         mask_class=config.mask_class, num_keypoints=num_keypoints,
     )  # fmt: skip
     rule = MaskRule(config.differences.mask_target, config.mask_loss) if draws else None

@@ -26,6 +26,7 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "dilation_cityscapes": ((73.16, 82.91, 72.39), (1.0, 1.0, 1.0)),
     "fast_rcnn": ((122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0)),  # and Detectron
     "detectron2": ((123.675, 116.28, 103.53), (1.0, 1.0, 1.0)),
+    "efficientnet_lite": ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0)),
     "grey": ((127.5,), (64.0,)),  # about unit standard deviation for images of medium contrast
     "grey_image": ((127.5,), (64.0,)),  # only for `to_uint8`: each image has its own mean and scale
 }

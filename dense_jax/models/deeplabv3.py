@@ -95,7 +95,7 @@ class ResNetSegmenter(nn.Module):
       num_classes: number of classes.
       head: "deeplabv3": `ASPP`, a 3x3 convolution and scores; "fcn": a 3x3 convolution to a
         quarter of the channels and scores.
-      trunk: function that builds the ResNet, such as `functools.partial(resnet50,
+      trunk: function that builds the trunk, such as `functools.partial(resnet50,
         stride_in="1x1")`.
       aux: whether an FCN head scores layer3 too, for a second loss (weight 0.5).
       output_stride: stride of the scores in pixels. `ASPP` has rates 12, 24, 36 at stride 8; at 16
@@ -111,7 +111,7 @@ class ResNetSegmenter(nn.Module):
 
     num_classes: int
     head: Literal["deeplabv3", "fcn"] = "deeplabv3"
-    trunk: Callable[..., resnet.ResNet] = resnet.resnet50
+    trunk: Callable[..., nn.Module] = resnet.resnet50
     aux: bool = False
     output_stride: Literal[32, 16, 8] = 8
     bn: Literal["train", "frozen"] = "train"
