@@ -1,176 +1,119 @@
-"""Scores of objects: worked values, slow twins, empty sides, components of a semantic map."""
+"""What is written of the objects of an image."""
 
-import itertools
+import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from dense_jax.data.datasets import nuclei, nuclei_border
-from dense_jax.metrics import instances
+from dense_jax.commands.object_flags import ObjectFlags, reading
+from dense_jax.data import rle
+from dense_jax.data.classes import ClassTable
+from dense_jax.errors import UserError
+from dense_jax.infer.instances import Instances
+from dense_jax.infer.predictor import Predictor, predict_folder
+from dense_jax.tasks.detection import Detection
+from dense_jax.tasks.segmentation import InstanceSegmentation
+from dense_jax.tasks.semantic import Semantic
 
-
-def _iou(one, other):
-    return (one & other).sum() / (one | other).sum()
-
-
-def _masks(numbers):
-    return [numbers == k for k in np.unique(numbers) if k]
-
-
-def _slow_hits(truth, predicted, threshold):
-    """The largest number of disjoint pairs above the threshold, by trying all matchings."""
-    true, found = _masks(truth), _masks(predicted)
-    short, long = sorted((true, found), key=len)
-    return max(
-        sum(_iou(a, b) > threshold for a, b in zip(short, chosen, strict=True))
-        for chosen in itertools.permutations(long, len(short))
-    )
-
-
-def _scene(seed):
-    """Squares of object numbers with gaps, and the same after a disturbance."""
-    rng = np.random.default_rng(seed)
-    truth, predicted = np.zeros((2, 24, 24), int)
-    for k, (y, x) in enumerate(itertools.product((1, 9, 17), (1, 9)), 1):
-        size = rng.integers(3, 7)
-        truth[y : y + size, x : x + size] = 5 * k
-        dy, dx, change = rng.integers(0, 3, 3)
-        if k != 2:
-            predicted[y + dy : y + dy + size - change + 1, x + dx : x + dx + size] = 40 - k
-    return truth, predicted
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_scores_equal_their_slow_twins(seed):
-    truth, predicted = _scene(seed)
-    true, found = _masks(truth), _masks(predicted)
-    true_positives = [_slow_hits(truth, predicted, t) for t in instances.THRESHOLDS]
-    np.testing.assert_array_equal(instances.hits(truth, predicted)[0], true_positives)
-    expected = [tp / (len(true) + len(found) - tp) for tp in true_positives]
-    np.testing.assert_allclose(instances.average_precision(truth, predicted), expected)
-    tp = true_positives[0]
-    f1 = 2 * tp / (2 * tp + (len(found) - tp) + (len(true) - tp))
-    np.testing.assert_allclose(instances.f1(truth, predicted), f1)
-    overlaps = [max(_iou(a, b) for b in found) for a in true]
-    np.testing.assert_allclose(instances.best_overlaps(truth, predicted), overlaps)
-
-    def best_dice(ones, others):
-        return np.mean([max(2 * (a & b).sum() / (a.sum() + b.sum()) for b in others) for a in ones])
-
-    dice = min(best_dice(true, found), best_dice(found, true))
-    np.testing.assert_allclose(instances.symmetric_best_dice(truth, predicted), dice)
-
-
-def test_worked_values():
-    truth = np.array([[1] * 10 + [2] * 10 + [3] * 10])
-    predicted = np.array([[7] * 8 + [0] * 2 + [8] * 10 + [9] * 5 + [0] * 5])
-    # IoU 0.8, 1 and 0.5: the last is not above 0.5.
-    precision = instances.average_precision(truth, predicted)
-    np.testing.assert_allclose(precision, [2 / 4] * 6 + [1 / 5] * 4)
-    np.testing.assert_allclose(instances.f1(truth, predicted), 2 / 3)
-    np.testing.assert_allclose(instances.best_overlaps(truth, predicted), [0.8, 1, 0.5])
-    dice = (16 / 18 + 1 + 10 / 15) / 3
-    np.testing.assert_allclose(instances.symmetric_best_dice(truth, predicted), dice)
-    scores = instances.scores([truth, truth], [predicted, truth])
-    np.testing.assert_allclose(scores["average_precision"], (0.38 + 1) / 2)
-    np.testing.assert_allclose(scores["average_precision_50"], 0.75)
-    np.testing.assert_allclose(scores["average_precision_75"], 0.75)
-    np.testing.assert_allclose(scores["average_best_overlap"], (2.3 + 3) / 6)
-    assert (scores["num_objects"], scores["num_predicted"]) == (6, 6)
-
-
-@pytest.mark.parametrize("k", range(10, 20))
-def test_an_iou_at_a_threshold_is_not_above_it(k):
-    truth = np.ones((1, 20), int)
-    predicted = (np.arange(20)[None] < k).astype(int)
-    np.testing.assert_array_equal(instances.hits(truth, predicted)[0], np.arange(10, 20) < k)
-
-
-def test_splits_and_mergers_are_not_found():
-    two = np.array([[1, 1, 1, 2, 2, 2]])
-    one = np.ones((1, 6), int)
-    for truth, predicted in ((two, one), (one, two)):
-        assert not instances.average_precision(truth, predicted).any()
-        np.testing.assert_allclose(instances.symmetric_best_dice(truth, predicted), 2 / 3)
-
-
-def test_empty_sides():
-    nothing, something = np.zeros((4, 4), int), np.eye(4, dtype=int)
-    assert not instances.average_precision(nothing, something).any()
-    assert not instances.average_precision(something, nothing).any()
-    assert instances.f1(something, nothing) == 0
-    assert instances.symmetric_best_dice(something, nothing) == 0
-    assert instances.best_overlaps(something, nothing).tolist() == [0]
-    assert instances.best_overlaps(nothing, something).size == 0
-    assert np.isnan(instances.average_precision(nothing, nothing)).all()
-    # An image without any object is left out.
-    scores = instances.scores([nothing, something], [nothing, something])
-    assert scores["average_precision"] == scores["f1_50"] == 1
-    assert np.isnan(instances.scores([nothing], [nothing])["average_precision"])
-
-
-def test_an_object_may_be_of_two_pieces_and_numbers_do_not_matter():
-    truth = np.array([[300, 0, 300, 65000]])
-    assert instances.average_precision(truth, np.array([[2, 0, 2, 1]])).all()
-    parted = instances.average_precision(truth, np.array([[1, 0, 2, 3]]))
-    assert (parted == 1 / 4).all()
-
-
-def test_wrong_maps_are_refused():
-    with pytest.raises(ValueError, match="not two of equal"):
-        instances.hits(np.zeros((2, 3), int), np.zeros((3, 2), int))
-    with pytest.raises(ValueError, match="0 or above"):
-        instances.hits(np.zeros((2, 3), int), np.full((2, 3), -1))
-
-
-SEMANTIC = np.array(
-    [
-        [1, 1, 0, 0, 0, 1],
-        [1, 1, 0, 0, 1, 0],
-        [0, 0, 1, 0, 0, 0],
-        [2, 0, 0, 0, 1, 1],
-    ]
+CLASSES = ClassTable(("background", "a/b", "cup"))
+IMAGE = np.arange(8 * 10 * 3, dtype=np.uint8).reshape(8, 10, 3)
+# A box of 4 x 2 pixels whose left half is in the object, and a box of 2 x 2 that is.
+FOUND = Instances(
+    IMAGE,
+    np.array([[2, 1, 6, 3], [5, 2, 7, 4], [0, 0, 9, 9]], np.float32),
+    np.array([2, 1, 1], np.int32),
+    np.array([0.9, 0.5, 0.2], np.float32),
+    CLASSES,
+    np.array([[[0.9, 0.3]] * 2, [[0.8] * 2] * 2, [[0.7] * 2] * 2], np.float32),
+    shown_score=0.5,
 )
 
 
-def test_components_of_a_semantic_map():
-    four = instances.from_semantic(SEMANTIC)
-    assert four.dtype == np.int32
-    np.testing.assert_array_equal(
-        four,
-        [[1, 1, 0, 0, 0, 2], [1, 1, 0, 0, 3, 0], [0, 0, 4, 0, 0, 0], [0, 0, 0, 0, 5, 5]],
-    )
-    np.testing.assert_array_equal(
-        instances.from_semantic(SEMANTIC, connectivity=8),
-        [[1, 1, 0, 0, 0, 2], [1, 1, 0, 0, 2, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 3, 3]],
-    )
-    np.testing.assert_array_equal(
-        instances.from_semantic(SEMANTIC, min_size=2),
-        [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 2, 2]],
-    )
-    assert instances.from_semantic(SEMANTIC, object_class=2).sum() == 1
-    assert not instances.from_semantic(np.zeros((3, 3), int)).any()
+def test_pictures_show_the_likely_objects_and_results_list_all(tmp_path):
+    results = FOUND.save(tmp_path, "x", probabilities=True)
+    assert [row["score"] for row in results] == [0.9, 0.5, 0.2]
+    numbers = np.asarray(Image.open(tmp_path / "masks/x.png"))
+    expected = np.zeros((8, 10), int)
+    expected[2:4, 5:7] = 2
+    expected[1:3, 2:4] = 1
+    np.testing.assert_array_equal(numbers, expected)
+    np.testing.assert_array_equal(rle.decode(results[0]["segmentation"]), numbers == 1)
+    assert len(np.load(tmp_path / "probabilities/x.npz")["heatmaps"]) == 3
+    two = dataclasses.replace(FOUND.above(0.5), shown_score=0.0)
+    np.testing.assert_array_equal(FOUND.overlay(), two.overlay())
+    every = dataclasses.replace(FOUND, shown_score=0.0)
+    assert not np.array_equal(FOUND.overlay(), every.overlay())
+    assert not (tmp_path / "cutouts").exists()
 
 
-def test_border_pixels_go_back_to_the_nearest_object():
-    prediction = np.array([[1, 1, 2, 2, 1, 1, 0, 2]])
-    assert instances.from_semantic(prediction).tolist() == [[1, 1, 0, 0, 2, 2, 0, 0]]
-    # The last pixel touches no object.
-    given = instances.from_semantic(prediction, border_class=2)
-    assert given.tolist() == [[1, 1, 1, 2, 2, 2, 0, 0]]
-    assert not instances.from_semantic(np.full((2, 2), 2), border_class=2).any()
+def test_cut_outs_are_transparent_around_masks(tmp_path):
+    own = dataclasses.replace(FOUND, cutouts=True)
+    (tmp_path / "cutouts" / "x").mkdir(parents=True)
+    (tmp_path / "cutouts" / "x" / "7_old.png").write_bytes(b"")
+    own.save(tmp_path, "x", probabilities=False)
+    names = sorted(path.name for path in (tmp_path / "cutouts/x").iterdir())
+    assert names == ["1_cup.png", "2_a-b.png"]
+    picture = np.asarray(Image.open(tmp_path / "cutouts/x/1_cup.png"))
+    np.testing.assert_array_equal(picture[..., :3], IMAGE[1:3, 2:4])
+    assert (picture[..., 3] == 255).all()
+    # The box of the third: all of it, but for what lies outside of the image.
+    boxes = dataclasses.replace(own, heatmaps=None, shown_score=0.0)
+    boxes.save(tmp_path, "y", probabilities=False)
+    picture = np.asarray(Image.open(tmp_path / "cutouts/y/3_a-b.png"))
+    np.testing.assert_array_equal(picture[..., :3], IMAGE[:8, :9])
+    uneven = np.array([[[0.9, 0.3], [0.9, 0.9]]], np.float32)
+    part = dataclasses.replace(own.above(0.9), heatmaps=uneven)
+    part.save(tmp_path, "z", probabilities=False)
+    picture = np.asarray(Image.open(tmp_path / "cutouts/z/1_cup.png"))
+    np.testing.assert_array_equal(picture[..., 3], [[255, 255, 0, 0], [255] * 4])
+    link = tmp_path / "cutouts" / "w"
+    link.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="is a link"):
+        own.save(tmp_path, "w", probabilities=False)
 
 
-def test_real_nuclei_come_apart_by_their_borders(data_root):
-    """Components of the true "nucleus" class: an upper bound of what a network can score."""
-    scores = {}
-    for name, module in (("plain", nuclei), ("border", nuclei_border)):
-        found = module.find(data_root)
-        samples = [found.read(pair, found.classes) for pair in found.pairs[:12]]
-        border = 2 if name == "border" else None
-        scores[name] = instances.scores(
-            [sample.instances for sample in samples if sample.instances is not None],
-            [instances.from_semantic(sample.label, border_class=border) for sample in samples],
-        )
-    assert scores["plain"]["average_precision"] < scores["border"]["average_precision"]
-    assert scores["border"]["average_precision_50"] > 0.9
+def test_one_is_told_of_images_whose_objects_are_all_unlikely(tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    assert FOUND.remark == FOUND.above(1.0).remark == ""
+    none = FOUND.above(1.0)
+    assert len(none) == 0
+    assert none.results() == []
+    unlikely = dataclasses.replace(FOUND, shown_score=0.95)
+    predictor = Predictor(lambda images, sizes: {}, lambda answers, image: unlikely, "torchvision")
+    notes = predict_folder(predictor, CLASSES, tmp_path, tmp_path / "out").notes
+    (note,) = notes
+    assert note.startswith("a.png: all objects have scores below 0.95, so that results.json alone")
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "words"),
+    [
+        (Semantic, {"min_score": 0.5}, "--min-score is for runs that find objects"),
+        (Semantic, {"cutouts": True}, "--cutouts is for runs that find objects"),
+        (Detection, {"mask_threshold": 0.5}, "--mask-threshold is for runs that find masks"),
+        (Detection, {"shown_score": 1.5}, "--shown-score 1.5: give a value from 0 to 1"),
+        (Detection, {"min_score": float("nan")}, "--min-score nan: give"),
+    ],
+)
+def test_flags_of_objects_that_a_run_cannot_use(task, flags, words):
+    predictor = Predictor(lambda images, sizes: {}, lambda answers, image: FOUND, "torchvision")
+    with pytest.raises(UserError, match=words):
+        reading(predictor, task, ObjectFlags(**flags))
+    assert reading(predictor, task, ObjectFlags()) is predictor
+
+
+def test_flags_of_objects():
+    task: Any = InstanceSegmentation
+    predictor = Predictor(lambda images, sizes: {}, lambda answers, image: FOUND, "torchvision")
+    flags = ObjectFlags(min_score=0.5, shown_score=0.9, mask_threshold=0.85, cutouts=True)
+    own = reading(predictor, task, flags).read({}, IMAGE)
+    assert isinstance(own, Instances)
+    assert own.scores.tolist() == [np.float32(0.9), 0.5]
+    assert (own.shown_score, own.threshold, own.cutouts) == (0.9, 0.85, True)
+    assert own.mask(0).sum() == 4
+    assert own.mask(1).sum() == 0
+    every = reading(predictor, task, ObjectFlags(shown_score=0.0)).read({}, IMAGE)
+    assert isinstance(every, Instances)
+    assert (every.shown_score, len(every), every.threshold) == (0, 3, 0.5)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from dense_jax.commands import evaluate, export
+from dense_jax.commands.object_flags import ObjectFlags, reading
 from dense_jax.data import rle
 from dense_jax.errors import UserError
 from dense_jax.infer import predictor
@@ -170,7 +171,8 @@ def check_evaluation_and_prediction_see_the_same_masks(run, tmp_path):
     source = data().split("val")
     Image.fromarray(source[0]["image"]).save(images / "a.png")
     Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(images / "b.png")
-    summary = predictor.predict_folder(opened.predictor, opened.classes, images, out)
+    all_shown = reading(opened.predictor, opened.task, ObjectFlags(shown_score=0.0))
+    summary = predictor.predict_folder(all_shown, opened.classes, images, out)
     assert not summary.failures
     found = opened.predict(source[0]["image"])
     assert len(found) > 3

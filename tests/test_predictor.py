@@ -105,7 +105,7 @@ def test_bad_files_are_reported_and_the_rest_is_done(tmp_path):
         (line,) = [line for line in summary.failures if f"{name}:" in line]
         assert "\n" not in line
     assert len(list((out / "labels").iterdir())) == 3
-    assert str(summary).splitlines()[0] == "3 images labelled, computed at 6x5, 8x8; 5 failed"
+    assert str(summary).splitlines()[0] == "3 images predicted, computed at 6x5, 8x8; 5 failed"
     assert len(str(summary).splitlines()) == 6
 
 

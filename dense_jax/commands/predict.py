@@ -3,9 +3,12 @@
 import dataclasses
 import pathlib
 import sys
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from dense_jax.commands.crf_flags import CrfFlag, CrfFlags, with_flags
+from dense_jax.commands.object_flags import ObjectFlags, reading
 from dense_jax.data.padded import Shapes
 from dense_jax.infer import predictor
 from dense_jax.ops.crf import CrfParams
@@ -22,13 +25,14 @@ def run(
     probabilities: bool = False,
     eval_shapes: Shapes | None = None,
     change: tuple[str, ...] = (),
+    objects: Annotated[ObjectFlags, tyro.conf.arg(name="")] = ObjectFlags(),  # noqa: B008
     crf: CrfFlag = None,
     crf_params: CrfFlags = CrfParams(),  # noqa: B008  (frozen)
 ) -> None:
     """Predict a folder of images: palette PNGs of class ids or masks of objects, and overlays.
 
-    Runs that predict objects write masks and results.json in COCO's format. To see what happens
-    inside a detector, see debug-pictures.
+    Runs that predict objects write all of them to results.json in COCO's format; pictures, masks
+    and cut-outs show the likely ones. To see what happens inside a detector, see debug-pictures.
 
     Args:
       run: folder of a training run.
@@ -37,6 +41,7 @@ def run(
       checkpoint: which parameters to use.
       overlays: also write the images with the predictions on top.
       probabilities: also write the probabilities (.npz, float16).
+      objects: what is written of objects.
       eval_shapes: exact labels each image at its own size, and compiles each size; buckets pads
         images to at most four sizes. Default: as the run.
       change: settings of evaluation that differ from the run's, such as test-flip=on
@@ -48,7 +53,7 @@ def run(
     task = with_flags(opened.task.with_shapes(eval_shapes), crf, crf_params)
     opened = dataclasses.replace(opened, task=task)
     summary = predictor.predict_folder(
-        opened.predictor,
+        reading(opened.predictor, opened.task, objects),
         opened.classes,
         input,
         output,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class Instances:
         the cell that contains its centre.
       keypoints: float32 [N, K, 3], x and y in pixels, and the logit, of the names in
         `classes.keypoints`; None if none are predicted.
+      shown_score: pictures show objects of at least this score; results list all.
+      cutouts: whether `save` also cuts the shown objects out.
     """
 
     image: np.ndarray
@@ -52,9 +55,34 @@ class Instances:
     threshold: float = 0.5
     convention: Convention | None = None
     keypoints: np.ndarray | None = None
+    shown_score: float = 0.0
+    cutouts: bool = False
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def above(self, score: float) -> "Instances":
+        """Returns the objects of at least this score; their numbers stay the same."""
+        count = int(np.sum(self.scores >= score))  # the highest are first
+        own = {
+            name: None if (rows := getattr(self, name)) is None else rows[:count]
+            for name in ("boxes", "class_ids", "scores", "heatmaps", "keypoints")
+        }
+        return dataclasses.replace(self, **own)
+
+    @functools.cached_property
+    def _shown(self) -> "Instances":
+        return self.above(self.shown_score)
+
+    @property
+    def remark(self) -> str:
+        """What pictures leave out, if they show nothing of what was found."""
+        if len(self._shown) or not len(self):
+            return ""
+        return (
+            f"all objects have scores below {self.shown_score:g}, so that results.json alone has "
+            "them; give a lower --shown-score"
+        )
 
     @functools.cached_property
     def masks(self) -> np.ndarray | None:
@@ -73,16 +101,17 @@ class Instances:
         return pasting.paste(heatmap, box, size, self.convention).mask(size, self.threshold)
 
     def overlay(self) -> np.ndarray:
-        """Returns the image with box, name, score, mask and keypoints, a colour for each object."""
+        """Returns the image with box, name, score, mask and keypoints of each shown object."""
+        shown = self._shown
         return viz.objects(
             self.image,
-            self.boxes,
-            self.class_ids,
+            shown.boxes,
+            shown.class_ids,
             self.classes.names,
-            object_colours(len(self)),
-            scores=self.scores,
-            masks=self.masks,
-            keypoints=self.keypoints,
+            object_colours(len(shown)),
+            scores=shown.scores,
+            masks=shown.masks,
+            keypoints=shown.keypoints,
             edges=self.classes.keypoints.edges if self.classes.keypoints else (),
         )
 
@@ -109,14 +138,18 @@ class Instances:
     def save(self, folder: pathlib.Path, stem: str, *, probabilities: bool) -> list[dict[str, Any]]:
         """Writes ``masks/STEM.png``, if there are masks, and returns the results.
 
-        Its pixels are object numbers from 1; the highest score is on top. With ``probabilities``,
-        it also writes the heat maps (float16) to ``probabilities/STEM.npz``.
+        Its pixels are the numbers of the shown objects, from 1 in the order of the results; the
+        highest score is on top. With ``probabilities``, it also writes the heat maps of all objects
+        (float16) to ``probabilities/STEM.npz``. With `cutouts`, ``cutouts/STEM/NUMBER_CLASS.png``
+        are the shown objects alone, transparent around their masks.
         """
+        if self.cutouts:
+            self._cut_out(folder / "cutouts", stem)
         if self.heatmaps is None:
             return self.results()
         runs.make_inner_folder(folder / "masks")
         numbers = np.zeros(self.image.shape[:2], np.uint16)
-        for i in reversed(range(len(self))):
+        for i in reversed(range(len(self._shown))):
             numbers[self.mask(i)] = i + 1
         runs.write_png(folder / "masks" / f"{stem}.png", numbers)
         if probabilities:
@@ -125,3 +158,25 @@ class Instances:
                 heatmaps = self.heatmaps.astype(np.float16)
                 np.savez_compressed(stream, boxes=self.boxes, heatmaps=heatmaps)
         return self.results()
+
+    def _cut_out(self, folder: pathlib.Path, stem: str) -> None:
+        runs.make_inner_folder(folder)
+        runs.make_inner_folder(folder / stem)
+        for old in (folder / stem).glob("*.png"):
+            old.unlink()
+        for i in range(len(self._shown)):
+            if self.heatmaps is None:
+                mask = np.zeros(self.image.shape[:2], bool)
+                x0, y0 = np.floor(self.boxes[i, :2]).astype(int).clip(0)
+                x1, y1 = np.ceil(self.boxes[i, 2:]).astype(int).clip(0)
+                mask[y0:y1, x0:x1] = True
+            else:
+                mask = self.mask(i)
+            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+            if not len(rows):
+                continue
+            window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            alpha = np.where(mask, 255, 0).astype(np.uint8)
+            name = re.sub(r"[^\w-]+", "-", self.classes.names[self.class_ids[i]])
+            picture = np.dstack([self.image, alpha])[window]
+            runs.write_png(folder / stem / f"{i + 1}_{name}.png", picture)

@@ -38,6 +38,11 @@ Answer = Callable[..., dict[str, jax.Array]]
 class Prediction(Protocol):
     """A task's prediction for one image."""
 
+    @property
+    def remark(self) -> str:
+        """What one should know of it, in words that fit several images; mostly nothing."""
+        ...
+
     def overlay(self) -> np.ndarray:
         """Returns the image with the prediction on top, uint8 [H, W, 3]."""
         ...
@@ -58,12 +63,14 @@ class Labels:
       labels: uint8 [H, W] class ids.
       probabilities: float32 [H, W, classes].
       classes: their names and colours.
+      remark: see `Prediction`.
     """
 
     image: np.ndarray
     labels: np.ndarray
     probabilities: np.ndarray
     classes: ClassTable
+    remark: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError if the sizes or the number of classes do not match."""
@@ -153,7 +160,7 @@ class Summary:
 
     def __str__(self) -> str:
         """One line for the folder and one line for each failure and note."""
-        done = f"{len(self.predicted)} images labelled, {in_words(self.shapes)}"
+        done = f"{len(self.predicted)} images predicted, {in_words(self.shapes)}"
         return "\n".join([f"{done}; {len(self.failures)} failed", *self.failures, *self.notes])
 
 
@@ -171,7 +178,8 @@ def predict_folder(
 
     Tasks that label pixels write ``labels/NAME.png``, a palette PNG of class ids with the size of
     the image, and ``probabilities/NAME.npz``, float16 [H, W, C] with the key "probabilities". Tasks
-    that predict objects write masks and ``results.json`` in COCO's format. All tasks write
+    that predict objects write masks and ``results.json`` in COCO's format, and on request
+    cut-outs; see `dense_jax.infer.instances.Instances.save`. All tasks write
     ``overlays/NAME.png``, ``legend.png`` and ``classes.json``.
 
     Images run one at a time, since reading and writing files takes longer than the network. Pixels
@@ -204,6 +212,7 @@ def predict_folder(
     tell_if_many(shape_of, predict.shapes)
     output, palette = pathlib.Path(output_dir), classes.palette()
     predicted, shapes, results, orientations = [], set(), [], {}
+    remarks: dict[str, list[str]] = {}
     has_results = inputs_of is not None
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -225,6 +234,8 @@ def predict_folder(
             if overlays:
                 runs.make_inner_folder(output / "overlays")
                 runs.write_png(output / "overlays" / f"{path.stem}.png", prediction.overlay())
+            if prediction.remark:
+                remarks.setdefault(prediction.remark, []).append(path.name)
             predicted.append(path)
             shapes.add(shape_of[size])
         if has_results:
@@ -233,9 +244,15 @@ def predict_folder(
         raise UserError(
             f"cannot write to {output} ({error.strerror}): give another folder"
         ) from error
-    notes = tuple(map(printable, turned_in_words(orientations)))
+    notes = [*turned_in_words(orientations), *map(_in_words, remarks.values(), remarks)]
     failed = tuple(map(printable, failures))
-    return Summary(tuple(predicted), failed, frozenset(shapes), notes)
+    return Summary(tuple(predicted), failed, frozenset(shapes), tuple(map(printable, notes)))
+
+
+def _in_words(names: list[str], remark: str) -> str:
+    """Returns a remark on some images in one line."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}: {remark}"
 
 
 def read_images(path: pathlib.Path) -> Iterator[Example | UserError]:

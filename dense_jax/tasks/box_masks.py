@@ -42,6 +42,7 @@ class BoxMasks(Task):
     min_iou: float = 0.7
     threshold: float = 0.5
 
+    finds_objects: ClassVar[bool] = True
     headline: ClassVar[str] = "mask_iou"
     reads: ClassVar[Sequence[str]] = ("boxes", "classes", "masks", "scores")
 

@@ -47,6 +47,9 @@ from dense_jax.train.step import Batch, LossFn, eval_step, replicate, shard
 OBJECTS = ClassTable(("background", "object"))
 """The classes of proposals."""
 
+SHOWN_SCORE = 0.5
+"""Pictures of predictions show objects of at least this score."""
+
 PROPOSALS_FILE = "proposals.json"
 """The file in a folder of images that holds their proposals, if these are given."""
 
@@ -174,6 +177,7 @@ class Detection(Task):
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     kinds: ClassVar[Sequence[Kind]] = ("box",)
+    finds_objects: ClassVar[bool] = True
     headline: ClassVar[str] = "box_ap"
     reads: ClassVar[Sequence[str]] = ("boxes", "classes", "scores", "valid")
     meanings: ClassVar[Mapping[str, str]] = {
@@ -332,7 +336,8 @@ class Detection(Task):
         found = self.in_image(answers, image.shape[:2])
         if self.finds_any_class:
             classes = OBJECTS
-        return Instances(image, found["boxes"], found["class_ids"], found["scores"], classes)
+        own = found["boxes"], found["class_ids"], found["scores"]
+        return Instances(image, *own, classes, shown_score=SHOWN_SCORE)
 
     def in_image(self, answers: Mapping[str, np.ndarray], size: Size) -> dict[str, np.ndarray]:
         """Returns "boxes", "class_ids" and "scores" of an image of a size before resizing."""

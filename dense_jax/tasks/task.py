@@ -57,6 +57,8 @@ class Task(abc.ABC):
     """Name of the metric that decides which checkpoint is the best; higher is better."""
     reads: ClassVar[Sequence[str]]
     """Names of the answers that `read` needs."""
+    finds_objects: ClassVar[bool] = False
+    """Whether `read` returns `dense_jax.infer.instances.Instances`."""
     meanings: ClassVar[Mapping[str, str]] = {}
     """Answers in words, by name, for those who get them from an exported program."""
 
