@@ -57,7 +57,7 @@ def crop_polygons(
 
     columns = jnp.zeros((len(boxes), bins), jnp.uint32)
     columns = lax.fori_loop(0, jnp.max(part, initial=-1) + 1, add, columns)
-    bits = (columns[:, None] >> jnp.arange(bins, dtype=jnp.uint32)[:, None]) & 1
+    bits = (columns[:, None] >> jnp.arange(bins, dtype=jnp.uint32)[None, :, None]) & 1
     return bits.astype(jnp.float32)
 
 
@@ -76,11 +76,11 @@ def _changes(one: jax.Array, other: jax.Array, bins: int) -> jax.Array:
     start, end = jnp.where(is_back, other, one), jnp.where(is_back, one, other)
     dx, dy = jnp.split(end - start, 2, axis=-1)
     # An edge passes the middle of a column between a step, its third, and the next.
-    step = _FINE * jnp.arange(bins, dtype=jnp.int32) + _FINE // 2
+    step = (_FINE * jnp.arange(bins, dtype=jnp.int32) + _FINE // 2)[None, None]
     passes = (jnp.minimum(first, last) <= step) & (step < jnp.maximum(first, last))
     # The higher of the two points there: 2 |dx| times its y, from the start of the edge.
     gone = step - start[..., :1]
-    flat = 2 * dy * (gone + (dy < 0)) + abs(dx)
+    flat = 2 * dy * jnp.where(dy < 0, gone + 1, gone) + abs(dx)
     steep = dy * (2 * gone + 1)
     steep = jnp.where(dx > 0, steep - 1, -steep)
     y = start[..., 1:] + jnp.where(is_flat, flat, steep) // jnp.maximum(2 * abs(dx), 1)
