@@ -99,8 +99,10 @@ class Objects:
         factors = new[0] / old[0], new[1] / old[1]
         masks = self._bitmaps()
         if masks is not None:
+            # Pillow's own True is the byte 255, which XLA takes for -1: masks go as numbers.
             resized = [
-                Image.fromarray(m).resize(new[::-1], Image.Resampling.NEAREST) for m in masks
+                Image.fromarray(m.view(np.uint8)).resize(new[::-1], Image.Resampling.NEAREST)
+                for m in masks
             ]
             masks = np.array([np.asarray(m) for m in resized], bool).reshape(-1, *new)
         areas = (self.areas * (factors[0] * factors[1])).astype(np.float32)
