@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from dense_jax.errors import refuse
 from dense_jax.models.rcnn.mask_rcnn import MaskClass, MaskLayers, MaskRCNN
-from dense_jax.objectives.masks import MaskLoss, MaskRule
+from dense_jax.objectives.masks import MaskLoss, MaskRule, MaskTarget
 from dense_jax.tasks import training
 from dense_jax.tasks.detection import Detection
 from dense_jax.tasks.rcnn_recipes import RECIPES, Recipe
@@ -46,14 +46,31 @@ class Config(faster_rcnn.Config):
     num_keypoints: Count | None = None
     """Keypoints of an object, as many as the dataset has. Default: 17, those of COCO's people."""
 
+    mask_target: MaskTarget | None = None
+    """What a cell should be. soft: the share of it that the object fills. bitmap: whether that is
+    half. polygon: whether it is in the object's polygons, as COCO's tools draw them. Default: as
+    the recipe (torchvision: soft; others: polygon, or bitmap for a dataset without polygons)."""
     train_masks: Literal["whole", "cells"] = "whole"
-    """whole: masks of the size of the image. cells: each as 112 x 112 cells of its object's box, a
-    hundredth of the memory at 800 x 1344; targets differ by 0.006 on average."""
+    """How objects are kept for soft and bitmap. whole: masks of the size of the image. cells: each
+    as 112 x 112 cells of its object's box, a hundredth of the memory at 800 x 1344; targets differ
+    by 0.006 on average."""
 
     @property
     def mask_cells(self) -> int | None:
         """As --train-masks says."""
         return 112 if self.train_masks == "cells" else None
+
+    @property
+    def target(self) -> MaskTarget:
+        """What a cell should be, by default as in the code of the recipe."""
+        return self.mask_target or self.differences.mask_target
+
+    @property
+    def polygons(self) -> Literal["off", "suitable", "on"]:
+        """As --mask-target says, or as the recipe if the dataset has any."""
+        if self.mask_branch == "off" or self.target != "polygon":
+            return "off"
+        return "on" if self.mask_target else "suitable"
 
     @property
     def differences(self) -> Recipe:
@@ -67,10 +84,16 @@ class Config(faster_rcnn.Config):
             self.mask_loss == "softmax" and self.mask_class == "agnostic",
             "--mask-loss=softmax chooses among classes: give --mask-class=specific",
         )
-        own = self.mask_head, self.mask_class, self.mask_loss, self.train_masks
+        own = self.mask_head, self.mask_class, self.mask_loss, self.mask_target, self.train_masks
         refuse(
-            self.mask_branch == "off" and own != ("fcn", "specific", "sigmoid", "whole"),
-            "--mask-branch=off: leave out --mask-head, --mask-class, --mask-loss and --train-masks",
+            self.mask_branch == "off" and own != ("fcn", "specific", "sigmoid", None, "whole"),
+            "--mask-branch=off: leave out --mask-head, --mask-class, --mask-loss, --mask-target "
+            "and --train-masks",
+        )
+        refuse(
+            self.train_masks == "cells" and self.target == "polygon",
+            "--train-masks=cells: polygons are kept as they are; leave it out, or give "
+            "--mask-target=bitmap",
         )
         self.needs("num_keypoints", keypoint_branch="on")
         self.needs("keypoint_branch", "on", test_merge="suitable")
@@ -130,7 +153,7 @@ def build(config: Config, num_classes: int, kind: Callable[..., MaskRCNN] = Mask
         config, num_classes, kind, draws_masks=draws, mask_layers=config.mask_head,
         mask_class=config.mask_class, num_keypoints=num_keypoints,
     )  # fmt: skip
-    rule = MaskRule(config.differences.mask_target, config.mask_loss) if draws else None
+    rule = MaskRule(config.target, config.mask_loss) if draws else None
     return faster_rcnn.detection(config, model, rule, num_keypoints)
 
 

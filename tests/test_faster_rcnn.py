@@ -28,6 +28,7 @@ OTHER = {
     "max_objects": 3,
     "rois_per_image": 8,
     "roi_op": "pool",
+    "test_nms": 0.3,
     "test_proposals": 5,
     "test_scales": (1.0, 0.5),
     "weight_decay": 0.5,

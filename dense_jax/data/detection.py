@@ -20,6 +20,7 @@ from dense_jax.ops import boxes as box_ops
 from dense_jax.ops.masks import cells_of
 
 Rounding = Literal["nearest", "down"]
+_CORNERS = 512  # of the polygons of an object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,14 @@ class ReadObjects:
       background: class that is not an object.
       masks: whether objects have masks.
       keypoints: whether they have keypoints.
+      polygons: whether they have polygons in place of masks, where the dataset has them.
       min_side: objects with a shorter side than this, in pixels, are left out.
     """
 
     background: int | None = 0
     masks: bool = False
     keypoints: bool = False
+    polygons: bool = False
     min_side: int = 1
 
     def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
@@ -46,6 +49,7 @@ class ReadObjects:
             min_side=self.min_side,
             masks=self.masks,
             keypoints=self.keypoints,
+            polygons=self.polygons,
         )
         forms = ("instances", "keypoints", "annotations")
         rest = {k: x for k, x in example.items() if k not in forms}
@@ -180,7 +184,8 @@ class PadObjects:
     """Turns objects into arrays of a fixed number of slots; the last transform.
 
     "objects" becomes a dict of "boxes" float32 [G, 4], "classes" int32 [G] and "valid" bool [G], if
-    there are masks also "masks" bool [G, H, W] or "cells" uint8 [G, S, S], and of keypoints
+    there are masks also "masks" bool [G, H, W] or "cells" uint8 [G, S, S], of polygons "corners"
+    float32 [G, 512, 2] and "parts" int32 [G, 512] (see `Polygons.slots`), and of keypoints
     "keypoints" float32 [G, K, 3], which are not labelled in free slots. Crowds are left out, since
     nobody knows where their objects end. Of more objects than slots, the largest are kept.
 
@@ -209,6 +214,8 @@ class PadObjects:
             each = zip(objects.masks, objects.boxes, strict=True)
             cells = [cells_of(mask, box, side) for mask, box in each]
             arrays["cells"] = np.array(cells, np.uint8).reshape(-1, side, side)
+        if objects.polygons is not None:
+            arrays["corners"], arrays["parts"] = objects.polygons.slots(_CORNERS)
         if objects.keypoints is not None:
             arrays["keypoints"] = objects.keypoints.points
         padded = {

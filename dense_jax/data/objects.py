@@ -1,4 +1,4 @@
-"""The objects of an image: their boxes, classes, masks and keypoints.
+"""The objects of an image: their boxes, classes, masks or polygons, and keypoints.
 
 Datasets give them in one of three forms: as ``annotations`` (COCO, where objects overlap), as
 ``instances``, a map with the number of an object for each pixel, or as a label alone, whose
@@ -18,6 +18,7 @@ from dense_jax.data import rle
 from dense_jax.data.classes import IGNORE_LABEL
 from dense_jax.data.dataset import Example
 from dense_jax.data.keypoints import Keypoints
+from dense_jax.data.polygons import Polygons
 from dense_jax.ops import boxes as box_ops
 
 _LEAST_SIDE = 1.0  # Pixels; what a crop leaves of an object is dropped if a side is shorter.
@@ -35,6 +36,7 @@ class Objects:
       areas: float32 [N], pixels of each object, as annotated.
       masks: bool [N, H, W], or N run-length codes (see `dense_jax.data.rle`), or None.
       keypoints: of the N objects, or None.
+      polygons: of the N objects, or None; crowds have no part.
     """
 
     boxes: np.ndarray
@@ -44,6 +46,7 @@ class Objects:
     areas: np.ndarray
     masks: np.ndarray | Sequence[Mapping[str, Any]] | None = None
     keypoints: Keypoints | None = None
+    polygons: Polygons | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -57,7 +60,8 @@ class Objects:
             masks = masks[places] if is_array else [masks[i] for i in places]
         fields: dict[str, Any] = {name: getattr(self, name)[places] for name in _DTYPES}
         keypoints = self.keypoints and self.keypoints.select(places)
-        return type(self)(**fields, masks=masks, keypoints=keypoints)
+        polygons = self.polygons and self.polygons.select(places)
+        return type(self)(**fields, masks=masks, keypoints=keypoints, polygons=polygons)
 
     def mask(self, index: int) -> np.ndarray:
         """Returns the pixels of an object, labelled or not, bool [H, W]."""
@@ -84,6 +88,7 @@ class Objects:
             boxes=boxes,
             masks=None if masks is None else masks[:, :, ::-1],
             keypoints=self.keypoints and self.keypoints.flip(width),
+            polygons=self.polygons and self.polygons.flip(width),
         )
 
     def resize(self, old: tuple[int, int], new: tuple[int, int]) -> Self:
@@ -94,8 +99,10 @@ class Objects:
         factors = new[0] / old[0], new[1] / old[1]
         masks = self._bitmaps()
         if masks is not None:
+            # Pillow's own True is the byte 255, which XLA takes for -1: masks go as numbers.
             resized = [
-                Image.fromarray(m).resize(new[::-1], Image.Resampling.NEAREST) for m in masks
+                Image.fromarray(m.view(np.uint8)).resize(new[::-1], Image.Resampling.NEAREST)
+                for m in masks
             ]
             masks = np.array([np.asarray(m) for m in resized], bool).reshape(-1, *new)
         areas = (self.areas * (factors[0] * factors[1])).astype(np.float32)
@@ -105,6 +112,7 @@ class Objects:
             areas=areas,
             masks=masks,
             keypoints=self.keypoints and self.keypoints.scale(factors),
+            polygons=self.polygons and self.polygons.scale(factors),
         )
 
     def window(self, top: int, left: int, size: tuple[int, int]) -> Self:
@@ -131,6 +139,7 @@ class Objects:
             areas=areas.astype(np.float32),
             masks=masks,
             keypoints=self.keypoints and self.keypoints.window(top, left, size),
+            polygons=self.polygons and self.polygons.shift(top, left),
         )
         return moved.select(inside)
 
@@ -145,8 +154,9 @@ class Objects:
         if isinstance(masks, np.ndarray):
             masks = [rle.encode(mask) for mask in masks]
         fields = {name: getattr(self, name).tolist() for name in _DTYPES} | {"masks": masks}
-        if self.keypoints is not None:  # texts without any stay as they were
-            fields["keypoints"] = self.keypoints.to_json()
+        for name in ("keypoints", "polygons"):  # texts without any stay as they were
+            if (own := getattr(self, name)) is not None:
+                fields[name] = own.to_json()
         return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
@@ -155,9 +165,12 @@ class Objects:
         fields = json.loads(text)
         arrays = {name: np.array(fields[name], dtype) for name, dtype in _DTYPES.items()}
         arrays["boxes"] = arrays["boxes"].reshape(-1, 4)
-        keypoints = fields.get("keypoints")
+        keypoints, polygons = fields.get("keypoints"), fields.get("polygons")
         return cls(
-            **arrays, masks=fields["masks"], keypoints=keypoints and Keypoints.from_json(keypoints)
+            **arrays,
+            masks=fields["masks"],
+            keypoints=keypoints and Keypoints.from_json(keypoints),
+            polygons=None if polygons is None else Polygons.from_json(polygons),
         )
 
 
@@ -204,6 +217,7 @@ def find(
     background_votes: bool = False,
     masks: bool = True,
     keypoints: bool = False,
+    polygons: bool = False,
 ) -> Objects:
     """Returns the objects of an example, in the order of their numbers.
 
@@ -217,11 +231,15 @@ def find(
         background is left out.
       masks: whether to return masks, bool [N, H, W].
       keypoints: whether to return keypoints, if the example has them.
+      polygons: whether to return polygons in place of masks, if the example has them.
     """
     label = example["label"]
     if (given := example.get("annotations")) is not None:
+        has_polygons = polygons and given.polygons is not None
+        masks = masks and not has_polygons
         objects = given.decoded(label.shape) if masks else dataclasses.replace(given, masks=None)
         objects = objects if keypoints else dataclasses.replace(objects, keypoints=None)
+        objects = objects if has_polygons else dataclasses.replace(objects, polygons=None)
         return objects.select(box_ops.min_side(objects.boxes) >= min_side)
     numbered = number(example, background)
     boxes, classes, numbers, areas = [], [], [], []

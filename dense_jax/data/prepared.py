@@ -274,6 +274,8 @@ def _key(files: Files) -> str:
         variant += ("chosen colours",)
     if files.classes.keypoints is not None:  # not in repr either
         variant += (files.classes.keypoints,)
+    if files.has_annotations:  # older records have masks alone
+        variant += ("polygons",)
     state = hashlib.blake2b(repr(variant).encode(), digest_size=8)
     for pair in files.pairs:
         own = [path for path in (pair.image, pair.label, pair.objects) if path]

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from dense_jax.ops.masks import crop_cells, crop_masks
+from dense_jax.ops.polygons import crop_polygons
 
 Losses = dict[str, tuple[jax.Array, jax.Array]]
-MaskTarget = Literal["soft", "bitmap"]
+MaskTarget = Literal["soft", "bitmap", "polygon"]
 MaskLoss = Literal["sigmoid", "softmax"]
 
 
@@ -25,7 +26,9 @@ class MaskRule:
 
     Attributes:
       target: "soft": the share of a cell that the object fills (torchvision). "bitmap": whether the
-        object fills half of the cell, whose centre is half a pixel from soft ones (detectron2).
+        object fills half of the cell, whose centre is half a pixel from soft ones (detectron2,
+        where objects are bitmaps). "polygon": whether the cell is in the object's polygons, drawn
+        by COCO's rule (detectron2 and Detectron); objects without any are as with "bitmap".
       loss: "sigmoid": each cell of the object's own class is in the object or not. "softmax": each
         cell has one of all classes (Table 2b).
     """
@@ -45,15 +48,20 @@ def mask_targets(
     """Returns what the masks of boxes should be, float32 [B, F, bins, bins].
 
     Args:
-      objects: their masks as "masks" [B, G, H, W], or as "cells" [B, G, S, S] and "boxes"
-        [B, G, 4]; see `dense_jax.data.detection.PadObjects`.
+      objects: their masks as "masks" [B, G, H, W], as "cells" [B, G, S, S] and "boxes"
+        [B, G, 4], or as "corners" [B, G, P, 2] and "parts" [B, G, P]; see
+        `dense_jax.data.detection.PadObjects`.
       boxes: float32 [B, F, 4].
       index: int32 [B, F], the object of each box.
       sizes: int32 [B, 2], height and width of each image without padding.
       bins: cells along each side.
       rule: how masks train.
     """
-    options = {"bins": bins, "aligned": rule.target == "bitmap"}
+    if "corners" in objects:
+        each = zip(objects["corners"], objects["parts"], boxes, index, strict=True)
+        return jnp.stack([crop_polygons(*arrays, bins=bins) for arrays in each])
+    is_bitmap = rule.target != "soft"
+    options = {"bins": bins, "aligned": is_bitmap}
     if "cells" in objects:
         crop = functools.partial(crop_cells, **options)
         each = zip(objects["cells"], objects["boxes"], boxes, index, strict=True)
@@ -61,7 +69,7 @@ def mask_targets(
         crop = functools.partial(crop_masks, **options)
         each = zip(objects["masks"], boxes, index, sizes, strict=True)
     found = jnp.stack([crop(*arrays) for arrays in each])
-    return (found >= 0.5).astype(jnp.float32) if rule.target == "bitmap" else found
+    return (found >= 0.5).astype(jnp.float32) if is_bitmap else found
 
 
 def mask_losses(

@@ -99,6 +99,11 @@ class DetectionConfig(RunConfig):
         """Cells along each side of the masks that train; None: they are whole; see `PadObjects`."""
         return None
 
+    @property
+    def polygons(self) -> Literal["off", "suitable", "on"]:
+        """Whether masks train as polygons. "suitable": if the dataset has any."""
+        return "off"
+
     def resized(self, size: Size, short: int) -> Size:
         """Returns the size of an image whose shorter side becomes ``short``, but for --max-side."""
         return short_side_size(size, short, self.max_side, self.rounding)
@@ -121,7 +126,9 @@ class DetectionConfig(RunConfig):
         """
         has_jitter, square = self.jitter == "large_scale", (self.max_side, self.max_side)
         return chosen(
-            ReadObjects(masks=masks, keypoints=keypoints),
+            ReadObjects(
+                masks=masks, keypoints=keypoints, polygons=masks and self.polygons != "off"
+            ),
             proposals is not None and GiveProposals(proposals, num_proposals),
             has_jitter and LargeScaleJitter(square, antialias=self.antialias),
             not has_jitter

@@ -62,14 +62,13 @@ RECIPES = {
         "detectron2", AnchorRule(beta=0.0, fixed_count=True), RoiRule(beta=0.0),
         ProposalRule(2000, 1000, min_side=0.0), ProposalRule(1000, 1000, min_side=0.0),
         DetectionRule(min_side=0.0), roi_aligned=True, roi_samples=None, antialias=True,
-        mask_target="bitmap", paste="detectron2",
+        mask_target="polygon", paste="detectron2",
     ),
-    # The paper of Mask R-CNN and its release, Detectron, but for its widths with "+ 1". It draws
-    # targets as polygons; half of a cell is closest to that.
+    # The paper of Mask R-CNN and its release, Detectron, but for its widths with "+ 1".
     "detectron": Recipe(
         "detectron2", AnchorRule(inside=True), RoiRule(beta=1.0),
         ProposalRule(2000, 2000, min_side=0.0), ProposalRule(1000, 1000, min_side=0.0),
-        DetectionRule(), mask_target="bitmap",
+        DetectionRule(), mask_target="polygon",
     ),
     # py-faster-rcnn, end to end: models/pascal_voc/VGG16/faster_rcnn_end2end. There, 16 pixels and
     # the 1 of `plus_one` of known boxes are of the image before it is resized; here, after.

@@ -8,7 +8,9 @@ import numpy as np
 
 from dense_jax.data import rle
 from dense_jax.data.classes import ClassTable
+from dense_jax.data.dataset import Dataset
 from dense_jax.data.padded import Size
+from dense_jax.errors import refuse
 from dense_jax.infer.instances import Instances
 from dense_jax.infer.pasting import Convention, paste
 from dense_jax.metrics.coco import Kind
@@ -43,6 +45,21 @@ class InstanceSegmentation(Detection):
         """How images are resized, masks are pasted, and what was chosen."""
         return {**super().card, "masks": f"pasted as by {self.convention}, from 0.5 on"}
 
+    def training_data(self, dataset: Dataset) -> Dataset:
+        """Returns what `Detection` does, and tells if masks are bitmaps in place of polygons.
+
+        Raises:
+          UserError: masks must be polygons, and the dataset has none.
+        """
+        asked = self.config.polygons
+        if asked != "off" and not _has_polygons(dataset):
+            words = f"not all objects of {dataset.name} have polygons"
+            refuse(
+                asked == "on", f"--mask-target=polygon: {words}; give --mask-target=bitmap or soft"
+            )
+            print(f"{words}: masks train as with --mask-target=bitmap")
+        return super().training_data(dataset)
+
     def in_image(self, answers: Mapping[str, np.ndarray], size: Size) -> dict[str, np.ndarray]:
         """Returns what `Detection` does, and "masks" [N, M, M]."""
         return {**super().in_image(answers, size), "masks": answers["masks"][answers["valid"]]}
@@ -64,3 +81,9 @@ class InstanceSegmentation(Detection):
         )
         masks = [rle.encode(window.mask(size)) for window in windows]
         return dataclasses.replace(super()._detections(answers, size), masks=masks)
+
+
+def _has_polygons(dataset: Dataset) -> bool:
+    """Returns whether the objects that train have polygons, which all or none of them have."""
+    objects = dataset.split("train")[0].get("annotations")
+    return objects is not None and objects.polygons is not None

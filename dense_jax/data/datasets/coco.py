@@ -20,7 +20,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from dense_jax.data.dataset import Dataset
 from dense_jax.data.files import Files, Pair, Sample
 from dense_jax.data.keypoints import Keypoints, KeypointTable, from_coco
 from dense_jax.data.objects import Objects
+from dense_jax.data.polygons import Polygons
 from dense_jax.errors import UserError, refuse
 from dense_jax.ops import boxes as box_ops
 
@@ -140,6 +141,20 @@ class _Entry:
     annotations: list[dict[str, Any]]
 
 
+class _Objects(NamedTuple):
+    """What `_read` needs of a split.
+
+    Attributes:
+      entries: images by name.
+      class_of: class ids by the ids of categories.
+      has_polygons: whether all objects but crowds have polygons, or their boxes as masks.
+    """
+
+    entries: Mapping[str, _Entry]
+    class_of: Mapping[int, int]
+    has_polygons: bool
+
+
 @dataclasses.dataclass
 class _Part:
     """One split: the images of a JSON file and their objects, by name."""
@@ -147,7 +162,7 @@ class _Part:
     path: pathlib.Path
     categories: dict[int, str]
     pairs: list[Pair]
-    objects: tuple[dict[str, _Entry], dict[int, int]]
+    objects: _Objects
     keypoints: KeypointTable | None
     notes: list[str]
 
@@ -218,7 +233,19 @@ class _Part:
         if empty and "annotations" in content:
             notes.append(f"{split}: {len(empty)} images without objects, such as {empty[0]}")
         ordered = {category: categories[category] for category in sorted(categories)}
-        return cls(path, ordered, pairs, (entries, class_of), keypoints, notes)
+        drawn = [
+            isinstance(annotation.get("segmentation"), Mapping)
+            for entry in entries.values()
+            for annotation in entry.annotations
+            if not annotation.get("iscrowd")
+        ]
+        if any(drawn) and not all(drawn):
+            notes.append(
+                f"{split}: {sum(drawn)} objects have run-length codes, others polygons: masks "
+                "train as bitmaps"
+            )
+        objects = _Objects(entries, class_of, not any(drawn))
+        return cls(path, ordered, pairs, objects, keypoints, notes)
 
 
 def _keypoint_table(
@@ -326,17 +353,28 @@ def _mask(annotation: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any
         if isinstance(counts, list) and sum(counts) != math.prod(size):
             raise ValueError(f"runs of {sum(counts)} pixels on an image of {math.prod(size)}")
         return rle.encode(rle.decode(segmentation))
-    polygons = [polygon for polygon in segmentation if len(polygon) >= 2 * _POINTS]
-    return rle.from_polygons(polygons, *size)
+    return rle.from_polygons(_long_enough(segmentation), *size)
+
+
+def _polygons(annotation: Mapping[str, Any], box: np.ndarray) -> list[list[float]]:
+    """Returns the polygons of an annotation without run lengths, or else its box as one."""
+    if _has_mask(annotation):
+        return _long_enough(annotation["segmentation"])
+    x0, y0, x1, y1 = box.tolist()
+    return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+
+def _long_enough(polygons: Sequence[list[float]]) -> list[list[float]]:
+    return [polygon for polygon in polygons if len(polygon) >= 2 * _POINTS]
 
 
 def _read(
-    objects: Mapping[str, tuple[Mapping[str, _Entry], Mapping[int, int]]],
+    objects: Mapping[str, _Objects],
     pair: Pair,
     classes: ClassTable,
 ) -> Sample:
     """Reads an image, and draws its objects as a label map."""
-    entries, class_of = objects[pair.split]
+    entries, class_of, has_polygons = objects[pair.split]
     entry = entries[pair.name]
     data, image = files_lib.read_image(pair.image)
     height, width = image.pixels.shape[:2]
@@ -345,7 +383,7 @@ def _read(
             f"{pair.image}: {width}x{height} pixels, but {pair.label.name} says "
             f"{entry.size[1]}x{entry.size[0]}; correct one"
         )
-    rows, points = [], []
+    rows, points, outlines = [], [], []
     for annotation in entry.annotations:
         box = _box(annotation, entry.size)
         if box is None:
@@ -366,6 +404,7 @@ def _read(
         is_crowd = bool(annotation.get("iscrowd", 0))
         number = int(annotation.get("id", 0))
         rows.append((box, class_of[annotation["category_id"]], number, is_crowd, area, mask))
+        outlines.append([] if is_crowd or not has_polygons else _polygons(annotation, box))
     boxes, ids, numbers, crowd, areas, masks = zip(*rows, strict=True) if rows else ((),) * 6
     found = Objects(
         np.array(boxes, np.float32).reshape(-1, 4),
@@ -374,6 +413,7 @@ def _read(
         np.array(crowd, bool),
         np.array(areas, np.float32),
         list(masks),
+        polygons=Polygons.from_json(outlines) if has_polygons else None,
     )
     if (table := classes.keypoints) is not None:
         stacked = np.array(points, np.float32).reshape(-1, len(table), 3)
