@@ -1,6 +1,8 @@
 """Alternating training: what learns in each of the four runs, and the proposals between them."""
 
+import dataclasses
 import json
+import pathlib
 import re
 from typing import Any
 
@@ -20,7 +22,8 @@ from dense_jax.ops import boxes as box_ops
 from dense_jax.tasks import trained, training
 from dense_jax.train.checkpoint import read_variables
 from experiments import faster_rcnn as script
-from tests.test_detection_task import Trunk, config, data
+from experiments import mask_rcnn
+from tests.test_detection_task import SHAPES, Trunk, config, data
 
 RUNS: dict[str, Any] = dict(
     train_mode="alternating",
@@ -63,6 +66,22 @@ def test_four_short_runs(tmp_path, capsys):
     check_the_command_writes_proposals_of_splits_and_folders(runs, tmp_path, capsys)
 
 
+@pytest.mark.slow
+def test_masks_learn_with_the_head(tmp_path):
+    """Mask R-CNN on proposals that a network before it has found (Section 3.1 of the paper)."""
+    fields = dataclasses.asdict(config(**RUNS, workdir=str(tmp_path / "all")))
+    own = mask_rcnn.Config(**fields | {"shapes": SHAPES})
+    training.run(mask_rcnn.build, own)
+    first, second, _, fourth = own.each_stage()
+    parts = [set(variables_of(stage)) for stage in (first, second, fourth)]
+    assert all({"mask_head", "mask_predictor"} <= part for part in parts)
+    before, after = (variables_of(stage)["mask_head"] for stage in (first, second))
+    assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, before, after)))
+    names = {path.name for path in pathlib.Path(fourth.workdir or "").glob("results_*.json")}
+    assert names == {"results_box.json", "results_mask.json"}
+    assert "mask_ap" in trained.load(fourth.workdir or "").task.headline
+
+
 def proposed(opened, image):
     propose = opened.task.proposer()
     assert propose is not None
@@ -70,7 +89,7 @@ def proposed(opened, image):
 
 
 def variables_of(stage):
-    return read_variables(stage.workdir, "last", "box_ap")[0]["params"]
+    return read_variables(stage.workdir, "last")[0]["params"]
 
 
 def check_what_learns_in_each_run(runs):

@@ -16,7 +16,7 @@ from PIL import Image
 from dense_jax.data import dataset
 from dense_jax.data.normalise import normalise
 from dense_jax.tasks.detection import Detection
-from experiments import faster_rcnn as script
+from experiments import faster_rcnn, mask_rcnn
 
 SCORES = [
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
@@ -39,10 +39,23 @@ def annotations(rng):
             rows.append({
                 "id": len(rows) + 1, "image_id": image, "category_id": category,
                 "bbox": [float(x), float(y), float(w), float(h)], "area": float(w * h),
-                "iscrowd": int(rng.random() < 0.2), "segmentation": [],
+                "iscrowd": int(rng.random() < 0.2),
             })  # fmt: skip
+            rows[-1]["segmentation"] = outline(rows[-1], height, width)
     rows[0]["area"], rows[1]["area"] = 1024.0, 9216.0
     return rows
+
+
+def outline(row, height, width):
+    """A diamond as a polygon, or of a crowd the whole box as uncompressed run lengths."""
+    x, y, w, h = row["bbox"]
+    if not row["iscrowd"]:
+        return [[x, y + h / 3, x + w / 2, y, x + w, y + h / 2, x + w / 3, y + h]]
+    mask = np.zeros((height, width), bool)
+    mask[round(y) : round(y + h), round(x) : round(x + w)] = True
+    ends = np.flatnonzero(np.diff(np.concatenate([[False], mask.T.ravel(), [False]])))
+    counts = np.diff(np.concatenate([[0], ends, [mask.size]]))
+    return {"size": [height, width], "counts": counts[counts > 0].tolist()}
 
 
 def write(root, objects):
@@ -78,6 +91,10 @@ def guesses(rng, objects) -> dict[str, Any]:
             boxes[slot] = box / [width, height, width, height]
             arrays["classes"][i, slot] = 1 + sorted(CATEGORIES).index(row["category_id"])
         arrays["shares"][i] = boxes
+    cells = np.abs(np.linspace(-1, 1, 28))
+    diamond = 1.5 - cells[:, None] - cells  # in the middle of its box
+    noise = rng.normal(0, 0.1, (len(SIZES), SLOTS, 28, 28))
+    arrays["masks"] = np.clip(diamond + noise, 0, 1).astype(np.float32)
     return arrays
 
 
@@ -94,7 +111,8 @@ def network(levels):
     return forward
 
 
-def task() -> Detection:
+def task(kind: str) -> Detection:
+    script: Any = {"box": faster_rcnn, "mask": mask_rcnn}[kind]
     config = dataclasses.replace(script.PRESETS["smoke"], dataset="coco", short_side=(64,))
     greys = np.arange(len(SIZES), dtype=np.uint8)[:, None, None] * 20
     levels = normalise(np.tile(greys, (1, 1, 3)), config.normalisation)[:, 0, 0]
@@ -102,14 +120,14 @@ def task() -> Detection:
     return dataclasses.replace(built, forward=network(jnp.asarray(levels)))
 
 
-def outside(truth: pathlib.Path, results: pathlib.Path):
+def outside(truth: pathlib.Path, results: pathlib.Path, kind: str):
     """The twelve numbers of pycocotools, which reads both files itself."""
     theirs = pytest.importorskip("pycocotools.cocoeval", reason="pycocotools is not installed")
     from pycocotools.coco import COCO
 
     with contextlib.redirect_stdout(io.StringIO()):
         known = COCO(str(truth))
-        evaluation = theirs.COCOeval(known, known.loadRes(str(results)), "bbox")
+        evaluation = theirs.COCOeval(known, known.loadRes(str(results)), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -117,17 +135,19 @@ def outside(truth: pathlib.Path, results: pathlib.Path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["box", "mask"])
 @pytest.mark.parametrize("seed", range(3))
-def test_pycocotools_gives_the_numbers_of_a_run(tmp_path, seed):
+def test_pycocotools_gives_the_numbers_of_a_run(tmp_path, kind, seed):
     rng, run = np.random.default_rng(seed), tmp_path / "run"
     objects = annotations(rng)
     write(tmp_path, objects)
     table = jax.tree.map(jnp.asarray, guesses(rng, objects))
     table["classes"] = table["classes"].astype(jnp.int32)
-    record = task().evaluator(dataset.load("coco", tmp_path), "val")(table, True)
+    record = task(kind).evaluator(dataset.load("coco", tmp_path), "val")(table, True)
     record.write(run, 3)
 
-    results = json.loads((run / "results_box.json").read_text())
+    path = run / f"results_{kind}.json"
+    results = json.loads(path.read_text())
     of_class = [(row["image_id"], row["category_id"]) for row in results]
     assert max(map(of_class.count, set(of_class))) > 200  # of which 100 count
     assert (EMPTY, 44) in of_class
@@ -135,8 +155,8 @@ def test_pycocotools_gives_the_numbers_of_a_run(tmp_path, seed):
     assert {row["iscrowd"] for row in objects} == {0, 1}
 
     scores = json.loads((run / "evaluation.json").read_text())["scores"]
-    ours = [scores[f"box_{name}"] for name in SCORES]
-    theirs = outside(tmp_path / "val.json", run / "results_box.json")
+    ours = [scores[f"{kind}_{name}"] for name in SCORES]
+    theirs = outside(tmp_path / "val.json", path, {"box": "bbox", "mask": "segm"}[kind])
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
     assert (theirs > 0).all()  # of each range of areas there are objects
     assert (theirs < 1).all()
