@@ -101,6 +101,7 @@ def test_every_name_of_detectron2_is_explained_and_comes_back(name):
     assert {key: x.shape for key, x in back.items()} == detectron_names.detectron2(*name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["detectron2", "detectron"])
 def test_resnexts_have_pixels_and_strides_of_their_own(code):
     """Only the shape of their kernels tells them from ResNets."""
@@ -167,7 +168,7 @@ TRUNKS = {
 
 
 @pytest.mark.parametrize("case", members(TRUNKS, ("Detectron's R-50", "R-50")))
-@pytest.mark.parametrize("neck", ["", "FPN", "C4"])
+@pytest.mark.parametrize("neck", members(["", "FPN", "C4"], ("", "FPN")))
 def test_trunks_of_imagenet(case, neck):
     """detectron2's files and Detectron's, in a classifier and two detectors."""
     trunk, norm, name, normalisation = TRUNKS[case]
@@ -201,7 +202,7 @@ TIMM = ("conv1.weight", "bn1.weight", "layer1.0.downsample.0.weight", "layer4.2.
 @pytest.mark.parametrize(
     ("source", "prefix"), [("torchvision", ""), ("detectron2", "stem."), ("msra", "res")]
 )
-@pytest.mark.parametrize("neck", ["fpn", "c4"])
+@pytest.mark.parametrize("neck", members(["fpn", "c4"], ("c4",)))
 def test_other_trunks_start_detectors(source, prefix, neck, tmp_path, capsys):
     """torchvision's names, which timm's are too, also in detectron2's form; MSRA's in Caffe."""
     model = FasterRCNN(3, neck=neck, width=1 / 16)
@@ -311,6 +312,7 @@ def test_heads_on_a_pyramid_are_detectron2s():
         logits, deltas = net.box_predictor(net.box_head(boxes, train=False))
         return nn.softmax(logits), deltas, net.mask_predictor(net.mask_convs(masks, train=False))
 
+@pytest.mark.slow
     probabilities, deltas, drawings = nn.apply(heads, model)(variables, boxes, masks)
     features = boxes.transpose(0, 3, 1, 2).reshape(2, -1)
     for i in (1, 2):
@@ -327,8 +329,6 @@ def test_heads_on_a_pyramid_are_detectron2s():
     # Nothing reads what is here in addition.
     assert not np.any(deltas[:, 0])
     assert not np.any(drawings[..., 0])
-
-
 def test_heads_and_anchors_of_c4_are_detectron2s():
     """detectron2 has all ratios of a size side by side, here are all sizes of a ratio."""
     sizes = (32.0, 64.0, 128.0, 256.0, 512.0)
@@ -543,7 +543,7 @@ def test_text_of_another_protocol_is_no_weight_file(tmp_path):
     assert "detectron2 .pkl" in refused(path)
 
 
-@pytest.mark.parametrize("neck", ["fpn", "c4"])
+@pytest.mark.parametrize("neck", members(["fpn", "c4"], ("fpn",)))
 def test_a_thin_file_is_imported_and_starts_a_run(tmp_path, monkeypatch, capsys, neck):
     """Through the commands, as a pickle; a run with other classes takes all but the last layers."""
     options = dict(anchor_sizes=(32, 64)) if neck == "c4" else {}

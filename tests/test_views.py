@@ -14,7 +14,7 @@ from dense_jax.infer import detections
 from dense_jax.infer.views import View, merged
 from dense_jax.models.rcnn import faster_rcnn as models
 from experiments import mask_rcnn as script
-from tests import contract
+from tests import contract, members
 from tests.test_detection_task import NUM_CLASSES, Trunk
 
 SIZES = np.array([[64, 64], [50, 41]])
@@ -76,7 +76,7 @@ def test_what_a_view_sees_and_where_its_boxes_are():
     assert view.inputs([]) == ()
 
 
-@pytest.mark.parametrize("recipe", ["torchvision", "paper"])
+@pytest.mark.parametrize("recipe", members(["torchvision", "paper"], ("paper",)))
 def test_one_view_is_the_usual_pass(recipe, monkeypatch):
     images = arrays()[1]
     usual = run(task(recipe=recipe), images)

@@ -205,6 +205,7 @@ def test_the_release_is_known_in_parts():
         assert (release.name, account.unexplained) == (name, ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*RELEASES, "torchvision's vgg16_bn", "torchvision's ResNet"])
 def test_the_order_of_releases_does_not_matter(case):
     """Files of several networks at once too, of which each has a table of its own."""
