@@ -312,7 +312,6 @@ def test_heads_on_a_pyramid_are_detectron2s():
         logits, deltas = net.box_predictor(net.box_head(boxes, train=False))
         return nn.softmax(logits), deltas, net.mask_predictor(net.mask_convs(masks, train=False))
 
-@pytest.mark.slow
     probabilities, deltas, drawings = nn.apply(heads, model)(variables, boxes, masks)
     features = boxes.transpose(0, 3, 1, 2).reshape(2, -1)
     for i in (1, 2):
@@ -329,6 +328,9 @@ def test_heads_on_a_pyramid_are_detectron2s():
     # Nothing reads what is here in addition.
     assert not np.any(deltas[:, 0])
     assert not np.any(drawings[..., 0])
+
+
+@pytest.mark.slow
 def test_heads_and_anchors_of_c4_are_detectron2s():
     """detectron2 has all ratios of a size side by side, here are all sizes of a ratio."""
     sizes = (32.0, 64.0, 128.0, 256.0, 512.0)

@@ -108,10 +108,11 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def opened(run):
-@pytest.mark.slow  # test_mask_rcnn has the same of masks
     return trained.load(run, task=task(mask_branch="on"))
+
+
+@pytest.mark.slow
 def test_a_run_leaves_scores_of_keypoints_masks_and_boxes(run):
-@pytest.mark.slow  # test_mask_rcnn has the same of masks
     record = json.loads((run / "evaluation.json").read_text())
     assert record["headline"] == "keypoint_ap"
     scores = record["scores"]
@@ -127,6 +128,9 @@ def test_a_run_leaves_scores_of_keypoints_masks_and_boxes(run):
     assert {re.sub(".*_", "", p.stem) for p in run.glob("results_*.json")} == {
         "keypoint", "mask", "box"
     }  # fmt: skip
+
+
+@pytest.mark.slow
 def test_evaluation_and_prediction_see_the_same_keypoints(run, opened, tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
@@ -152,7 +156,6 @@ def test_evaluation_and_prediction_see_the_same_keypoints(run, opened, tmp_path)
 
 
 def test_keypoints_move_with_their_boxes_into_the_image():
-@pytest.mark.slow  # test_mask_rcnn has the same of masks
     """A network that finds what it is told, in an image that was enlarged."""
     own = task()
     size, inputs = (24, 20), own.input_size((24, 20))
@@ -181,6 +184,9 @@ def test_keypoints_move_with_their_boxes_into_the_image():
     empty: Any = own.read(nothing, image, data().classes)
     assert empty.keypoints.shape == (0, 5, 3)
     empty.overlay()
+
+
+@pytest.mark.slow
 def test_logits_of_detections_are_those_of_their_boxes(opened):
     own = opened.task
     model: Any = own.model.clone(axis_name=None)

@@ -57,7 +57,6 @@ def test_every_name_of_keypoint_rcnn_is_explained(release):
 
 
 def test_numbers_of_the_up_convolution_keep_their_places(tmp_path):
-@pytest.mark.slow
     """torch stores [in, out, rows, columns]; a tap lands where it does in torch."""
     theirs = keypointrcnn_resnet50_fpn(num_classes=2, width=1 / 16)
     variables = contract.random_variables(theirs, (1, 32, 32, 3))
@@ -69,6 +68,9 @@ def test_numbers_of_the_up_convolution_keep_their_places(tmp_path):
     same, normalisation = start.initial(f"file:{path}", rules.template_of(theirs))
     chex.assert_trees_all_equal(same, variables)
     assert normalisation == "torchvision"
+
+
+@pytest.mark.slow
 def test_masks_and_keypoints_start_from_keypoints(tmp_path, capsys):
     """Another number of classes: the rest of the file is copied, masks start anew."""
     thin: Any = dict(width=1 / 16)
