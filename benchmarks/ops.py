@@ -3,22 +3,26 @@
     python -m benchmarks.ops [--repeats=15] [--only=pool]
 
 Both sides get the same float32 values; torch's tensors are channels_last. The benchmark compares
-their results before it times them. A ratio below 1 means that ours is faster. Suppression of boxes
-and RoIAlign are compared with torchvision's compiled operators, if they are installed.
+their results before it times them. A ratio below 1 means that ours is faster. Suppression of boxes,
+RoIAlign and mask targets are compared with torchvision's compiled operators, if they are installed.
 """
 
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tyro
 
 from benchmarks.timing import alternate, import_torch
+from dense_jax.infer.pasting import Convention, paste
 from dense_jax.layers.conv import conv, up_conv
 from dense_jax.ops import roi
+from dense_jax.ops.masks import crop_masks
 from dense_jax.ops.nms import nms
 from dense_jax.ops.pool import max_pool, max_pool_with_switches, max_unpool
 
@@ -30,6 +34,15 @@ class Config:
     repeats: int = 15  # Timed turns of each side; the medians are shown.
     threads: int = 2  # Threads of torch; JAX uses every core of the process.
     only: str = ""  # Run only cases whose name contains this.
+
+
+class Forward(NamedTuple):
+    """A case without a gradient: its name, target ratio, and the call of each side."""
+
+    name: str
+    target: float
+    ours: Callable[[], Any]
+    theirs: Callable[[], Any]
 
 
 def cases(torch):
@@ -99,11 +112,14 @@ def cases(torch):
     return rows
 
 
-def compiled_torchvision():
+def compiled_torchvision(torch):
     """Returns torchvision.ops, or None with a message if its compiled operators are missing."""
     try:
-        return importlib.import_module("torchvision.ops")
-    except (ImportError, RuntimeError):
+        theirs = importlib.import_module("tests.parity.theirs")
+        operators = theirs.import_torchvision(compiled=True).ops
+        operators.nms(torch.zeros((1, 4)), torch.zeros(1), 0.5)
+        return operators
+    except (ImportError, RuntimeError):  # NotImplementedError is one
         print("torchvision with compiled operators is not installed: no rows of boxes and regions")
         return None
 
@@ -135,8 +151,8 @@ def region_cases(torch, torchvision):
     return [("RoIAlign 7x7, 1000 boxes, 256", 0.5, ours, maps, theirs, tensors)]
 
 
-def time_suppression(config: Config, torch, torchvision) -> None:
-    """Prints a row for boxes in clusters of 20 and for a chain, which has no gradient."""
+def suppression_cases(torch, torchvision) -> Iterator[Forward]:
+    """Yields rows for boxes in clusters of 20 and for a chain."""
     rng = np.random.default_rng(0)
     for num in (1000, 2000):
         objects = rng.uniform(0, 1000, (num // 20, 2)).repeat(20, 0)
@@ -148,33 +164,134 @@ def time_suppression(config: Config, torch, torchvision) -> None:
         left, zeros = np.arange(num) * 2.0, np.zeros(num)
         chain = np.stack([left, zeros, left + 16, zeros + 1], 1)  # IoU 7/9 with the next box
         for kind, boxes in (("clusters", rng.permutation(clusters)), ("a chain", chain)):
-            name = f"NMS of {num} boxes, {kind}"
-            if config.only not in name:
-                continue
             boxes = boxes.astype(np.float32)
             arrays = [jax.device_put(x) for x in (boxes, np.ones(num, bool))]
             scores = torch.linspace(1, 0, num)
-            mine = jax.jit(functools.partial(nms, threshold=0.7))
+            keep = jax.jit(functools.partial(nms, threshold=0.7))
             other = functools.partial(torchvision.nms, torch.tensor(boxes), scores, 0.7)
-            kept = np.flatnonzero(mine(*arrays))
-            np.testing.assert_array_equal(kept, other().numpy())
-            result = alternate(
-                lambda f=mine, a=arrays: jax.block_until_ready(f(*a)), other, config.repeats
-            )
-            ms = f"{result.ours * 1e3:9.2f}{result.theirs * 1e3:9.2f}{result.ratio:8.2f}"
-            print(f"{name:32}{ms}{'':26}   0.5")
+
+            def kept(other=other, num=num):
+                return torch.zeros(num, dtype=torch.bool).index_fill_(0, other(), True)
+
+            mine = functools.partial(keep, *arrays)
+            yield Forward(f"NMS of {num} boxes, {kind}", 0.5, mine, kept)
+
+
+def _discs(rng, num: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ellipses, bool [N, H, W], and their boxes, float32 [N, 4]."""
+    sides = np.exp(rng.normal(np.log(90), 0.6, (num, 2))).clip(8, min(size))
+    corners = rng.uniform(0, 1, (num, 2)) * (np.array(size[::-1]) - sides)
+    boxes = np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
+    y, x = np.arange(size[0])[:, None] + 0.5, np.arange(size[1]) + 0.5
+    x0, y0, x1, y1 = (edge[:, None, None] for edge in boxes.T)
+    across, down = (2 * x - x0 - x1) / (x1 - x0), (2 * y - y0 - y1) / (y1 - y0)
+    return across**2 + down**2 < 1, boxes
+
+
+def target_cases(torch, torchvision) -> Iterator[Forward]:
+    """Yields a row for the soft targets of masks; torchvision makes them by its RoIAlign."""
+    rng = np.random.default_rng(0)
+    masks, own = _discs(rng, 20, (320, 320))
+    index = rng.integers(0, 20, 128).astype(np.int32)
+    moves = rng.uniform(-0.2, 0.2, (128, 4)) * np.tile(own[index, 2:] - own[index, :2], 2)
+    boxes = (own[index] + moves).clip(0, 320).astype(np.float32)
+    arrays = jax.device_put((masks, boxes, index))
+    mine = functools.partial(jax.jit(functools.partial(crop_masks, bins=28)), *arrays)
+    images = torch.tensor(masks)[:, None]
+    rois = torch.tensor(np.concatenate([index[:, None].astype(np.float32), boxes], axis=1))
+    yield Forward(
+        "mask targets, 128 boxes of 20",
+        1.0,
+        mine,
+        lambda: torchvision.roi_align(images.float(), rois, 28)[:, 0],
+    )
+
+
+def pasting_cases(torch) -> Iterator[Forward]:
+    """Yields rows for 100 masks in 800 x 1333 pixels, cut at one half."""
+    rng, size = np.random.default_rng(0), (800, 1333)
+    centres, sides = rng.uniform(0, size[::-1], (100, 2)), rng.lognormal(np.log(120), 0.7, (100, 2))
+    boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
+    boxes = boxes.clip(0, np.tile(size[::-1], 2)).astype(np.float32)
+    cells = (np.arange(28) - 13.5) / 14
+    discs = 1 / (1 + np.exp(8 * (cells[:, None] ** 2 + cells**2 - 0.8)))
+    grids = (discs * rng.uniform(0.8, 1, (100, 1, 1))).astype(np.float32)
+    given = torch.tensor(grids), torch.tensor(boxes)
+    theirs = {"torchvision": paste_resized, "detectron2": paste_sampled}
+    for convention in typing.get_args(Convention):
+
+        def mine(convention=convention):
+            each = zip(grids, boxes, strict=True)
+            return [paste(*x, size, convention).mask(size) for x in each]
+
+        other = functools.partial(theirs[convention], torch, *given, size)
+        yield Forward(f"pasting 100 masks, {convention}", 1.0, mine, other)
+
+
+def paste_resized(torch, grids, boxes, size: tuple[int, int]):
+    """Pastes by torchvision's convention: each grid resized to the whole pixels of its box."""
+    pixels = torch.zeros((len(grids), *size), dtype=torch.bool)
+    grids = torch.nn.functional.pad(grids, (1, 1, 1, 1))
+    middle, half = (boxes[:, 2:] + boxes[:, :2]) * 0.5, (boxes[:, 2:] - boxes[:, :2]) * 0.5
+    half = half * (grids.shape[1] / (grids.shape[1] - 2))
+    ends = torch.cat([middle - half, middle + half], dim=1).long().tolist()
+    for image, grid, (x0, y0, x1, y1) in zip(pixels, grids, ends, strict=True):
+        shape = max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1)
+        window = torch.nn.functional.interpolate(
+            grid[None, None], size=shape, mode="bilinear", align_corners=False
+        )[0, 0]
+        top, left = max(y0, 0), max(x0, 0)
+        part = window[top - y0 : size[0] - y0, left - x0 : size[1] - x0]
+        image[top : top + part.shape[0], left : left + part.shape[1]] = part >= 0.5
+    return pixels
+
+
+def paste_sampled(torch, grids, boxes, size: tuple[int, int]):
+    """Pastes by detectron2's convention: each grid read at the centres of pixels."""
+    pixels = torch.zeros((len(grids), *size), dtype=torch.bool)
+    starts = (boxes[:, :2].floor() - 1).clamp(min=0).long().tolist()
+    ends = torch.minimum(boxes[:, 2:].ceil() + 1, torch.tensor(size[::-1])).long().tolist()
+    for image, grid, box, (x0, y0), (x1, y1) in zip(
+        pixels, grids, boxes, starts, ends, strict=True
+    ):
+        x = (torch.arange(x0, x1) + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1
+        y = (torch.arange(y0, y1) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
+        places = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+        window = torch.nn.functional.grid_sample(
+            grid[None, None], places[None], mode="bilinear", align_corners=False
+        )
+        image[y0:y1, x0:x1] = window[0, 0] >= 0.5
+    return pixels
+
+
+def time_forward(config: Config, rows: Iterable[Forward]) -> None:
+    """Prints rows of what has no gradient."""
+    for row in rows:
+        if config.only not in row.name:
+            continue
+        found, expected = np.asarray(row.ours()), row.theirs().numpy()
+        if found.dtype == bool:  # a value at the limit may be rounded to either side
+            assert np.mean(found != expected) <= (1e-6 if found.ndim > 1 else 0), row.name
+        else:
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+        mine: Callable = lambda row=row: jax.block_until_ready(row.ours())  # noqa: E731
+        result = alternate(mine, row.theirs, config.repeats)
+        ms = f"{result.ours * 1e3:9.2f}{result.theirs * 1e3:9.2f}{result.ratio:8.2f}"
+        print(f"{row.name:32}{ms}{'':26}   {row.target:.1f}", flush=True)
 
 
 def main(config: Config) -> None:
     """Prints one row per case."""
     torch = import_torch(config.threads)
-    torchvision = compiled_torchvision()
+    torchvision = compiled_torchvision(torch)
     print(f"{'median ms':32}{'forward':>26}{'forward + backward':>26}   target")
     print(" " * 32 + f"{'ours':>9}{'torch':>9}{'ratio':>8}" * 2)
     rows = cases(torch)
     if torchvision:
-        time_suppression(config, torch, torchvision)
+        time_forward(config, suppression_cases(torch, torchvision))
+        time_forward(config, target_cases(torch, torchvision))
         rows += region_cases(torch, torchvision)
+    time_forward(config, pasting_cases(torch))
     for name, target, ours, arrays, theirs, tensors in rows:
         if config.only not in name:
             continue
