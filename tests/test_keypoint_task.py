@@ -25,6 +25,8 @@ from dense_jax.tasks.detection import truth_of
 from experiments import mask_rcnn as script
 from tests.test_detection_task import NUM_CLASSES, SHAPES, Trunk, batch_of, data, steps
 
+STAR = 4  # the class that has keypoints
+
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
@@ -123,7 +125,8 @@ def test_a_run_leaves_scores_of_keypoints_masks_and_boxes(run):
     page = (run / "report.html").read_text()
     assert "Keypoint AP" in page
     rows = json.loads((run / "results_keypoint.json").read_text())
-    assert {"image_id", "category_id", "score", "keypoints"} == set(rows[0])
+    assert all({"image_id", "category_id", "score", "keypoints"} == set(row) for row in rows)
+    assert {row["category_id"] for row in rows} <= {STAR}
     assert all(len(row["keypoints"]) == 15 and row["keypoints"][2] == 1 for row in rows)
     assert {re.sub(".*_", "", p.stem) for p in run.glob("results_*.json")} == {
         "keypoint", "mask", "box"
@@ -146,11 +149,15 @@ def test_evaluation_and_prediction_see_the_same_keypoints(run, opened, tmp_path)
     rows = [x for x in json.loads((out / "results.json").read_text()) if x["file_name"] == "a.png"]
     scored = json.loads((run / "results_keypoint.json").read_text())
     scored = [row for row in scored if row["image_id"] == 0]
-    for i, (row, other) in enumerate(zip(rows, scored, strict=True)):
+    stars = np.flatnonzero(found.class_ids == STAR)
+    assert [("keypoints" in row) for row in rows] == (found.class_ids == STAR).tolist()
+    for i, other in zip(stars, scored, strict=True):
+        row = rows[i]
         assert row["keypoints"] == to_coco(found.keypoints[i])
         np.testing.assert_allclose(row["keypoints"], other["keypoints"], atol=2e-3)
         assert len(row["keypoint_scores"]) == 5
         assert "segmentation" in row
+    found = dataclasses.replace(found, class_ids=np.full(len(found), STAR))
     plain = dataclasses.replace(found, keypoints=None)
     assert (found.overlay() != plain.overlay()).any()
 

@@ -188,8 +188,11 @@ def opened(root, content):
 def test_keypoints_of_annotations_are_read(tmp_path):
     """Numbers of pixels become places; other objects have no keypoint."""
     data = opened(tmp_path, with_keypoints())
-    table = KeypointTable(("tip", "left_end", "right_end"), ((0, 1), (0, 2)))
+    names = data.classes.names
+    has_them = [i for i, name in enumerate(names) if name == "brush"]
+    table = KeypointTable(("tip", "left_end", "right_end"), ((0, 1), (0, 2)), has_them)
     assert data.classes.keypoints == table
+    assert table.have(np.arange(len(names))).tolist() == [name == "brush" for name in names]
     assert "3 keypoints" in data.description
     found = data.split("train")[0]["annotations"]
     assert found.keypoints.points.tolist() == [

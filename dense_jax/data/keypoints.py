@@ -31,6 +31,7 @@ class KeypointTable:
     Attributes:
       names: the name of each of the K keypoints.
       edges: pairs of their numbers from 0, between which pictures have a line.
+      classes: ids of the classes whose objects have keypoints; (): all.
 
     Raises:
       ValueError: there are no names, or one occurs twice, or an edge has another end.
@@ -38,6 +39,7 @@ class KeypointTable:
 
     names: Sequence[str]
     edges: Sequence[tuple[int, int]] = ()
+    classes: Sequence[int] = ()
 
     def __post_init__(self):
         names = tuple(self.names)
@@ -52,9 +54,20 @@ class KeypointTable:
             )
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "edges", edges)
+        object.__setattr__(self, "classes", tuple(map(int, self.classes)))
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def have(self, class_ids: np.ndarray) -> np.ndarray:
+        """Returns whether objects of classes [N] have keypoints, bool [N]."""
+        if not self.classes:
+            return np.ones(len(class_ids), bool)
+        return np.isin(class_ids, self.classes)
+
+    def only(self, keypoints: np.ndarray, class_ids: np.ndarray) -> np.ndarray:
+        """Returns keypoints [N, K, 3] that are not known (0) for other classes."""
+        return np.where(self.have(class_ids)[:, None, None], keypoints, np.float32(0))
 
     @property
     def mirror(self) -> np.ndarray:

@@ -12,10 +12,10 @@ import numpy as np
 
 from dense_jax import viz
 from dense_jax.analysis.drawing import INK, Drawing
-from dense_jax.data import keypoints as keypoint_lib
 from dense_jax.data import rle
 from dense_jax.data.classes import ClassTable
 from dense_jax.data.dataset import Dataset, Source
+from dense_jax.data.keypoints import KeypointTable, to_coco
 from dense_jax.errors import UserError
 from dense_jax.evaluation.labels import Top
 from dense_jax.evaluation.record import Column, Findings, Picture, Record, Score, Table
@@ -164,7 +164,7 @@ def findings(
         )
         for kind in kinds
     ]
-    results = functools.partial(_results, images, image_ids, category_ids)
+    results = functools.partial(_results, images, image_ids, category_ids, classes.keypoints)
     files = {f"results_{kind}.json": json.dumps(results(kind)) for kind in kinds}
     return Findings(scores, [_class_table(summaries, of_voc, images, classes)], pictures, files)
 
@@ -324,7 +324,7 @@ def _compare(
         colours = palette[ids] if masks is None else object_colours(len(rows))
         options: dict[str, Any] = {"scores": scores, "masks": masks, "factor": factor}
         if objects.keypoints is not None and classes.keypoints is not None:
-            options["keypoints"] = objects.keypoints[rows]
+            options["keypoints"] = classes.keypoints.only(objects.keypoints[rows], ids)
             options["edges"] = classes.keypoints.edges
         return viz.objects(image, boxes, ids, classes.names, colours, **options)
 
@@ -368,14 +368,18 @@ def _results(
     images: Mapping[int, tuple[Truth, Detections]],
     image_ids: Sequence[int] | Sequence[str] | None,
     category_ids: Sequence[int] | None,
+    keypoints: KeypointTable | None,
     kind: coco.Kind,
 ) -> list[dict[str, Any]]:
     """Returns all detections in COCO's results format, boxes, masks or keypoints.
 
+    Those of keypoints are of the classes that have any.
     One file of both would have other areas of masks in COCO's tools: those of the boxes.
     """
     rows = []
     for index, (_, found) in images.items():
+        if kind == "keypoint" and keypoints is not None:
+            found = found.select(keypoints.have(found.classes))
         for i, (x0, y0, x1, y1) in enumerate(found.boxes.tolist()):
             class_id = int(found.classes[i])
             row: dict[str, Any] = {
@@ -386,7 +390,7 @@ def _results(
             if kind == "box":
                 row["bbox"] = [x0, y0, x1 - x0, y1 - y0]
             elif kind == "keypoint" and found.keypoints is not None:
-                row["keypoints"] = keypoint_lib.to_coco(found.keypoints[i])
+                row["keypoints"] = to_coco(found.keypoints[i])
             elif found.masks is not None:
                 row["segmentation"] = found.masks[i]
             rows.append(row)

@@ -102,7 +102,10 @@ class Instances:
 
     def overlay(self) -> np.ndarray:
         """Returns the image with box, name, score, mask and keypoints of each shown object."""
-        shown = self._shown
+        shown, table = self._shown, self.classes.keypoints
+        points = shown.keypoints
+        if table and points is not None:
+            points = table.only(points, shown.class_ids)
         return viz.objects(
             self.image,
             shown.boxes,
@@ -111,8 +114,8 @@ class Instances:
             object_colours(len(shown)),
             scores=shown.scores,
             masks=shown.masks,
-            keypoints=shown.keypoints,
-            edges=self.classes.keypoints.edges if self.classes.keypoints else (),
+            keypoints=points,
+            edges=table.edges if table else (),
         )
 
     def results(self) -> list[dict[str, Any]]:
@@ -120,7 +123,8 @@ class Instances:
 
         "keypoints" are COCO's numbers, which are those of pixels; "keypoint_scores" are logits.
         """
-        rows = []
+        rows, table = [], self.classes.keypoints
+        has_keypoints = table.have(self.class_ids) if table else np.ones(len(self), bool)
         for i, (x0, y0, x1, y1) in enumerate(self.boxes):
             row: dict[str, Any] = {
                 "category_id": int(self.class_ids[i]),
@@ -129,7 +133,7 @@ class Instances:
             }
             if self.heatmaps is not None:
                 row["segmentation"] = rle.encode(self.mask(i))
-            if self.keypoints is not None:
+            if self.keypoints is not None and has_keypoints[i]:
                 row["keypoints"] = to_coco(self.keypoints[i])
                 row["keypoint_scores"] = [round(float(x), 4) for x in self.keypoints[i, :, 2]]
             rows.append(row)

@@ -192,7 +192,7 @@ class _Part:
         )
         refuse(not categories, f"{path}: no categories: add those of its annotations")
         class_of = {category: i for i, category in enumerate(sorted(categories), 1)}
-        keypoints = _keypoint_table(path, content["categories"])
+        keypoints = _keypoint_table(path, content["categories"], class_of)
         for image in content["images"]:
             file = pathlib.PurePosixPath(image["file_name"])
             refuse(
@@ -249,10 +249,10 @@ class _Part:
 
 
 def _keypoint_table(
-    path: pathlib.Path, categories: Sequence[Mapping[str, Any]]
+    path: pathlib.Path, categories: Sequence[Mapping[str, Any]], class_of: Mapping[int, int]
 ) -> KeypointTable | None:
     """Returns the keypoints that categories name; those of all that have any must be the same."""
-    table = None
+    table, classes = None, []
     for category in categories:
         if not category.get("keypoints"):
             continue
@@ -267,7 +267,8 @@ def _keypoint_table(
             "give a file for each",
         )
         table = own
-    return table
+        classes.append(class_of[category["id"]])
+    return table and dataclasses.replace(table, classes=sorted(classes))
 
 
 def _unique(path: pathlib.Path, kind: str, items: Any) -> dict[int, str]:

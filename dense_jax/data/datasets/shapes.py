@@ -23,6 +23,7 @@ from dense_jax.errors import UserError
 TIPS = KeypointTable(
     ("top", "upper right", "lower right", "lower left", "upper left"),
     ((0, 2), (2, 4), (4, 1), (1, 3), (3, 0)),
+    classes=(4,),
 )
 CLASSES = ClassTable(
     names=("background", "disc", "square", "triangle", "star", "ring"),
