@@ -55,7 +55,7 @@ def build(config: Config, num_classes: int) -> Semantic:
 
 def _trunk(*, width: float, **options: Any) -> Trunk:
     del width  # of the head alone; trained weights have one width
-    return Trunk(**options)
+    return Trunk(centred=True, **options)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ class LiteMaskRCNN(MaskRCNN):
 
     def _trunk(self) -> nn.Module:
         return Trunk(
+            centred=True,
             bn=self.bn if self.trunk_learns else "frozen",
             num_frozen=self._num_frozen,
             axis_name=self.axis_name,
