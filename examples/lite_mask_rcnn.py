@@ -1,7 +1,7 @@
 """Mask R-CNN on EfficientNet-Lite0: instances from ImageNet's features, without a GPU.
 
-    python -m examples.lite_mask_rcnn coco --data-dir=/data/coco --weights=FILE.pth
-    python -m examples.lite_mask_rcnn nuclei --data-dir=/data/nuclei --weights=FILE.pth
+    python -m examples.lite_mask_rcnn coco --data-dir=/data/coco --weights=$WEIGHTS
+    python -m examples.lite_mask_rcnn nuclei --data-dir=/data/nuclei --weights=$WEIGHTS
     python -m examples.lite_mask_rcnn nuclei --data-dir=/data/nuclei --workdir=runs/scratch
 
 What to learn: a detector with a trunk of your own is a class of ten lines; flags, losses, scores,

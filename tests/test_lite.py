@@ -26,7 +26,7 @@ from tests.test_detection_task import batch_of, steps
 
 FILE = "efficientnet_lite0_imagenet/efficientnet-lite0-57934424.pth"
 TRUNK = 2_958_848  # parameters
-SCRIPTS = {"lite_mask_rcnn": lite_mask_rcnn, "lite_deeplab": lite_deeplab}
+SCRIPTS: dict[str, Any] = {"lite_mask_rcnn": lite_mask_rcnn, "lite_deeplab": lite_deeplab}
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +35,7 @@ def _optax_counts_in_integers():
         yield
 
 
-@functools.cache
-def shapes(model, side=64):
+def shapes(model, side=64) -> Any:
     return contract.shapes_of(model, (1, side, side, 3))
 
 
@@ -133,7 +132,7 @@ def test_where_units_are(centred):
     for image, (name, first) in zip(images, grids(centred).items(), strict=True):
         unit = 2 ** (int(name[-1]) + 1) + first  # the second one
         image[unit, unit] = 1
-    apply = jax.jit(functools.partial(Trunk(centred=centred).apply, train=False))
+    apply: Any = jax.jit(functools.partial(Trunk(centred=centred).apply, train=False))
     stages = apply(taps, images)
     for i, name in enumerate(grids(centred)):
         where = np.argwhere(np.any(stages[name][i], axis=-1))
@@ -147,7 +146,7 @@ def test_dilated_layers_have_the_units_of_strided_ones_and_more(centred):
 
     @functools.partial(jax.jit, static_argnums=0)
     def last(output_stride, image):
-        model = Trunk(output_stride=output_stride, centred=centred)
+        model: Any = Trunk(output_stride=output_stride, centred=centred)
         return model.apply(variables(), image, train=False)["layer4"]
 
     strided, dilated = last(32, image), last(16, image)
@@ -158,7 +157,7 @@ def test_dilated_layers_have_the_units_of_strided_ones_and_more(centred):
 # Heads on it.
 
 
-def config(name, **changes: Any):
+def config(name, **changes: Any) -> Any:
     return dataclasses.replace(SCRIPTS[name].PRESETS["smoke"], **changes)
 
 
