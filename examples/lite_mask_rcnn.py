@@ -1,7 +1,7 @@
 """Mask R-CNN on EfficientNet-Lite0: instances from ImageNet's features, without a GPU.
 
-    python -m examples.lite_mask_rcnn coco --data-dir=/data/coco --weights=FILE.pth
-    python -m examples.lite_mask_rcnn nuclei --data-dir=/data/nuclei --weights=FILE.pth
+    python -m examples.lite_mask_rcnn coco --data-dir=/data/coco --weights=$WEIGHTS
+    python -m examples.lite_mask_rcnn nuclei --data-dir=/data/nuclei --weights=$WEIGHTS
     python -m examples.lite_mask_rcnn nuclei --data-dir=/data/nuclei --workdir=runs/scratch
 
 What to learn: a detector with a trunk of your own is a class of ten lines; flags, losses, scores,
@@ -61,6 +61,7 @@ class LiteMaskRCNN(MaskRCNN):
 
     def _trunk(self) -> nn.Module:
         return Trunk(
+            centred=True,
             bn=self.bn if self.trunk_learns else "frozen",
             num_frozen=self._num_frozen,
             axis_name=self.axis_name,

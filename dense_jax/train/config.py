@@ -98,8 +98,9 @@ class RunConfig:
     normalisation: Normalisation = "torchvision"
     """Normalisation of the images. torchvision: mean 0 and standard deviation 1. caffe, fast_rcnn
     and torchvision_vgg16_features: 0-255 minus the mean of ImageNet; dilation_*: minus that of a
-    dataset. grey: one grey channel of fixed scale. grey_image: one grey channel with mean 0 and
-    standard deviation 1 in each image. Default: what the weights given with --init expect."""
+    dataset. efficientnet_lite: -1 to 1. grey: one grey channel of fixed scale. grey_image: one grey
+    channel with mean 0 and standard deviation 1 in each image. Default: what the weights given with
+    --init expect."""
     num_workers: CountOrZero = 0
     """Worker processes of the input pipeline; 0 uses threads of this process."""
     num_threads: Count = 2

@@ -80,6 +80,9 @@ class FasterRCNN(nn.Module):
     Boxes are (x0, y0, x1, y1) in pixels of the images with their padding. The caller pads H and W
     to multiples of 32, so that strides are exact.
 
+    A subclass can have a trunk of its own (`examples/lite_mask_rcnn.py`): `_trunk` returns a module
+    whose outputs hold the stages "layer1" to "layer4", and `frozen` names its parameters.
+
     Attributes:
       num_classes: K, classes with background, which is class 0.
       backbone: the trunk.
