@@ -137,6 +137,7 @@ def test_mean_of_probabilities():
     np.testing.assert_allclose(np.exp(logits).sum(-1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow  # FCN's and SegNet's are fast
 def test_contract():
     # Without batch normalisation, by which each image depends on the other.
     contract.check_model(

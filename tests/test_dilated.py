@@ -392,6 +392,7 @@ def test_scores_are_enlarged_around_the_middle_of_their_pixels():
     np.testing.assert_allclose(enlarged[0, 4:44, 20, 1], middle[4:44], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow  # FCN's and SegNet's are fast
 def test_contract():
     contract.check_model(
         dilated.dilated_basic(21, pad="same"),

@@ -135,6 +135,7 @@ def test_deeplabv3_is_told_the_size_of_the_image(monkeypatch):
     assert [within.tolist() for within in seen] == [[[3, 3]]]
 
 
+@pytest.mark.slow  # exact shapes are the default
 def test_buckets_say_what_padding_changes():
     task, source = task_of("fcn", pad_mode="100", eval_shapes="buckets"), Mixed()
     variables = contract.random_variables(task.model, (1, 48, 48, 3))

@@ -38,10 +38,15 @@ REFUSED = {
     "num_proposals": "--num-proposals counts boxes of a file",  # used in test_given_proposals
     "scale": "detectors resize by --short-side",
 }
+VIEWS = {
+    "test_merge": {"test_scales": (1.0, 0.5)},
+    "test_flip": {"test_scales": (1.0, 0.5), "test_merge": "union"},
+}
 _SINGLE_MAP = {"neck": "dc5", "anchor_sizes": (16, 32)}
 NEEDED = {
     "backbone": {"neck": "c5", "anchor_sizes": (16, 32)},
     "roi_op": _SINGLE_MAP,
+    **VIEWS,
 }
 PROPOSALS: dict[str, Any] = {"proposal_source": "file", "proposals": "proposals.json"}
 

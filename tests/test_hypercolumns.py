@@ -96,6 +96,7 @@ def test_taps_and_nothing_behind_them(taps, scores):
     assert outputs["logits"].shape == (1, 33, 17, 3)
 
 
+@pytest.mark.slow  # FCN's and SegNet's are fast
 def test_contract():
     contract.check_model(
         Hypercolumns(21),

@@ -78,7 +78,7 @@ def run(tmp_path, monkeypatch, exact):
     runs.prepare(config, dataset)
     task = Semantic(config, Noisy(), [])
     opened = trained.Run(workdir, task, VARIABLES, 2, dataset.classes, "experiments.fcn")
-    monkeypatch.setattr(trained, "load", lambda *_: opened)
+    monkeypatch.setattr(trained, "load", lambda *_, **__: opened)
     return opened
 
 

@@ -25,12 +25,12 @@ from experiments import faster_rcnn
 from experiments import mask_rcnn as script
 from tests import contract, members
 from tests.test_detection_task import NUM_CLASSES, SHAPES, Trunk, batch_of, data, steps
-from tests.test_faster_rcnn import OTHER, REFUSED
+from tests.test_faster_rcnn import OTHER, REFUSED, VIEWS
 
 OTHER = {**OTHER, "mask_target": "bitmap"}  # what test_flags tries of this script too
 # Another number than the dataset's is refused; used in test_keypoint_task.
 REFUSED = {**REFUSED, "num_keypoints": "--num-keypoints=17 does not go with"}
-NEEDED = {"backbone": {"neck": "c5", "anchor_sizes": (16, 32)}}
+NEEDED = {"backbone": {"neck": "c5", "anchor_sizes": (16, 32)}, **VIEWS}
 
 
 @pytest.fixture(autouse=True)

@@ -418,7 +418,7 @@ def test_fast_rcnn_takes_boxes_that_are_given():
     [
         (dict(backbone="vgg16"), "vgg16 has no fpn: give neck=c5"),
         (dict(backbone="zf", neck="c4"), "zf has no c4: give neck=c5"),
-        (dict(backbone="vgg16", neck="c5", remat=True), "leave remat out"),
+        (dict(backbone="vgg16", neck="c5", remat=True), "leave remat and stride_in out"),
         (dict(neck="c4", heads="v2"), "neck=c4 has none: give neck=fpn, or heads=v1"),
         (dict(roi_op="pool"), "roi_op=pool crops from a single map: give roi_op=align"),
         (dict(anchor_sizes=(32, 64)), r"anchor_sizes=\(32, 64\): give 5"),

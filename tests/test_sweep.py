@@ -390,6 +390,7 @@ def test_the_last_error_is_shown(text, line):
     assert command._last_error(text) == line
 
 
+@pytest.mark.slow  # the other tests have scripts that only print
 def test_a_real_sweep_trains_scores_and_survives_a_failure(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as ended:

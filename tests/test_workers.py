@@ -85,6 +85,7 @@ def test_a_signal_to_all_processes_ends_in_one_line(tmp_path):
     wait_for_end(training.pid)
 
 
+@pytest.mark.slow  # the campaign of tests.faults kills too
 def test_a_kill_leaves_no_worker_behind():
     with started("-c", READER) as reader:
         assert reader.stdout is not None
