@@ -185,9 +185,9 @@ class Trunk(nn.Module):
                 x, number = block(x), number + 1
                 # If a block omits its stride, the blocks after it dilate by it.
                 stride, dilation = stride * strides, dilation * wanted // strides
-            stages[f"layer{group.stage}"] = x
             if group.stage < self.num_frozen:
                 x = lax.stop_gradient(x)
+            stages[f"layer{group.stage}"] = x
         return stages
 
 
