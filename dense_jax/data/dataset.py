@@ -20,7 +20,7 @@ Example = dict[str, Any]
 """``image`` uint8 [H, W, 3] RGB, ``label`` uint8 [H, W], ``name`` str, and in some datasets
 ``instances`` int32 [H, W] (0 = no object), perhaps with ``keypoints``, the `Keypoints` of each of
 these numbers, 0 included, or ``annotations``, the `Objects` of the image with masks as run-length
-codes, and ``image_id`` int. Transforms map an example to another."""
+codes and perhaps polygons, and ``image_id`` int. Transforms map an example to another."""
 
 
 class Source(Protocol):
