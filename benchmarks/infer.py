@@ -41,7 +41,7 @@ def main(model: str = "maskrcnn_r50_fpn", size: int = 320, repeats: int = 5) -> 
         # Where scores tie, the order may differ.
         same = box_ops.iou(found.boxes, expected.boxes[: len(found.boxes)]).diagonal() > 0.99
         pixels = np.mean(found.masks[same] != expected.masks[: len(same)][same])
-        print(f", of pixels of masks {pixels:.1e}", end="")
+        print(f", of pixels of {same.sum()} masks {pixels:.1e}", end="")
     print()
     if len(found.scores) != len(expected.scores) or not apart < 1e-3:
         raise SystemExit("error: not the same network")
