@@ -269,8 +269,13 @@ def freeze_norms(config: ConfigT) -> ConfigT:
 
 
 def fine_tune(build: Callable[[ConfigT, int], Task], config: ConfigT) -> TrainState:
-    """Trains from the trunk's weights, evaluates and reports; returns the last state."""
+    """Trains from the trunk's weights, evaluates and reports; returns the last state.
+
+    Raises:
+      UserError: --init names weights too.
+    """
     if config.weights:
+        refuse(config.init is not None, "--weights and --init are two starts: give one of them")
         folder = pathlib.Path(f"{config.workdir}/start")
         if not has_checkpoint(config.workdir or ""):  # otherwise the run resumes
             save_trunk(pathlib.Path(config.weights).expanduser(), folder)

@@ -21,7 +21,7 @@ import flax.linen as nn
 from dense_jax.models.rcnn.mask_rcnn import MaskRCNN
 from dense_jax.tasks.detection import Detection
 from dense_jax.train import cli
-from dense_jax.train.config import from_scratch, smoke
+from dense_jax.train.config import Factor, from_scratch, smoke
 from examples.efficientnet_lite0 import (
     NORMALISATION,
     LiteConfig,
@@ -45,7 +45,7 @@ class Config(LiteConfig, mask_rcnn.Config):
     """Not for this trunk, which has no residual blocks of three convolutions."""
     remat: Literal["off"] = "off"
     """Not for this trunk."""
-    width: float = 0.25
+    width: Factor = 0.25
     """Factor for the channels of the pyramid and the heads."""
 
 

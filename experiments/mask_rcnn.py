@@ -4,7 +4,7 @@
     python -m experiments.mask_rcnn coco --data-dir=/data/coco --init=file:resnet50.pth
     python -m experiments.mask_rcnn paper_r101_fpn --data-dir=/data/coco --init=file:R-101.pkl
     python -m experiments.mask_rcnn coco --mask-branch=off --recipe=detectron2 ...
-    python -m experiments.mask_rcnn keypoints --data-dir=/data/coco --init=file:resnet50.pth
+    python -m experiments.mask_rcnn keypoints --data-dir=/data/coco --init=file:R-50.pkl
 
 --recipe chooses as a whole what codes do differently: torchvision, detectron2, or paper (the paper
 with its release, Detectron). The paper's ResNets have the stride of a block in its first

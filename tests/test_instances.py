@@ -1,6 +1,7 @@
 """What is written of the objects of an image."""
 
 import dataclasses
+import types
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,12 @@ def test_one_is_told_of_images_whose_objects_are_all_unlikely(tmp_path):
     assert note.startswith("a.png: all objects have scores below 0.95, so that results.json alone")
 
 
+def of_kind(kind):
+    """A run's task, as far as flags look at it."""
+    config = types.SimpleNamespace(test_score=0.05)
+    return types.SimpleNamespace(finds_objects=kind.finds_objects, reads=kind.reads, config=config)
+
+
 @pytest.mark.parametrize(
     ("task", "flags", "words"),
     [
@@ -95,17 +102,19 @@ def test_one_is_told_of_images_whose_objects_are_all_unlikely(tmp_path):
         (Detection, {"mask_threshold": 0.5}, "--mask-threshold is for runs that find masks"),
         (Detection, {"shown_score": 1.5}, "--shown-score 1.5: give a value from 0 to 1"),
         (Detection, {"min_score": float("nan")}, "--min-score nan: give"),
+        (Detection, {"min_score": 0.01}, "above 0.05 alone; add --change test-score=0.01"),
     ],
 )
 def test_flags_of_objects_that_a_run_cannot_use(task, flags, words):
     predictor = Predictor(lambda images, sizes: {}, lambda answers, image: FOUND, "torchvision")
+    own: Any = of_kind(task)
     with pytest.raises(UserError, match=words):
-        reading(predictor, task, ObjectFlags(**flags))
-    assert reading(predictor, task, ObjectFlags()) is predictor
+        reading(predictor, own, ObjectFlags(**flags))
+    assert reading(predictor, own, ObjectFlags()) is predictor
 
 
 def test_flags_of_objects():
-    task: Any = InstanceSegmentation
+    task: Any = of_kind(InstanceSegmentation)
     predictor = Predictor(lambda images, sizes: {}, lambda answers, image: FOUND, "torchvision")
     flags = ObjectFlags(min_score=0.5, shown_score=0.9, mask_threshold=0.85, cutouts=True)
     own = reading(predictor, task, flags).read({}, IMAGE)

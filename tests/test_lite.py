@@ -294,3 +294,9 @@ def test_a_run_starts_from_the_weights_and_is_used_as_others(name, runs, tmp_pat
     evaluate.run(run=run)
     export.run(run=run, to="stablehlo")
     assert (run / "model.stablehlo").exists()
+
+
+def test_two_starts_are_refused():
+    own = config("lite_deeplab", weights="file.pth", init="run:other")
+    with pytest.raises(UserError, match="--weights and --init are two starts"):
+        efficientnet_lite0.fine_tune(lite_deeplab.build, own)

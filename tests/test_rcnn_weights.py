@@ -80,7 +80,7 @@ def test_every_name_of_faster_rcnn_is_explained(name, release, num_loaded, num_n
 
 
 def test_files_of_2019_need_another_epsilon():
-    assert V1_2019.needs == "bn_epsilon=0"
+    assert V1_2019.needs == 'stride_in="3x3" and bn_epsilon=0'
     assert "bn_epsilon=1e-5, or 0" in V1.needs
 
 
@@ -93,7 +93,7 @@ def test_a_detector_starts_from_a_file_and_says_what_it_needs(tmp_path, monkeypa
     loaded, normalisation = start.initial(f"file:{path}", ours)
     said = capsys.readouterr().out
     assert "torchvision's Faster R-CNN of 2019" in said
-    assert "build the network with bn_epsilon=0" in said
+    assert 'build the network with stride_in="3x3" and bn_epsilon=0' in said
     assert normalisation == "torchvision"
     params: Any = {k: v for k, v in variables["params"].items() if k != "box_predictor"}
     assert "box_predictor" not in loaded["params"]

@@ -49,6 +49,12 @@ def reading(predictor: Predictor, task: Task, flags: ObjectFlags) -> Predictor:
         refuse(not 0 <= value <= 1, f"{flag} {value}: give a value from 0 to 1")
     if not given:
         return predictor
+    least = getattr(task.config, "test_score", 0.0)
+    if flags.min_score is not None and flags.min_score < least:
+        raise UserError(
+            f"--min-score {flags.min_score}: the run finds objects of scores above {least} alone; "
+            f"add --change test-score={flags.min_score}"
+        )
     if "mask_threshold" in given and "masks" not in task.reads:
         raise UserError("--mask-threshold is for runs that find masks: leave it out")
     changes = {"mask_threshold": "threshold"}

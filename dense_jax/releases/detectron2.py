@@ -129,7 +129,7 @@ TORCHVISION = Release(
     (*_trunk("", "", "conv", None), *rules.dense("stem.fc", "fc")),
     resnet.TRUNK,
     normalisation="torchvision",
-    needs="--stride-in=3x3, the default except in DeepLab v2",
+    needs="--stride-in=3x3, the default but in DeepLab v2 and the paper presets of Mask R-CNN",
 )
 
 RELEASES = (*DETECTORS, TORCHVISION, *resnet.of_detectors(TORCHVISION, ""))

@@ -17,8 +17,11 @@ from dense_jax.weights.rules import Release, Rule
 
 TRUNK = ("*/backbone/*", "*/fpn/*", "*/rpn/*")  # the heads depend on the classes
 # What torchvision adds to the variance of frozen normalisations (pytorch/vision#2933).
-EPSILON = "bn_epsilon=1e-5, or 0 if training started from torchvision's weights for COCO"
-EPSILON_2019 = "bn_epsilon=0"
+EPSILON = (
+    'stride_in="3x3" and bn_epsilon=1e-5, or 0 if training started from torchvision\'s weights '
+    "for COCO"
+)
+EPSILON_2019 = 'stride_in="3x3" and bn_epsilon=0'
 
 
 def torchvision_rules(fpn: str, *rpn: str) -> tuple[Rule, ...]:

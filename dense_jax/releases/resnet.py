@@ -36,7 +36,7 @@ TORCHVISION = Release(
     (*torchvision_rules(), *rules.dense("fc", "fc")),
     TRUNK,
     normalisation="torchvision",
-    needs="--stride-in=3x3, the default except in DeepLab v2",
+    needs="--stride-in=3x3, the default but in DeepLab v2 and the paper presets of Mask R-CNN",
 )
 
 # Names of the blocks of stages 2 to 5 in the release of He et al.
